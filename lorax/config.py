@@ -1,0 +1,400 @@
+"""Every setting of a run: frozen, strict models whose names are PEFT's and Hugging Face's.
+
+A config file is YAML with one section per model below; `load_config` reads it. An unknown key, a
+wrong type or a value out of range is an error that names the file, the line and the key.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, ClassVar, Literal, override
+
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
+
+from lorax.config_file import ConfigError as ConfigError
+from lorax.config_file import read_model, write_yaml
+from lorax.config_types import (
+    BelowOne,
+    Conflict,
+    Count,
+    CountOrMinusOne,
+    FromList,
+    Index,
+    Modules,
+    Names,
+    NotInteger,
+    NotNegative,
+    Positive,
+    Section,
+    Share,
+    Text,
+    check_regex,
+)
+
+
+class ModelConfig(Section):
+    """The base model.
+
+    Attributes:
+        name_or_path: A local directory in Hugging Face layout, or a hub id.
+        revision: Branch, tag or commit on the hub.
+        dtype: Of the base weights and of the computation.
+        attn_impl: `auto` takes cuDNN on an NVIDIA GPU and XLA elsewhere.
+    """
+
+    name_or_path: Text
+    revision: Text | None = None
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    attn_impl: Literal["auto", "xla", "cudnn"] = "auto"
+
+
+class LoraConfig(Section):
+    """Which modules are adapted and how, with the names and meanings of PEFT's `LoraConfig`.
+
+    Attributes:
+        r: Rank of the update ``s · A·B``.
+        lora_alpha: ``s = lora_alpha / r``, or ``lora_alpha / √r`` with `use_rslora`.
+        lora_dropout: Probability with which an input of the adapter is dropped.
+        target_modules: `all-linear`, a regular expression over whole module names, or a list of
+            name endings.
+        exclude_modules: The same, for modules that stay as they are.
+        layers_to_transform: Indices of the layers to adapt; all when not given.
+        layers_pattern: Name of the list that holds the layers.
+        rank_pattern: Module pattern to its own rank.
+        alpha_pattern: Module pattern to its own alpha.
+        use_rslora: Rank-stabilised scale.
+        bias: Which biases are trained.
+        init_lora_weights: `true`: A Kaiming-uniform; `gaussian`: A normal with deviation 1/r.
+            B is zero in both.
+        modules_to_save: Name endings of modules that are trained whole and saved with the adapter.
+    """
+
+    r: Count = 16
+    lora_alpha: Positive = 16.0
+    lora_dropout: BelowOne = 0.0
+    target_modules: Modules = "all-linear"
+    exclude_modules: Modules | None = None
+    layers_to_transform: Annotated[Index | tuple[Index, ...] | None, FromList] = None
+    layers_pattern: Modules | None = None
+    rank_pattern: dict[str, Count] = Field(default={})
+    alpha_pattern: dict[str, Positive] = Field(default={})
+    use_rslora: bool = False
+    bias: Literal["none", "all", "lora_only"] = "none"
+    init_lora_weights: Annotated[Literal[True, "gaussian"], NotInteger] = True
+    modules_to_save: Names | None = None
+
+    @field_validator("rank_pattern", "alpha_pattern")
+    @classmethod
+    def _check_patterns[T](cls, patterns: dict[str, T]) -> dict[str, T]:
+        for pattern in patterns:
+            check_regex(pattern)
+        return patterns
+
+    @override
+    def conflicts(self) -> Iterator[Conflict]:
+        if self.layers_to_transform == ():
+            yield "layers_to_transform", "needs at least one layer, got an empty list"
+        if self.layers_pattern is not None and self.layers_to_transform is None:
+            yield "layers_pattern", "is only read together with layers_to_transform: set both"
+
+
+class DataSource(Section):
+    """One file or hub dataset.
+
+    Attributes:
+        path: A .jsonl, .json, .parquet or .csv file, or a hub id.
+        name: Configuration of the hub dataset.
+        split: Split of the hub dataset.
+    """
+
+    path: Text
+    name: Text | None = None
+    split: Text = "train"
+
+
+def _sources_from_paths(value: Any) -> Any:
+    entries = [value] if isinstance(value, str) else value
+    if not isinstance(entries, list | tuple):
+        return value
+    return tuple({"path": entry} if isinstance(entry, str) else entry for entry in entries)
+
+
+Sources = Annotated[tuple[DataSource, ...], BeforeValidator(_sources_from_paths)]
+
+
+class DataConfig(Section):
+    r"""What is learned from, and on which of its tokens.
+
+    Attributes:
+        train: Sources of the training rows; a path alone stands for ``[{path: …}]``.
+        eval: Sources of the held-out rows.
+        format: Shape of a row; `auto` tells by its columns.
+        chat_template: `tokenizer`, or the path of a .jinja file.
+        loss_on: The tokens that are prediction targets.
+        train_on_eos: Which end-of-turn tokens are targets.
+        instruction_part: Text that opens a user turn, such as ``<|im_start|>user\n``.
+        response_part: Text that opens an assistant turn. Both or neither.
+        max_seq_length: Longest row in tokens.
+        overlong: What happens to longer rows.
+        unsupervised: What happens to rows without a target.
+        packing: Puts several short rows into one, without attention between them.
+        shuffle: A new order in each epoch, given by `train.seed`.
+    """
+
+    train: Annotated[Sources, Field(min_length=1)]
+    eval: Sources = ()
+    format: Literal[
+        "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "tokenized"
+    ] = "auto"
+    chat_template: Text = "tokenizer"
+    loss_on: Literal["assistant", "last_assistant", "completion", "all"] = "assistant"
+    train_on_eos: Literal["turn", "last", "all", "none"] = "turn"
+    instruction_part: Text | None = None
+    response_part: Text | None = None
+    max_seq_length: Annotated[int, Field(ge=2)] = 2048
+    overlong: Literal["error", "truncate", "drop"] = "error"
+    unsupervised: Literal["error", "drop"] = "error"
+    packing: bool = False
+    shuffle: bool = True
+
+    @override
+    def conflicts(self) -> Iterator[Conflict]:
+        if self.chat_template != "tokenizer" and not self.chat_template.endswith(".jinja"):
+            needed = "needs `tokenizer` or the path of a .jinja file"
+            yield "chat_template", f"{needed}, got {self.chat_template!r}"
+        if (self.instruction_part is None) != (self.response_part is None):
+            given = "response_part" if self.instruction_part is None else "instruction_part"
+            yield given, "instruction_part and response_part go together: set both or neither"
+
+
+class LrSchedulerKwargs(Section):
+    """Settings of single schedules, each refused by a schedule that does not read it.
+
+    Attributes:
+        min_lr_rate: cosine_with_min_lr: last learning rate over the highest.
+        num_decay_steps: wsd: steps of the final decay.
+        power: polynomial: exponent of the decay, 1.0 when not given.
+        lr_end: polynomial: last learning rate, 1e-7 when not given.
+        timescale: inverse_sqrt: steps; the warm-up, or 10 000 without one, when not given.
+    """
+
+    min_lr_rate: Share | None = None
+    num_decay_steps: Count | None = None
+    power: Positive | None = None
+    lr_end: NotNegative | None = None
+    timescale: Count | None = None
+
+
+class TrainConfig(Section):
+    """How weights move.
+
+    Attributes:
+        method: `lora` trains an adapter, `full` every weight.
+        num_train_epochs: Passes over the data; may be a fraction.
+        max_steps: Optimizer steps; overrides `num_train_epochs` unless -1.
+        per_device_train_batch_size: Rows per device and micro-batch.
+        gradient_accumulation_steps: Micro-batches per step; exactly equal to one larger batch.
+        learning_rate: The highest of the schedule.
+        lr_scheduler_type: The schedule, with Hugging Face's values at every step.
+        lr_scheduler_kwargs: Settings of single schedules.
+        warmup_ratio: Warm-up as a share of all steps.
+        warmup_steps: Warm-up in steps. Not together with `warmup_ratio`.
+        weight_decay: Decoupled; on matrices only, never on biases and norms.
+        optim: The optimizer.
+        adam_beta1: Decay of the first moment (adamw, lion).
+        adam_beta2: Decay of the second moment (adamw, lion).
+        adam_epsilon: Added to the root of the second moment (adamw).
+        max_grad_norm: Gradients are scaled down to this norm; 0 leaves them.
+        gradient_checkpointing: `full` recomputes each layer in the backward pass.
+        seed: Of everything random in the run.
+    """
+
+    method: Literal["lora", "full"] = "lora"
+    num_train_epochs: Positive = 1.0
+    max_steps: CountOrMinusOne = -1
+    per_device_train_batch_size: Count = 2
+    gradient_accumulation_steps: Count = 1
+    learning_rate: Positive = 2e-4
+    lr_scheduler_type: Literal[
+        "linear",
+        "cosine",
+        "cosine_with_min_lr",
+        "constant",
+        "constant_with_warmup",
+        "wsd",
+        "inverse_sqrt",
+        "polynomial",
+    ] = "cosine"
+    lr_scheduler_kwargs: LrSchedulerKwargs = LrSchedulerKwargs()
+    warmup_ratio: Share = 0.0
+    warmup_steps: Index = 0
+    weight_decay: NotNegative = 0.01
+    optim: Literal["adamw", "lion", "sgd", "adafactor"] = "adamw"
+    adam_beta1: BelowOne = 0.9
+    adam_beta2: BelowOne = 0.999
+    adam_epsilon: Positive = 1e-8
+    max_grad_norm: NotNegative = 1.0
+    gradient_checkpointing: Literal["none", "full"] = "full"
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 3407
+
+    # What each schedule reads of `lr_scheduler_kwargs`, and what it cannot do without.
+    _reads: ClassVar[dict[str, tuple[str, ...]]] = {
+        "cosine_with_min_lr": ("min_lr_rate",),
+        "wsd": ("num_decay_steps",),
+        "inverse_sqrt": ("timescale",),
+        "polynomial": ("power", "lr_end"),
+    }
+    _needs: ClassVar[dict[str, str]] = {
+        "cosine_with_min_lr": "min_lr_rate",
+        "wsd": "num_decay_steps",
+    }
+
+    @override
+    def conflicts(self) -> Iterator[Conflict]:
+        if self.warmup_ratio and self.warmup_steps:
+            yield "warmup_ratio", "set warmup_ratio or warmup_steps, not both"
+        schedule, settings = self.lr_scheduler_type, self.lr_scheduler_kwargs
+        if schedule == "constant" and (self.warmup_ratio or self.warmup_steps):
+            key = "warmup_ratio" if self.warmup_ratio else "warmup_steps"
+            yield key, "schedule `constant` does not warm up: use `constant_with_warmup`"
+        reads = self._reads.get(schedule, ())
+        for name in settings.model_dump(exclude_none=True):
+            if name not in reads:
+                readers = [other for other in self._reads if name in self._reads[other]]
+                message = f"schedule `{schedule}` does not read it, only `{readers[0]}` does"
+                yield f"lr_scheduler_kwargs.{name}", message
+        needed = self._needs.get(schedule)
+        if needed and getattr(settings, needed) is None:
+            message = f"schedule `{schedule}` needs lr_scheduler_kwargs.{needed}"
+            yield "lr_scheduler_type", message
+        lr_end = 1e-7 if settings.lr_end is None else settings.lr_end
+        if schedule == "polynomial" and lr_end >= self.learning_rate:
+            message = f"needs less than learning_rate ({self.learning_rate}), got {lr_end}"
+            yield "lr_scheduler_kwargs.lr_end", message
+
+
+class EvalConfig(Section):
+    """When and how the held-out rows are looked at.
+
+    Attributes:
+        strategy: `steps`: every `steps` steps; `epoch`: after each epoch.
+        steps: Steps between two evaluations.
+        per_device_eval_batch_size: Rows per device.
+        early_stopping_patience: Evaluations without a better loss after which the run stops.
+        exact_match: Also generates answers, before and after training, and compares them.
+        exact_match_rows: Rows that are generated for.
+        max_new_tokens: Longest generated answer in tokens.
+    """
+
+    strategy: Literal["no", "steps", "epoch"] = "no"
+    steps: Count = 100
+    per_device_eval_batch_size: Count = 8
+    early_stopping_patience: Count | None = None
+    exact_match: bool = False
+    exact_match_rows: Count = 200
+    max_new_tokens: Count = 64
+
+
+class SaveConfig(Section):
+    """What is written and where.
+
+    Attributes:
+        output_dir: Directory of the run.
+        save_steps: Steps between two checkpoints.
+        load_best_model_at_end: Exports the weights with the lowest held-out loss.
+        export: What the run ends with; `("merged",)` when not given and `train.method` is `full`.
+    """
+
+    output_dir: Text
+    save_steps: Count = 100
+    load_best_model_at_end: bool = False
+    export: Annotated[
+        tuple[Literal["peft", "peft-portable", "merged"], ...], Field(min_length=1), FromList
+    ] = ("peft",)
+
+    @override
+    def conflicts(self) -> Iterator[Conflict]:
+        if len(set(self.export)) < len(self.export):
+            yield "export", f"names the same export twice: {', '.join(self.export)}"
+
+
+class LogConfig(Section):
+    """What is recorded: every `logging_steps` steps, in `metrics.jsonl` and for TensorBoard."""
+
+    logging_steps: Count = 1
+    report_to: Annotated[tuple[Literal["jsonl", "tensorboard"], ...], FromList] = ("jsonl",)
+
+
+class MeshConfig(Section):
+    """How devices are used: `data` of them share each batch, -1 for all there are."""
+
+    data: CountOrMinusOne = 1
+
+
+class RunConfig(Section):
+    """A whole run; `load_config` reads one from a file."""
+
+    model: ModelConfig
+    lora: LoraConfig = LoraConfig()
+    data: DataConfig
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    save: SaveConfig
+    log: LogConfig = LogConfig()
+    mesh: MeshConfig = MeshConfig()
+
+    @field_validator("save")
+    @classmethod
+    def _resolve_export(cls, save: SaveConfig, info: ValidationInfo) -> SaveConfig:
+        train = info.data.get("train")
+        if train is None or train.method == "lora" or "export" in save.model_fields_set:
+            return save
+        return save.model_copy(update={"export": ("merged",)})
+
+    @override
+    def conflicts(self) -> Iterator[Conflict]:
+        if self.train.method == "full":
+            if "lora" in self.model_fields_set:
+                yield "lora", "train.method `full` has no adapter: remove this section"
+            if self.save.export != ("merged",):
+                got = ", ".join(self.save.export)
+                yield "save.export", f"train.method `full` can only export `merged`, got {got}"
+        wants_evaluation = {
+            "eval.early_stopping_patience": self.eval.early_stopping_patience is not None,
+            "save.load_best_model_at_end": self.save.load_best_model_at_end,
+        }
+        wants_data = {
+            "eval.strategy": self.eval.strategy != "no",
+            "eval.exact_match": self.eval.exact_match,
+        }
+        for key, wanted in {**wants_evaluation, **wants_data}.items():
+            if wanted and not self.data.eval:
+                yield key, "needs held-out rows: set data.eval"
+            elif wanted and key in wants_evaluation and self.eval.strategy == "no":
+                yield key, "needs evaluations during the run: set eval.strategy to steps or epoch"
+
+
+def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a YAML config.
+
+    Args:
+        path: The file.
+        overrides: ``section.key=value`` entries that replace what the file says; values are YAML.
+
+    Returns:
+        The checked config.
+
+    Raises:
+        ConfigError: With one line per problem: file and line (or the override), dotted key, what
+            came and what was needed.
+    """
+    return read_model(RunConfig, path, overrides)
+
+
+def dump_config(config: RunConfig) -> str:
+    """Writes a config with all its defaults as YAML, which `load_config` reads back unchanged."""
+    sections = config.model_dump(mode="json")
+    settings = config.train.lr_scheduler_kwargs
+    sections["train"]["lr_scheduler_kwargs"] = settings.model_dump(exclude_none=True)
+    if config.train.method == "full":
+        del sections["lora"]
+    return write_yaml(sections)

@@ -1,0 +1,369 @@
+"""Reads a strict YAML file into a pydantic model, with errors that name file, line and key."""
+
+import difflib
+import io
+import math
+import os
+import re
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+
+type Key = tuple[str | int, ...]
+
+# What people coming from other trainers type.
+_FAMILIAR = {
+    "alpha": "lora.lora_alpha",
+    "batch_size": "train.per_device_train_batch_size",
+    "dropout": "lora.lora_dropout",
+    "epochs": "train.num_train_epochs",
+    "evaluation_strategy": "eval.strategy",
+    "eval_steps": "eval.steps",
+    "eval_strategy": "eval.strategy",
+    "lr": "train.learning_rate",
+    "lr_scheduler": "train.lr_scheduler_type",
+    "max_length": "data.max_seq_length",
+    "micro_batch_size": "train.per_device_train_batch_size",
+    "optimizer": "train.optim",
+    "rank": "lora.r",
+    "sequence_len": "data.max_seq_length",
+}
+
+_NEEDED = {
+    "bool_type": "true or false",
+    "finite_number": "a finite number",
+    "float_type": "a number",
+    "int_type": "a whole number",
+    "invalid_key": "a text key",
+    "string_type": "text",
+    "greater_than": "a number > {gt}",
+    "greater_than_equal": "a number >= {ge}",
+    "less_than": "a number < {lt}",
+    "less_than_equal": "a number <= {le}",
+    "too_short": "at least {min_length} entry",
+    "tuple_type": "a list",
+    "dict_type": "a mapping (`key: value` lines)",
+    "model_type": "a mapping (`key: value` lines)",
+}
+
+
+class ConfigError(ValueError):
+    """A config that cannot be used; the message has one line per problem."""
+
+
+type _Problem = tuple[float, str]  # line, message
+
+
+class _Source:
+    """Where each value of a config came from."""
+
+    def __init__(self, file: str):
+        self.file = file
+        self.lines: dict[tuple[str, ...], int] = {}
+        self.overrides: dict[tuple[str, ...], str] = {}
+
+    def problem(self, key: Key, message: str) -> _Problem:
+        """Puts the place of `key`, or of the nearest section around it, before a message."""
+        text = f"{_dotted(key)}: {message}" if key else message
+        written = tuple(str(part) for part in key)
+        around = [written[:length] for length in range(len(written), -1, -1)]
+        for place in around:
+            if place in self.overrides:
+                return math.inf, f"override {self.overrides[place]!r}: {text}"
+        for place in around[:-1]:
+            if place in self.lines:
+                return self.lines[place], f"{self.file}:{self.lines[place]}: {text}"
+        return 0, f"{self.file}: {text}"
+
+    def replace(self, key: tuple[str, ...], override: str) -> None:
+        for known in [*self.lines, *self.overrides]:
+            if known[: len(key)] == key:
+                self.lines.pop(known, None)
+                self.overrides.pop(known, None)
+        self.overrides[key] = override
+
+
+def read_model[Model: BaseModel](
+    model: type[Model], path: str | os.PathLike[str], overrides: Sequence[str] = ()
+) -> Model:
+    """Reads a YAML file (YAML 1.2, one document, UTF-8) into `model`.
+
+    Args:
+        model: The root model; its fields are the sections of the file.
+        path: The file.
+        overrides: ``section.key=value`` entries that replace what the file says.
+
+    Returns:
+        The checked model.
+
+    Raises:
+        ConfigError: If the file cannot be read or does not fit `model`; all problems at once.
+    """
+    source = _Source(os.fspath(path))
+    data, problems = _parse(_read_text(source.file), source)
+    for override in overrides:
+        problems.extend(_apply_override(data, override, source))
+    try:
+        config = model.model_validate(data)
+    except ValidationError as error:
+        problems.extend(_explain_all(error, model, data, source))
+    else:
+        if not problems:
+            return config
+    ordered = sorted(problems, key=lambda problem: problem[0])
+    raise ConfigError("\n".join(dict.fromkeys(message for _, message in ordered)))
+
+
+def write_yaml(data: dict[str, Any]) -> str:
+    """Writes plain data as block-style YAML 1.2 that reads back equal."""
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # pyright: ignore[reportAttributeAccessIssue]
+    yaml.width = 1_000_000  # never folds a text over lines
+    yaml.allow_unicode = True
+    stream = io.StringIO()
+    yaml.dump(data, stream)
+    return stream.getvalue()
+
+
+def _read_text(file: str) -> str:
+    try:
+        raw = Path(file).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot read the config: {error.strerror}") from error
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        message = f"needs UTF-8, got byte 0x{raw[error.start]:02x}: save the file as UTF-8"
+        raise ConfigError(f"{file}:{line}: {message}") from error
+
+
+def _parse(text: str, source: _Source) -> tuple[dict[Any, Any], list[_Problem]]:
+    """Returns the data and the duplicate keys; raises what leaves nothing to check."""
+    try:
+        data, problems = _load(text, (), source)
+    except RecursionError as error:
+        raise ConfigError(f"{source.file}: nested too deeply for a config") from error
+    except YAMLError as error:
+        raise ConfigError(f"{source.file}{_explain_yaml(error, text)}") from error
+    except ValueError as error:  # such as a date in month 13
+        raise ConfigError(f"{source.file}: not valid YAML: {error}") from error
+    if data is None:
+        raise ConfigError(f"{source.file}: the file is empty: it needs sections such as `model:`")
+    if not isinstance(data, dict):
+        message = f"needs sections such as `model:` and `data:`, got {_show(data)}"
+        raise ConfigError(f"{source.file}:{source.lines[()]}: {message}")
+    return data, problems
+
+
+def _load(text: str, key: tuple[str, ...], source: _Source) -> tuple[Any, list[_Problem]]:
+    """Returns the value of a YAML text and its duplicate keys, and records its lines."""
+    yaml = YAML(typ="safe", pure=True)
+    yaml.allow_duplicate_keys = True  # loading would stop at the first; the walk finds them all
+    root = yaml.compose(io.StringIO(text))
+    problems = [] if root is None else list(_walk(root, key, source, set()))
+    return yaml.load(io.StringIO(text)), problems
+
+
+def _explain_yaml(error: YAMLError, text: str) -> str:
+    if isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
+        line = error.problem_mark.line + 1
+        reason = error.problem
+    else:
+        line = text.count("\n", 0, getattr(error, "position", 0)) + 1
+        reason = getattr(error, "reason", error)
+    lines = text.splitlines()
+    written = lines[line - 1] if line <= len(lines) else ""
+    if "\t" in written[: len(written) - len(written.lstrip())]:
+        reason = "indented with a tab: use spaces"
+    return f":{line}: not valid YAML: {reason}"
+
+
+def _walk(node: Node, key: tuple[str, ...], source: _Source, seen: set[int]) -> Iterator[_Problem]:
+    """Records the line of every value; yields the duplicate keys."""
+    if id(node) in seen:
+        problem = "anchors and aliases (& and *) are not read here: write the value out"
+        raise MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+    seen.add(id(node))
+    source.lines.setdefault(key, node.start_mark.line + 1)
+    if isinstance(node, MappingNode):
+        first: dict[str, int] = {}
+        for name_node, value_node in node.value:
+            name = name_node.value if isinstance(name_node, ScalarNode) else str(name_node.tag)
+            source.lines[(*key, name)] = line = name_node.start_mark.line + 1
+            if name in first:
+                message = f"duplicate key, first on line {first[name]}: keep one"
+                yield source.problem((*key, name), message)
+            first.setdefault(name, line)
+            yield from _walk(value_node, (*key, name), source, seen)
+    elif isinstance(node, SequenceNode):
+        for index, child_node in enumerate(node.value):
+            yield from _walk(child_node, (*key, str(index)), source, seen)
+
+
+def _apply_override(data: dict[Any, Any], override: str, source: _Source) -> list[_Problem]:
+    """Sets one value in `data`; returns why it could not."""
+    dotted, equals, text = override.partition("=")
+    names = tuple(dotted.strip().split("."))
+    where = f"override {override!r}"
+    if not equals or not all(names):
+        return [(math.inf, f"{where}: needs section.key=value, such as train.max_steps=10")]
+    own = _Source("")
+    own.overrides[()] = override
+    try:
+        value, problems = _load(text, names, own)
+    except (YAMLError, RecursionError, ValueError) as error:
+        reason = getattr(error, "problem", None) or error
+        return [(math.inf, f"{where}: {dotted}: not valid YAML: {reason}")]
+    section = data
+    for depth, name in enumerate(names[:-1], start=1):
+        section = section.setdefault(name, {})
+        if not isinstance(section, dict):
+            parent = ".".join(names[:depth])
+            message = f"{parent} is {_show(section)}, not a section: override {parent} as a whole"
+            return [(math.inf, f"{where}: {message}")]
+    section[names[-1]] = value
+    source.replace(names, override)
+    return problems
+
+
+def _explain_all(
+    error: ValidationError, model: type[BaseModel], data: Any, source: _Source
+) -> Iterator[_Problem]:
+    """Yields one problem per key; what the branches of a union need is joined by "or"."""
+    needed: dict[Key, list[str]] = {}
+    got: dict[Key, Any] = {}
+    settled: set[Key] = set()
+    for item in error.errors(include_url=False):
+        kind, context = item["type"], item.get("ctx", {})
+        key = _find_key(data, item["loc"], keep_last=kind == "missing")
+        if kind == "conflicts":
+            for name, message in context["conflicts"]:
+                yield source.problem((*key, *name.split(".")), message)
+        elif kind == "extra_forbidden":
+            yield source.problem(key, f"unknown key; {_suggest(model, key)}")
+        elif kind == "missing":
+            yield source.problem(key, f"missing: {_describe_missing(model, key)}")
+        elif kind == "value_error":
+            settled.add(key)
+            yield source.problem(key, str(context["error"]))
+        else:
+            got[key] = item["input"]
+            needed.setdefault(key, []).append(_describe_needed(kind, context, item["msg"]))
+    for key, phrases in needed.items():
+        # One branch of a union got further: what the others wanted is beside the point.
+        below = [other for other in needed if other != key and other[: len(key)] == key]
+        if not below and key not in settled:
+            message = f"needs {' or '.join(dict.fromkeys(phrases))}, got {_show(got[key])}"
+            yield source.problem(key, message + _hint(phrases, got[key]))
+
+
+def _find_key(data: Any, location: Sequence[str | int], keep_last: bool) -> Key:
+    """Drops what pydantic adds to a location: names of union branches and of validators."""
+    key: list[str | int] = []
+    for index, part in enumerate(location):
+        is_entry = isinstance(data, list) and isinstance(part, int) and part < len(data)
+        if is_entry or (isinstance(data, dict) and part in data):
+            data = typing.cast(Any, data)[part]
+            key.append(part)
+        elif keep_last and index == len(location) - 1:
+            key.append(part)
+    return tuple(key)
+
+
+def _describe_needed(kind: str, context: dict[str, Any], message: str) -> str:
+    if kind == "literal_error":
+        return str(context["expected"]).replace("'", "`").replace("True", "true")
+    return _NEEDED[kind].format(**context) if kind in _NEEDED else f"something else ({message})"
+
+
+def _sections(model: type[BaseModel]) -> dict[Key, type[BaseModel]]:
+    """Returns every model below `model` by its key; the entries of a list have the key `*`."""
+    found: dict[Key, type[BaseModel]] = {(): model}
+    for name, field in model.model_fields.items():
+        for below, part in _models_in(field.annotation):
+            found |= {(name, *below, *key): value for key, value in _sections(part).items()}
+    return found
+
+
+def _models_in(annotation: Any) -> Iterator[tuple[Key, type[BaseModel]]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield (), annotation
+    for argument in typing.get_args(annotation):
+        if isinstance(argument, type) and issubclass(argument, BaseModel):
+            yield ("*",), argument
+
+
+def _find_section(model: type[BaseModel], key: Key) -> type[BaseModel] | None:
+    return _sections(model).get(tuple("*" if isinstance(part, int) else part for part in key))
+
+
+def _describe_missing(model: type[BaseModel], key: Key) -> str:
+    section = _find_section(model, key)
+    if section is None:
+        return "this key has no default, set it"
+    required = [name for name, field in section.model_fields.items() if field.is_required()]
+    return f"this section needs {', '.join(f'{_dotted(key)}.{name}' for name in required)}"
+
+
+def _suggest(model: type[BaseModel], key: Key) -> str:
+    """Says which key was probably meant: the same name elsewhere, or the nearest name here."""
+    name = str(key[-1])
+    section = _find_section(model, key[:-1])
+    names = list(section.model_fields) if section else []
+    places = [
+        _dotted((*place, name))
+        for place, other in _sections(model).items()
+        if place and "*" not in place and name in other.model_fields
+    ]
+    near = difflib.get_close_matches(name, names, n=1)
+    near += [known for known in names if name.startswith(f"{known}_")]
+    meant = places + [_dotted((*key[:-1], known)) for known in near]
+    if name in _FAMILIAR:
+        meant = [_FAMILIAR[name]]
+    if meant:
+        return f"did you mean {' or '.join(dict.fromkeys(meant))}?"
+    where = _dotted(key[:-1]) or "the file"
+    return f"the keys of {where} are {', '.join(names)}"
+
+
+def _hint(phrases: list[str], value: Any) -> str:
+    """Names the nearest allowed word, or the number a quoted text would be."""
+    if not isinstance(value, str):
+        return ""
+    words = re.findall(r"`([^`]+)`", " ".join(phrases))
+    near = difflib.get_close_matches(value, words, n=1)
+    if near:
+        return f"; did you mean {near[0]}?"
+    if not any("number" in phrase for phrase in phrases):
+        return ""
+    try:
+        float(value)
+    except ValueError:
+        return ""
+    return ": remove the quotes"
+
+
+def _dotted(key: Key) -> str:
+    return ".".join(str(part) for part in key)
+
+
+def _show(value: Any) -> str:
+    if value is None:
+        return "nothing (null)"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return f"the text {value if len(value) <= 60 else value[:57] + '...'!r}"
+    if isinstance(value, list | tuple):
+        return f"a list of {len(value)}"
+    if isinstance(value, dict):
+        return f"a mapping with {len(value)} keys"
+    return str(value)

@@ -1,0 +1,25 @@
+"""Data: rows of any format → chat template → tokens and loss mask → packed batches."""
+
+from lorax.data.batches import Batch, BatchPlan
+from lorax.data.dataset import EncodedDataset, EncodedRow, EncodeReport
+from lorax.data.encode import load_encoded_dataset
+from lorax.data.packing import pack_rows
+from lorax.data.prefetch import prefetch
+from lorax.data.preview import render_example
+from lorax.data.rows import DataError
+from lorax.data.tokenizer import Tokenizer, load_tokenizer
+
+__all__ = [
+    "Batch",
+    "BatchPlan",
+    "DataError",
+    "EncodeReport",
+    "EncodedDataset",
+    "EncodedRow",
+    "Tokenizer",
+    "load_encoded_dataset",
+    "load_tokenizer",
+    "pack_rows",
+    "prefetch",
+    "render_example",
+]

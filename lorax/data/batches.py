@@ -1,0 +1,163 @@
+"""Which rows each step trains on, and the arrays they become."""
+
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+from jaxtyping import Int64
+
+from lorax.data.dataset import EncodedDataset
+from lorax.data.formats import IGNORED_LABEL
+from lorax.data.packing import pack_rows
+
+type Batch = dict[str, np.ndarray]
+"""input_ids, labels, positions and, if packed, segment_ids: int32 (micro_batches, rows, width)."""
+
+_WIDTH_UNIT = 128
+_MAX_WIDTHS = 5
+
+
+class BatchPlan:
+    """The steps of every epoch over a dataset.
+
+    A step is a window of ``micro_batches × rows_per_micro_batch`` batch rows: dataset rows or,
+    with packing, bins of several. Each stands in exactly one window of an epoch; what the last
+    window lacks is filled with empty rows. The order is a function of seed and epoch alone.
+
+    Labels are shifted already: ``labels[t]`` is token ``t + 1`` of the same document if that is
+    supervised and -100 otherwise. Behind a row all ids and positions are 0 and labels -100.
+
+    Args:
+        dataset: The rows.
+        rows_per_micro_batch: Batch rows over all devices.
+        micro_batches: Micro-batches of one optimizer step.
+        packing: Packs rows into bins of `max_seq_length`; adds ``segment_ids``, which count the
+            documents of a bin from 1 and are 0 on padding; positions start anew in each document.
+        max_seq_length: Longest batch row.
+        seed: Of the order.
+        shuffle: A new order in each epoch; without it, that of the dataset.
+
+    Raises:
+        ValueError: If a count is not positive or a row is longer than `max_seq_length`.
+    """
+
+    def __init__(
+        self,
+        dataset: EncodedDataset,
+        *,
+        rows_per_micro_batch: int,
+        micro_batches: int,
+        packing: bool,
+        max_seq_length: int,
+        seed: int,
+        shuffle: bool,
+    ) -> None:
+        for name, count in (
+            ("rows_per_micro_batch", rows_per_micro_batch),
+            ("micro_batches", micro_batches),
+        ):
+            if count < 1:
+                raise ValueError(f"{name} must be at least 1, got {count}")
+        lengths = dataset.lengths
+        if int(lengths.max()) > max_seq_length:
+            raise ValueError(
+                f"row {int(lengths.argmax())} of the dataset has {int(lengths.max())} tokens, more "
+                f"than max_seq_length = {max_seq_length}"
+            )
+        self.dataset = dataset
+        self.rows_per_micro_batch = rows_per_micro_batch
+        self.micro_batches = micro_batches
+        self.packing = packing
+        self.seed = seed
+        self.shuffle = shuffle
+        bins = pack_rows(lengths, max_seq_length) if packing else [[i] for i in range(len(dataset))]
+        sizes = np.asarray([len(rows) for rows in bins], np.int64)
+        members = np.fromiter(itertools.chain.from_iterable(bins), np.int64)
+        first = np.cumsum(sizes) - sizes
+        before = np.concatenate([[0], np.cumsum(dataset.supervised)])
+        targets = np.diff(before[dataset.offsets])
+        self._bins = bins
+        self._bin_tokens = np.add.reduceat(lengths[members], first)
+        self._bin_targets = np.add.reduceat(targets[members], first)
+        self.max_documents_per_row = int(sizes.max())
+        self.widths = width_ladder(int(self._bin_tokens.max()))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Windows of an epoch, the last one filled up."""
+        return -(-len(self._bins) // self._window)
+
+    def step_shapes(self, epoch: int) -> list[int]:
+        """Returns the width of each step of an epoch."""
+        longest = self._windows(epoch, self._bin_tokens).max(axis=1)
+        return [self.widths[i] for i in np.searchsorted(self.widths, longest)]
+
+    def supervised_tokens(self, epoch: int) -> Int64[np.ndarray, " steps"]:
+        """Returns the number of labels that are not -100 in each step of an epoch."""
+        return self._windows(epoch, self._bin_targets).sum(axis=1)
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """Yields the batches of an epoch from `start_step` on, each built when asked for.
+
+        Raises:
+            ValueError: If `start_step` is negative or beyond the end of the epoch.
+        """
+        if not 0 <= start_step <= self.steps_per_epoch:
+            raise ValueError(f"start_step must be in [0, {self.steps_per_epoch}], got {start_step}")
+        order, widths = self._order(epoch), self.step_shapes(epoch)
+        return (
+            self._build(order[step * self._window : (step + 1) * self._window], widths[step])
+            for step in range(start_step, self.steps_per_epoch)
+        )
+
+    @property
+    def _window(self) -> int:
+        return self.rows_per_micro_batch * self.micro_batches
+
+    def _order(self, epoch: int) -> Int64[np.ndarray, " bins"]:
+        if not self.shuffle:
+            return np.arange(len(self._bins))
+        return np.random.default_rng([self.seed, epoch]).permutation(len(self._bins))
+
+    def _windows(
+        self, epoch: int, values: Int64[np.ndarray, " bins"]
+    ) -> Int64[np.ndarray, "steps window"]:
+        """Returns a value of each bin, laid out by step; 0 for empty rows."""
+        padded = np.zeros(self.steps_per_epoch * self._window, np.int64)
+        padded[: len(values)] = values[self._order(epoch)]
+        return padded.reshape(self.steps_per_epoch, self._window)
+
+    def _build(self, window: Int64[np.ndarray, " bins"], width: int) -> Batch:
+        names = ["input_ids", "labels", "positions"] + ["segment_ids"] * self.packing
+        flat = {name: np.zeros((self._window, width), np.int32) for name in names}
+        flat["labels"].fill(IGNORED_LABEL)
+        for line, index in enumerate(window):
+            start = 0
+            for document, row in enumerate(self._bins[index], start=1):
+                tokens, supervised = self.dataset.row(row)
+                end = start + len(tokens)
+                flat["input_ids"][line, start:end] = tokens
+                flat["labels"][line, start : end - 1] = np.where(
+                    supervised[1:], tokens[1:], IGNORED_LABEL
+                )
+                flat["positions"][line, start:end] = np.arange(len(tokens))
+                if self.packing:
+                    flat["segment_ids"][line, start:end] = document
+                start = end
+        shape = (self.micro_batches, self.rows_per_micro_batch, width)
+        return {name: array.reshape(shape) for name, array in flat.items()}
+
+
+def width_ladder(longest: int) -> list[int]:
+    """Returns at most five widths, ``128·2^i`` below the longest row and one that just holds it.
+
+    Few widths, because each costs a compilation of the step.
+    """
+    top = -(-longest // _WIDTH_UNIT) * _WIDTH_UNIT
+    widths = [top]
+    width = _WIDTH_UNIT
+    below: list[int] = []
+    while width < top:
+        below.append(width)
+        width *= 2
+    return below[-(_MAX_WIDTHS - 1) :] + widths

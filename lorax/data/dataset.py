@@ -1,0 +1,119 @@
+"""Encoded rows: token ids, what is supervised, and how they came to be."""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Self
+
+import numpy as np
+from jaxtyping import Bool, Int32, Int64
+
+from lorax.data.rows import DataError
+
+type EncodedRow = tuple[Int32[np.ndarray, " tokens"], Bool[np.ndarray, " tokens"]]
+"""Token ids of a row, and which of them are supervised."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodeReport:
+    """What became of the rows.
+
+    Attributes:
+        format: Format of the rows; several, joined by commas, if the sources differ.
+        mask_source: What decided which tokens are supervised: labels, all, completion, markers,
+            generation or prefix; likewise joined.
+        rows_read: Rows in the sources, after slicing.
+        rows_kept: Rows in the dataset.
+        rows_truncated: Rows cut to `max_seq_length`, whether kept or not.
+        rows_dropped_overlong: Left out because they are longer than `max_seq_length`.
+        rows_dropped_unsupervised: Left out because no token of theirs is supervised.
+        tokens: In the rows kept.
+        supervised_tokens: Those among them that are prediction targets.
+        sources: Paths and hub ids.
+    """
+
+    format: str
+    mask_source: str
+    rows_read: int
+    rows_kept: int
+    rows_truncated: int
+    rows_dropped_overlong: int
+    rows_dropped_unsupervised: int
+    tokens: int
+    supervised_tokens: int
+    sources: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedDataset:
+    """Rows of tokens, laid end to end.
+
+    Attributes:
+        tokens: Ids of all rows.
+        supervised: Whether each token is a prediction target; never so at the start of a row,
+            where there is nothing to predict it from.
+        offsets: Row ``i`` is ``tokens[offsets[i]:offsets[i + 1]]``.
+        report: What became of the rows.
+    """
+
+    tokens: Int32[np.ndarray, " tokens"]
+    supervised: Bool[np.ndarray, " tokens"]
+    offsets: Int64[np.ndarray, " rows+1"]
+    report: EncodeReport
+
+    @classmethod
+    def from_rows(cls, rows: Iterable[EncodedRow], report: EncodeReport | None = None) -> Self:
+        """Builds a dataset from rows; the first token of a row is never supervised.
+
+        Args:
+            rows: At least one, each with at least one token.
+            report: Counts of the rows themselves if not given.
+
+        Raises:
+            DataError: If there is no row, an empty one, or one whose parts differ in length.
+        """
+        pairs = [(np.asarray(ids, np.int32), np.array(mask, np.bool_)) for ids, mask in rows]
+        if not pairs:
+            raise DataError("a dataset needs at least one row, got none")
+        for index, (ids, mask) in enumerate(pairs):
+            if ids.ndim != 1 or not len(ids) or ids.shape != mask.shape:
+                raise DataError(
+                    f"row {index} needs as many mask entries as token ids, at least one, got "
+                    f"shapes {ids.shape} and {mask.shape}"
+                )
+            mask[0] = False
+        tokens = np.concatenate([ids for ids, _ in pairs])
+        supervised = np.concatenate([mask for _, mask in pairs])
+        offsets = np.cumsum([0, *(len(ids) for ids, _ in pairs)], dtype=np.int64)
+        return cls(tokens, supervised, offsets, report or _count(tokens, supervised, len(pairs)))
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> Int64[np.ndarray, " rows"]:
+        """Tokens of each row."""
+        return np.diff(self.offsets)
+
+    def row(self, index: int) -> EncodedRow:
+        """Returns row `index`, counted from 0, as views."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of a dataset with {len(self)} rows")
+        part = slice(self.offsets[index], self.offsets[index + 1])
+        return self.tokens[part], self.supervised[part]
+
+
+def _count(
+    tokens: Int32[np.ndarray, " tokens"], supervised: Bool[np.ndarray, " tokens"], rows: int
+) -> EncodeReport:
+    return EncodeReport(
+        format="tokenized",
+        mask_source="labels",
+        rows_read=rows,
+        rows_kept=rows,
+        rows_truncated=0,
+        rows_dropped_overlong=0,
+        rows_dropped_unsupervised=0,
+        tokens=len(tokens),
+        supervised_tokens=int(supervised.sum()),
+        sources=(),
+    )

@@ -1,0 +1,129 @@
+"""From learned characters to supervised tokens, end-of-turn tokens included."""
+
+import dataclasses
+
+import numpy as np
+from jaxtyping import Int64
+
+from lorax.data.chat import RenderedText
+from lorax.data.dataset import EncodedRow
+from lorax.data.rows import DataError
+from lorax.data.tokenizer import TokenizedText, Tokenizer, named_token_id, special_token_ids
+
+
+@dataclasses.dataclass(frozen=True)
+class StopTokens:
+    """Which tokens can end a turn.
+
+    Attributes:
+        eos: The tokenizer's end of sequence, if it has one.
+        special: All special tokens but the one that begins a sequence.
+        train_on_eos: Which of them are learned: turn, last, all or none.
+    """
+
+    eos: int | None
+    special: frozenset[int]
+    train_on_eos: str
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, train_on_eos: str) -> "StopTokens":
+        """Returns the stop tokens of a tokenizer."""
+        eos = named_token_id(tokenizer, "eos")
+        begin = {named_token_id(tokenizer, "bos")} - {eos}
+        return cls(eos, special_token_ids(tokenizer) - begin, train_on_eos)
+
+
+def mask_plain(tokenized: TokenizedText, rendered: RenderedText, stops: StopTokens) -> EncodedRow:
+    """Supervises the tokens of plain text that touch a learned character, and EOS after them.
+
+    Args:
+        tokenized: The text with the special tokens its tokenizer adds.
+        rendered: The same text; EOS is put behind it if absent.
+        stops: EOS is supervised unless `train_on_eos` is none.
+
+    Returns:
+        Token ids, and which of them are supervised. No token is masked for being the pad token.
+
+    Raises:
+        DataError: If EOS should be learned and the tokenizer has none.
+    """
+    tokens = tokenized.ids
+    supervised = np.zeros(len(tokens), np.bool_)
+    for start, end in rendered.spans:
+        supervised |= tokenized.inside(start, end)
+    if stops.eos is None:
+        if stops.train_on_eos != "none":
+            raise DataError(
+                "the tokenizer has no eos_token, so the model would never learn to stop; set one, "
+                "or set data.train_on_eos: none"
+            )
+        return tokens, supervised
+    if len(tokens) == 0 or tokens[-1] != stops.eos:
+        tokens = np.append(tokens, np.int32(stops.eos))
+        supervised = np.append(supervised, False)
+    supervised[-1] = stops.train_on_eos != "none"
+    return tokens, supervised
+
+
+def mask_turns(tokenized: TokenizedText, rendered: RenderedText, stops: StopTokens) -> EncodedRow:
+    """Supervises each learned turn of a conversation up to its stop token.
+
+    The stop token is the special token a turn ends with, white space aside, or the one right
+    after the turn. What follows it in the turn, such as ChatML's line break, is not learned.
+
+    Args:
+        tokenized: The rendered conversation, tokenized without added special tokens.
+        rendered: Its text and learned turns.
+        stops: `train_on_eos` says which stop tokens are supervised. turn: those of the learned
+            turns; last: that of the last of them; none: none of them; all: every token of the row
+            with the id of one of them, so those of user turns too.
+
+    Raises:
+        DataError: If a turn has no stop token although it should be learned.
+    """
+    supervised = np.zeros(len(tokenized.ids), np.bool_)
+    found: list[int] = []
+    for number, (start, end) in enumerate(rendered.spans, start=1):
+        inside = np.flatnonzero(tokenized.inside(start, end))
+        stop = _find_stop(tokenized, rendered.text, inside, stops)
+        needed = rendered.one_turn_per_span or number == len(rendered.spans)
+        if stop is None and needed and stops.train_on_eos != "none":
+            raise DataError(
+                f"learned turn {number} of {len(rendered.spans)} ends without a special token, so "
+                f"the model would never learn to stop; it ends {rendered.text[start:end][-40:]!r}. "
+                "Let the chat template end assistant turns with eos_token or another special "
+                "token, or set data.train_on_eos: none"
+            )
+        supervised[inside] = True
+        if stop is not None:
+            if rendered.mask_source != "all":
+                supervised[inside[inside > stop]] = False
+            supervised[stop] = True
+            found.append(stop)
+    match stops.train_on_eos:
+        case "last":
+            supervised[found[:-1]] = False
+        case "none":
+            supervised[found] = False
+        case "all":
+            supervised |= np.isin(tokenized.ids, tokenized.ids[found])
+    return tokenized.ids, supervised
+
+
+def _find_stop(
+    tokenized: TokenizedText, text: str, inside: Int64[np.ndarray, " turn"], stops: StopTokens
+) -> int | None:
+    """Returns the index of the token that ends a turn; EOS goes before other special tokens."""
+    if not len(inside):
+        return None
+    after = int(inside[-1]) + 1
+    places = [after] if after < len(tokenized.ids) else []
+    for index in inside[::-1]:
+        if text[tokenized.starts[index] : tokenized.ends[index]].strip():
+            places.insert(0, int(index))
+            break
+    for wanted in ({stops.eos}, stops.special):
+        for index in places:
+            if int(tokenized.ids[index]) in wanted:
+                return index
+    return None

@@ -1,0 +1,212 @@
+"""Files and hub datasets, opened as rows."""
+
+import contextlib
+import csv
+import glob
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+from datasets.exceptions import DatasetsError
+from jaxtyping import Int64
+
+from lorax.config import DataSource
+from lorax.data.rows import (
+    DataError,
+    LineRows,
+    Rows,
+    TableRows,
+    line_numbers,
+    parse_array,
+    undecodable_place,
+)
+
+SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_READ_ERRORS = (DatasetsError, pyarrow.ArrowException, OSError, ValueError)
+
+
+@contextlib.contextmanager
+def open_source(source: DataSource) -> Iterator[Rows]:
+    """Opens a file or a hub dataset for the length of a `with` block.
+
+    A file is read anew each time: what `datasets` caches of it goes to a temporary directory that
+    is gone afterwards, so a changed file is never served stale. Reading a file sends nothing.
+
+    Args:
+        source: The path ends in .jsonl, .json, .parquet or .csv, or is a hub id.
+
+    Yields:
+        At least one row.
+
+    Raises:
+        DataError: If there is no such file or dataset, or it is empty or broken; names the file
+            and, where there is one, the line.
+    """
+    path = Path(source.path)
+    if path.suffix.lower() in SUFFIXES:
+        _check_file(path, source)
+        with tempfile.TemporaryDirectory(prefix="lorax-data-") as cache:
+            yield _open_file(path, source, cache)
+    elif path.exists() or not _HUB_ID.fullmatch(source.path):
+        kind = "a directory" if path.is_dir() else "a file of another kind" if path.exists() else ""
+        raise DataError(
+            f"{source.path}: {kind or 'no such file, and no hub id'}; needed is a "
+            f"{', '.join(SUFFIXES)} file or a hub id such as 'owner/name'"
+        )
+    else:
+        yield _open_hub(source)
+
+
+def _check_file(path: Path, source: DataSource) -> None:
+    if source.name is not None:
+        raise DataError(
+            f"{source.path}: name {source.name!r} is a hub dataset's configuration, and this is a "
+            "file: remove name"
+        )
+    if not path.is_file():
+        reason = "is a directory" if path.is_dir() else "no such file"
+        raise DataError(f"{source.path}: {reason} (looked for {path.absolute()})")
+    with path.open("rb") as file:
+        head = file.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if head.startswith(b"version https://git-lfs.github.com/spec/"):
+        raise DataError(
+            f"{source.path}: this is a Git LFS pointer, not the data; run `git lfs pull`"
+        )
+    if head[:14].lower().startswith((b"<!doctype html", b"<html")):
+        raise DataError(f"{source.path}: this is an HTML page, not data; download the file again")
+    if not head and not path.read_bytes().strip():
+        raise DataError(f"{source.path}: the file is empty")
+
+
+def _open_file(path: Path, source: DataSource, cache: str) -> Rows:
+    name, suffix = source.path, path.suffix.lower()
+    if suffix == ".json" and _first_byte(path) == b"[":
+        elements = parse_array(path, name)
+        return TableRows(name, elements, _numbers_of_split(source, np.arange(len(elements))))
+    if suffix in (".json", ".jsonl"):
+        lines = _read_lines(path, name, cache)
+        return LineRows(name, lines, _numbers_of_split(source, line_numbers(lines)))
+    table = _read_csv(path, name, cache) if suffix == ".csv" else _read_parquet(path, name, cache)
+    return TableRows(name, table, _numbers_of_split(source, np.arange(len(table))))
+
+
+def _first_byte(path: Path) -> bytes:
+    with path.open("rb") as file:
+        while block := file.read(4096).removeprefix(b"\xef\xbb\xbf"):
+            if text := block.lstrip():
+                return text[:1]
+    return b""
+
+
+def _read_lines(path: Path, name: str, cache: str) -> datasets.Dataset:
+    try:
+        with _quiet_datasets():
+            return _table(datasets.Dataset.from_text, path, cache, encoding="utf-8-sig")
+    except _READ_ERRORS as error:
+        if isinstance(error.__cause__, UnicodeDecodeError):
+            raise DataError(f"{undecodable_place(path, name)}: invalid UTF-8") from error
+        raise _unreadable(name, error) from error
+
+
+def _read_csv(path: Path, name: str, cache: str) -> datasets.Dataset:
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            columns = next(csv.reader(file), [])
+    except UnicodeDecodeError as error:
+        raise DataError(f"{undecodable_place(path, name)}: invalid UTF-8") from error
+    if len(set(columns)) != len(columns):
+        raise DataError(f"{name}:1: a column name stands twice in the header {columns}")
+    # Every cell stays the text it is: no numbers, no dates, and "NA" is no missing value.
+    options: dict[str, Any] = {
+        "features": datasets.Features({column: datasets.Value("string") for column in columns}),
+        "keep_default_na": False,
+        "na_filter": False,
+        "encoding": "utf-8-sig",
+    }
+    try:
+        with _quiet_datasets():
+            return _table(datasets.Dataset.from_csv, path, cache, **options)
+    except _READ_ERRORS as error:
+        if isinstance(error.__cause__, UnicodeDecodeError):
+            raise DataError(f"{undecodable_place(path, name)}: invalid UTF-8") from error
+        raise _unreadable(name, error) from error
+
+
+def _read_parquet(path: Path, name: str, cache: str) -> datasets.Dataset:
+    try:
+        if pyarrow.parquet.read_metadata(path).num_rows == 0:
+            raise DataError(f"{name}: the file holds no rows")
+        with _quiet_datasets():
+            return _table(datasets.Dataset.from_parquet, path, cache)
+    except DataError:
+        raise
+    except _READ_ERRORS as error:
+        raise _unreadable(name, error) from error
+
+
+def _table(read: Any, path: Path, cache: str, **options: Any) -> datasets.Dataset:
+    # `datasets` takes the path for a pattern: "a[1].jsonl" would find nothing.
+    return read(glob.escape(str(path.absolute())), cache_dir=cache, **options)
+
+
+def _unreadable(name: str, error: BaseException) -> DataError:
+    return DataError(f"{name}: cannot be read: {error.__cause__ or error}")
+
+
+def _open_hub(source: DataSource) -> Rows:
+    try:
+        with _quiet_datasets():
+            table = datasets.load_dataset(source.path, source.name, split=source.split)
+    except _READ_ERRORS as error:
+        what = f"configuration {source.name!r}, " if source.name else ""
+        raise DataError(
+            f"{source.path}: cannot load this hub dataset ({what}split {source.split!r}): "
+            f"{error.__cause__ or error}"
+        ) from error
+    if not isinstance(table, datasets.Dataset):
+        raise DataError(f"{source.path}: split {source.split!r} gave {type(table).__name__}")
+    if not len(table):
+        raise DataError(f"{source.path}: split {source.split!r} holds no rows")
+    return TableRows(f"{source.path} ({source.split})", table, np.arange(len(table)))
+
+
+def _numbers_of_split(
+    source: DataSource, numbers: Int64[np.ndarray, " rows"]
+) -> Int64[np.ndarray, " kept"]:
+    """Returns the row numbers that a split such as ``train[:10%]`` of a file keeps."""
+    if not len(numbers):
+        raise DataError(f"{source.path}: the file holds no rows")
+    try:
+        instruction = datasets.ReadInstruction.from_spec(source.split)
+        parts = instruction.to_absolute({"train": len(numbers)})
+    except (ValueError, AssertionError) as error:
+        raise DataError(
+            f"{source.path}: split {source.split!r}: {error} A file has one split, 'train', which "
+            "can be sliced as in 'train[:10%]'"
+        ) from error
+    kept = np.concatenate([numbers[part.from_ : part.to] for part in parts])
+    if not len(kept):
+        raise DataError(f"{source.path}: split {source.split!r} keeps none of {len(numbers)} rows")
+    return kept
+
+
+@contextlib.contextmanager
+def _quiet_datasets() -> Iterator[None]:
+    bars_were_off = datasets.are_progress_bars_disabled()
+    verbosity = datasets.logging.get_verbosity()
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+        if not bars_were_off:
+            datasets.enable_progress_bars()

@@ -1,0 +1,1 @@
+"""Exchange with Hugging Face: checkpoints and adapters."""

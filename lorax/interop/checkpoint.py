@@ -1,0 +1,250 @@
+"""The files of a Hugging Face checkpoint: finding them, on disk or on the hub, and writing them."""
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import numpy as np
+from safetensors.numpy import save_file
+
+from lorax.interop.files import (
+    CheckpointError,
+    TensorEntry,
+    read_headers,
+    read_json,
+    refuse_occupied,
+    write_directory,
+)
+
+CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
+WEIGHT_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""What travels with the weights, besides generation_config.json."""
+
+
+def resolve_checkpoint(path_or_id: str | Path, revision: str | None = None) -> Path:
+    """Returns the local folder of a checkpoint, fetching it from the Hugging Face hub if needed.
+
+    A path that exists is used as it is and the network is never touched. From the hub come the
+    configuration, the tokenizer and the safetensors files that the model needs, nothing else.
+
+    Args:
+        path_or_id: A folder, or a hub id such as ``Qwen/Qwen3-0.6B``.
+        revision: Branch, tag or commit on the hub.
+
+    Raises:
+        CheckpointError: If it is neither, or `revision` is given for a folder.
+    """
+    path = Path(path_or_id).expanduser()
+    if path.exists():
+        if not path.is_dir():
+            raise CheckpointError(f"{path} is a file; give the folder that holds {CONFIG_FILE}")
+        if revision is not None:
+            raise CheckpointError(f"{path} is a folder: revision={revision!r} is for hub ids only")
+        return path
+    name = str(path_or_id)
+    if name.count("/") > 1 or name.startswith((".", "~", "/")) or "\\" in name:
+        raise CheckpointError(f"{name}: no such folder")
+    fetch = lambda patterns: huggingface_hub.snapshot_download(
+        name, revision=revision, allow_patterns=list(patterns)
+    )
+    try:
+        settings = (CONFIG_FILE, GENERATION_FILE, INDEX_FILE, *TOKENIZER_FILES)
+        folder = Path(fetch(settings))
+        weights = (WEIGHT_FILE,)
+        if (folder / INDEX_FILE).exists():
+            weights = tuple(sorted(set(_weight_map(folder / INDEX_FILE).values())))
+        return Path(fetch((*settings, *weights)))
+    except (OSError, huggingface_hub.errors.HFValidationError) as error:
+        raise CheckpointError(
+            f"{name} is neither a folder nor a checkpoint that the Hugging Face hub gives: {error}"
+        ) from error
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Returns the contents of config.json.
+
+    Raises:
+        CheckpointError: If there is none, or `files.read_json` refuses it.
+    """
+    path = directory / CONFIG_FILE
+    if not path.exists() and (directory / "adapter_config.json").exists():
+        raise CheckpointError(
+            f"{directory} holds a LoRA adapter, not a model; load the base model that its "
+            "adapter_config.json names, then lorax.load_adapter"
+        )
+    return read_json(_inside(directory, path))
+
+
+def find_tensors(directory: Path) -> dict[str, TensorEntry]:
+    """Returns every tensor of a checkpoint with its file, checked against the index.
+
+    Raises:
+        CheckpointError: If there are no safetensors, both a single file and an index, an index
+            naming a file outside the folder or an absent one, an index that disagrees with the
+            files, or a file that `files.read_headers` refuses.
+    """
+    single, index = directory / WEIGHT_FILE, directory / INDEX_FILE
+    if single.exists() and index.exists():
+        raise CheckpointError(
+            f"{directory} holds {WEIGHT_FILE} and {INDEX_FILE}; remove the one that is stale"
+        )
+    if index.exists():
+        return _find_indexed(directory, index)
+    if single.exists():
+        return read_headers([_inside(directory, single)])
+    raise CheckpointError(f"{directory} holds no {WEIGHT_FILE}{_other_weights(directory)}")
+
+
+def _find_indexed(directory: Path, index: Path) -> dict[str, TensorEntry]:
+    weight_map = _weight_map(_inside(directory, index))
+    shards = {name: directory / name for name in dict.fromkeys(weight_map.values())}
+    for name, path in shards.items():
+        if not path.exists():
+            raise CheckpointError(f"{index} lists {name}, which does not exist; fetch it")
+    entries = read_headers(_inside(directory, path) for path in shards.values())
+    for tensor, shard in weight_map.items():
+        if tensor not in entries or entries[tensor].file != shards[shard]:
+            raise CheckpointError(f"{index} says that {tensor} is in {shard}, which lacks it")
+    for tensor, entry in entries.items():
+        if tensor not in weight_map:
+            raise CheckpointError(f"{entry.file} holds {tensor}, which {index} does not list")
+    return entries
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: weight_map must be an object of tensor: file")
+    for tensor, name in weight_map.items():
+        plain = isinstance(name, str) and name == Path(name).name and name not in ("", ".", "..")
+        if not plain or "\\" in name or "\0" in name or not name.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{index}: weight_map[{tensor!r}] must be the bare name of a .safetensors file in "
+                f"the same folder, got {name!r}"
+            )
+    return weight_map
+
+
+def _inside(directory: Path, path: Path) -> Path:
+    """Returns `path`, unless it is a link that leaves the folder (or the hub's own cache)."""
+    roots, folder = [directory.resolve()], directory.absolute()
+    if folder.parent.name == "snapshots":
+        # The hub's cache: snapshots/<commit>/<file> links to blobs/<hash>.
+        roots.append((folder.parent.parent / "blobs").resolve())
+    target = path.resolve()
+    if not any(target.is_relative_to(root) for root in roots):
+        raise CheckpointError(f"{path} is a link to {target}, outside {directory}; copy the file")
+    return path
+
+
+def _other_weights(directory: Path) -> str:
+    """Says what to do about weights of another kind."""
+    for pattern in ("*.bin", "*.bin.index.json", "*.pth", "*.pt"):
+        found = sorted(p.name for p in directory.glob(pattern))
+        if found:
+            return (
+                f", only {found[0]}: pickles can run code and are never loaded. Convert it once "
+                "with AutoModelForCausalLM.from_pretrained(…).save_pretrained(…) of transformers"
+            )
+    found = sorted(p.name for p in directory.glob("*.gguf"))
+    if found:
+        return f", only {found[0]}: fetch the original safetensors instead of GGUF"
+    return "; fetch the checkpoint's safetensors files"
+
+
+def write_checkpoint(
+    tensors: Iterable[tuple[str, np.ndarray]],
+    config: Mapping[str, Any],
+    directory: str | Path,
+    *,
+    max_shard_bytes: int = 5 * 2**30,
+    source_directory: str | Path | None = None,
+) -> Path:
+    """Writes named tensors and a config.json as a checkpoint, holding one shard at a time.
+
+    Args:
+        tensors: Names and contiguous arrays as they stand in the files; consumed once.
+        config: Contents of config.json.
+        directory: A path that does not exist, or an empty folder.
+        max_shard_bytes: Size above which a new file is begun; a larger tensor has its own.
+        source_directory: See `save_model`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: If `directory` holds something, or a name comes twice.
+    """
+    directory = Path(directory)
+    refuse_occupied(directory)
+    if source_directory is not None and not Path(source_directory).is_dir():
+        raise CheckpointError(f"{source_directory} (source_directory) is no folder")
+    with write_directory(directory) as folder:
+        _write_shards(tensors, folder, max_shard_bytes)
+        _write_json(folder / CONFIG_FILE, dict(config))
+        for name in (GENERATION_FILE, *TOKENIZER_FILES) if source_directory else ():
+            source = Path(source_directory or "") / name
+            if source.is_file():
+                shutil.copyfile(source, folder / name)
+    return directory
+
+
+def _write_shards(
+    tensors: Iterable[tuple[str, np.ndarray]], folder: Path, max_shard_bytes: int
+) -> None:
+    shards: list[list[str]] = []
+    total = 0
+    for shard in _group(tensors, max_shard_bytes):
+        twice = [name for names in shards for name in names if name in shard]
+        if twice:
+            raise ValueError(f"{twice[0]} is given twice")
+        save_file(shard, folder / f"{len(shards)}.part", metadata={"format": "pt"})
+        shards.append(list(shard))
+        total += sum(value.nbytes for value in shard.values())
+    # How many shards there are is part of each one's name, and known only now.
+    if len(shards) == 1:
+        (folder / "0.part").rename(folder / WEIGHT_FILE)
+        return
+    weight_map = {}
+    for index, names in enumerate(shards):
+        file = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"{index}.part").rename(folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    _write_json(folder / INDEX_FILE, index)
+
+
+def _group(
+    tensors: Iterable[tuple[str, np.ndarray]], max_bytes: int
+) -> Iterator[dict[str, np.ndarray]]:
+    shard: dict[str, np.ndarray] = {}
+    size = 0
+    for name, value in tensors:
+        if shard and size + value.nbytes > max_bytes:
+            yield shard
+            shard, size = {}, 0
+        if name in shard:
+            raise ValueError(f"{name} is given twice")
+        shard[name] = np.ascontiguousarray(value)
+        size += value.nbytes
+    yield shard
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

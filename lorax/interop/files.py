@@ -1,0 +1,166 @@
+"""JSON and safetensors files, read with suspicion and written whole or not at all."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # noqa: F401  (numpy knows bfloat16 only once this is imported)
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+READABLE_DTYPES = ("BF16", "F16", "F32")
+
+
+class CheckpointError(ValueError):
+    """A file of a checkpoint that cannot be read as it stands, or a folder not to be written."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorEntry:
+    """What a safetensors header says about one tensor.
+
+    Attributes:
+        file: Where it is.
+        shape: Its shape there.
+        dtype: Its dtype as safetensors names it, one of `READABLE_DTYPES`.
+    """
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Returns the object in a JSON file.
+
+    Raises:
+        CheckpointError: If the file is absent, is a Git LFS pointer or a web page, is not UTF-8
+            JSON, holds anything but an object, or gives a key twice.
+    """
+    path = Path(path)
+    _refuse_stand_ins(path)
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        for key in result if len(result) < len(pairs) else ():
+            if sum(k == key for k, _ in pairs) > 1:
+                raise CheckpointError(f"{path}: the key {key!r} is given twice")
+        return result
+
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold an object, got {type(value).__name__}")
+    return value
+
+
+def read_headers(paths: Iterable[Path]) -> dict[str, TensorEntry]:
+    """Returns the tensors of some safetensors files by name, without reading their data.
+
+    Raises:
+        CheckpointError: If a file is absent, a stand-in, truncated or not safetensors, a tensor
+            has a dtype that lorax does not read, or two files hold the same tensor.
+    """
+    entries: dict[str, TensorEntry] = {}
+    for path in paths:
+        with open_tensors(path) as file:
+            for name in file.keys():
+                header = file.get_slice(name)
+                entry = TensorEntry(path, tuple(header.get_shape()), header.get_dtype())
+                if entry.dtype not in READABLE_DTYPES:
+                    raise CheckpointError(
+                        f"{path}: {name} has dtype {entry.dtype}; lorax reads "
+                        f"{', '.join(READABLE_DTYPES)}: convert or dequantise it first"
+                    )
+                if name in entries:
+                    raise CheckpointError(
+                        f"{name} stands in {entries[name].file} and again in {path}; remove one"
+                    )
+                entries[name] = entry
+    return entries
+
+
+def read_tensors(paths: Iterable[Path]) -> Iterator[tuple[Path, str, np.ndarray]]:
+    """Yields (file, name, value) of every tensor, holding one value at a time.
+
+    Raises:
+        CheckpointError: As `read_headers`, before the first value is read.
+    """
+    entries = read_headers(paths)
+    for path in dict.fromkeys(entry.file for entry in entries.values()):
+        with open_tensors(path) as file:
+            for name in (n for n, entry in entries.items() if entry.file == path):
+                yield path, name, file.get_tensor(name)
+
+
+@contextlib.contextmanager
+def open_tensors(path: str | Path) -> Iterator[Any]:
+    """Opens a safetensors file for numpy.
+
+    Raises:
+        CheckpointError: If it is absent, a stand-in, truncated or not safetensors.
+    """
+    path = Path(path)
+    _refuse_stand_ins(path)
+    try:
+        file = safe_open(path, framework="numpy")
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{path} is not a whole safetensors file ({error}); it may be truncated: fetch it again"
+        ) from None
+    with file:
+        yield file
+
+
+def _refuse_stand_ins(path: Path) -> None:
+    """Refuses what downloads leave in the place of a file."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist, or is not a file")
+    with path.open("rb") as file:
+        head = file.read(256).lstrip()
+    if head.startswith(b"version https://git-lfs"):
+        raise CheckpointError(
+            f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in its folder"
+        )
+    if head.startswith(b"<"):
+        raise CheckpointError(f"{path} is a web page, not the file itself; fetch it again")
+
+
+@contextlib.contextmanager
+def write_directory(directory: str | Path) -> Iterator[Path]:
+    """Gives a fresh folder beside `directory` that takes its place when the block ends.
+
+    If the block raises, the fresh folder is removed and `directory` is as before.
+
+    Raises:
+        CheckpointError: If `directory` exists and is not an empty folder.
+    """
+    directory = Path(directory)
+    refuse_occupied(directory)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    fresh = directory.parent / f".{directory.name}.{secrets.token_hex(4)}.partial"
+    fresh.mkdir()
+    try:
+        yield fresh
+        refuse_occupied(directory)
+        os.replace(fresh, directory)  # an empty folder gives way, a full one raises
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
+
+
+def refuse_occupied(directory: str | Path) -> None:
+    """Raises `CheckpointError` if something is where a folder is to be written."""
+    directory = Path(directory)
+    if directory.is_dir() and not any(directory.iterdir()):
+        return
+    if directory.exists() or directory.is_symlink():
+        raise CheckpointError(f"{directory} exists and is not an empty folder; choose another path")

@@ -1,0 +1,331 @@
+"""Adapters in PEFT's format: adapter_config.json and adapter_model.safetensors, both ways."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors.numpy import save_file
+
+from lorax.config import LoraConfig
+from lorax.interop.files import read_json, read_tensors, write_directory
+from lorax.interop.huggingface import hf_name
+from lorax.lora import LoraLinear, apply_lora, lora_layers, named_modules, tied_modules
+from lorax.targets import match_targets
+
+PREFIX = "base_model.model."
+CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
+
+type AdapterFormat = Literal["peft", "peft-portable"]
+
+# Fields of adapter_config.json that lorax's LoraConfig also has.
+_SHARED_FIELDS = (
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+    "bias",
+    "modules_to_save",
+)
+# Fields that cannot change what a loaded adapter computes.
+_NEUTRAL_FIELDS = {
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "task_type",
+    "inference_mode",
+    "megatron_config",
+    "megatron_core",
+    "loftq_config",
+    "runtime_config",
+    "ensure_weight_tying",
+    "qalora_group_size",
+}
+# These initialisations leave the base as it is; all others change it before training.
+_PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva")
+
+
+class AdapterError(ValueError):
+    """An adapter folder that cannot be loaded as it stands."""
+
+
+def adapter_config(
+    model: nnx.Module, *, base_model_name_or_path: str | None = None, portable: bool = False
+) -> dict[str, Any]:
+    """Returns the adapter_config.json that makes PEFT rebuild exactly the adapters of `model`.
+
+    Everything is read off the adapted layers. Where ranks or alphas differ, the patterns name each
+    module in full, because PEFT sorts patterns on saving and takes the first that matches.
+
+    Args:
+        model: A model from `apply_lora` or `load_adapter`.
+        base_model_name_or_path: Where the base model is from.
+        portable: One rank, ``lora_alpha = r``, for engines that read only ``alpha / r``.
+    """
+    layers = _adapted(model)
+    ranks = {n: layer.r for n, layer in layers.items()}
+    alphas = {n: layer.lora_alpha for n, layer in layers.items()}
+    r, alpha = (Counter(v.values()).most_common(1)[0][0] for v in (ranks, alphas))
+    if portable:
+        r = alpha = max(ranks.values())
+        ranks, alphas = {}, {}
+    pattern = lambda values, common: {re.escape(n): v for n, v in values.items() if v != common}
+    saved = _saved_modules(model)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model_name_or_path,
+        "revision": None,
+        "inference_mode": True,
+        "r": r,
+        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
+        "lora_dropout": max(layer.dropout for layer in layers.values()),
+        "target_modules": _short_targets(model, list(layers)),
+        "exclude_modules": None,
+        "bias": _bias_setting(model, layers),
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "use_rslora": not portable and any(x.scale != x.lora_alpha / x.r for x in layers.values()),
+        "use_dora": False,
+        "modules_to_save": saved or None,
+        "rank_pattern": pattern(ranks, r),
+        "alpha_pattern": pattern(alphas, alpha),
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "layer_replication": None,
+    }
+    if any(source in saved for source in tied_modules(model).values()):
+        config["ensure_weight_tying"] = True
+    return config
+
+
+def adapter_tensors(model: nnx.Module, *, portable: bool = False) -> dict[str, np.ndarray]:
+    """Returns the tensors of adapter_model.safetensors: A as (r, in), B as (out, r), float32.
+
+    With `portable`, every pair is zero-padded to the largest rank and its scale folded into B.
+    """
+    layers = _adapted(model)
+    rank = max(layer.r for layer in layers.values())
+    tensors = {}
+    for name, layer in layers.items():
+        a, b = np.asarray(layer.lora_a[...]).T, np.asarray(layer.lora_b[...]).T
+        if portable:
+            padding = rank - layer.r
+            a = np.pad(a, ((0, padding), (0, 0)))
+            b = np.pad(b * np.float32(layer.scale), ((0, 0), (0, padding)))
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = np.ascontiguousarray(a)
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = np.ascontiguousarray(b)
+    extra = trained_base_tensors(model)
+    if portable and extra:
+        raise ValueError(
+            f"peft-portable holds A and B only, but this run also trained {', '.join(extra)}; "
+            "export it as peft or merged"
+        )
+    return tensors | extra
+
+
+def trained_base_tensors(model: nnx.Module) -> dict[str, np.ndarray]:
+    """Returns what trained besides A and B (biases, `modules_to_save`) under PEFT's names."""
+    tensors = {}
+    for key, transposed, variable in _trained_parameters(model):
+        value = np.asarray(variable.get_value())
+        tensors[PREFIX + key] = np.ascontiguousarray(value.T if transposed else value)
+    for name, source in tied_modules(model).items():
+        shared = tensors.get(f"{PREFIX}{source}.weight")
+        if shared is not None:
+            tensors[f"{PREFIX}{name}.weight"] = shared.copy()
+    return tensors
+
+
+def save_adapter(
+    model: nnx.Module,
+    directory: str | Path,
+    *,
+    format: AdapterFormat = "peft",
+    base_model_name_or_path: str | None = None,
+    card: str | None = None,
+) -> Path:
+    """Writes the adapters of `model` in PEFT's format, whole or not at all.
+
+    Args:
+        model: A model from `apply_lora` or `load_adapter`.
+        directory: A folder that does not exist yet, or is empty.
+        format: ``peft`` keeps ranks and scales as they are; ``peft-portable`` gives every pair one
+            rank and folds the scale into B.
+        base_model_name_or_path: Recorded for PEFT, which loads the base from there.
+        card: Text of the README.md beside the adapter.
+
+    Raises:
+        ValueError: If `directory` holds something, a value is not finite, or the format cannot
+            hold what was trained.
+    """
+    portable = format == "peft-portable"
+    tensors = adapter_tensors(model, portable=portable)
+    bad = [name for name, value in tensors.items() if not np.isfinite(value).all()]
+    if bad:
+        raise ValueError(f"not saved: {bad[0]} holds values that are not finite")
+    config = adapter_config(
+        model, base_model_name_or_path=base_model_name_or_path, portable=portable
+    )
+    with write_directory(directory) as folder:
+        save_file(tensors, folder / TENSOR_FILE, metadata={"format": "pt"})
+        text = json.dumps(config, indent=2, sort_keys=True)
+        (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+        if card is not None:
+            (folder / "README.md").write_text(card, encoding="utf-8")
+    return Path(directory)
+
+
+def read_adapter_config(directory: str | Path) -> LoraConfig:
+    """Reads adapter_config.json, refusing every field that lorax does not implement.
+
+    Raises:
+        AdapterError: Naming the file, the field, its value and what is supported.
+    """
+    path = Path(directory) / CONFIG_FILE
+    raw = read_json(path)
+    if raw.get("peft_type") != "LORA":
+        raise AdapterError(f"{path}: peft_type must be LORA, got {raw.get('peft_type')!r}")
+    initialisation = raw.get("init_lora_weights", True)
+    if initialisation not in _PLAIN_INITIALISATIONS:
+        raise AdapterError(
+            f"{path}: init_lora_weights={initialisation!r} changes the base weights on loading, "
+            "which lorax does not do; convert the adapter to plain LoRA with PEFT first"
+        )
+    known = {*_SHARED_FIELDS, *_NEUTRAL_FIELDS, "peft_type", "init_lora_weights"}
+    for field, value in raw.items():
+        if field not in known and value not in (None, False, [], {}):
+            raise AdapterError(f"{path}: {field}={value!r} is not supported; remove it or merge with PEFT")
+    fields = {f: raw[f] for f in _SHARED_FIELDS if raw.get(f) is not None}
+    fields.setdefault("r", 8)
+    fields.setdefault("lora_alpha", 8)
+    if not fields.get("target_modules"):
+        raise AdapterError(f"{path}: target_modules is missing; lorax does not guess it")
+    try:
+        return LoraConfig(**fields)
+    except ValueError as error:
+        raise AdapterError(f"{path}: {error}") from None
+
+
+def load_adapter[M: nnx.Module](model: M, directory: str | Path) -> M:
+    """Returns `model` with the adapters of a PEFT folder, ready to train on or to evaluate.
+
+    Tensors of any float type are read as float32. The file must hold exactly the tensors that its
+    config asks for on this model: PEFT itself ignores what is missing or left over.
+
+    Raises:
+        AdapterError: Naming the file and the tensor or field.
+        TargetError: If the config names modules that the model does not have.
+    """
+    directory = Path(directory)
+    config = read_adapter_config(directory)
+    adapted = apply_lora(model, config, rngs=nnx.Rngs(0))
+    path = directory / TENSOR_FILE
+    if not path.exists() and (directory / "adapter_model.bin").exists():
+        raise AdapterError(
+            f"{directory}: adapter_model.bin is a pickle and is never loaded; save it again with "
+            "PEFT's save_pretrained(safe_serialization=True)"
+        )
+    found = {key: value for _, key, value in read_tensors([path])}
+    expected = {key: value.shape for key, value in adapter_tensors(adapted).items()}
+    _accept_base_copies(found, expected, adapted, path)
+    for label, keys in (
+        ("lacks", expected.keys() - found.keys()),
+        ("has unexpected", found.keys() - expected.keys()),
+    ):
+        if keys:
+            raise AdapterError(f"{path} {label} {len(keys)} tensors, first {sorted(keys)[0]}")
+    for key, shape in expected.items():
+        if found[key].shape != shape:
+            raise AdapterError(f"{path}: {key} has shape {found[key].shape}, needed {shape}")
+        if not np.isfinite(found[key].astype(np.float32)).all():
+            raise AdapterError(f"{path}: {key} holds values that are not finite")
+    _fill(adapted, found)
+    return adapted
+
+
+def _fill(model: nnx.Module, tensors: dict[str, np.ndarray]) -> None:
+    wide = lambda key: tensors[key].astype(np.float32)
+    for name, layer in lora_layers(model).items():
+        layer.lora_a.set_value(jnp.asarray(wide(f"{PREFIX}{name}.lora_A.weight").T))
+        layer.lora_b.set_value(jnp.asarray(wide(f"{PREFIX}{name}.lora_B.weight").T))
+    for key, transposed, variable in _trained_parameters(model):
+        value = wide(PREFIX + key)
+        dtype = variable.get_value().dtype
+        variable.set_value(jnp.asarray(value.T if transposed else value, dtype))
+
+
+def _accept_base_copies(found, expected, model, path) -> None:
+    """Drops the copies of base weights that PEFT saves beside adapted heads, if they are equal."""
+    for name, layer in lora_layers(model).items():
+        key = f"{PREFIX}{name}.base_layer.weight"
+        if key in found and key not in expected:
+            kernel = np.asarray(layer.kernel[...]).T.astype(np.float32)
+            if not np.array_equal(found[key].astype(np.float32), kernel):
+                raise AdapterError(
+                    f"{path}: {key} differs from the base model's weight; the adapter was made for "
+                    "another base"
+                )
+            del found[key]
+
+
+def _adapted(model: nnx.Module) -> dict[str, LoraLinear]:
+    layers = lora_layers(model)
+    if not layers:
+        raise ValueError("the model has no adapters; apply_lora or load_adapter first")
+    return layers
+
+
+def _trained_variables(model: nnx.Module) -> Iterator[tuple[str, str, nnx.Param]]:
+    """Yields (module name, attribute, variable) of everything that trains but A and B."""
+    for name, module in named_modules(model).items():
+        for attribute, value in vars(module).items():
+            if isinstance(value, nnx.Param) and not isinstance(value, nnx.LoRAParam):
+                yield name, attribute, value
+
+
+def _trained_parameters(model: nnx.Module) -> Iterator[tuple[str, bool, nnx.Param]]:
+    """Yields (PEFT's key without prefix, whether transposed there, variable)."""
+    adapted = lora_layers(model)
+    for name, attribute, variable in _trained_variables(model):
+        inner = (*name.split("."), "base_layer") if name in adapted else tuple(name.split("."))
+        yield *hf_name((*inner, attribute)), variable
+
+
+def _saved_modules(model: nnx.Module) -> list[str]:
+    """Returns the modules trained in full, by their full names."""
+    return sorted({n for n, attribute, _ in _trained_variables(model) if attribute != "bias"})
+
+
+def _bias_setting(model: nnx.Module, layers: dict[str, LoraLinear]) -> str:
+    saved = set(_saved_modules(model))
+    biases = {n for n, a, _ in _trained_variables(model) if a == "bias" and n not in saved}
+    if not biases:
+        return "none"
+    return "lora_only" if biases <= layers.keys() else "all"
+
+
+def _short_targets(model: nnx.Module, names: list[str]) -> list[str]:
+    """Returns the last names of the adapted layers where they say all, else the full names."""
+    short = sorted({n.split(".")[-1] for n in names})
+    modules = named_modules(model)
+    linear = [n for n, m in modules.items() if isinstance(m, LoraLinear | nnx.Linear)]
+    config = LoraConfig(target_modules=tuple(short))
+    others = modules.keys() - set(linear)
+    try:
+        again = [t.name for t in match_targets(linear, others, config)]
+    except ValueError:
+        return sorted(names)
+    return short if again == names else sorted(names)

@@ -1,0 +1,360 @@
+"""LoRA on any Flax NNX model: adapted layers, what trains and what is frozen, merge and unmerge."""
+
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Key
+
+from lorax.config import LoraConfig
+from lorax.targets import Target, TargetError, is_saved, match_targets
+from lorax_kernels import lora_linear
+
+
+class Frozen(nnx.Variable):
+    """A weight that training never changes. `nnx.Param` is what trains."""
+
+
+class DropoutKey(nnx.Variable):
+    """The key that decides one layer's dropout mask; None until `set_dropout_key`."""
+
+
+class LoraLinear(nnx.Module):
+    """A frozen linear layer plus a trainable low-rank update, ``x·W + b + scale · (x·A)·B``.
+
+    A new layer computes exactly what its base computes, because `B` starts at zero. `A` is
+    uniform in ±1/√in_features (``init_lora_weights=True``) or normal with deviation 1/r
+    (``"gaussian"``). Both are float32 whatever the base is.
+
+    Args:
+        base: The layer to adapt. Its arrays are shared, the layer itself is not modified.
+        target: Rank and scale of the update.
+        dropout: Probability of zeroing an element of `x` on the update's path in training.
+        init_lora_weights: How `A` is drawn.
+        rngs: Source of `A` (stream ``params``).
+
+    Source: Hu et al. 2021, "LoRA", §4.1, https://arxiv.org/abs/2106.09685
+    """
+
+    def __init__(
+        self,
+        base: nnx.Linear,
+        target: Target,
+        *,
+        dropout: float = 0.0,
+        init_lora_weights: bool | str = True,
+        rngs: nnx.Rngs,
+    ):
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.kernel = Frozen(base.kernel.get_value())
+        self.bias = None if base.bias is None else Frozen(base.bias.get_value())
+        self.dtype, self.output_dtype = base.dtype, base.preferred_element_type
+        self.r, self.lora_alpha, self.scale = target.r, target.lora_alpha, target.scale
+        shape, key = (base.in_features, target.r), rngs.params()
+        if init_lora_weights == "gaussian":
+            a = jax.random.normal(key, shape, jnp.float32) / target.r
+        else:
+            bound = base.in_features**-0.5
+            a = jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+        self.lora_a = nnx.LoRAParam(a)
+        self.lora_b = nnx.LoRAParam(jnp.zeros((target.r, base.out_features), jnp.float32))
+        self.dropout, self.deterministic, self.merged = dropout, False, False
+        self.dropout_key = DropoutKey(None)
+
+    def __call__(self, x: Float[Array, "*batch k"]) -> Float[Array, "*batch n"]:
+        """Returns the adapted output, in the dtype that the base layer would give."""
+        dtype = self.dtype or jnp.promote_types(x.dtype, self.kernel.dtype)
+        x = x.astype(dtype)
+        if self.merged:
+            y = x @ self.kernel[...].astype(dtype)
+        else:
+            rate = 0.0 if self.deterministic else self.dropout
+            y = lora_linear(
+                x,
+                self.kernel[...],
+                self.lora_a[...],
+                self.lora_b[...],
+                scale=self.scale,
+                dropout_rate=rate,
+                dropout_key=self._key() if rate else None,
+            )
+        if self.bias is not None:
+            y += self.bias[...].astype(dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+        return y if self.output_dtype is None else y.astype(self.output_dtype)
+
+    def _key(self):
+        key = self.dropout_key.get_value()
+        if key is None:
+            raise ValueError(
+                "lora_dropout needs a fresh key every step: train with lorax.make_train_step, call "
+                "lorax.set_dropout_key(model, key) in your own loop, or model.eval() to turn it off"
+            )
+        return key
+
+    def update(self) -> Float[Array, "k n"]:
+        """Returns ``scale · A·B`` in float32."""
+        a, b = self.lora_a[...], self.lora_b[...]
+        return jnp.dot(a, b, precision="highest") * jnp.float32(self.scale)
+
+    def merged_kernel(self) -> Float[Array, "k n"]:
+        """Returns ``W + scale · A·B``, summed in float32 and rounded once to `W`'s dtype."""
+        kernel = self.kernel[...]
+        if self.merged:
+            return kernel
+        return (kernel.astype(jnp.float32) + self.update()).astype(kernel.dtype)
+
+
+def apply_lora[M: nnx.Module](model: M, config: LoraConfig, *, rngs: nnx.Rngs) -> M:
+    """Returns `model` with adapters on its linear layers and every other weight frozen.
+
+    The result shares the base weights' arrays with `model`, which stays as it was. Afterwards
+    `nnx.Param` is exactly what trains: A and B (as `nnx.LoRAParam`), the biases that `bias` names,
+    and `modules_to_save`; all else is `Frozen`. What trains is float32 where its module declares
+    a compute dtype, so that small updates are not rounded away.
+
+    Args:
+        model: Any module tree holding `nnx.Linear` layers.
+        config: PEFT's settings.
+        rngs: Source of the A matrices (stream ``params``).
+
+    Raises:
+        TargetError: If a setting matches nothing or something that cannot carry an adapter, if
+            the model is adapted already, or a rank exceeds a layer's dimensions.
+    """
+    adapted = nnx.clone(model)
+    modules = named_modules(adapted)
+    if any(isinstance(m, LoraLinear) for m in modules.values()):
+        raise TargetError("the model carries adapters already; merge_lora it first")
+    targets = targets_of(adapted, config)
+    references = _references(adapted)
+    trained_biases = _biases_to_train(modules, targets, config)
+    tied = tied_modules(adapted)
+    saved = [
+        modules[tied.get(name, name)]
+        for name in (*modules, *tied)
+        if any(is_saved(name, entry) for entry in config.modules_to_save or ())
+    ]
+    keep = {id(m) for root in saved for m in (root, *named_modules(root).values())}
+    _freeze((adapted, *modules.values()), keep)
+    for target in targets:
+        base = modules[target.name]
+        _check_rank(base, target)
+        layer = LoraLinear(
+            base,
+            target,
+            dropout=config.lora_dropout,
+            init_lora_weights=config.init_lora_weights,
+            rngs=rngs,
+        )
+        for parent, key in references[id(base)]:
+            _set_child(parent, key, layer)
+        modules[target.name] = layer
+    for name in trained_biases:
+        module = modules[name]
+        module.bias = nnx.Param(_trainable_value(module, module.bias))
+    return adapted
+
+
+def targets_of(model: nnx.Module, config: LoraConfig) -> list[Target]:
+    """Returns what `apply_lora` would adapt, without adapting it; works on abstract models.
+
+    Raises:
+        TargetError: As `apply_lora`.
+    """
+    modules, tied = named_modules(model), tied_modules(model)
+    linear = [n for n, m in modules.items() if is_adaptable(m)]
+    head = "lm_head" if "lm_head" in linear else None
+    try:
+        others = (modules.keys() | tied.keys()) - set(linear)
+        return match_targets(linear, others, config, output_layer=head)
+    except TargetError as error:
+        names = [f"{name} is tied to {source}" for name, source in tied.items() if name in str(error)]
+        raise TargetError("; ".join([str(error), *names])) from None
+
+
+def tied_modules(model: nnx.Module) -> dict[str, str]:
+    """Returns the names that the checkpoint format knows for modules that share another's weight.
+
+    With tied embeddings that is ``{"lm_head": "model.embed_tokens"}``: there is one matrix, so
+    training it whole under either name trains both uses.
+    """
+    return getattr(model, "tied_modules", {})
+
+
+def named_modules(model: nnx.Module) -> dict[str, nnx.Module]:
+    """Returns every module of the tree under its dotted name, layers in numeric order.
+
+    A module held in several places has the name that sorts first: NNX keeps no other order.
+    """
+    names: dict[str, nnx.Module] = {}
+    seen = {id(model)}
+
+    def visit(parent: nnx.Module, prefix: str) -> None:
+        numeric = lambda item: (not item[0].isdigit(), item[0].zfill(9))
+        for key, child in sorted(vars(parent).items(), key=numeric):
+            if isinstance(child, nnx.Module) and id(child) not in seen:
+                seen.add(id(child))
+                names[prefix + key] = child
+                visit(child, f"{prefix}{key}.")
+
+    visit(model, "")
+    return names
+
+
+def is_adaptable(module: nnx.Module) -> bool:
+    """Says whether `module` is a plain linear layer, with nothing of its own in `__call__`."""
+    return (
+        isinstance(module, nnx.Linear)
+        and type(module).__call__ is nnx.Linear.__call__
+        and module.dot_general is jax.lax.dot_general
+    )
+
+
+def lora_layers(model: nnx.Module) -> dict[str, LoraLinear]:
+    """Returns the adapted layers under their dotted names."""
+    return {n: m for n, m in named_modules(model).items() if isinstance(m, LoraLinear)}
+
+
+def split_trainable(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    """Splits `model` into (structure, what trains, the rest); `nnx.merge` puts them together."""
+    graph, trainable, rest = nnx.split(model, nnx.Param, ...)
+    return graph, trainable, rest
+
+
+def set_dropout_key(model: nnx.Module, key: Key[Array, ""]) -> None:
+    """Gives every adapted layer its own dropout mask, a pure function of `key`, in place.
+
+    Call it once a step with a fresh key; `make_train_step` does.
+    """
+    for index, layer in enumerate(lora_layers(model).values()):
+        if layer.dropout:
+            layer.dropout_key = DropoutKey(jax.random.fold_in(key, index))
+
+
+def merge_lora[M: nnx.Module](model: M, *, keep_adapters: bool = False) -> M:
+    """Returns `model` with every update added to its kernel: ``W + scale · A·B``.
+
+    Sums in float32 and rounds once, as PEFT's `merge` does.
+
+    Args:
+        model: A model from `apply_lora`; it stays as it was.
+        keep_adapters: Keep A and B beside the merged kernel, so that `unmerge_lora` can take the
+            update out again; otherwise the layers become plain `nnx.Linear`.
+
+    Raises:
+        ValueError: If nothing is adapted, an update is not finite, or a layer is merged already.
+    """
+    merged = nnx.clone(model)
+    references, layers = _references(merged), lora_layers(merged)
+    if not layers:
+        raise ValueError("the model has no adapters to merge")
+    for name, layer in layers.items():
+        if layer.merged:
+            raise ValueError(f"{name} is merged already")
+        kernel = layer.merged_kernel()
+        if not bool(jnp.isfinite(kernel).all()):
+            raise ValueError(f"{name}: merging gives values that are not finite")
+        if keep_adapters:
+            layer.kernel, layer.merged = Frozen(kernel), True
+            continue
+        for parent, key in references[id(layer)]:
+            _set_child(parent, key, _plain_linear(layer, kernel))
+    return merged
+
+
+def unmerge_lora[M: nnx.Module](model: M) -> M:
+    """Takes the updates out of ``merge_lora(model, keep_adapters=True)``: ``W' - scale · A·B``.
+
+    Exact up to the rounding of `W'`, so in bfloat16 the result can differ from the original
+    kernel by one unit in the last place of `W'`.
+
+    Raises:
+        ValueError: If no layer is merged.
+    """
+    unmerged = nnx.clone(model)
+    layers = [layer for layer in lora_layers(unmerged).values() if layer.merged]
+    if not layers:
+        raise ValueError("no layer is merged: unmerge_lora undoes merge_lora(keep_adapters=True)")
+    for layer in layers:
+        kernel = layer.kernel[...]
+        base = (kernel.astype(jnp.float32) - layer.update()).astype(kernel.dtype)
+        layer.kernel, layer.merged = Frozen(base), False
+    return unmerged
+
+
+def _plain_linear(layer: LoraLinear, kernel: jax.Array) -> nnx.Linear:
+    linear = nnx.eval_shape(
+        lambda: nnx.Linear(
+            layer.in_features,
+            layer.out_features,
+            use_bias=layer.bias is not None,
+            dtype=layer.dtype,
+            param_dtype=kernel.dtype,
+            preferred_element_type=layer.output_dtype,
+            rngs=nnx.Rngs(0),
+        )
+    )
+    linear.kernel = nnx.Param(kernel)
+    if layer.bias is not None:
+        linear.bias = nnx.Param(layer.bias.get_value())
+    return linear
+
+
+def _check_rank(base: nnx.Linear, target: Target) -> None:
+    largest = min(base.in_features, base.out_features)
+    if not 1 <= target.r <= largest:
+        raise TargetError(
+            f"{target.name}: rank must be in [1, {largest}] for a {base.in_features} × "
+            f"{base.out_features} layer, got {target.r}; set it with lora.rank_pattern"
+        )
+
+
+def _biases_to_train(modules, targets: list[Target], config: LoraConfig) -> list[str]:
+    if config.bias == "none":
+        return []
+    candidates = modules if config.bias == "all" else [t.name for t in targets]
+    found = [n for n in candidates if getattr(modules[n], "bias", None) is not None]
+    if not found:
+        where = "the model" if config.bias == "all" else "a target module"
+        raise TargetError(f"lora.bias is {config.bias!r} but no layer of {where} has a bias")
+    return found
+
+
+def _trainable_value(module: nnx.Module, variable: nnx.Variable) -> jax.Array:
+    value = variable.get_value()
+    return value.astype(jnp.float32) if getattr(module, "dtype", None) is not None else value
+
+
+def _freeze(modules: Iterable[nnx.Module], keep: set[int]) -> None:
+    """Turns every parameter into `Frozen`, but those of the modules in `keep`."""
+    replaced: dict[int, nnx.Variable] = {}
+    for module in sorted(modules, key=lambda m: id(m) not in keep):
+        for name, value in list(vars(module).items()):
+            if not isinstance(value, nnx.Param):
+                continue
+            if id(value) not in replaced:
+                trains = id(module) in keep
+                replaced[id(value)] = (
+                    nnx.Param(_trainable_value(module, value))
+                    if trains
+                    else Frozen(value.get_value())
+                )
+            _set_child(module, name, replaced[id(value)])
+
+
+def _references(root: nnx.Module) -> dict[int, list[tuple[nnx.Module, str]]]:
+    """Maps each module's id to every (parent, attribute) that holds it."""
+    references: dict[int, list[tuple[nnx.Module, str]]] = {}
+    for parent in (root, *named_modules(root).values()):
+        for key, child in vars(parent).items():
+            if isinstance(child, nnx.Module):
+                references.setdefault(id(child), []).append((parent, key))
+    return references
+
+
+def _set_child(parent: nnx.Module, key: str, child: nnx.Module | nnx.Variable) -> None:
+    if isinstance(parent, nnx.List):
+        parent[int(key)] = child
+    else:
+        setattr(parent, key, child)

@@ -1,0 +1,300 @@
+"""What a run measures: a JSON line per step, tokens per second, model FLOPs, memory, versions."""
+
+import dataclasses
+import fnmatch
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import resource
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import jax
+
+METRICS_FILE = "metrics.jsonl"
+
+# Dense bfloat16 TFLOP/s with float32 accumulation, from NVIDIA's data sheets (half of the figure
+# "with sparsity"), by the name the device gives itself.
+PEAK_BF16_TFLOPS = {
+    "NVIDIA B200": 2250.0,
+    "NVIDIA H200": 989.5,
+    "NVIDIA H200 NVL": 835.5,
+    "NVIDIA GH200 *": 989.5,
+    "NVIDIA H100 80GB HBM3": 989.5,
+    "NVIDIA H100 NVL": 835.5,
+    "NVIDIA H100 PCIe": 756.5,
+    "NVIDIA A100[- ]*": 312.0,
+    "NVIDIA A10": 125.0,
+    "NVIDIA L40S": 362.05,
+    "NVIDIA L40": 181.05,
+    "NVIDIA L4": 121.0,
+    "NVIDIA RTX 6000 Ada Generation": 364.2,
+    "NVIDIA RTX A6000": 154.8,
+    "NVIDIA GeForce RTX 4090": 165.2,
+    "NVIDIA GeForce RTX 3090": 71.0,
+}
+
+
+class Device(Protocol):
+    """What is read of a `jax.Device`."""
+
+    @property
+    def device_kind(self) -> str:
+        """Name of the hardware."""
+        ...
+
+    def memory_stats(self) -> dict[str, int] | None:
+        """Byte counts, or None where the backend keeps none."""
+        ...
+
+
+class RunLog:
+    """Appends one JSON object per step to `metrics.jsonl`, and scalars for TensorBoard if asked.
+
+    Every line is flushed, so that a killed run keeps what it measured. A number that is NaN or
+    infinite is written as null and named in the list `nonfinite`, so that each line stays JSON.
+    When a run is resumed, its lines follow the old ones and the last line of a step counts.
+    """
+
+    def __init__(self, run_dir: str | os.PathLike[str], report_to: Sequence[str] = ("jsonl",)):
+        """Opens the files; all of them lie in `run_dir`, which must exist.
+
+        Raises:
+            ValueError: If the directory is missing, or TensorBoard is asked for and not installed.
+        """
+        directory = Path(run_dir)
+        if not directory.is_dir():
+            raise ValueError(f"the run directory {directory} does not exist: create it first")
+        self._tensorboard = None
+        if "tensorboard" in report_to:
+            self._tensorboard = _open_tensorboard(directory / "tensorboard")
+        self._file = None
+        if "jsonl" in report_to:
+            _cut_torn_line(directory / METRICS_FILE)
+            self._file = (directory / METRICS_FILE).open("a", encoding="utf-8")
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Records the metrics of one step: numbers (arrays of one element too), text or null.
+
+        Raises:
+            ValueError: If a metric is anything else.
+        """
+        values = {name: _to_scalar(name, value) for name, value in metrics.items()}
+        nonfinite = [name for name, value in values.items() if not _is_finite(value)]
+        if self._tensorboard is not None:
+            for name, value in values.items():
+                if isinstance(value, int | float):
+                    self._tensorboard.add_scalar(name, value, step)
+            self._tensorboard.flush()
+        if self._file is not None:
+            record = {"step": int(step)} | values | dict.fromkeys(nonfinite)
+            if nonfinite:
+                record["nonfinite"] = nonfinite
+            self._file.write(json.dumps(record, allow_nan=False) + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        """Closes the files; more than once does no harm."""
+        if self._file is not None:
+            self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Reads what `RunLog` wrote, without a last line that is still being written.
+
+    Raises:
+        ValueError: Naming the line that is not a JSON object with a step.
+    """
+    text = Path(path).read_text(encoding="utf-8")
+    records = []
+    for number, line in enumerate(text.split("\n")[:-1], start=1):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{number}: not JSON: {error.msg}") from error
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            raise ValueError(f"{path}:{number}: needs an object with a whole number `step`")
+        records.append(record)
+    return records
+
+
+def _open_tensorboard(directory: Path) -> Any:
+    try:
+        import tensorboardX
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            "log.report_to names tensorboard, which is not installed: "
+            "pip install 'lorax-train[tensorboard]', or remove it from log.report_to"
+        ) from error
+    return tensorboardX.SummaryWriter(str(directory))
+
+
+def _cut_torn_line(path: Path) -> None:
+    """Removes a last line that a killed run could not finish."""
+    if not path.exists():
+        return
+    with path.open("rb+") as file:
+        content = file.read()
+        file.truncate(content.rfind(b"\n") + 1)
+
+
+def _to_scalar(name: str, value: Any) -> bool | int | float | str | None:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    item = value.item() if getattr(value, "size", 0) == 1 else value
+    if isinstance(item, bool | int | float):
+        return item
+    # ml_dtypes scalars, such as those of bfloat16 arrays, stay what they are under `item`.
+    if getattr(value, "size", 0) == 1 and hasattr(item, "__float__"):
+        return float(item)
+    raise ValueError(f"metric {name!r} needs one number, text or None, got {type(value).__name__}")
+
+
+def _is_finite(value: bool | int | float | str | None) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelSize:
+    """What the FLOPs of a model depend on.
+
+    Attributes:
+        frozen_parameters: Entries of frozen weight matrices, without an embedding table that is
+            only looked up (a tied one is the head's matrix and counts).
+        trained_parameters: Entries of trained weight matrices: the adapter's, or all.
+        layers: Number of layers.
+        attention_width: Heads times head dimension.
+    """
+
+    frozen_parameters: int
+    trained_parameters: int
+    layers: int
+    attention_width: int
+
+    def flops_per_token(self, context_tokens: float) -> float:
+        """Returns ``4·N_frozen + 6·N_trained + 12·L·H·T``, forward and backward pass.
+
+        A trained matrix takes 2 FLOPs per entry forward, 2 for the gradient of its input and 2 for
+        its own; a frozen one has no gradient of its own. Attention has no weights, so it costs the
+        same in both; like in the source, nothing is taken off for its causal half, and what is
+        recomputed does not count.
+
+        Args:
+            context_tokens: T, the length of the documents.
+
+        Source: Chowdhery et al. 2022, "PaLM", appendix B, https://arxiv.org/abs/2204.02311
+        """
+        matrices = 4 * self.frozen_parameters + 6 * self.trained_parameters
+        return matrices + 12 * self.layers * self.attention_width * context_tokens
+
+
+class Throughput:
+    """Tokens per second and model FLOPs utilisation of a run, without the steps that compile."""
+
+    def __init__(self, size: ModelSize, devices: Sequence[Device] | None = None):
+        """Takes the devices of the run; all of this process's backend when not given."""
+        devices = jax.devices() if devices is None else devices
+        peaks = [peak_bf16_tflops(device.device_kind) for device in devices]
+        self.size = size
+        self.peak_flops = None if None in peaks else 1e12 * sum(filter(None, peaks))
+        self._steps = 0
+        self._tokens = 0
+        self._seconds = 0.0
+        self._flops = 0.0
+
+    def add(
+        self, tokens: int, seconds: float, *, context_tokens: float, compiled: bool = False
+    ) -> dict[str, float | None]:
+        """Counts one step; the first one, and those that are `compiled`, do not enter the mean.
+
+        Args:
+            tokens: Tokens of the step on all devices, without padding.
+            seconds: How long the step took, its result waited for.
+            context_tokens: Mean length of the documents of the step.
+            compiled: Whether the step was compiled within `seconds`.
+
+        Returns:
+            The step's own `tokens_per_s` and `mfu` (None where the device's peak is unknown).
+        """
+        if seconds <= 0:
+            raise ValueError(f"a step needs seconds > 0, got {seconds}")
+        flops = tokens * self.size.flops_per_token(context_tokens)
+        if self._steps > 0 and not compiled:
+            self._tokens += tokens
+            self._seconds += seconds
+            self._flops += flops
+        self._steps += 1
+        return {"tokens_per_s": tokens / seconds, "mfu": self._mfu(flops, seconds)}
+
+    def mean(self) -> dict[str, float | None]:
+        """Returns `tokens_per_s` and `mfu` of all counted steps; None before there is one."""
+        if self._seconds == 0.0:
+            return {"tokens_per_s": None, "mfu": None}
+        speed = self._tokens / self._seconds
+        return {"tokens_per_s": speed, "mfu": self._mfu(self._flops, self._seconds)}
+
+    def _mfu(self, flops: float, seconds: float) -> float | None:
+        return None if self.peak_flops is None else flops / (seconds * self.peak_flops)
+
+
+def peak_bf16_tflops(device_kind: str) -> float | None:
+    """Returns the dense bfloat16 peak of a device in TFLOP/s, or None if it is not in the table."""
+    if "MIG" in device_kind:  # a slice of the device, of unknown size
+        return None
+    for name, peak in PEAK_BF16_TFLOPS.items():
+        if fnmatch.fnmatchcase(device_kind, name):
+            return peak
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryUse:
+    """Peak memory in GiB, and whose: `device`, or `process` where the device does not tell."""
+
+    gib: float
+    source: str
+
+
+def memory_gib(devices: Sequence[Device] | None = None) -> MemoryUse:
+    """Returns the highest peak of the local devices, else the peak resident size of the process."""
+    devices = jax.local_devices() if devices is None else devices
+    statistics = [device.memory_stats() for device in devices]
+    peaks = [entry["peak_bytes_in_use"] for entry in statistics if entry]
+    if peaks:
+        return MemoryUse(max(peaks) / 2**30, "device")
+    # getrusage counts KiB, on macOS bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return MemoryUse(peak / 2**30, "process")
+
+
+def library_versions() -> dict[str, str]:
+    """Returns the versions that decide a run's numbers, and the devices it ran on."""
+    names = {"lorax": "lorax-train"} | {
+        name: name for name in ("jax", "jaxlib", "flax", "optax", "transformers")
+    }
+    versions = {name: _find_version(package) for name, package in names.items()}
+    devices = jax.devices()
+    return versions | {
+        "python": platform.python_version(),
+        "device": f"{len(devices)} × {devices[0].device_kind}",
+    }
+
+
+def _find_version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,299 @@
+"""Causal attention: XLA anywhere, cuDNN on NVIDIA GPUs, over whole rows or packed documents."""
+
+import dataclasses
+import functools
+from typing import Literal, cast, get_args
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+type AttentionImplementation = Literal["auto", "xla", "cudnn"]
+type LayerCache = tuple[Float[Array, "b s groups d"], Float[Array, "b s groups d"]]
+
+DATA_AXIS = "data"
+"""The mesh axis that rows are spread over, as in `lorax.sharding`."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Documents:
+    """Which tokens belong together, and where cuDNN finds each run of them.
+
+    Attributes:
+        segment_ids: Number of each token's document in its row; 0 is padding.
+        starts: First token of each run of equal ids in its row, -1 after the last run; None
+            where only XLA will run.
+        lengths: Tokens of each run, -1 after the last; as `starts`.
+    """
+
+    segment_ids: Int[Array, "b t"]
+    starts: Int[Array, "b runs"] | None = None
+    lengths: Int[Array, "b runs"] | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys and values of earlier tokens; slot p of a row holds its token at position p.
+
+    Attributes:
+        layers: (keys, values) per layer, rotated.
+        empty: Nothing is stored yet. Static: the first call stores a whole prompt and attends
+            within it, later ones add tokens at their positions.
+    """
+
+    layers: tuple[LayerCache, ...]
+    empty: bool = dataclasses.field(metadata={"static": True})
+
+
+def find_documents(segment_ids: Int[Array, "b t"], max_documents: int) -> Documents:
+    """Returns `Documents` with the start and length of every run of equal ids, padding included.
+
+    Args:
+        segment_ids: Document of each token in its row.
+        max_documents: The most documents that a row holds, padding not counted. Rows with more
+            give wrong runs: see `too_many_documents`.
+    """
+    rows, length = segment_ids.shape
+    runs = max_documents + 1  # one for padding
+    run = run_index(segment_ids)
+    is_start = jnp.diff(run, axis=1, prepend=jnp.full((rows, 1), -1, run.dtype)) != 0
+    slot = jnp.where(is_start, run, runs)
+    row = jnp.broadcast_to(jnp.arange(rows)[:, None], run.shape)
+    token = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None, :], run.shape)
+    starts = jnp.full((rows, runs), -1, jnp.int32).at[row, slot].set(token, mode="drop")
+    following = jnp.concatenate([starts[:, 1:], jnp.full((rows, 1), -1, jnp.int32)], axis=1)
+    ends = jnp.where(following < 0, length, following)
+    return Documents(segment_ids, starts, jnp.where(starts < 0, -1, ends - starts))
+
+
+def run_index(segment_ids: Int[Array, "b t"]) -> Int[Array, "b t"]:
+    """Numbers the runs of equal ids of each row from 0."""
+    changes = segment_ids[:, 1:] != segment_ids[:, :-1]
+    return jnp.pad(jnp.cumsum(changes, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
+
+
+def document_lengths(
+    positions: Int[Array, "b t"], segment_ids: Int[Array, "b t"] | None
+) -> Int[Array, "b #t"]:
+    """Returns the last position of each token's document, plus one (per row if not packed)."""
+    if segment_ids is None:
+        return positions.max(axis=1, keepdims=True) + 1
+    run = run_index(segment_ids)
+    row = jnp.broadcast_to(jnp.arange(run.shape[0])[:, None], run.shape)
+    last = jnp.zeros_like(positions).at[row, run].max(positions)
+    return jnp.take_along_axis(last, run, axis=1) + 1
+
+
+def too_many_documents(segment_ids: Int[Array, "b t"], max_documents: int) -> Bool[Array, " b"]:
+    """Says which rows hold more documents than `find_documents` was told to expect."""
+    runs = run_index(segment_ids)[:, -1] + 1
+    return runs > max_documents + 1
+
+
+def cudnn_obstacle(dtype: jnp.dtype, head_dim: int, *, packed: bool) -> str | None:
+    """Returns why cuDNN cannot run this attention here, or None if it can."""
+    if jax.default_backend() != "gpu":
+        return f"it needs an NVIDIA GPU, and JAX runs on {jax.default_backend()}"
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return f"it needs bfloat16 or float16, got {jnp.dtype(dtype).name}"
+    device = jax.local_devices(backend="gpu")[0]
+    if "cuda" not in device.client.platform_version:
+        return f"it needs an NVIDIA GPU, this is {device.device_kind}"
+    capability = float(device.compute_capability)
+    largest = 256 if capability >= 9 else 128
+    if capability < 8:
+        return f"it needs compute capability 8.0 or later, {device.device_kind} has {capability}"
+    if head_dim % 8 or head_dim > largest:
+        return f"it needs a head_dim divisible by 8 and at most {largest}, got {head_dim}"
+    if packed and capability < 9:
+        return f"packed rows need compute capability 9.0 (Hopper), this is {capability}"
+    return None
+
+
+def resolve_implementation(
+    impl: AttentionImplementation, dtype: jnp.dtype, head_dim: int, *, packed: bool
+) -> Literal["xla", "cudnn"]:
+    """Returns what will run: "auto" is cuDNN wherever it can run, else XLA.
+
+    Raises:
+        ValueError: If `impl` is unknown, or "cudnn" where cuDNN cannot run.
+    """
+    if impl not in get_args(AttentionImplementation.__value__):
+        raise ValueError(f"attn_impl must be auto, xla or cudnn, got {impl!r}")
+    if impl == "xla":
+        return "xla"
+    obstacle = cudnn_obstacle(dtype, head_dim, packed=packed)
+    if impl == "cudnn" and obstacle:
+        raise ValueError(f"attn_impl='cudnn' cannot run here: {obstacle}; set it to auto or xla")
+    return "xla" if obstacle else "cudnn"
+
+
+def attend(
+    q: Float[Array, "b t heads d"],
+    k: Float[Array, "b t groups d"],
+    v: Float[Array, "b t groups d"],
+    *,
+    documents: Documents | None = None,
+    sliding_window: int | None = None,
+    impl: AttentionImplementation = "auto",
+) -> Float[Array, "b t heads d"]:
+    """Returns ``softmax(q·kᵀ / √d + mask)·v``, causal, the softmax in float32.
+
+    Token i sees token j if j ≤ i, both are of one document, and i - j < `sliding_window`. Padding
+    on the right needs no mask of its own: no earlier token sees it.
+
+    Args:
+        q: Queries.
+        k: Keys; head h of `q` reads group h // (heads / groups).
+        v: Values.
+        documents: The documents of packed rows; None where every row is one document.
+        sliding_window: Tokens that each token sees, itself included.
+        impl: What runs; see `resolve_implementation`. XLA writes all (t, t) scores to memory.
+
+    Raises:
+        ValueError: If cuDNN is asked for and cannot run, or `documents` has no runs for it.
+    """
+    runs = resolve_implementation(impl, q.dtype, q.shape[-1], packed=documents is not None)
+    if runs == "xla":
+        mask = _visible(q.shape[1], documents, sliding_window)
+        return _attend_masked(q, k, v, mask)
+    if documents is None:
+        window = None if sliding_window is None else (sliding_window - 1, 0)
+        return jax.nn.dot_product_attention(
+            q, k, v, is_causal=True, local_window_size=window, implementation="cudnn"
+        )
+    if documents.starts is None or documents.lengths is None:
+        raise ValueError(
+            "cuDNN needs the runs of packed rows: set the model's max_documents to the most "
+            "documents that a row holds"
+        )
+    return _attend_packed(
+        q, k, v, documents.starts, documents.lengths, sliding_window=sliding_window
+    )
+
+
+def attend_cache(
+    q: Float[Array, "b t heads d"],
+    keys: Float[Array, "b s groups d"],
+    values: Float[Array, "b s groups d"],
+    positions: Int[Array, "b t"],
+    *,
+    sliding_window: int | None = None,
+) -> Float[Array, "b t heads d"]:
+    """Attends from a few new tokens to a cache whose slot is the position; always in XLA.
+
+    Args:
+        q: Queries of the new tokens.
+        keys: The cache; slots above a row's positions may hold anything.
+        values: The cache.
+        positions: Position, and so cache slot, of each new token.
+        sliding_window: Tokens that each token sees, itself included.
+    """
+    slots = jnp.arange(keys.shape[1])[None, None, :]
+    visible = slots <= positions[:, :, None]
+    if sliding_window is not None:
+        visible &= positions[:, :, None] - slots < sliding_window
+    return _attend_masked(q, keys, values, visible[:, None, None])
+
+
+def _attend_masked(
+    q: Float[Array, "b t heads d"],
+    k: Float[Array, "b s groups d"],
+    v: Float[Array, "b s groups d"],
+    visible: Bool[Array, "#b 1 1 t s"],
+) -> Float[Array, "b t heads d"]:
+    # jax.nn.dot_product_attention(implementation="xla") rejects bfloat16 under strict promotion.
+    rows, length, heads, head_dim = q.shape
+    grouped = q.reshape(rows, length, k.shape[2], heads // k.shape[2], head_dim)
+    scores = jnp.einsum("btgrd,bsgd->bgrts", grouped, k, preferred_element_type=jnp.float32)
+    scores = jnp.where(visible, scores * head_dim**-0.5, -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("bgrts,bsgd->btgrd", weights, v).reshape(q.shape)
+
+
+def store(
+    cache: LayerCache,
+    k: Float[Array, "b t groups d"],
+    v: Float[Array, "b t groups d"],
+    positions: Int[Array, "b t"],
+    *,
+    empty: bool,
+) -> LayerCache:
+    """Returns the cache with new keys and values in it.
+
+    Args:
+        cache: One layer's keys and values.
+        k: Keys of the new tokens.
+        v: Values of the new tokens.
+        positions: Their slots, unless `empty`.
+        empty: Token i of every row goes to slot i: a whole prompt.
+    """
+    if empty:
+        put = lambda whole, new: jax.lax.dynamic_update_slice(
+            whole, new.astype(whole.dtype), (0, 0, 0, 0)
+        )
+    else:
+        row = jnp.broadcast_to(jnp.arange(positions.shape[0])[:, None], positions.shape)
+        put = lambda whole, new: whole.at[row, positions].set(new.astype(whole.dtype), mode="drop")
+    return put(cache[0], k), put(cache[1], v)
+
+
+def _visible(
+    length: int, documents: Documents | None, sliding_window: int | None
+) -> Bool[Array, "rows 1 1 t t"]:
+    distance = jnp.arange(length)[:, None] - jnp.arange(length)[None, :]
+    visible = distance >= 0
+    if sliding_window is not None:
+        visible &= distance < sliding_window
+    visible = visible[None, None, None]
+    if documents is not None:
+        run = run_index(documents.segment_ids)
+        visible = visible & (run[:, None, None, :, None] == run[:, None, None, None, :])
+    return visible
+
+
+def _attend_packed(q, k, v, starts, lengths, *, sliding_window):
+    """Runs cuDNN over each device's own rows, flattened to one row of documents."""
+    local = functools.partial(_attend_flat, sliding_window=sliding_window)
+    mesh = jax.sharding.get_abstract_mesh()
+    sharded = mesh.shape.get(DATA_AXIS, 1) > 1 and DATA_AXIS not in mesh.manual_axes
+    if sharded:
+        rows = PartitionSpec(DATA_AXIS)
+        local = jax.shard_map(local, in_specs=(rows,) * 5, out_specs=rows, axis_names={DATA_AXIS})
+    return local(q, k, v, starts, lengths)
+
+
+def _attend_flat(q, k, v, starts, lengths, *, sliding_window):
+    # cuDNN gives NaN for packed batches of two rows or more through jax 0.11.2, which repeats the
+    # offset between two rows. One row of b·t tokens has no such offset.
+    rows, length = q.shape[:2]
+    flat = lambda x: x.reshape(1, rows * length, *x.shape[2:])
+    row = jnp.arange(rows, dtype=starts.dtype)[:, None]
+    offsets = jnp.where(starts < 0, -1, starts + row * length).reshape(1, -1)
+    end = jnp.full((1, 1), rows * length, offsets.dtype)
+    offsets = jnp.concatenate([offsets, end], axis=1)
+    flattened = (flat(q), flat(k), flat(v), lengths.reshape(1, -1), offsets)
+    return _packed_kernel(*flattened, sliding_window=sliding_window).reshape(q.shape)
+
+
+def _packed_kernel(q, k, v, lengths, offsets, *, sliding_window) -> jax.Array:
+    """Calls jax's private binding of cuDNN's packed layout; nothing public reaches it."""
+    # Imported here, since the module is private: only who packs on a GPU depends on it.
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    output = cudnn.dot_product_attention(
+        q,
+        k,
+        v,
+        q_seqlen=lengths,
+        kv_seqlen=lengths,
+        q_offsets=offsets,
+        kv_offsets=offsets,
+        scale=q.shape[-1] ** -0.5,
+        mask_type=cudnn.MaskType.PADDING_CAUSAL,
+        sliding_window_length=sliding_window,
+    )
+    return cast(jax.Array, output)

@@ -1,0 +1,307 @@
+"""The architecture of a decoder, read from and written to a Hugging Face config.json."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from lorax.models.json_fields import JsonFields
+from lorax.models.rope import RopeConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class _Family:
+    """What a transformers configuration class assumes where config.json is silent."""
+
+    architecture: str
+    max_position_embeddings: int
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    attention_bias: bool = False  # has the field
+    mlp_bias: bool = False  # has the field
+    window: str = "none"  # none, every layer, or by layer_types
+
+
+_FAMILIES = {
+    "llama": _Family("LlamaForCausalLM", 2048, attention_bias=True, mlp_bias=True),
+    "mistral": _Family("MistralForCausalLM", 131_072, 8, window="every"),
+    "qwen2": _Family("Qwen2ForCausalLM", 32_768, 32, window="layers"),
+    "qwen3": _Family("Qwen3ForCausalLM", 32_768, 32, 128, attention_bias=True, window="layers"),
+}
+
+# Fields with one value that lorax computes, and why no other.
+_FIXED_FIELDS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "hidden_act": (("silu", "swish"), "the gated MLP is SwiGLU"),
+    "attention_dropout": ((0,), "lorax drops nothing in attention"),
+    "hidden_dropout": ((0,), "lorax drops nothing in the residual stream"),
+    "resid_pdrop": ((0,), "lorax drops nothing in the residual stream"),
+    "embd_pdrop": ((0,), "lorax drops nothing in the embedding"),
+    "pretraining_tp": ((1,), "products are not split as in pretraining"),
+    "partial_rotary_factor": ((1,), "lorax rotates whole heads"),
+    "rope_interleaved": ((False,), "pairs are half a head apart"),
+    "use_mrope": ((False,), "text has one position per token"),
+    "quantization_config": ((), "lorax reads 16- and 32-bit weights only; dequantise it first"),
+    "compression_config": ((), "lorax reads 16- and 32-bit weights only; decompress it first"),
+    "auto_map": ((), "lorax runs no code from checkpoints"),
+    "per_layer_config": ((), "every layer has the same shape"),
+    "pruned_heads": (({},), "no head is pruned"),
+    "is_encoder_decoder": ((False,), "lorax has decoders only"),
+    "add_cross_attention": ((False,), "lorax has decoders only"),
+    "tie_encoder_decoder": ((False,), "lorax has decoders only"),
+}
+
+# Fields that cannot change what the forward pass computes, by reason.
+_HARMLESS_FIELDS: dict[str, tuple[str, ...]] = {
+    "who wrote the file, and for which class": (
+        "architectures", "model_type", "_name_or_path", "name_or_path", "_commit_hash",
+        "transformers_version", "tokenizer_class", "is_llama_config", "transformers.js_config",
+        "unsloth_version", "unsloth_fixed", "model_name",
+    ),
+    "dtype of the file; tensors carry theirs, and the run's dtype is set by the run": (
+        "dtype", "torch_dtype", "use_bfloat16",
+    ),
+    "how transformers computes the same thing": (
+        "use_cache", "_attn_implementation", "_attn_implementation_autoset",
+        "attn_implementation", "_flash_attn_2_enabled", "chunk_size_feed_forward", "torchscript",
+        "tf_legacy_loss", "return_dict", "output_attentions", "output_hidden_states",
+        "is_decoder", "cross_attention_hidden_size",
+    ),
+    "initialisation, before the weights are loaded": ("initializer_range",),
+    "limits for tokenizers; lorax has data.max_seq_length": (
+        "max_sequence_length", "model_max_length", "tokenizer_model_max_length",
+        "tokenizer_padding_side",
+    ),
+    "heads for classification": (
+        "id2label", "label2id", "num_labels", "problem_type", "finetuning_task",
+        "task_specific_params",
+    ),
+    "generation, whose settings lorax takes from its caller": (
+        "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups",
+        "diversity_penalty", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty",
+        "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids",
+        "num_return_sequences", "output_scores", "return_dict_in_generate",
+        "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values",
+        "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens", "prefix",
+        "sep_token_id", "decoder_start_token_id",
+    ),
+}  # fmt: skip
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """A decoder-only transformer of the Llama family, under Hugging Face's names.
+
+    Attributes:
+        model_type: llama, mistral, qwen2 or qwen3.
+        vocab_size: Rows of the embedding.
+        hidden_size: Width of the residual stream.
+        intermediate_size: Width of the MLP.
+        num_hidden_layers: Layers.
+        num_attention_heads: Query heads.
+        num_key_value_heads: Key and value heads; divides the query heads.
+        head_dim: Width of a head.
+        max_position_embeddings: Context; read by some rotary scalings, never a limit.
+        rms_norm_eps: Added to the mean square.
+        rope: Rotary embedding.
+        tie_word_embeddings: The head is the transposed embedding.
+        attention_bias: Biases on q, k, v and o (Qwen2 has those of q, k and v in any case).
+        mlp_bias: Biases in the MLP.
+        sliding_window: Tokens that a sliding layer sees, itself included.
+        layer_types: ``full_attention`` or ``sliding_attention`` per layer.
+        bos_token_id: Kept for generation.
+        eos_token_id: Kept for generation; may be several.
+        pad_token_id: Kept for generation.
+    """
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float = 1e-6
+    rope: RopeConfig = dataclasses.field(default_factory=RopeConfig)
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    sliding_window: int | None = None
+    layer_types: tuple[str, ...] = ()
+    bos_token_id: int | tuple[int, ...] | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
+    pad_token_id: int | tuple[int, ...] | None = None
+
+    @property
+    def architecture(self) -> str:
+        """The transformers class, for example ``LlamaForCausalLM``."""
+        return _FAMILIES[self.model_type].architecture
+
+    @property
+    def qkv_bias(self) -> bool:
+        """Whether q, k and v have biases."""
+        return self.attention_bias or self.model_type == "qwen2"
+
+    @property
+    def qk_norm(self) -> bool:
+        """Whether queries and keys are normalised per head."""
+        return self.model_type == "qwen3"
+
+    def window(self, layer: int) -> int | None:
+        """Returns how many tokens the layer sees, itself included, or None for all before it."""
+        return self.sliding_window if self.layer_types[layer] == SLIDING else None
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any], where: str) -> "DecoderConfig":
+        """Reads the contents of a config.json, honouring or refusing every field.
+
+        Fields that are absent take the defaults of the transformers class of the same
+        `model_type`. Both ``rope_parameters`` (transformers 5) and ``rope_theta`` with
+        ``rope_scaling`` are understood.
+
+        Args:
+            config: The parsed file.
+            where: Its path, for messages.
+
+        Raises:
+            ValueError: Naming file and field: unknown (with the nearest known name), missing, of
+                a wrong type, out of range, or of a value that lorax does not compute.
+        """
+        fields = JsonFields(config, where)
+        model_type = fields.raw("model_type")
+        if model_type not in _FAMILIES:
+            raise fields.error("model_type", f"must be one of {', '.join(_FAMILIES)}")
+        family = _FAMILIES[model_type]
+        _check_architectures(fields)
+        for name, (allowed, reason) in _FIXED_FIELDS.items():
+            fields.only(name, allowed, reason)
+        shape = _read_shape(fields, family)
+        layers = shape["num_hidden_layers"]
+        window, layer_types = _read_windows(fields, family, layers)
+        result = cls(
+            model_type=model_type,
+            **shape,
+            vocab_size=fields.integer("vocab_size"),
+            intermediate_size=fields.integer("intermediate_size"),
+            max_position_embeddings=fields.integer(
+                "max_position_embeddings", family.max_position_embeddings
+            ),
+            rms_norm_eps=fields.number("rms_norm_eps", 1e-6, minimum=0, above=True),
+            rope=RopeConfig.from_hf(fields),
+            tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
+            attention_bias=_read_bias(fields, "attention_bias", family.attention_bias),
+            mlp_bias=_read_bias(fields, "mlp_bias", family.mlp_bias),
+            sliding_window=window,
+            layer_types=layer_types,
+            bos_token_id=fields.token_id("bos_token_id"),
+            eos_token_id=fields.token_id("eos_token_id"),
+            pad_token_id=fields.token_id("pad_token_id"),
+        )
+        for names in _HARMLESS_FIELDS.values():
+            fields.ignore(names)
+        fields.finish()
+        return result
+
+    def to_hf(self) -> dict[str, Any]:
+        """Returns a config.json that transformers 5 and 4 read as this architecture."""
+        family = _FAMILIES[self.model_type]
+        config: dict[str, Any] = {
+            "architectures": [family.architecture],
+            "model_type": self.model_type,
+            "hidden_act": "silu",
+            "attention_dropout": 0.0,
+        }
+        plain = (
+            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+            "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings",
+            "rms_norm_eps", "tie_word_embeddings",
+        )  # fmt: skip
+        config |= {name: getattr(self, name) for name in plain}
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = getattr(self, name)
+            config[name] = list(value) if isinstance(value, tuple) else value
+        if family.attention_bias:
+            config["attention_bias"] = self.attention_bias
+        if family.mlp_bias:
+            config["mlp_bias"] = self.mlp_bias
+        return config | self.rope.to_hf() | _windows_to_hf(self, family)
+
+
+def _check_architectures(fields: JsonFields) -> None:
+    value = fields.raw("architectures", None)
+    names = value if isinstance(value, list) else [value]
+    if value is not None and not all(
+        isinstance(n, str) and n.endswith("ForCausalLM") for n in names
+    ):
+        raise fields.error("architectures", "must be a causal language model (…ForCausalLM)")
+
+
+def _read_shape(fields: JsonFields, family: _Family) -> dict[str, int]:
+    hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+    default = family.num_key_value_heads if "num_key_value_heads" not in fields.values else None
+    groups = fields.integer("num_key_value_heads", default or heads)
+    if heads % groups:
+        raise fields.error("num_key_value_heads", f"must divide num_attention_heads={heads}")
+    default = family.head_dim if "head_dim" not in fields.values else None
+    head_dim = fields.integer("head_dim", default)
+    if head_dim is None:
+        if hidden % heads:
+            raise fields.error("hidden_size", f"must be a multiple of num_attention_heads={heads}")
+        head_dim = hidden // heads
+    if head_dim % 2:
+        raise ValueError(f"{fields.where}: head_dim must be even to be rotated, got {head_dim}")
+    return {
+        "hidden_size": hidden,
+        "num_hidden_layers": fields.integer("num_hidden_layers"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "head_dim": head_dim,
+    }
+
+
+def _read_bias(fields: JsonFields, name: str, has_field: bool) -> bool:
+    if has_field:
+        return fields.boolean(name, False)
+    fields.only(name, (), "transformers ignores it for this model_type")
+    return False
+
+
+def _read_windows(
+    fields: JsonFields, family: _Family, layers: int
+) -> tuple[int | None, tuple[str, ...]]:
+    """Returns the window and the type of every layer, by the rules of the model's own class."""
+    if family.window == "none":
+        return None, (FULL,) * layers
+    # Absent and null differ: an absent window is the class's default of 4096.
+    default = 4096 if "sliding_window" not in fields.values else None
+    window = fields.integer("sliding_window", default)
+    if family.window == "every":
+        return window, (SLIDING if window else FULL,) * layers
+    if not fields.boolean("use_sliding_window", False):
+        window = None
+    first = fields.integer("max_window_layers", 28, minimum=0)
+    types = fields.raw("layer_types", None)
+    if types is None:
+        types = [SLIDING if window and i >= first else FULL for i in range(layers)]
+    if not isinstance(types, list) or len(types) != layers or set(types) - {FULL, SLIDING}:
+        raise fields.error("layer_types", f"must be {layers} times {FULL!r} or {SLIDING!r}")
+    if SLIDING in types and window is None:
+        raise fields.error("layer_types", "needs use_sliding_window: true and a sliding_window")
+    return (window if SLIDING in types else None), tuple(types)
+
+
+def _windows_to_hf(config: DecoderConfig, family: _Family) -> dict[str, Any]:
+    if family.window == "none":
+        return {}
+    result: dict[str, Any] = {"sliding_window": config.sliding_window}
+    if family.window == "every":
+        return result
+    types = list(config.layer_types)
+    first = types.index(SLIDING) if SLIDING in types else len(types)
+    result |= {"use_sliding_window": config.sliding_window is not None, "layer_types": types}
+    # Older transformers know only "full below this layer"; other patterns need layer_types.
+    if FULL not in types[first:]:
+        result["max_window_layers"] = first
+    return result

@@ -1,0 +1,385 @@
+"""Llama, Mistral, Qwen2 and Qwen3: one decoder, top to bottom, under Hugging Face's names."""
+
+import dataclasses
+from typing import Literal, overload
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from lorax.models.attention import (
+    AttentionImplementation,
+    Documents,
+    KVCache,
+    LayerCache,
+    attend,
+    attend_cache,
+    document_lengths,
+    find_documents,
+    resolve_implementation,
+    store,
+    too_many_documents,
+)
+from lorax.models.config import DecoderConfig
+from lorax.models.rope import rotary_tables, rotate
+
+type GradientCheckpointing = Literal["none", "full"]
+type Rotary = tuple[Float[Array, "b t half"], Float[Array, "b t half"]]
+
+INITIAL_DEVIATION = 0.02
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """How a model computes.
+
+    Attributes:
+        dtype: Of activations and products; norms, angles and the softmax are float32.
+        param_dtype: Of the stored weights.
+        attn_impl: What runs attention.
+    """
+
+    dtype: DTypeLike
+    param_dtype: DTypeLike
+    attn_impl: AttentionImplementation
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What every layer reads besides its input.
+
+    Attributes:
+        rotary: cos and sin of each token.
+        positions: Position of each token in its document.
+        documents: Documents of packed rows, or None.
+    """
+
+    rotary: Rotary
+    positions: Int[Array, "b t"]
+    documents: Documents | None
+
+
+class RMSNorm(nnx.Module):
+    """``weight · x / √(mean(x²) + ε)``, the mean and the root in float32.
+
+    Source: Zhang & Sennrich 2019, eq. 4, https://arxiv.org/abs/1910.07467
+    """
+
+    def __init__(self, size: int, epsilon: float, execution: Execution):
+        self.weight = nnx.Param(jnp.ones((size,), execution.param_dtype))
+        self.epsilon, self.dtype = epsilon, execution.dtype
+
+    def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
+        """Returns `x` with unit mean square, times the weight."""
+        wide = x.astype(jnp.float32)
+        scale = jax.lax.rsqrt(jnp.square(wide).mean(axis=-1, keepdims=True) + self.epsilon)
+        weight = self.weight[...].astype(self.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+        return weight * (wide * scale).astype(self.dtype)
+
+
+def _linear(inputs: int, outputs: int, bias: bool, execution: Execution, rngs: nnx.Rngs):
+    return nnx.Linear(
+        inputs,
+        outputs,
+        use_bias=bias,
+        dtype=execution.dtype,
+        param_dtype=execution.param_dtype,
+        kernel_init=nnx.initializers.normal(INITIAL_DEVIATION),
+        rngs=rngs,
+    )
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with rotary positions."""
+
+    def __init__(self, config: DecoderConfig, index: int, execution: Execution, rngs: nnx.Rngs):
+        width, head_dim = config.hidden_size, config.head_dim
+        q_size = config.num_attention_heads * head_dim
+        kv_size = config.num_key_value_heads * head_dim
+        self.q_proj = _linear(width, q_size, config.qkv_bias, execution, rngs)
+        self.k_proj = _linear(width, kv_size, config.qkv_bias, execution, rngs)
+        self.v_proj = _linear(width, kv_size, config.qkv_bias, execution, rngs)
+        self.o_proj = _linear(q_size, width, config.attention_bias, execution, rngs)
+        self.qk_norm, self.head_dim = config.qk_norm, head_dim
+        if self.qk_norm:
+            self.q_norm = RMSNorm(head_dim, config.rms_norm_eps, execution)
+            self.k_norm = RMSNorm(head_dim, config.rms_norm_eps, execution)
+        self.sliding_window = config.window(index)
+        self.attn_impl: AttentionImplementation = execution.attn_impl
+
+    def __call__(
+        self, x: Float[Array, "b t d"], context: Context, cache: LayerCache | None, empty: bool
+    ) -> tuple[Float[Array, "b t d"], LayerCache | None]:
+        """Returns the attention output and the cache with this call's tokens added."""
+        heads = lambda y: y.reshape(*x.shape[:2], -1, self.head_dim)
+        q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, *context.rotary), rotate(k, *context.rotary)
+        if cache is not None:
+            cache = store(cache, k, v, context.positions, empty=empty)
+        window = self.sliding_window
+        if cache is None or empty:
+            documents, impl = context.documents, self.attn_impl
+            y = attend(q, k, v, documents=documents, sliding_window=window, impl=impl)
+        else:
+            y = attend_cache(q, *cache, context.positions, sliding_window=window)
+        return self.o_proj(y.reshape(*x.shape[:2], -1)), cache
+
+
+class MLP(nnx.Module):
+    """SwiGLU: ``down(silu(gate(x)) · up(x))``.
+
+    Source: Shazeer 2020, eq. 6, https://arxiv.org/abs/2002.05202
+    """
+
+    def __init__(self, config: DecoderConfig, execution: Execution, rngs: nnx.Rngs):
+        width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = _linear(width, inner, bias, execution, rngs)
+        self.up_proj = _linear(width, inner, bias, execution, rngs)
+        self.down_proj = _linear(inner, width, bias, execution, rngs)
+
+    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        """Returns the MLP's output."""
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nnx.Module):
+    """``h = x + attention(norm(x)); h + mlp(norm(h))``."""
+
+    def __init__(self, config: DecoderConfig, index: int, execution: Execution, rngs: nnx.Rngs):
+        width, epsilon = config.hidden_size, config.rms_norm_eps
+        self.self_attn = Attention(config, index, execution, rngs)
+        self.mlp = MLP(config, execution, rngs)
+        self.input_layernorm = RMSNorm(width, epsilon, execution)
+        self.post_attention_layernorm = RMSNorm(width, epsilon, execution)
+
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        context: Context,
+        cache: LayerCache | None = None,
+        empty: bool = False,
+    ) -> tuple[Float[Array, "b t d"], LayerCache | None]:
+        """Returns the layer's output and its cache."""
+        attended, cache = self.self_attn(self.input_layernorm(x), context, cache, empty)
+        x = x + attended
+        return x + self.mlp(self.post_attention_layernorm(x)), cache
+
+
+class Decoder(nnx.Module):
+    """Embedding, layers and final norm; run by `CausalLM.hidden_states`."""
+
+    def __init__(self, config: DecoderConfig, execution: Execution, rngs: nnx.Rngs):
+        self.embed_tokens = nnx.Embed(
+            config.vocab_size,
+            config.hidden_size,
+            dtype=execution.dtype,
+            param_dtype=execution.param_dtype,
+            embedding_init=nnx.initializers.normal(INITIAL_DEVIATION),
+            rngs=rngs,
+        )
+        self.layers = nnx.List(
+            DecoderLayer(config, index, execution, rngs)
+            for index in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, execution)
+
+
+class TiedHead(nnx.Module):
+    """The output head of a model with tied embeddings: ``x · embeddingᵀ``."""
+
+    def __init__(self, embed_tokens: nnx.Embed):
+        self.embed_tokens = embed_tokens
+
+    def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch v"]:
+        """Returns the logits in the compute dtype."""
+        return self.embed_tokens.attend(x)
+
+
+class CausalLM(nnx.Module):
+    """A decoder with its output head; modules are named as in Hugging Face's checkpoints.
+
+    Every weight is read through its module, so linear layers may be replaced by anything that is
+    called the same way, and the model may be split and merged anywhere.
+
+    Args:
+        config: The architecture.
+        dtype: Of activations and products.
+        param_dtype: Of the weights that are made here.
+        attn_impl: What runs attention: see `lorax.models.attention.resolve_implementation`.
+        gradient_checkpointing: "full" keeps only each layer's input for the backward pass and
+            computes the layer again; "none" keeps everything.
+        rngs: Source of the weights (stream ``params``): normal with deviation 0.02, biases 0.
+
+    Attributes:
+        config: The architecture.
+        dtype: Of activations and products.
+        max_documents: The most documents that one packed row holds; cuDNN needs it, static.
+    """
+
+    lm_head: nnx.Linear | TiedHead
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        attn_impl: AttentionImplementation = "auto",
+        gradient_checkpointing: GradientCheckpointing = "none",
+        rngs: nnx.Rngs,
+    ):
+        if gradient_checkpointing not in ("none", "full"):
+            raise ValueError(
+                f"gradient_checkpointing must be none or full, got {gradient_checkpointing!r}"
+            )
+        # Checked here, so that cuDNN where it cannot run is an error before anything is loaded.
+        resolve_implementation(attn_impl, jnp.dtype(dtype), config.head_dim, packed=False)
+        execution = Execution(dtype, param_dtype, attn_impl)
+        self.config, self.dtype = config, dtype
+        self.attn_impl: AttentionImplementation = attn_impl
+        self.gradient_checkpointing = gradient_checkpointing
+        self.max_documents: int | None = None
+        self.model = Decoder(config, execution, rngs)
+        if not config.tie_word_embeddings:
+            self.lm_head = _linear(config.hidden_size, config.vocab_size, False, execution, rngs)
+
+    def __getattr__(self, name: str) -> TiedHead:
+        # Called for absent attributes only. A stored tied head would move the embedding's state to
+        # the path lm_head.embed_tokens, because nnx visits attributes in alphabetical order.
+        if name == "lm_head":
+            return TiedHead(self.model.embed_tokens)
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+    @property
+    def tied_modules(self) -> dict[str, str]:
+        """Names in checkpoints of modules that share another module's weight."""
+        return {"lm_head": "model.embed_tokens"} if self.config.tie_word_embeddings else {}
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "b t"],
+        positions: Int[Array, "b t"] | None = None,
+        segment_ids: Int[Array, "b t"] | None = None,
+    ) -> Float[Array, "b t v"]:
+        """Returns the logits of the next token at every token, float32."""
+        return self.logits(self.hidden_states(input_ids, positions, segment_ids))
+
+    def logits(self, hidden: Float[Array, "*batch d"]) -> Float[Array, "*batch v"]:
+        """Returns the head's output for some hidden states, float32."""
+        return self.lm_head(hidden).astype(jnp.float32)
+
+    @overload
+    def hidden_states(
+        self, input_ids, positions=None, segment_ids=None, cache: None = None
+    ) -> Float[Array, "b t d"]: ...
+
+    @overload
+    def hidden_states(
+        self, input_ids, positions=None, segment_ids=None, *, cache: KVCache
+    ) -> tuple[Float[Array, "b t d"], KVCache]: ...
+
+    def hidden_states(
+        self,
+        input_ids: Int[Array, "b t"],
+        positions: Int[Array, "b t"] | None = None,
+        segment_ids: Int[Array, "b t"] | None = None,
+        cache: KVCache | None = None,
+    ):
+        """Returns the states after the final norm, (b, t, d); with a cache, (states, new cache).
+
+        Args:
+            input_ids: Tokens; rows are padded on the right.
+            positions: Position of each token in its document; None counts from 0. Padding must
+                not exceed its row's last position where the rotary scaling is ``dynamic``.
+            segment_ids: Number of each token's document in its row, 0 for padding; None where
+                every row is one document. If a row holds more documents than `max_documents`
+                says and cuDNN runs, the row comes out as NaN.
+            cache: From `init_cache`, or returned by an earlier call.
+
+        Raises:
+            ValueError: If packed rows are given a cache, a used cache no positions, or cuDNN runs
+                on packed rows and `max_documents` is not set.
+        """
+        if cache is not None and segment_ids is not None:
+            raise ValueError("a cache holds one document per row: pass no segment_ids with it")
+        if positions is None:
+            if cache is not None and not cache.empty:
+                raise ValueError("a used cache needs the positions of the new tokens")
+            count = jnp.arange(input_ids.shape[1], dtype=jnp.int32)[None, :]
+            positions = jnp.broadcast_to(count, input_ids.shape)
+        hidden = self.model.embed_tokens(input_ids)
+        documents = None
+        if segment_ids is not None:
+            documents, hidden = self._find_documents(segment_ids, hidden)
+        context = Context(self._rotary(positions, segment_ids), positions, documents)
+        if cache is not None:
+            return self._run_with_cache(hidden, context, cache)
+        run = jax.checkpoint(_run_layer) if self.gradient_checkpointing == "full" else _run_layer
+        for layer in self.model.layers:
+            hidden = run(layer, hidden, context)
+        return self.model.norm(hidden)
+
+    def _find_documents(self, segment_ids, hidden):
+        impl, head_dim = self.attn_impl, self.config.head_dim
+        if resolve_implementation(impl, hidden.dtype, head_dim, packed=True) == "xla":
+            return Documents(segment_ids), hidden
+        if self.max_documents is None:
+            raise ValueError(
+                "packed rows on cuDNN: set model.max_documents to the most documents of a row"
+            )
+        # An array cannot raise inside jit; rows that would be attended wrongly become NaN.
+        wrong = too_many_documents(segment_ids, self.max_documents)[:, None, None]
+        hidden = jnp.where(wrong, jnp.asarray(jnp.nan, hidden.dtype), hidden)
+        return find_documents(segment_ids, self.max_documents), hidden
+
+    def _rotary(self, positions, segment_ids) -> Rotary:
+        c, lengths = self.config, document_lengths(positions, segment_ids)
+        return rotary_tables(c.rope, c.head_dim, c.max_position_embeddings, positions, lengths)
+
+    def _run_with_cache(self, hidden, context: Context, cache: KVCache):
+        layers = []
+        for layer, stored in zip(self.model.layers, cache.layers, strict=True):
+            hidden, stored = layer(hidden, context, stored, cache.empty)
+            layers.append(stored)
+        return self.model.norm(hidden), KVCache(tuple(layers), empty=False)
+
+    def init_cache(self, batch: int, length: int, dtype: DTypeLike | None = None) -> KVCache:
+        """Returns an empty cache for `batch` rows of up to `length` tokens.
+
+        Args:
+            batch: Rows.
+            length: Slots; a token whose position is not below it is not stored.
+            dtype: Of keys and values; None is the model's.
+        """
+        config, dtype = self.config, self.dtype if dtype is None else dtype
+        shape = (batch, length, config.num_key_value_heads, config.head_dim)
+        layers = [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in self.model.layers]
+        return KVCache(tuple(layers), empty=True)
+
+
+def init_model(
+    config: DecoderConfig,
+    *,
+    dtype: DTypeLike = jnp.bfloat16,
+    seed: int = 0,
+    attn_impl: AttentionImplementation = "auto",
+    gradient_checkpointing: GradientCheckpointing = "none",
+) -> CausalLM:
+    """Returns a model with fresh weights in `dtype`, for pretraining; see `CausalLM`."""
+    return CausalLM(
+        config,
+        dtype=dtype,
+        param_dtype=dtype,
+        attn_impl=attn_impl,
+        gradient_checkpointing=gradient_checkpointing,
+        rngs=nnx.Rngs(seed),
+    )
+
+
+def _run_layer(layer: DecoderLayer, hidden: Float[Array, "b t d"], context: Context):
+    return layer(hidden, context)[0]

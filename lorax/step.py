@@ -1,0 +1,134 @@
+"""One optimizer step as a pure, compiled function: accumulate, divide once, clip, update."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from lorax.lora import LoraLinear, named_modules, set_dropout_key, split_trainable
+from lorax.loss import Batch, LossFunction, accumulate, causal_lm_loss
+from lorax.sharding import place_parameters
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What a step changes.
+
+    Attributes:
+        step: Optimizer steps done, int32.
+        trainable: The model's `nnx.Param` state.
+        opt_state: The optimizer's state.
+    """
+
+    step: jax.Array
+    trainable: nnx.State
+    opt_state: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainStep:
+    """``step(state, batch) -> (state, metrics)``; see `make_train_step`.
+
+    Attributes:
+        frozen: The weights that no step changes, passed to every call.
+    """
+
+    compiled: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+    frozen: nnx.State
+
+    def __call__(self, state: TrainState, batch: Batch):
+        """Returns the next state and ``{"loss", "grad_norm", "tokens"}``; `state` is consumed."""
+        return self.compiled(state, self.frozen, batch)
+
+    def compile(self, state: TrainState, batch: Batch) -> "TrainStep":
+        """Returns the step compiled for the shapes of `batch`, before it is needed."""
+        return TrainStep(self.compiled.lower(state, self.frozen, batch).compile(), self.frozen)
+
+
+def make_train_step(
+    model: nnx.Module,
+    optimizer: optax.GradientTransformation,
+    loss_fn: LossFunction = causal_lm_loss,
+    *,
+    seed: int = 0,
+    mesh: Mesh | None = None,
+) -> tuple[TrainStep, TrainState]:
+    """Returns a compiled training step for `model` and the state it starts from.
+
+    The step computes, over the micro-batches i on the leading axis of its batch,
+    ``gradient = Σ ∇Lᵢ / Σ nᵢ`` and hands it to `optimizer` once. It trains the model's `nnx.Param`
+    variables, frees the old state, and gives every layer a fresh dropout mask that is a pure
+    function of (seed, step, micro-batch).
+
+    Args:
+        model: A model from `apply_lora`, or any NNX model.
+        optimizer: Any optax transformation, clipping included.
+        loss_fn: ``(model, micro_batch) -> (sum of losses, count)``.
+        seed: Seed of the dropout masks.
+        mesh: Where to put the arrays; None leaves them where they are.
+
+    Raises:
+        ValueError: If nothing trains, or a batch norm would update its statistics.
+    """
+    _refuse_batch_statistics(model)
+    graph, trainable, frozen = split_trainable(model)
+    if not jax.tree.leaves(trainable):
+        raise ValueError("the model has no nnx.Param: nothing would train. apply_lora it first")
+    # The state is donated to the step, so it must not be the caller's own arrays.
+    trainable = jax.tree.map(jnp.copy, trainable)
+    state = TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
+    if mesh is not None:
+        state, frozen = place_parameters(state, mesh), place_parameters(frozen, mesh)
+
+    def loss_of(trainable, micro_batch, key, frozen):
+        merged = nnx.merge(graph, trainable, frozen, copy=True)
+        set_dropout_key(merged, key)
+        _reseed(merged, key)
+        return loss_fn(merged, micro_batch)
+
+    def step(state: TrainState, frozen: nnx.State, batch: Batch):
+        size = jax.tree.leaves(batch)[0].shape[0]
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(size))
+        total = accumulate(lambda t, b, k: loss_of(t, b, k, frozen))
+        loss, count, gradients = total(state.trainable, batch, keys)
+        norm = optax.tree.norm(gradients)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        metrics = {"loss": loss, "grad_norm": norm, "tokens": count}
+        return TrainState(state.step + 1, trainable, opt_state), metrics
+
+    return TrainStep(jax.jit(step, donate_argnums=0), frozen), state
+
+
+def merge_state(model: nnx.Module, state: TrainState) -> nnx.Module:
+    """Returns `model` with the trained values of `state` (copied, for a step frees its state)."""
+    graph, _, frozen = split_trainable(model)
+    return nnx.merge(graph, jax.tree.map(jnp.copy, state.trainable), frozen)
+
+
+def _reseed(model: nnx.Module, key: jax.Array) -> None:
+    """Gives `nnx.Dropout` and its like a new key too."""
+    streams = [n for _, n in nnx.iter_graph(model) if isinstance(n, nnx.RngStream)]
+    for index, stream in enumerate(streams):
+        stream.key.set_value(jax.random.fold_in(key, 1_000_000 + index))
+
+
+def _refuse_batch_statistics(model: nnx.Module) -> None:
+    for name, module in named_modules(model).items():
+        if getattr(module, "use_running_average", True) is False:
+            raise ValueError(
+                f"{name} would update batch statistics, which this step does not carry; freeze "
+                "them with model.set_attributes(use_running_average=True)"
+            )
+
+
+def has_dropout(model: nnx.Module) -> bool:
+    """Says whether any adapted layer drops inputs in training."""
+    return any(isinstance(m, LoraLinear) and m.dropout for m in named_modules(model).values())

@@ -1,0 +1,206 @@
+"""Which modules a `LoraConfig` adapts: PEFT's matching on dotted names, with nothing left unmatched."""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Collection, Iterable, Sequence
+
+from lorax.config import LoraConfig
+
+
+_REGEX_HINT = (
+    ". A string is a regular expression over whole module names; for name endings write a list"
+)
+
+
+class TargetError(ValueError):
+    """A LoRA setting names something that the model does not have, or cannot adapt."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """One module to adapt.
+
+    Attributes:
+        name: Dotted path from the model's root, as in ``model.layers.0.self_attn.q_proj``.
+        r: Rank of the update.
+        lora_alpha: Numerator of its scale.
+        scale: ``lora_alpha / r``, or ``lora_alpha / √r`` with `use_rslora`.
+    """
+
+    name: str
+    r: int
+    lora_alpha: float
+    scale: float
+
+
+def match_targets(
+    linear_names: Sequence[str],
+    other_names: Collection[str],
+    config: LoraConfig,
+    *,
+    output_layer: str | None = None,
+) -> list[Target]:
+    """Selects the modules that `config` adapts, in the order of `linear_names`.
+
+    A string `target_modules` must match a whole name as a regular expression; an entry of a list
+    matches the whole name or a dotted suffix of it; ``all-linear`` takes every linear module but
+    `output_layer`. Excluded and fully trained modules never match.
+
+    Args:
+        linear_names: Dotted names of the modules that can carry an adapter.
+        other_names: Dotted names of all other modules; matching one is an error.
+        config: What to match.
+        output_layer: The linear module that ``all-linear`` leaves out.
+
+    Raises:
+        TargetError: If an entry of any setting matches nothing, or a module matches that is not
+            linear. The message lists near names.
+
+    Source: the behaviour of PEFT 0.21 (`check_target_module_exists`).
+    """
+    excluded = {n for n in (*linear_names, *other_names) if is_excluded(n, config)}
+    matched = [n for n in linear_names if n not in excluded and is_target(n, config, output_layer)]
+    if not is_all_linear(config):
+        wrong = sorted(n for n in other_names if n not in excluded and is_target(n, config, None))
+        if wrong:
+            raise TargetError(
+                f"lora.target_modules matches {_listed(wrong)}, which cannot carry an adapter: only "
+                "linear modules can. Narrow the entry, or train the module fully with "
+                "lora.modules_to_save"
+            )
+    _refuse_unmatched(matched, linear_names, other_names, config, output_layer)
+    return [_sized(name, config) for name in matched]
+
+
+def is_all_linear(config: LoraConfig) -> bool:
+    """Says whether `target_modules` is the word for every linear layer, in any case as in PEFT."""
+    targets = config.target_modules
+    return isinstance(targets, str) and targets.lower() == "all-linear"
+
+
+def is_excluded(name: str, config: LoraConfig) -> bool:
+    """Says whether `exclude_modules` or `modules_to_save` keeps an adapter off `name`."""
+    exclude = config.exclude_modules
+    if isinstance(exclude, str):
+        if re.fullmatch(exclude, name):
+            return True
+    elif exclude and any(_is_suffix(entry, name) for entry in exclude):
+        return True
+    return any(re.match(rf"(^|.*\.){m}($|\..*)", name) for m in config.modules_to_save or ())
+
+
+def is_target(name: str, config: LoraConfig, output_layer: str | None) -> bool:
+    """Says whether `target_modules`, with the layer settings, takes `name`."""
+    targets = config.target_modules
+    if isinstance(targets, str):
+        if is_all_linear(config):
+            return name != output_layer
+        return re.fullmatch(targets, name) is not None
+    if name in targets:
+        return True  # PEFT lets a full name pass the layer settings too
+    return any(_is_suffix(t, name) for t in targets) and _is_in_layers(name, config)
+
+
+def is_saved(name: str, entry: str) -> bool:
+    """Says whether an entry of `modules_to_save` names this module."""
+    return _is_suffix(entry, name)
+
+
+def pattern_value[T](patterns: dict[str, T], name: str, default: T) -> T:
+    """Returns the value of the first pattern, in order, that matches the end of `name`."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return default
+
+
+def nearest(entry: str, names: Iterable[str]) -> str:
+    """Returns a sentence listing the known names closest to `entry`."""
+    parts = 2 if "." in entry.strip(".*") else 1
+    suffixes = sorted({".".join(n.split(".")[-parts:]) for n in names})
+    close = difflib.get_close_matches(re.sub(r"[^\w.]", "", entry), suffixes, n=3, cutoff=0.5)
+    known = close or suffixes
+    return ("did you mean " if close else "the model has ") + _listed(known)
+
+
+def _is_suffix(entry: str, name: str) -> bool:
+    return name == entry or name.endswith(f".{entry}")
+
+
+def _layer_index(name: str, config: LoraConfig) -> int | None:
+    patterns = config.layers_pattern
+    if not patterns:
+        match = re.match(r".*?\.[^.]*\.(?P<index>\d+)\.", name)
+    else:
+        patterns = (patterns,) if isinstance(patterns, str) else patterns
+        tries = (re.match(rf"(?:^|.*?\.){p}\.(?P<index>\d+)\.", name) for p in patterns)
+        match = next((m for m in tries if m), None)
+    return int(match["index"]) if match else None
+
+
+def _layers(config: LoraConfig) -> tuple[int, ...]:
+    layers = config.layers_to_transform
+    return (layers,) if isinstance(layers, int) else tuple(layers or ())
+
+
+def _is_in_layers(name: str, config: LoraConfig) -> bool:
+    layers = _layers(config)
+    return not layers or _layer_index(name, config) in layers
+
+
+def _sized(name: str, config: LoraConfig) -> Target:
+    r = pattern_value(config.rank_pattern, name, config.r)
+    alpha = pattern_value(config.alpha_pattern, name, config.lora_alpha)
+    return Target(name, r, alpha, alpha / (r**0.5 if config.use_rslora else r))
+
+
+def _refuse_unmatched(matched, linear_names, other_names, config, output_layer):
+    """Raises unless every entry of every setting names something, and something is adapted."""
+    names = (*linear_names, *other_names)
+    targets = config.target_modules
+    for entry in (targets,) if isinstance(targets, str) else targets:
+        alone = config
+        if not isinstance(targets, str):
+            alone = config.model_copy(update={"target_modules": (entry,)})
+        if not any(is_target(n, alone, output_layer) for n in linear_names):
+            raise TargetError(
+                f"lora.target_modules: {entry!r} matches no linear module; "
+                f"{nearest(entry, linear_names)}{_REGEX_HINT if isinstance(targets, str) else ''}"
+            )
+    exclude = config.exclude_modules
+    for entry in (exclude,) if isinstance(exclude, str) else exclude or ():
+        match = re.fullmatch if isinstance(exclude, str) else _is_suffix
+        if not any(match(entry, n) for n in names):
+            raise TargetError(
+                f"lora.exclude_modules: {entry!r} matches no module; {nearest(entry, names)}"
+            )
+    in_layers = [n for n in linear_names if is_target(n, config, output_layer)]
+    for index in _layers(config):
+        if not any(_layer_index(n, config) == index for n in in_layers):
+            known = {i for n in linear_names if (i := _layer_index(n, config)) is not None}
+            raise TargetError(
+                f"lora.layers_to_transform: no target module lies in layer {index}; the model's "
+                f"layers are {_listed(sorted(known))}"
+            )
+    if not matched:
+        raise TargetError(
+            "lora.exclude_modules and lora.modules_to_save leave no module to adapt; narrow them"
+        )
+    for setting in ("rank_pattern", "alpha_pattern"):
+        for entry in getattr(config, setting):
+            if not any(pattern_value({entry: True}, n, False) for n in matched):
+                raise TargetError(
+                    f"lora.{setting}: {entry!r} matches no target module; {nearest(entry, matched)}"
+                )
+    for entry in config.modules_to_save or ():
+        if not any(is_saved(n, entry) for n in names):
+            raise TargetError(
+                f"lora.modules_to_save: {entry!r} matches no module; {nearest(entry, names)}"
+            )
+
+
+def _listed(names: Iterable, limit: int = 8) -> str:
+    names = [str(n) for n in names]
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

@@ -1,0 +1,288 @@
+"""The trainer: batches in, one compiled step each, held-out loss, and the weights on disk."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from lorax.checkpoint import WeightStore
+from lorax.config import RunConfig
+from lorax.data import BatchPlan, EncodedDataset, prefetch
+from lorax.evaluate import Evaluator
+from lorax.interop.huggingface import save_model
+from lorax.interop.peft import save_adapter
+from lorax.loss import LossFunction, causal_lm_loss
+from lorax.metrics import Throughput, memory_gib
+from lorax.optimizer import make_optimizer, make_schedule
+from lorax.sharding import make_mesh, place_batch
+from lorax.step import TrainState, TrainStep, make_train_step
+
+type Event = dict[str, Any]
+type Listener = Callable[[Event], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """What a run came to.
+
+    Attributes:
+        steps: Optimizer steps done.
+        train_loss: Loss of the last step.
+        eval_loss_before: Held-out loss of the model as it came, if there are held-out rows.
+        eval_loss: Held-out loss of the weights that the trainer's model now has.
+        best_step: Step of those weights, where the best were loaded.
+        stopped_early: Whether the patience ran out.
+    """
+
+    steps: int
+    train_loss: float
+    eval_loss_before: float | None
+    eval_loss: float | None
+    best_step: int | None
+    stopped_early: bool
+
+
+class Trainer:
+    """Trains the `nnx.Param` weights of a model as a config says.
+
+    One optimizer step takes ``per_device_train_batch_size × gradient_accumulation_steps ×
+    devices`` rows and equals the step of one batch of that size: the loss is
+    ``Σ nll / supervised tokens`` over all of them. The last rows of an epoch make a step of their
+    own.
+
+    Args:
+        model: A model from `lorax.load_model`, adapted by `apply_lora` or not.
+        config: The run. Only its data, train, eval, save, log and mesh sections are read.
+        train_data: Encoded rows to learn from.
+        eval_data: Encoded held-out rows.
+        loss_fn: ``(model, micro_batch) -> (sum of losses, count)``.
+        listeners: Called with each step's and each evaluation's metrics, in order.
+
+    Raises:
+        ValueError: If a step of the run would hold no supervised token, nothing trains, or the
+            mesh asks for devices that are not there.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        config: RunConfig,
+        train_data: EncodedDataset,
+        eval_data: EncodedDataset | None = None,
+        *,
+        loss_fn: LossFunction = causal_lm_loss,
+        listeners: tuple[Listener, ...] = (),
+    ):
+        self.config, self.listeners = config, listeners
+        self.mesh = make_mesh(config.mesh.data)
+        train, devices = config.train, self.mesh.size
+        self.plan = self._plan(
+            train_data, train.per_device_train_batch_size * devices, train.gradient_accumulation_steps
+        )
+        self.total_steps = self._count_steps()
+        self._refuse_empty_steps()
+        plans = [self.plan]
+        if eval_data is not None:
+            plans.append(self._plan(eval_data, config.eval.per_device_eval_batch_size * devices, 1))
+        self.model = nnx.clone(model)
+        self.model.train()
+        if config.data.packing:
+            self.model.max_documents = max(p.max_documents_per_row for p in plans)
+        self.schedule = make_schedule(train, self.total_steps)
+        self.step, self.state = make_train_step(
+            self.model,
+            make_optimizer(train, self.total_steps),
+            loss_fn,
+            seed=train.seed,
+            mesh=self.mesh,
+        )
+        self.evaluator = None
+        if eval_data is not None:
+            self.evaluator = Evaluator(self.model, plans[1], self.mesh, loss_fn)
+        self.output_dir = Path(config.save.output_dir)
+        self.store = WeightStore(self.output_dir / "weights", self._write_weights)
+        self.throughput = Throughput.of(self.model, method=train.method)
+        self._best: nnx.State | None = None
+
+    def train(self) -> TrainResult:
+        """Runs all steps; the trainer's `model` then has the trained (or the best) weights.
+
+        Raises:
+            FloatingPointError: If a loss or gradient is not finite, naming the step. The weights
+                saved before that step stay.
+        """
+        with jax.set_mesh(self.mesh):
+            return self._train()
+
+    def _train(self) -> TrainResult:
+        compiled = self._compile()
+        before = loss = self._evaluate(0)
+        evaluations_without_gain, stopped, done, last = 0, False, 0, {}
+        pending: tuple[int, dict[str, Any], Event] | None = None
+        for done, epoch, batch, is_epoch_end in self._batches():
+            width = batch["input_ids"].shape[-1]
+            sent = {"epoch": epoch, "positions": int(batch["input_ids"].size), "width": width}
+            self.state, metrics = compiled[width](self.state, batch)
+            # The previous step's numbers are read while this one runs.
+            if pending is not None:
+                last = self._finish_step(*pending)
+            pending = (done, metrics, sent)
+            if self._is_evaluation_due(done, is_epoch_end) or done == self.total_steps:
+                last, pending = self._finish_step(*pending), None
+                loss = self._evaluate(done)
+                if loss is not None:
+                    improved = self.store.save(done, loss)
+                    self._keep_best(improved)
+                    evaluations_without_gain = 0 if improved else evaluations_without_gain + 1
+                    patience = self.config.eval.early_stopping_patience
+                    if patience is not None and evaluations_without_gain >= patience:
+                        stopped = True
+                        break
+            if done % self.config.save.save_steps == 0 or done == self.total_steps:
+                if pending is not None:
+                    last, pending = self._finish_step(*pending), None
+                self.store.save(done)
+        best_step = self._load_best()
+        self._update_model()
+        return TrainResult(
+            steps=done,
+            train_loss=last["loss"],
+            eval_loss_before=before,
+            eval_loss=self.store.best_loss if best_step is not None else loss,
+            best_step=best_step,
+            stopped_early=stopped,
+        )
+
+    def _plan(self, data: EncodedDataset, rows: int, micro_batches: int) -> BatchPlan:
+        config, is_training = self.config, not hasattr(self, "plan")
+        return BatchPlan(
+            data,
+            rows_per_micro_batch=rows,
+            micro_batches=micro_batches,
+            packing=config.data.packing,
+            max_seq_length=config.data.max_seq_length,
+            seed=config.train.seed,
+            shuffle=config.data.shuffle and is_training,
+        )
+
+    def _count_steps(self) -> int:
+        train = self.config.train
+        if train.max_steps > 0:
+            return train.max_steps
+        return math.ceil(train.num_train_epochs * self.plan.steps_per_epoch)
+
+    def _epochs(self) -> Iterator[tuple[int, int]]:
+        """Yields each epoch and how many of its steps are run."""
+        left, epoch = self.total_steps, 0
+        while left > 0:
+            steps = min(left, self.plan.steps_per_epoch)
+            yield epoch, steps
+            left, epoch = left - steps, epoch + 1
+
+    def _refuse_empty_steps(self) -> None:
+        for epoch, steps in self._epochs():
+            empty = np.flatnonzero(self.plan.supervised_tokens(epoch)[:steps] == 0)
+            if len(empty):
+                raise ValueError(
+                    f"step {int(empty[0]) + 1} of epoch {epoch + 1} holds no supervised token, so "
+                    "its loss is undefined; raise train.gradient_accumulation_steps or set "
+                    "data.unsupervised: drop"
+                )
+
+    def _compile(self) -> dict[int, TrainStep]:
+        """Compiles every shape of the run before the first step, so that none stops it later."""
+        widths = {w for e, n in self._epochs() for w in self.plan.step_shapes(e)[:n]}
+        first = next(iter(self.plan.epoch(0)))
+        compiled = {}
+        for width in sorted(widths):
+            fill = lambda x, width=width: np.zeros((*x.shape[:-1], width), x.dtype)
+            batch = place_batch(jax.tree.map(fill, first), self.mesh)
+            started = time.perf_counter()
+            compiled[width] = self.step.compile(self.state, batch)
+            self._tell({"compiled_width": width, "seconds": time.perf_counter() - started})
+        return compiled
+
+    def _batches(self) -> Iterator[tuple[int, int, dict[str, jax.Array], bool]]:
+        """Yields (step, epoch, batch on the devices, whether the epoch ends), steps from 1."""
+        done = 0
+        place = lambda batch: place_batch(batch, self.mesh)
+        for epoch, steps in self._epochs():
+            for index, batch in enumerate(prefetch(self.plan.epoch(epoch), place)):
+                if index == steps:
+                    break
+                done += 1
+                yield done, epoch, batch, index == steps - 1
+
+    def _finish_step(self, step: int, metrics: dict[str, Any], sent: Event) -> Event:
+        loss, norm, tokens = (float(metrics[k]) for k in ("loss", "grad_norm", "tokens"))
+        event = {
+            "step": step,
+            "total_steps": self.total_steps,
+            "epoch": sent["epoch"] + 1,
+            "loss": loss,
+            "learning_rate": float(self.schedule(step - 1)),
+            "grad_norm": norm,
+            "supervised_tokens": int(tokens),
+            "tokens": sent["positions"],
+            **self.throughput.update(sent["positions"], sent["width"]),
+            **memory_gib(),
+        }
+        self._tell(event)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise FloatingPointError(
+                f"step {step}: loss {loss}, gradient norm {norm}. Stopped; the weights saved "
+                f"before it are in {self.store.directory}. Lower train.learning_rate, or look at "
+                "the rows of this step"
+            )
+        return event
+
+    def _is_evaluation_due(self, step: int, is_epoch_end: bool) -> bool:
+        evaluation = self.config.eval
+        if evaluation.strategy == "steps":
+            return step % evaluation.steps == 0
+        return evaluation.strategy == "epoch" and is_epoch_end
+
+    def _evaluate(self, step: int) -> float | None:
+        if self.evaluator is None:
+            return None
+        loss = self.evaluator(self.state.trainable, self.step.frozen)
+        self._tell({"step": step, "eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700))})
+        self.throughput.pause()
+        return loss
+
+    def _keep_best(self, improved: bool) -> None:
+        if improved and self.config.save.load_best_model_at_end:
+            self._best = jax.device_get(self.state.trainable)
+
+    def _load_best(self) -> int | None:
+        if self._best is None:
+            return None
+        best = jax.tree.map(
+            lambda value, like: jax.device_put(value, like.sharding), self._best, self.state.trainable
+        )
+        self.state = TrainState(self.state.step, best, self.state.opt_state)
+        return self.store.best_step
+
+    def _update_model(self) -> None:
+        graph, _, _ = nnx.split(self.model, nnx.Param, ...)
+        trained = jax.tree.map(jax.numpy.copy, self.state.trainable)
+        self.model = nnx.merge(graph, trained, self.step.frozen)
+
+    def _write_weights(self, folder: Path) -> None:
+        self._update_model()
+        if self.config.train.method == "full":
+            save_model(self.model, folder, source_directory=self.config.model.name_or_path)
+        else:
+            save_adapter(
+                self.model, folder, base_model_name_or_path=self.config.model.name_or_path
+            )
+
+    def _tell(self, event: Event) -> None:
+        for listener in self.listeners:
+            listener(event)

@@ -1,0 +1,196 @@
+"""Plain, tokenized and unfitting rows: completions, BOS and EOS, lengths, lost rows."""
+
+import json
+
+import pytest
+import tokenizers
+import transformers
+
+from lorax.config import DataConfig, DataSource
+from lorax.data import load_encoded_dataset, load_tokenizer, render_example
+
+
+def byte_tokenizer(*, merges=(), bos=True, **named):
+    """A tokenizer with one token per byte, plus `merges`, ``<s>`` and ``</s>``."""
+    symbols = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    symbols += [left + right for left, right in merges]
+    model = tokenizers.models.BPE({s: i for i, s in enumerate(symbols)}, list(merges))
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens(["<s>", "</s>"])
+    if bos:
+        backend.post_processor = tokenizers.processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", backend.token_to_id("<s>"))]
+        )
+    names = {"bos_token": "<s>", "eos_token": "</s>", **named}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+
+
+@pytest.fixture
+def encode(tmp_path):
+    """Encodes rows under given settings; returns the dataset."""
+
+    def run(rows, tokenizer, vocab_size=None, **settings):
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        config = DataConfig(train=(DataSource(path=str(path)),), **settings)
+        return load_encoded_dataset(config.train, config, tokenizer, vocab_size=vocab_size)
+
+    return run
+
+
+def _pieces(encode, row, tokenizer, **settings):
+    return render_example(encode([row], tokenizer, **settings), 0, tokenizer)
+
+
+def test_completion_is_supervised_and_bos_and_eos_are_added(encode):
+    tokenizer = byte_tokenizer()
+    encoded = encode([{"prompt": "2+2=", "completion": "4"}], tokenizer)
+    expected = [("<s>2+2=", False), ("4</s>", True)]
+    assert render_example(encoded, 0, tokenizer) == expected
+    assert encoded.report.mask_source == "completion"
+
+
+def test_token_across_the_border_of_the_completion_is_supervised(encode):
+    tokenizer = byte_tokenizer(merges=[("Ġ", "w"), ("a", "b")])
+    row = {"prompt": "a ", "completion": "wa"}
+    assert _pieces(encode, row, tokenizer) == [("<s>a", False), (" wa</s>", True)]
+    row = {"prompt": "xa", "completion": "b"}
+    assert _pieces(encode, row, tokenizer) == [("<s>x", False), ("ab</s>", True)]
+
+
+def test_eos_is_appended_once_and_not_learned_if_so_said(encode):
+    tokenizer = byte_tokenizer()
+    row = {"prompt": "q", "completion": "a</s>"}
+    assert _pieces(encode, row, tokenizer) == [("<s>q", False), ("a</s>", True)]
+    pieces = _pieces(encode, {"prompt": "q", "completion": "a"}, tokenizer, train_on_eos="none")
+    assert pieces == [("<s>q", False), ("a", True), ("</s>", False)]
+
+
+def test_tokenizer_that_adds_eos_itself_gets_no_second_one(encode):
+    tokenizer = byte_tokenizer()
+    ids = [(name, tokenizer.convert_tokens_to_ids(name)) for name in ("<s>", "</s>")]
+    tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=ids
+    )
+    row = {"prompt": "q", "completion": "a"}
+    assert _pieces(encode, row, tokenizer) == [("<s>q", False), ("a</s>", True)]
+
+
+def test_plain_text_without_an_eos_token_is_refused(encode):
+    tokenizer = byte_tokenizer(eos_token=None)
+    row = {"prompt": "q", "completion": "a"}
+    with pytest.raises(ValueError, match="tokenizer has no eos_token"):
+        encode([row], tokenizer)
+    pieces = _pieces(encode, row, tokenizer, train_on_eos="none")
+    assert pieces == [("<s>q", False), ("a", True)]
+
+
+def test_text_is_learned_whole(encode):
+    tokenizer = byte_tokenizer()
+    pieces = _pieces(encode, {"text": "abc"}, tokenizer, loss_on="all")
+    assert pieces == [("<s>", False), ("abc</s>", True)]
+
+
+def test_first_token_is_never_supervised(encode):
+    tokenizer = byte_tokenizer(bos=False)
+    assert _pieces(encode, {"text": "abc"}, tokenizer, loss_on="all")[0] == ("a", False)
+    encoded = encode([{"input_ids": [5, 6], "labels": [5, 6]}], tokenizer)
+    assert encoded.supervised.tolist() == [False, True]
+
+
+@pytest.mark.parametrize("loss_on", ["assistant", "last_assistant", "completion"])
+def test_alpaca_becomes_prompt_and_completion_where_there_is_none(encode, loss_on):
+    row = {"instruction": "Add.", "input": "1 2", "output": "3"}
+    (prompt, _), learned = _pieces(encode, row, byte_tokenizer(), loss_on=loss_on)
+    assert learned == ("3</s>", True)
+    assert prompt.endswith("### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n")
+    (prompt, _), _ = _pieces(encode, {**row, "input": ""}, byte_tokenizer(), loss_on=loss_on)
+    assert "### Input" not in prompt
+
+
+def test_slow_tokenizer_is_refused(encode):
+    tokenizer = transformers.ByT5Tokenizer()
+    assert not tokenizer.is_fast
+    with pytest.raises(ValueError, match="ByT5Tokenizer is a slow tokenizer"):
+        encode([{"prompt": "q", "completion": "a"}], tokenizer)
+
+
+def test_text_and_unlabelled_tokens_need_loss_on_all(encode):
+    for row in ({"text": "abc"}, {"input_ids": [1, 2, 3]}):
+        with pytest.raises(ValueError, match=r"rows.jsonl:1: .* set data\.loss_on: all"):
+            encode([row], byte_tokenizer())
+
+
+def test_labels_of_tokenized_rows_decide(encode):
+    rows = [{"input_ids": [7, 8, 9], "labels": [-100, -100, 9]}]
+    encoded = encode(rows, byte_tokenizer())
+    assert encoded.tokens.tolist() == [7, 8, 9]
+    assert encoded.supervised.tolist() == [False, False, True]
+    assert (encoded.report.format, encoded.report.mask_source) == ("tokenized", "labels")
+
+
+def test_token_outside_of_the_vocabulary_is_refused(encode):
+    tokenizer = byte_tokenizer()
+    rows = [{"input_ids": [1, 2]}, {"input_ids": [1, 300]}]
+    with pytest.raises(ValueError, match=r"rows.jsonl:2: token id 300 is outside .* of 300"):
+        encode(rows, tokenizer, vocab_size=300, loss_on="all")
+    with pytest.raises(ValueError, match=r"rows.jsonl:1: token id -1 is outside"):
+        encode([{"input_ids": [3, -1]}], tokenizer, loss_on="all")
+    with pytest.raises(ValueError, match=r"rows.jsonl:1: token id 257 is outside"):
+        encode([{"prompt": "q", "completion": "a"}], tokenizer, vocab_size=257)
+
+
+def test_overlong_rows_are_refused_truncated_or_dropped(encode):
+    rows = [{"prompt": "q", "completion": "a" * n} for n in (3, 20, 30)]
+    tokenizer = byte_tokenizer()
+    with pytest.raises(ValueError, match=r"2 of 3 rows are longer .*: 10; .*rows.jsonl:2 has 23 t"):
+        encode(rows, tokenizer, max_seq_length=10)
+    cut = encode(rows, tokenizer, max_seq_length=10, overlong="truncate")
+    assert cut.lengths.tolist() == [6, 10, 10]
+    assert cut.report.rows_truncated == 2
+    assert render_example(cut, 1, tokenizer) == [("<s>q", False), ("a" * 8, True)]
+    kept = encode(rows, tokenizer, max_seq_length=10, overlong="drop")
+    assert (kept.report.rows_read, kept.report.rows_kept) == (3, 1)
+    assert kept.report.rows_dropped_overlong == 2
+
+
+def test_rows_without_a_supervised_token_are_refused_or_dropped(encode):
+    rows = [
+        {"prompt": "q", "completion": "a"},
+        {"prompt": "q" * 20, "completion": "a"},
+    ]
+    tokenizer = byte_tokenizer()
+    settings = {"max_seq_length": 10, "overlong": "truncate"}
+    with pytest.raises(
+        ValueError, match=r"1 of 2 rows have no supervised.*truncated.*rows.jsonl:2"
+    ):
+        encode(rows, tokenizer, **settings)
+    kept = encode(rows, tokenizer, unsupervised="drop", **settings)
+    assert kept.report.rows_dropped_unsupervised == 1
+    assert kept.report.rows_truncated == 1
+    assert len(kept) == 1
+
+
+@pytest.mark.parametrize("settings", [{"overlong": "drop"}, {"overlong": "truncate"}])
+def test_losing_every_row_is_refused(encode, settings):
+    rows = [{"prompt": "q" * 20, "completion": "a"}] * 2
+    with pytest.raises(ValueError, match=r"none of 2 rows is left.*rows.jsonl:1"):
+        encode(rows, byte_tokenizer(), max_seq_length=10, unsupervised="drop", **settings)
+
+
+def test_tokenizer_saved_in_a_directory_is_loaded(tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_tokenizer(str(tmp_path))
+    assert loaded("hi é").input_ids == tokenizer("hi é").input_ids
+    assert loaded.chat_template == tokenizer.chat_template
+
+
+def test_missing_tokenizer_is_named(tmp_path):
+    with pytest.raises(ValueError, match="nowhere: no such directory"):
+        load_tokenizer(str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="cannot load its tokenizer"):
+        load_tokenizer(str(tmp_path))
