@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from lorax.config_file import ConfigError as ConfigError
 from lorax.config_file import read_model, write_yaml
+from lorax.config_lora import LoraConfig as LoraConfig
 from lorax.config_types import (
     BelowOne,
     Conflict,
@@ -19,15 +20,11 @@ from lorax.config_types import (
     CountOrMinusOne,
     FromList,
     Index,
-    Modules,
-    Names,
-    NotInteger,
     NotNegative,
     Positive,
     Section,
     Share,
     Text,
-    check_regex,
 )
 
 
@@ -39,62 +36,14 @@ class ModelConfig(Section):
         revision: Branch, tag or commit on the hub.
         dtype: Of the base weights and of the computation.
         attn_impl: `auto` takes cuDNN on an NVIDIA GPU and XLA elsewhere.
+        adapter: Folder of a PEFT adapter to train on; its own settings replace the lora section.
     """
 
     name_or_path: Text
     revision: Text | None = None
+    adapter: Text | None = None
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     attn_impl: Literal["auto", "xla", "cudnn"] = "auto"
-
-
-class LoraConfig(Section):
-    """Which modules are adapted and how, with the names and meanings of PEFT's `LoraConfig`.
-
-    Attributes:
-        r: Rank of the update ``s · A·B``.
-        lora_alpha: ``s = lora_alpha / r``, or ``lora_alpha / √r`` with `use_rslora`.
-        lora_dropout: Probability with which an input of the adapter is dropped.
-        target_modules: `all-linear`, a regular expression over whole module names, or a list of
-            name endings.
-        exclude_modules: The same, for modules that stay as they are.
-        layers_to_transform: Indices of the layers to adapt; all when not given.
-        layers_pattern: Name of the list that holds the layers.
-        rank_pattern: Module pattern to its own rank.
-        alpha_pattern: Module pattern to its own alpha.
-        use_rslora: Rank-stabilised scale.
-        bias: Which biases are trained.
-        init_lora_weights: `true`: A Kaiming-uniform; `gaussian`: A normal with deviation 1/r.
-            B is zero in both.
-        modules_to_save: Name endings of modules that are trained whole and saved with the adapter.
-    """
-
-    r: Count = 16
-    lora_alpha: Positive = 16.0
-    lora_dropout: BelowOne = 0.0
-    target_modules: Modules = "all-linear"
-    exclude_modules: Modules | None = None
-    layers_to_transform: Annotated[Index | tuple[Index, ...] | None, FromList] = None
-    layers_pattern: Modules | None = None
-    rank_pattern: dict[str, Count] = Field(default={})
-    alpha_pattern: dict[str, Positive] = Field(default={})
-    use_rslora: bool = False
-    bias: Literal["none", "all", "lora_only"] = "none"
-    init_lora_weights: Annotated[Literal[True, "gaussian"], NotInteger] = True
-    modules_to_save: Names | None = None
-
-    @field_validator("rank_pattern", "alpha_pattern")
-    @classmethod
-    def _check_patterns[T](cls, patterns: dict[str, T]) -> dict[str, T]:
-        for pattern in patterns:
-            check_regex(pattern)
-        return patterns
-
-    @override
-    def conflicts(self) -> Iterator[Conflict]:
-        if self.layers_to_transform == ():
-            yield "layers_to_transform", "needs at least one layer, got an empty list"
-        if self.layers_pattern is not None and self.layers_to_transform is None:
-            yield "layers_pattern", "is only read together with layers_to_transform: set both"
 
 
 class DataSource(Section):
@@ -352,9 +301,13 @@ class RunConfig(Section):
 
     @override
     def conflicts(self) -> Iterator[Conflict]:
+        if self.model.adapter is not None and "lora" in self.model_fields_set:
+            yield "lora", "model.adapter brings its own settings: remove this section"
         if self.train.method == "full":
             if "lora" in self.model_fields_set:
                 yield "lora", "train.method `full` has no adapter: remove this section"
+            if self.model.adapter is not None:
+                yield "model.adapter", "train.method `full` has no adapter: remove this key"
             if self.save.export != ("merged",):
                 got = ", ".join(self.save.export)
                 yield "save.export", f"train.method `full` can only export `merged`, got {got}"
@@ -395,6 +348,6 @@ def dump_config(config: RunConfig) -> str:
     sections = config.model_dump(mode="json")
     settings = config.train.lr_scheduler_kwargs
     sections["train"]["lr_scheduler_kwargs"] = settings.model_dump(exclude_none=True)
-    if config.train.method == "full":
+    if config.train.method == "full" or config.model.adapter is not None:
         del sections["lora"]
     return write_yaml(sections)

@@ -138,7 +138,7 @@ def _read_text(file: str) -> str:
     except OSError as error:
         raise ConfigError(f"{file}: cannot read the config: {error.strerror}") from error
     try:
-        return raw.decode("utf-8-sig")
+        return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         message = f"needs UTF-8, got byte 0x{raw[error.start]:02x}: save the file as UTF-8"

@@ -139,6 +139,7 @@ def apply_lora[M: nnx.Module](model: M, config: LoraConfig, *, rngs: nnx.Rngs) -
     _freeze((adapted, *modules.values()), keep)
     for target in targets:
         base = modules[target.name]
+        assert isinstance(base, nnx.Linear)
         _check_rank(base, target)
         layer = LoraLinear(
             base,
@@ -152,7 +153,8 @@ def apply_lora[M: nnx.Module](model: M, config: LoraConfig, *, rngs: nnx.Rngs) -
         modules[target.name] = layer
     for name in trained_biases:
         module = modules[name]
-        module.bias = nnx.Param(_trainable_value(module, module.bias))
+        bias = nnx.Param(_trainable_value(module, vars(module)["bias"]))
+        _set_child(module, "bias", bias)
     return adapted
 
 
@@ -169,7 +171,9 @@ def targets_of(model: nnx.Module, config: LoraConfig) -> list[Target]:
         others = (modules.keys() | tied.keys()) - set(linear)
         return match_targets(linear, others, config, output_layer=head)
     except TargetError as error:
-        names = [f"{name} is tied to {source}" for name, source in tied.items() if name in str(error)]
+        names = [
+            f"{name} is tied to {source}" for name, source in tied.items() if name in str(error)
+        ]
         raise TargetError("; ".join([str(error), *names])) from None
 
 
@@ -283,6 +287,22 @@ def unmerge_lora[M: nnx.Module](model: M) -> M:
     return unmerged
 
 
+def unload_lora[M: nnx.Module](model: M) -> M:
+    """Returns `model` without its adapters: every adapted layer is its frozen base again.
+
+    Raises:
+        ValueError: If a layer is merged: its base is not known any more.
+    """
+    unloaded = nnx.clone(model)
+    references = _references(unloaded)
+    for name, layer in lora_layers(unloaded).items():
+        if layer.merged:
+            raise ValueError(f"{name} is merged; unmerge_lora first")
+        for parent, key in references[id(layer)]:
+            _set_child(parent, key, _plain_linear(layer, layer.kernel[...]))
+    return unloaded
+
+
 def _plain_linear(layer: LoraLinear, kernel: jax.Array) -> nnx.Linear:
     linear = nnx.eval_shape(
         lambda: nnx.Linear(
@@ -331,7 +351,7 @@ def _freeze(modules: Iterable[nnx.Module], keep: set[int]) -> None:
     replaced: dict[int, nnx.Variable] = {}
     for module in sorted(modules, key=lambda m: id(m) not in keep):
         for name, value in list(vars(module).items()):
-            if not isinstance(value, nnx.Param):
+            if not isinstance(value, nnx.Param | Frozen):
                 continue
             if id(value) not in replaced:
                 trains = id(module) in keep

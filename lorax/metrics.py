@@ -111,25 +111,6 @@ class RunLog:
         self.close()
 
 
-def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Reads what `RunLog` wrote, without a last line that is still being written.
-
-    Raises:
-        ValueError: Naming the line that is not a JSON object with a step.
-    """
-    text = Path(path).read_text(encoding="utf-8")
-    records = []
-    for number, line in enumerate(text.split("\n")[:-1], start=1):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number}: not JSON: {error.msg}") from error
-        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-            raise ValueError(f"{path}:{number}: needs an object with a whole number `step`")
-        records.append(record)
-    return records
-
-
 def _open_tensorboard(directory: Path) -> Any:
     try:
         import tensorboardX
@@ -156,9 +137,6 @@ def _to_scalar(name: str, value: Any) -> bool | int | float | str | None:
     item = value.item() if getattr(value, "size", 0) == 1 else value
     if isinstance(item, bool | int | float):
         return item
-    # ml_dtypes scalars, such as those of bfloat16 arrays, stay what they are under `item`.
-    if getattr(value, "size", 0) == 1 and hasattr(item, "__float__"):
-        return float(item)
     raise ValueError(f"metric {name!r} needs one number, text or None, got {type(value).__name__}")
 
 

@@ -1,7 +1,6 @@
 """One optimizer step as a pure, compiled function: accumulate, divide once, clip, update."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,7 +26,7 @@ class TrainState:
     """
 
     step: jax.Array
-    trainable: nnx.State
+    trainable: Any
     opt_state: Any
 
 
@@ -39,7 +38,7 @@ class TrainStep:
         frozen: The weights that no step changes, passed to every call.
     """
 
-    compiled: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+    compiled: Any
     frozen: nnx.State
 
     def __call__(self, state: TrainState, batch: Batch):
@@ -80,9 +79,9 @@ def make_train_step(
     graph, trainable, frozen = split_trainable(model)
     if not jax.tree.leaves(trainable):
         raise ValueError("the model has no nnx.Param: nothing would train. apply_lora it first")
-    # The state is donated to the step, so it must not be the caller's own arrays.
-    trainable = jax.tree.map(jnp.copy, trainable)
-    state = TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
+    # The state is donated to the step, so each leaf must be an array of its own.
+    trainable, opt_state = jax.tree.map(jnp.copy, (trainable, optimizer.init(trainable)))
+    state = TrainState(jnp.zeros((), jnp.int32), trainable, opt_state)
     if mesh is not None:
         state, frozen = place_parameters(state, mesh), place_parameters(frozen, mesh)
 

@@ -1,6 +1,7 @@
 """The trainer: batches in, one compiled step each, held-out loss, and the weights on disk."""
 
 import dataclasses
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -17,8 +18,9 @@ from lorax.data import BatchPlan, EncodedDataset, prefetch
 from lorax.evaluate import Evaluator
 from lorax.interop.huggingface import save_model
 from lorax.interop.peft import save_adapter
+from lorax.lora import named_modules
 from lorax.loss import LossFunction, causal_lm_loss
-from lorax.metrics import Throughput, memory_gib
+from lorax.metrics import ModelSize, Throughput, memory_gib
 from lorax.optimizer import make_optimizer, make_schedule
 from lorax.sharding import make_mesh, place_batch
 from lorax.step import TrainState, TrainStep, make_train_step
@@ -83,7 +85,9 @@ class Trainer:
         self.mesh = make_mesh(config.mesh.data)
         train, devices = config.train, self.mesh.size
         self.plan = self._plan(
-            train_data, train.per_device_train_batch_size * devices, train.gradient_accumulation_steps
+            train_data,
+            train.per_device_train_batch_size * devices,
+            train.gradient_accumulation_steps,
         )
         self.total_steps = self._count_steps()
         self._refuse_empty_steps()
@@ -107,7 +111,9 @@ class Trainer:
             self.evaluator = Evaluator(self.model, plans[1], self.mesh, loss_fn)
         self.output_dir = Path(config.save.output_dir)
         self.store = WeightStore(self.output_dir / "weights", self._write_weights)
-        self.throughput = Throughput.of(self.model, method=train.method)
+        self.throughput = Throughput(model_size(self.model), list(self.mesh.devices.flat))
+        self._mean_document = len(train_data.tokens) / len(train_data)
+        self._clock = time.perf_counter()
         self._best: nnx.State | None = None
 
     def train(self) -> TrainResult:
@@ -125,9 +131,10 @@ class Trainer:
         before = loss = self._evaluate(0)
         evaluations_without_gain, stopped, done, last = 0, False, 0, {}
         pending: tuple[int, dict[str, Any], Event] | None = None
-        for done, epoch, batch, is_epoch_end in self._batches():
+        self._clock = time.perf_counter()
+        for done, epoch, tokens, batch, is_epoch_end in self._batches():
             width = batch["input_ids"].shape[-1]
-            sent = {"epoch": epoch, "positions": int(batch["input_ids"].size), "width": width}
+            sent = {"epoch": epoch + 1, "tokens": tokens}
             self.state, metrics = compiled[width](self.state, batch)
             # The previous step's numbers are read while this one runs.
             if pending is not None:
@@ -208,30 +215,36 @@ class Trainer:
             self._tell({"compiled_width": width, "seconds": time.perf_counter() - started})
         return compiled
 
-    def _batches(self) -> Iterator[tuple[int, int, dict[str, jax.Array], bool]]:
-        """Yields (step, epoch, batch on the devices, whether the epoch ends), steps from 1."""
+    def _batches(self) -> Iterator[tuple[int, int, int, dict[str, jax.Array], bool]]:
+        """Yields (step from 1, epoch, tokens, batch on the devices, whether the epoch ends)."""
         done = 0
         place = lambda batch: place_batch(batch, self.mesh)
         for epoch, steps in self._epochs():
-            for index, batch in enumerate(prefetch(self.plan.epoch(epoch), place)):
-                if index == steps:
-                    break
+            tokens = self.plan.tokens(epoch)
+            batches = prefetch(itertools.islice(self.plan.epoch(epoch), steps), place)
+            for index, batch in enumerate(batches):
                 done += 1
-                yield done, epoch, batch, index == steps - 1
+                yield done, epoch, int(tokens[index]), batch, index == steps - 1
 
     def _finish_step(self, step: int, metrics: dict[str, Any], sent: Event) -> Event:
-        loss, norm, tokens = (float(metrics[k]) for k in ("loss", "grad_norm", "tokens"))
+        """Waits for the numbers of a step, passes them on, and stops if they are not finite."""
+        loss, norm, supervised = (float(metrics[k]) for k in ("loss", "grad_norm", "tokens"))
+        now = time.perf_counter()
+        seconds, self._clock = now - self._clock, now
+        speed = self.throughput.add(sent["tokens"], seconds, context_tokens=self._mean_document)
+        memory = memory_gib(list(self.mesh.devices.flat))
         event = {
             "step": step,
             "total_steps": self.total_steps,
-            "epoch": sent["epoch"] + 1,
             "loss": loss,
             "learning_rate": float(self.schedule(step - 1)),
             "grad_norm": norm,
-            "supervised_tokens": int(tokens),
-            "tokens": sent["positions"],
-            **self.throughput.update(sent["positions"], sent["width"]),
-            **memory_gib(),
+            "supervised_tokens": int(supervised),
+            **sent,
+            **speed,
+            "step_seconds": seconds,
+            "memory_gib": memory.gib,
+            "memory_of": memory.source,
         }
         self._tell(event)
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -253,7 +266,7 @@ class Trainer:
             return None
         loss = self.evaluator(self.state.trainable, self.step.frozen)
         self._tell({"step": step, "eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700))})
-        self.throughput.pause()
+        self._clock = time.perf_counter()
         return loss
 
     def _keep_best(self, improved: bool) -> None:
@@ -264,7 +277,9 @@ class Trainer:
         if self._best is None:
             return None
         best = jax.tree.map(
-            lambda value, like: jax.device_put(value, like.sharding), self._best, self.state.trainable
+            lambda value, like: jax.device_put(value, like.sharding),
+            self._best,
+            self.state.trainable,
         )
         self.state = TrainState(self.state.step, best, self.state.opt_state)
         return self.store.best_step
@@ -279,10 +294,30 @@ class Trainer:
         if self.config.train.method == "full":
             save_model(self.model, folder, source_directory=self.config.model.name_or_path)
         else:
-            save_adapter(
-                self.model, folder, base_model_name_or_path=self.config.model.name_or_path
-            )
+            save_adapter(self.model, folder, base_model_name_or_path=self.config.model.name_or_path)
 
     def _tell(self, event: Event) -> None:
         for listener in self.listeners:
             listener(event)
+
+
+def model_size(model: Any) -> ModelSize:
+    """Counts the weight matrices of a `lorax.models.CausalLM`, for its FLOPs per token."""
+    trained = frozen = 0
+    for module in named_modules(model).values():
+        for name, value in vars(module).items():
+            if not isinstance(value, nnx.Variable) or value.get_value() is None or value.ndim < 2:
+                continue
+            if name == "embedding" and not model.config.tie_word_embeddings:
+                continue  # only looked up
+            if isinstance(value, nnx.Param):
+                trained += value.size
+            else:
+                frozen += value.size
+    config = model.config
+    return ModelSize(
+        frozen_parameters=frozen,
+        trained_parameters=trained,
+        layers=config.num_hidden_layers,
+        attention_width=config.num_attention_heads * config.head_dim,
+    )

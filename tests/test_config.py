@@ -57,6 +57,7 @@ def test_minimal_file_gets_the_documented_defaults(write):
         16.0,
         "all-linear",
     )
+    assert config.lora.init_lora_weights is True
     assert config.train.learning_rate == 2e-4
     assert config.train.lr_scheduler_type == "cosine"
     assert config.save.export == ("peft",)
@@ -124,6 +125,14 @@ def test_dumped_config_reads_back_equal(write, tmp_path):
     dumped = tmp_path / "dumped.yaml"
     dumped.write_text(dump_config(config), encoding="utf-8")
     assert load_config(dumped) == config
+
+
+def test_dump_has_the_order_of_the_models_and_no_settings_of_other_schedules(write):
+    lines = dump_config(load_config(write(MINIMAL))).splitlines()
+    sections = [line.rstrip(":") for line in lines if not line.startswith((" ", "-"))]
+    assert sections == list(RunConfig.model_fields)
+    assert lines[1] == "  name_or_path: tiny"
+    assert "  lr_scheduler_kwargs: {}" in lines
 
 
 def test_dumped_full_fine_tuning_reads_back_equal(write, tmp_path):

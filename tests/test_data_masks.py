@@ -1,6 +1,7 @@
 """Which tokens of a conversation are supervised: prefixes, generation blocks, markers."""
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -161,15 +162,15 @@ def test_template_that_writes_bos_gets_no_second_one(encode):
 def test_tokens_before_the_last_turn_are_the_prompt_of_inference(encode, template):
     tokenizer = byte_tokenizer(template)
     encoded = encode([{"messages": TWO_TURNS}], tokenizer, loss_on="last_assistant")
-    prompt = tokenizer.apply_chat_template(TWO_TURNS[:-1], add_generation_prompt=True)["input_ids"]
+    prompt: Any = tokenizer.apply_chat_template(TWO_TURNS[:-1], add_generation_prompt=True)
     first = int(np.argmax(encoded.supervised))
-    assert encoded.tokens[:first].tolist() == prompt
+    assert encoded.tokens[:first].tolist() == prompt["input_ids"]
 
 
 def test_generation_mask_is_that_of_transformers(encode):
     tokenizer = byte_tokenizer(GENERATION)
     encoded = encode([{"messages": TWO_TURNS}], tokenizer)
-    theirs = tokenizer.apply_chat_template(TWO_TURNS, return_assistant_tokens_mask=True)
+    theirs: Any = tokenizer.apply_chat_template(TWO_TURNS, return_assistant_tokens_mask=True)
     assert encoded.tokens.tolist() == theirs["input_ids"]
     assert encoded.supervised.tolist() == [bool(flag) for flag in theirs["assistant_masks"]]
     assert encoded.report.mask_source == "generation"
@@ -178,7 +179,7 @@ def test_generation_mask_is_that_of_transformers(encode):
 def test_stop_token_behind_the_generation_block_is_added(encode):
     tokenizer = byte_tokenizer(STOP_OUTSIDE)
     encoded = encode([{"messages": TWO_TURNS}], tokenizer)
-    theirs = tokenizer.apply_chat_template(TWO_TURNS, return_assistant_tokens_mask=True)
+    theirs: Any = tokenizer.apply_chat_template(TWO_TURNS, return_assistant_tokens_mask=True)
     mask = np.asarray(theirs["assistant_masks"], bool)
     ends = np.flatnonzero(mask[:-1] & ~mask[1:]) + 1
     mask[ends] = True
@@ -196,6 +197,15 @@ def test_two_blocks_in_one_turn_need_one_stop_token(encode):
     assert _supervised_text(encode, row, tokenizer) == expected
     with pytest.raises(ValueError, match=r"4 \{% generation %\} blocks for 2 assistant turns"):
         encode([row], tokenizer, loss_on="last_assistant")
+
+
+def test_neighbouring_blocks_are_one_turn(encode):
+    split = GENERATION.replace(
+        "{% generation %}{{ m['content'] + '<|im_end|>' }}",
+        "{% generation %}{{ m['content'] }}{% endgeneration %}{% generation %}{{ '<|im_end|>' }}",
+    )
+    row, tokenizer = {"messages": TWO_TURNS}, byte_tokenizer(split)
+    assert _supervised_text(encode, row, tokenizer, loss_on="last_assistant") == ["ciao<|im_end|>"]
 
 
 def test_generation_blocks_that_mark_nothing_are_refused(encode):
@@ -231,6 +241,12 @@ def test_markers_give_the_mask_of_the_prefixes(encode):
     by_marker = encode([{"messages": TWO_TURNS}], tokenizer, **MARKERS)
     np.testing.assert_array_equal(by_marker.supervised, by_prefix.supervised)
     assert by_marker.report.mask_source == "markers"
+
+
+def test_marker_of_the_next_assistant_turn_ends_a_turn(encode):
+    row = {"messages": [TWO_TURNS[0], TWO_TURNS[1], TWO_TURNS[3]]}
+    found = _supervised_text(encode, row, byte_tokenizer(CHATML), **MARKERS)
+    assert found == ["hello<|im_end|>", "ciao<|im_end|>"]
 
 
 @pytest.mark.parametrize("key", ["instruction_part", "response_part"])
@@ -291,24 +307,12 @@ def test_characters_of_several_bytes_stay_whole(encode):
     assert encoded.report.supervised_tokens == len("né 🙂 日本".encode()) + 1
 
 
-def test_white_space_tokens_are_supervised_where_offsets_are_trimmed(encode):
-    tokenizer = byte_tokenizer(CHATML, trim_offsets=True)
+@pytest.mark.parametrize("template", [CHATML, STOP_OUTSIDE])
+def test_white_space_tokens_are_supervised_where_offsets_are_trimmed(encode, template):
+    tokenizer = byte_tokenizer(template, trim_offsets=True)
     messages = [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "x\n\n y\n"}]
     found = _supervised_text(encode, {"messages": messages}, tokenizer)
     assert found == ["x\n\n y\n<|im_end|>"]
-
-
-def test_alpaca_becomes_a_conversation_where_there_is_a_template(encode):
-    row = {"instruction": "Add.", "input": "1 2", "output": "3", "system": "Be brief."}
-    assert _pieces(encode, row, byte_tokenizer(CHATML)) == [
-        (
-            "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nAdd.\n\n1 2<|im_end|>\n"
-            "<|im_start|>assistant\n",
-            False,
-        ),
-        ("3<|im_end|>", True),
-        ("\n", False),
-    ]
 
 
 @pytest.mark.parametrize("loss_on", ["assistant", "last_assistant", "completion"])
@@ -317,18 +321,6 @@ def test_assistant_turns_of_the_prompt_are_not_learned(encode, loss_on, template
     row = {"prompt": TWO_TURNS[:3], "completion": TWO_TURNS[3:]}
     found = _supervised_text(encode, row, byte_tokenizer(template), loss_on=loss_on)
     assert found == ["ciao<|im_end|>"]
-
-
-def test_sharegpt_roles_are_mapped(encode):
-    turns = [
-        {"from": "system", "value": "s"},
-        {"from": "human", "value": "hi"},
-        {"from": "gpt", "value": "hello"},
-    ]
-    tokenizer = byte_tokenizer(CHATML)
-    assert _pieces(encode, {"conversations": turns}, tokenizer)[0][0] == (
-        "<|im_start|>system\ns<|im_end|>\n" + OPENING
-    )
 
 
 def test_tools_and_tool_calls_reach_the_template(encode):

@@ -13,8 +13,13 @@ from flax import nnx
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.numpy import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 import lorax
 from lorax.interop.huggingface import load_model, save_model
@@ -48,7 +53,10 @@ VARIANTS = {
         "llama",
         {"target_modules": ALL, "use_rslora": True, "rank_pattern": {"o_proj": 2, "layers.0.*": 5}},
     ),
-    "some layers": ("llama", {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [0, 2]}),
+    "some layers": (
+        "llama",
+        {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [0, 2]},
+    ),
     "exclusion": ("llama", {"target_modules": "all-linear", "exclude_modules": r".*layers\.1\..*"}),
     "bias=lora_only": ("llama", {"target_modules": ["q_proj", "up_proj"], "bias": "lora_only"}),
     "bias=all": ("llama", {"target_modules": ["q_proj"], "bias": "all"}),

@@ -125,12 +125,19 @@ def test_modules_to_save_train_whole(net):
     adapted = adapt(net, target_modules=["fc1"], modules_to_save=["head", "blocks.1"])
     others = {p for p in trained_paths(adapted) if "lora_" not in p}
     block = {f"blocks.1.{n}" for n in ("fc1.kernel", "fc1.bias", "fc2.kernel")}
-    assert others == block | {"blocks.1.norm.scale", "blocks.1.norm.bias", "head.kernel", "head.bias"}
+    assert others == block | {
+        "blocks.1.norm.scale",
+        "blocks.1.norm.bias",
+        "head.kernel",
+        "head.bias",
+    }
     assert set(lora_layers(adapted)) == {"blocks.0.fc1", "blocks.2.fc1"}
 
 
 def test_what_trains_is_float32_on_a_bfloat16_base():
-    base = nnx.List([nnx.Linear(8, 8, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))])
+    base = nnx.List(
+        [nnx.Linear(8, 8, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))]
+    )
     config = LoraConfig(r=2, target_modules=["0"], bias="lora_only")
     adapted = apply_lora(base, config, rngs=nnx.Rngs(0))
     _, trainable, frozen = split_trainable(adapted)
@@ -252,7 +259,10 @@ def test_the_models_own_dropout_gets_a_fresh_mask_every_step(x):
         ({"r": 17, "target_modules": ["fc1"]}, r"rank must be in \[1, 16\] for a 16 × 32"),
         ({"target_modules": ["norm"]}, "only linear modules can"),
         ({"target_modules": ["fc3"]}, "matches no linear module; did you mean fc[12], fc[12]"),
-        ({"target_modules": ["fc2"], "bias": "lora_only"}, "no layer of a target module has a bias"),
+        (
+            {"target_modules": ["fc2"], "bias": "lora_only"},
+            "no layer of a target module has a bias",
+        ),
     ],
 )
 def test_refuses_what_cannot_be_adapted(net, settings, message):

@@ -105,7 +105,10 @@ CASES = [
     },
     {"target_modules": r".*\.q_proj", "rank_pattern": {r"model.layers.1.self_attn.q_proj": 1}},
     {"target_modules": ["q_proj"], "layers_to_transform": [1], "alpha_pattern": {"q_proj": 3}},
-    {"target_modules": ["down_proj"], "rank_pattern": {"11.mlp.down_proj": 6, "1.mlp.down_proj": 7}},
+    {
+        "target_modules": ["down_proj"],
+        "rank_pattern": {"11.mlp.down_proj": 6, "1.mlp.down_proj": 7},
+    },
 ]
 
 
@@ -159,7 +162,10 @@ def _lists(settings):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"target_modules": ["q_porj"]}, "'q_porj' matches no linear module.*did you mean .*q_proj"),
+        (
+            {"target_modules": ["q_porj"]},
+            "'q_porj' matches no linear module.*did you mean .*q_proj",
+        ),
         ({"target_modules": ["q_proj", "nope"]}, "'nope' matches no linear module"),
         ({"target_modules": "q_proj"}, "'q_proj' matches no linear module.*did you mean .*q_proj"),
         ({"target_modules": ["proj"]}, "'proj' matches no linear module"),
@@ -175,7 +181,10 @@ def _lists(settings):
         ({"target_modules": ["q_proj"], "layers_to_transform": [1, 12]}, "layer 12; .*0, 1, 2"),
         ({"target_modules": ["q_proj"], "rank_pattern": {"k_proj": 2}}, "rank_pattern: 'k_proj'"),
         ({"target_modules": ["q_proj"], "alpha_pattern": {"x": 2}}, "alpha_pattern: 'x'"),
-        ({"target_modules": ["q_proj"], "modules_to_save": ["head"]}, "'head'.*did you mean lm_head"),
+        (
+            {"target_modules": ["q_proj"], "modules_to_save": ["head"]},
+            "'head'.*did you mean lm_head",
+        ),
     ],
     ids=str,
 )

@@ -16,10 +16,13 @@ from lorax.metrics import (
     library_versions,
     memory_gib,
     peak_bf16_tflops,
-    read_metrics,
 )
 
 SIZE = ModelSize(frozen_parameters=1000, trained_parameters=10, layers=2, attention_width=8)
+
+
+def read_metrics(path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def device(kind: str, **statistics: int) -> Any:
@@ -32,8 +35,7 @@ def device(kind: str, **statistics: int) -> Any:
 def test_each_step_is_a_line_that_is_there_at_once(tmp_path):
     with RunLog(tmp_path) as log:
         log.write(1, {"loss": 2.5, "tokens": 128, "note": "warm", "nothing": None})
-        lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-        assert [json.loads(line) for line in lines] == [
+        assert read_metrics(tmp_path / "metrics.jsonl") == [
             {"step": 1, "loss": 2.5, "tokens": 128, "note": "warm", "nothing": None}
         ]
         log.write(2, {"loss": 2.0})
@@ -85,18 +87,9 @@ def test_nonfinite_numbers_are_null_and_named(tmp_path):
 def test_resumed_run_appends_and_cuts_a_torn_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "lo')
-    assert [record["step"] for record in read_metrics(path)] == [1]
     with RunLog(tmp_path) as log:
         log.write(2, {"loss": 2.0})
     assert path.read_text() == '{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n'
-
-
-@pytest.mark.parametrize("line", ["{", "[1]", '{"loss": 1}', '{"step": "1"}'])
-def test_broken_line_is_named(tmp_path, line):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n' + line + "\n")
-    with pytest.raises(ValueError, match=r"metrics.jsonl:2: "):
-        read_metrics(path)
 
 
 def test_log_creates_nothing_outside_the_run_directory(tmp_path):
@@ -164,7 +157,7 @@ def test_flops_of_a_forward_and_backward_pass_are_what_the_formula_says():
         layers=1,
         attention_width=width,
     )
-    assert tokens * size.flops_per_token(tokens) == pytest.approx(counted, rel=0.1)
+    assert tokens * size.flops_per_token(tokens) == pytest.approx(counted, rel=0.02)
 
 
 def test_compiling_steps_do_not_enter_the_mean():

@@ -234,7 +234,8 @@ def test_lion_follows_the_paper():
         learning_rate=1e-2,
         lr_scheduler_type="linear",
         weight_decay=0.1,
-        adam_beta2=0.99,
+        adam_beta1=0.8,
+        adam_beta2=0.95,
         max_grad_norm=0.0,
     )
     start, gradients = make_problem(seed=3, steps=6)
@@ -244,8 +245,8 @@ def test_lion_follows_the_paper():
         decay = 0.1 if value.ndim > 1 else 0.0
         for step, gradient in enumerate(gradients):
             rate = 1e-2 * (1 - step / len(gradients))
-            direction = np.sign(0.9 * momentum + 0.1 * gradient[name])
-            momentum = 0.99 * momentum + 0.01 * gradient[name]
+            direction = np.sign(0.8 * momentum + 0.2 * gradient[name])
+            momentum = 0.95 * momentum + 0.05 * gradient[name]
             expected = expected - rate * (direction + decay * expected)
         np.testing.assert_allclose(ours[name], expected, rtol=0, atol=1e-6)
 

@@ -59,6 +59,8 @@ class BatchPlan:
             if count < 1:
                 raise ValueError(f"{name} must be at least 1, got {count}")
         lengths = dataset.lengths
+        if not len(lengths) or int(lengths.min()) < 1:
+            raise ValueError("the dataset needs at least one row, and a token in each")
         if int(lengths.max()) > max_seq_length:
             raise ValueError(
                 f"row {int(lengths.argmax())} of the dataset has {int(lengths.max())} tokens, more "
@@ -74,8 +76,8 @@ class BatchPlan:
         sizes = np.asarray([len(rows) for rows in bins], np.int64)
         members = np.fromiter(itertools.chain.from_iterable(bins), np.int64)
         first = np.cumsum(sizes) - sizes
-        before = np.concatenate([[0], np.cumsum(dataset.supervised)])
-        targets = np.diff(before[dataset.offsets])
+        flags = dataset.supervised.view(np.uint8)  # reduceat takes 13 times as long on bool
+        targets = np.add.reduceat(flags, dataset.offsets[:-1], dtype=np.int64)
         self._bins = bins
         self._bin_tokens = np.add.reduceat(lengths[members], first)
         self._bin_targets = np.add.reduceat(targets[members], first)
@@ -95,6 +97,10 @@ class BatchPlan:
     def supervised_tokens(self, epoch: int) -> Int64[np.ndarray, " steps"]:
         """Returns the number of labels that are not -100 in each step of an epoch."""
         return self._windows(epoch, self._bin_targets).sum(axis=1)
+
+    def tokens(self, epoch: int) -> Int64[np.ndarray, " steps"]:
+        """Returns the number of tokens, without padding, in each step of an epoch."""
+        return self._windows(epoch, self._bin_tokens).sum(axis=1)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """Yields the batches of an epoch from `start_step` on, each built when asked for.

@@ -6,6 +6,7 @@ from typing import Self
 
 import numpy as np
 from jaxtyping import Bool, Int32, Int64
+from numpy.typing import ArrayLike
 
 from lorax.data.rows import DataError
 
@@ -61,11 +62,15 @@ class EncodedDataset:
     report: EncodeReport
 
     @classmethod
-    def from_rows(cls, rows: Iterable[EncodedRow], report: EncodeReport | None = None) -> Self:
+    def from_rows(
+        cls,
+        rows: Iterable[tuple[ArrayLike, ArrayLike]],
+        report: EncodeReport | None = None,
+    ) -> Self:
         """Builds a dataset from rows; the first token of a row is never supervised.
 
         Args:
-            rows: At least one, each with at least one token.
+            rows: Token ids and mask of each; at least one row, each with at least one token.
             report: Counts of the rows themselves if not given.
 
         Raises:

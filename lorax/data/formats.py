@@ -112,8 +112,8 @@ def read_example(row: Row, data_format: str, *, chat: bool) -> Example:
     if missing:
         found = ", ".join(f"{key} (null)" if row[key] is None else key for key in row) or "nothing"
         raise DataError(
-            f"a row of format {data_format!r} needs {', '.join(missing)}, got {found}; all rows of "
-            "a source must have one format"
+            f"a row of format {data_format!r} needs the columns {', '.join(missing)}, got {found}; "
+            "all rows of a source must have one format"
         )
     match data_format:
         case "messages":

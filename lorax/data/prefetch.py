@@ -2,10 +2,12 @@
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 
 
-def prefetch[T, U](iterator: Iterator[T], place: Callable[[T], U], depth: int = 2) -> Iterator[U]:
+def prefetch[T, U](
+    iterator: Iterator[T], place: Callable[[T], U], depth: int = 2
+) -> Generator[U, None, None]:
     """Yields ``place(item)`` for each item, at most `depth` of them made ahead in a thread.
 
     The thread starts with the first item asked for. It ends with the iterator, at the first
@@ -25,7 +27,9 @@ def prefetch[T, U](iterator: Iterator[T], place: Callable[[T], U], depth: int = 
     return _consume(iterator, place, depth)
 
 
-def _consume[T, U](iterator: Iterator[T], place: Callable[[T], U], depth: int) -> Iterator[U]:
+def _consume[T, U](
+    iterator: Iterator[T], place: Callable[[T], U], depth: int
+) -> Generator[U, None, None]:
     ready: queue.SimpleQueue[tuple[U] | BaseException | None] = queue.SimpleQueue()
     free = threading.Semaphore(depth)
     stopped = threading.Event()

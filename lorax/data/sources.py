@@ -118,26 +118,49 @@ def _read_lines(path: Path, name: str, cache: str) -> datasets.Dataset:
 
 def _read_csv(path: Path, name: str, cache: str) -> datasets.Dataset:
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            columns = next(csv.reader(file), [])
-    except UnicodeDecodeError as error:
-        raise DataError(f"{undecodable_place(path, name)}: invalid UTF-8") from error
-    if len(set(columns)) != len(columns):
-        raise DataError(f"{name}:1: a column name stands twice in the header {columns}")
-    # Every cell stays the text it is: no numbers, no dates, and "NA" is no missing value.
-    options: dict[str, Any] = {
-        "features": datasets.Features({column: datasets.Value("string") for column in columns}),
-        "keep_default_na": False,
-        "na_filter": False,
-        "encoding": "utf-8-sig",
-    }
-    try:
+        columns = _check_csv(path, name)
+        # Every cell stays the text it is: no numbers, no dates, and "NA" is no missing value.
+        options: dict[str, Any] = {
+            "features": datasets.Features({column: datasets.Value("string") for column in columns}),
+            "keep_default_na": False,
+            "na_filter": False,
+            "encoding": "utf-8-sig",
+        }
         with _quiet_datasets():
             return _table(datasets.Dataset.from_csv, path, cache, **options)
+    except DataError:
+        raise
+    except UnicodeDecodeError as error:
+        raise DataError(f"{undecodable_place(path, name)}: invalid UTF-8") from error
     except _READ_ERRORS as error:
-        if isinstance(error.__cause__, UnicodeDecodeError):
-            raise DataError(f"{undecodable_place(path, name)}: invalid UTF-8") from error
         raise _unreadable(name, error) from error
+
+
+def _check_csv(path: Path, name: str) -> list[str]:
+    """Returns the column names; refuses records that pandas would shift or fill in silence."""
+    limit = csv.field_size_limit(2**31 - 1)
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, strict=True)
+        records = filter(None, reader)
+        try:
+            columns = next(records)
+            if len(set(columns)) != len(columns):
+                raise DataError(f"{name}:1: a column name stands twice in the header {columns}")
+            empty = True
+            for record in records:
+                empty = False
+                if len(record) != len(columns):
+                    raise DataError(
+                        f"{name}:{reader.line_num}: the record has {len(record)} fields and the "
+                        f"header {len(columns)}; a field with a comma needs quotes"
+                    )
+        except csv.Error as error:
+            raise DataError(f"{name}:{reader.line_num}: invalid CSV: {error}") from error
+        finally:
+            csv.field_size_limit(limit)
+    if empty:
+        raise DataError(f"{name}: the file holds no rows")
+    return columns
 
 
 def _read_parquet(path: Path, name: str, cache: str) -> datasets.Dataset:
@@ -158,7 +181,7 @@ def _table(read: Any, path: Path, cache: str, **options: Any) -> datasets.Datase
 
 
 def _unreadable(name: str, error: BaseException) -> DataError:
-    return DataError(f"{name}: cannot be read: {error.__cause__ or error}")
+    return DataError(f"{name}: cannot be read: {str(error.__cause__ or error).strip()}")
 
 
 def _open_hub(source: DataSource) -> Rows:

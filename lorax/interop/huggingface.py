@@ -192,7 +192,7 @@ def _check_tied_head(head: TensorEntry, embedding: TensorEntry) -> None:
     with open_tensors(head.file) as a, open_tensors(embedding.file) as b:
         heads, embeddings = a.get_slice(TIED_HEAD), b.get_slice(EMBEDDING)
         for start in range(0, head.shape[0], 4096) if equal else ():
-            rows = slice(start, start + 4096)
+            rows = slice(start, min(start + 4096, head.shape[0]))
             wide = [part[rows].astype(np.float32) for part in (heads, embeddings)]
             equal = equal and np.array_equal(*wide, equal_nan=True)
     if not equal:

@@ -207,7 +207,9 @@ def read_adapter_config(directory: str | Path) -> LoraConfig:
     known = {*_SHARED_FIELDS, *_NEUTRAL_FIELDS, "peft_type", "init_lora_weights"}
     for field, value in raw.items():
         if field not in known and value not in (None, False, [], {}):
-            raise AdapterError(f"{path}: {field}={value!r} is not supported; remove it or merge with PEFT")
+            raise AdapterError(
+                f"{path}: {field}={value!r} is not supported; remove it or merge with PEFT"
+            )
     fields = {f: raw[f] for f in _SHARED_FIELDS if raw.get(f) is not None}
     fields.setdefault("r", 8)
     fields.setdefault("lora_alpha", 8)

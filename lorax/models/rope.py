@@ -156,7 +156,8 @@ def inverse_frequencies(
         (head_dim / 2 float32 frequencies, attention factor).
     """
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    powers = np.float32(rope.rope_theta) ** exponents
+    # numpy's float32 power is off by a unit in the last place, torch's hardly ever is.
+    powers = (np.float64(rope.rope_theta) ** exponents.astype(np.float64)).astype(np.float32)
     frequencies = np.float32(1) / powers
     match rope.rope_type:
         case "linear":
@@ -173,10 +174,13 @@ def _llama3(rope: RopeConfig, frequencies: np.ndarray, max_position: int) -> np.
     context = rope.original_max_position_embeddings or max_position
     assert rope.factor and rope.low_freq_factor and rope.high_freq_factor
     low, high = rope.low_freq_factor, rope.high_freq_factor
-    wavelengths = np.float32(2 * math.pi) / frequencies
+    # A scalar over an array is the array's reciprocal times the scalar, in torch.
+    wavelengths = np.float32(1) / frequencies * np.float32(2 * math.pi)
     stretched = frequencies / np.float32(rope.factor)
-    blend = (np.float32(context) / wavelengths - np.float32(low)) / np.float32(high - low)
-    blended = (np.float32(1) - blend) * stretched + blend * frequencies
+    turns = np.float32(1) / wavelengths * np.float32(context)
+    blend = (turns - np.float32(low)) / np.float32(high - low)
+    blended = (np.float32(1) - blend) * frequencies / np.float32(rope.factor)
+    blended = blended + blend * frequencies
     result = np.where(wavelengths > np.float32(context / low), stretched, blended)
     return np.where(wavelengths < np.float32(context / high), frequencies, result)
 
@@ -236,7 +240,9 @@ def rotary_tables(
     frequencies, factor = inverse_frequencies(rope, head_dim, max_position_embeddings)
     omega = jnp.asarray(frequencies)[None, None, :]
     if rope.rope_type == "dynamic":
-        omega = _dynamic_frequencies(rope, head_dim, max_position_embeddings, lengths)
+        beyond = (lengths > max_position_embeddings)[..., None]
+        grown = _dynamic_frequencies(rope, head_dim, max_position_embeddings, lengths)
+        omega = jnp.where(beyond, grown, omega)
     angles = positions.astype(jnp.float32)[..., None] * omega
     return jnp.cos(angles) * jnp.float32(factor), jnp.sin(angles) * jnp.float32(factor)
 

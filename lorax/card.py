@@ -1,0 +1,43 @@
+"""The model card that goes with every export."""
+
+from lorax.config import RunConfig, dump_config
+
+
+def write_card(config: RunConfig, format: str, facts: dict[str, str]) -> str:
+    """Returns the README.md of an export: what it is, how it was made, how to load it.
+
+    Args:
+        config: The run. Of the data, only the names of the sources are told.
+        format: ``peft``, ``peft-portable`` or ``merged``.
+        facts: Results to list, by name.
+    """
+    base = config.model.name_or_path
+    is_adapter = format != "merged"
+    library, tags = ("peft", "[lora, lorax]") if is_adapter else ("transformers", "[lorax]")
+    title = "LoRA adapter" if is_adapter else "Fine-tuned model"
+    results = "\n".join(f"- {name}: {value}" for name, value in facts.items())
+    load = _LOAD_ADAPTER if is_adapter else _LOAD_MODEL
+    return (
+        f"---\nlibrary_name: {library}\nbase_model: {base}\ntags: {tags}\n---\n\n"
+        f"# {title} for {base}\n\n"
+        f"Made with lorax, a LoRA fine-tuning library in JAX. Format: `{format}`.\n\n"
+        f"## Results\n\n{results or '- none measured'}\n\n"
+        f"## Use\n\n```python\n{load.format(base=base)}```\n\n"
+        f"## Settings\n\n```yaml\n{dump_config(config)}```\n"
+    )
+
+
+_LOAD_ADAPTER = """\
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{base}")
+model = PeftModel.from_pretrained(model, "path/to/this/folder")
+"""
+
+_LOAD_MODEL = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+"""

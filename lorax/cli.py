@@ -1,0 +1,226 @@
+"""The commands: train, validate, inspect, generate, export."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax.numpy as jnp
+from rich.console import Console
+
+from lorax.card import write_card
+from lorax.config import RunConfig, load_config
+from lorax.data import BatchPlan, load_tokenizer
+from lorax.export import export_model
+from lorax.generate import generate, stop_token_ids
+from lorax.interop.checkpoint import resolve_checkpoint
+from lorax.interop.files import read_json
+from lorax.interop.huggingface import load_model
+from lorax.interop.peft import CONFIG_FILE, load_adapter
+from lorax.report import print_config, print_modules
+from lorax.run import EXPORT_FOLDERS, check_targets, load_inputs, report_data, run_training
+
+WIDTH_IN_LOGS = 100
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns 0, or 2 after printing what is wrong with the input.
+
+    Args:
+        arguments: Words after ``lorax``; those of the process if not given.
+    """
+    parsed = _parser().parse_args(arguments)
+    console = Console(width=None if sys.stdout.isatty() else WIDTH_IN_LOGS)
+    try:
+        parsed.run(parsed, console)
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"lorax {parsed.command}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("lorax: stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lorax", description="LoRA fine-tuning of language models in JAX.", allow_abbrev=False
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+
+    def add(name, run, text):
+        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        command.set_defaults(run=run)
+        return command
+
+    for name, run, text in (
+        ("train", _train, "Fine-tune a model, export it, verify the export."),
+        ("validate", _validate, "Check a config, its data and its targets; loads no weights."),
+        ("inspect", _inspect, "Show the adapted modules and rendered rows with their loss mask."),
+    ):
+        command = add(name, run, text)
+        command.add_argument("config", help="a YAML file, such as configs/tiny_cpu.yaml")
+        command.add_argument("overrides", nargs="*", metavar="key=value", help="such as lora.r=8")
+        if name == "inspect":
+            command.add_argument("--rows", type=int, default=3, help="rows to show")
+    _add_generate(add)
+    _add_export(add)
+    return parser
+
+
+def _add_generate(add) -> None:
+    command = add("generate", _generate, "Let a model answer a prompt.")
+    command.add_argument("model", help="a checkpoint folder, a hub id, or the folder of a run")
+    command.add_argument("--adapter", help="a PEFT adapter folder to put on the model")
+    command.add_argument("--prompt", action="append", help="may be repeated; stdin if absent")
+    command.add_argument("--system", help="a system message before each prompt")
+    command.add_argument("--raw", action="store_true", help="continue the text, no chat template")
+    command.add_argument("--max-new-tokens", type=int, default=256)
+    command.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    command.add_argument("--top-k", type=int)
+    command.add_argument("--top-p", type=float)
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--revision", help="of a hub id")
+    command.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+
+
+def _add_export(add) -> None:
+    command = add("export", _export, "Export a run's adapter in another format, and verify it.")
+    command.add_argument("source", metavar="RUN", help="the folder of a run, or of a PEFT adapter")
+    command.add_argument("--format", choices=tuple(EXPORT_FOLDERS), required=True)
+    command.add_argument("--out", required=True, help="a folder that does not exist yet")
+    command.add_argument("--base", help="the base model, if it is not where the adapter says")
+    command.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default=None)
+
+
+def _train(parsed, console: Console) -> None:
+    run_training(load_config(parsed.config, parsed.overrides), console)
+
+
+def _validate(parsed, console: Console) -> None:
+    config = load_config(parsed.config, parsed.overrides)
+    inputs = load_inputs(config)
+    rows = check_targets(config, inputs.base)
+    report_data(console, config, inputs, rows=0)
+    plan = BatchPlan(
+        inputs.train,
+        rows_per_micro_batch=config.train.per_device_train_batch_size,
+        micro_batches=config.train.gradient_accumulation_steps,
+        packing=config.data.packing,
+        max_seq_length=config.data.max_seq_length,
+        seed=config.train.seed,
+        shuffle=config.data.shuffle,
+    )
+    modules = sum(row.count for row in rows)
+    trained = sum(row.parameters for row in rows)
+    if rows:
+        console.print(
+            f"lora: {modules} modules, {trained:,} parameters in A and B", highlight=False
+        )
+    console.print(
+        f"batches: {plan.steps_per_epoch:,} optimizer steps per epoch and device, rows of up to "
+        f"{max(plan.widths)} tokens",
+        highlight=False,
+    )
+    console.print(f"{parsed.config}: valid", highlight=False)
+
+
+def _inspect(parsed, console: Console) -> None:
+    config = load_config(parsed.config, parsed.overrides)
+    inputs = load_inputs(config)
+    rows = check_targets(config, inputs.base)
+    console.rule("Settings")
+    print_config(console, config)
+    console.rule("Data")
+    report_data(console, config, inputs, rows=parsed.rows)
+    if rows:
+        console.rule("Modules")
+        print_modules(console, rows, None)
+
+
+def _generate(parsed, console: Console) -> None:
+    source, adapter, dtype = parsed.model, parsed.adapter, parsed.dtype
+    run = _read_run(Path(source))
+    if run is not None:
+        source, dtype = run.model.name_or_path, run.model.dtype
+        merged = Path(parsed.model) / EXPORT_FOLDERS["merged"]
+        if run.train.method == "full":
+            source = str(merged)
+        elif adapter is None:
+            adapter = str(Path(parsed.model) / EXPORT_FOLDERS["peft"])
+    base = resolve_checkpoint(source, parsed.revision if run is None else run.model.revision)
+    tokenizer = load_tokenizer(str(base))
+    model = load_model(base, dtype=jnp.dtype(dtype))
+    if adapter is not None:
+        model = load_adapter(model, adapter)
+    model.eval()
+    prompts = parsed.prompt or [sys.stdin.read().rstrip("\n")]
+    tokens = [_prompt_tokens(tokenizer, text, parsed) for text in prompts]
+    written = generate(
+        model,
+        tokens,
+        max_new_tokens=parsed.max_new_tokens,
+        stop_ids=stop_token_ids(base, tokenizer),
+        temperature=parsed.temperature,
+        top_k=parsed.top_k,
+        top_p=parsed.top_p,
+        seed=parsed.seed,
+    )
+    for new in written:
+        console.print(
+            tokenizer.decode(new, skip_special_tokens=True),
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def _prompt_tokens(tokenizer, text: str, parsed) -> list[int]:
+    if parsed.raw:
+        return tokenizer(text)["input_ids"]
+    if tokenizer.chat_template is None:
+        raise ValueError("the tokenizer has no chat template; pass --raw to continue plain text")
+    messages = [{"role": "system", "content": parsed.system}] if parsed.system else []
+    messages.append({"role": "user", "content": text})
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)[
+        "input_ids"
+    ]
+
+
+def _export(parsed, console: Console) -> None:
+    source = Path(parsed.source)
+    run = _read_run(source)
+    adapter = source / EXPORT_FOLDERS["peft"] if run is not None else source
+    if run is not None and run.train.method == "full":
+        raise ValueError(f"{source} trained the whole model: {source / 'merged'} is its checkpoint")
+    recorded = read_json(adapter / CONFIG_FILE).get("base_model_name_or_path")
+    name = parsed.base or recorded
+    if not name:
+        raise ValueError(f"{adapter / CONFIG_FILE} names no base model: pass --base")
+    base = resolve_checkpoint(name, run.model.revision if run and not parsed.base else None)
+    dtype = jnp.dtype(parsed.dtype or (run.model.dtype if run else "bfloat16"))
+    model = load_adapter(load_model(base, dtype=dtype), adapter)
+    found = export_model(
+        model,
+        parsed.out,
+        parsed.format,
+        base=base,
+        base_name=str(name),
+        card=write_card(run, parsed.format, {}) if run else None,
+    )
+    console.print(
+        f"{parsed.format}: {parsed.out}\nverified: {found.tensors} tensors read back bit-equal, "
+        f"logits differ by {found.logit_error:.1e} (accepted {found.bound:.0e})",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _read_run(folder: Path) -> RunConfig | None:
+    """Returns the config of a run's folder, or None if it is something else."""
+    path = folder / "config.yaml"
+    return load_config(path) if path.is_file() else None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""The adapter's settings, with the names and meanings of PEFT's `LoraConfig`."""
+
+from collections.abc import Iterator
+from typing import Annotated, Literal, override
+
+from pydantic import Field, field_validator
+
+from lorax.config_types import (
+    BelowOne,
+    Conflict,
+    Count,
+    FromList,
+    Index,
+    Modules,
+    Names,
+    NotInteger,
+    Positive,
+    Section,
+    check_regex,
+)
+
+
+class LoraConfig(Section):
+    """Which modules are adapted and how, with the names and meanings of PEFT's `LoraConfig`.
+
+    Attributes:
+        r: Rank of the update ``s · A·B``.
+        lora_alpha: ``s = lora_alpha / r``, or ``lora_alpha / √r`` with `use_rslora`.
+        lora_dropout: Probability with which an input of the adapter is dropped.
+        target_modules: `all-linear`, a regular expression over whole module names, or a list of
+            name endings.
+        exclude_modules: The same, for modules that stay as they are.
+        layers_to_transform: Indices of the layers to adapt; all when not given.
+        layers_pattern: Name of the list that holds the layers.
+        rank_pattern: Module pattern to its own rank.
+        alpha_pattern: Module pattern to its own alpha.
+        use_rslora: Rank-stabilised scale.
+        bias: Which biases are trained.
+        init_lora_weights: `true`: A Kaiming-uniform; `gaussian`: A normal with deviation 1/r.
+            B is zero in both.
+        modules_to_save: Name endings of modules that are trained whole and saved with the adapter.
+    """
+
+    r: Count = 16
+    lora_alpha: Positive = 16.0
+    lora_dropout: BelowOne = 0.0
+    target_modules: Modules = "all-linear"
+    exclude_modules: Modules | None = None
+    layers_to_transform: Annotated[Index | tuple[Index, ...] | None, FromList] = None
+    layers_pattern: Modules | None = None
+    rank_pattern: dict[str, Count] = Field(default={})
+    alpha_pattern: dict[str, Positive] = Field(default={})
+    use_rslora: bool = False
+    bias: Literal["none", "all", "lora_only"] = "none"
+    init_lora_weights: Annotated[Literal[True, "gaussian"], NotInteger] = True
+    modules_to_save: Names | None = None
+
+    @field_validator("rank_pattern", "alpha_pattern")
+    @classmethod
+    def _check_patterns[T](cls, patterns: dict[str, T]) -> dict[str, T]:
+        for pattern in patterns:
+            check_regex(pattern)
+        return patterns
+
+    @override
+    def conflicts(self) -> Iterator[Conflict]:
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            yield (
+                "layers_to_transform",
+                "needs target_modules as a list of name endings, as in PEFT; with a regular "
+                "expression or all-linear, name the layers in exclude_modules",
+            )
+        if self.layers_to_transform == ():
+            yield "layers_to_transform", "needs at least one layer, got an empty list"
+        if self.layers_pattern is not None and self.layers_to_transform is None:
+            yield "layers_pattern", "is only read together with layers_to_transform: set both"

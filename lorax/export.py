@@ -1,0 +1,163 @@
+"""Exports, each read back from disk and compared with the trained model before it counts."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+
+from lorax.interop.files import open_tensors, read_headers, refuse_occupied
+from lorax.interop.huggingface import load_model, model_tensors, save_model
+from lorax.interop.peft import TENSOR_FILE, adapter_tensors, load_adapter, save_adapter
+from lorax.lora import lora_layers, merge_lora, unload_lora
+
+type ExportFormat = Literal["peft", "peft-portable", "merged"]
+
+PROBE_TOKENS = 32
+"""Length of the row of tokens on which logits are compared."""
+
+# Relative L2 distance of logits. Float32 sums in another order; in half precision the merged
+# weight is rounded once more, which moves each by up to half a unit in the last place (2⁻⁹ for
+# bfloat16) and the logits of a deep model by a few per cent at most.
+LOGIT_BOUNDS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
+
+
+class ExportError(ValueError):
+    """An export that, read back, is not the trained model."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Verification:
+    """What reading an export back showed.
+
+    Attributes:
+        tensors: Tensors that are bit-equal to what was to be written: all of them.
+        logit_error: Relative L2 distance of the reloaded model's logits to the trained model's.
+        bound: The largest distance that is accepted.
+    """
+
+    tensors: int
+    logit_error: float
+    bound: float
+
+
+def export_model(
+    model: Any,
+    directory: str | Path,
+    format: ExportFormat,
+    *,
+    base: str | Path,
+    base_name: str | None = None,
+    dtype: DTypeLike | None = None,
+    card: str | None = None,
+) -> Verification:
+    """Writes `model` in a format that others load, and verifies what was written.
+
+    Args:
+        model: The trained model, adapters unmerged.
+        directory: A path that does not exist, or an empty folder.
+        format: ``peft``: PEFT's own layout. ``peft-portable``: one rank, scales folded into B.
+            ``merged``: a full checkpoint with the adapters added to the weights.
+        base: Folder of the base checkpoint, whose tokenizer goes with a merged model.
+        base_name: What the adapter records as its base; `base` if not given.
+        dtype: Of merged weights; None is that of the base weights in `model`.
+        card: Text of the README.md beside the files.
+
+    Returns:
+        What the comparison showed.
+
+    Raises:
+        ValueError: If `directory` holds something or the format cannot hold what was trained.
+        ExportError: If a tensor read back differs, or the logits differ by more than the bound.
+            The files stay for inspection.
+    """
+    refuse_occupied(directory)
+    if format == "merged":
+        return _export_merged(model, Path(directory), base, dtype, card)
+    name = str(base_name or base)
+    save_adapter(model, directory, format=format, base_model_name_or_path=name, card=card)
+    return verify_adapter(model, directory, portable=format == "peft-portable")
+
+
+def verify_adapter(model: Any, directory: str | Path, *, portable: bool = False) -> Verification:
+    """Compares an adapter on disk with the adapters of `model`: every tensor, and the logits.
+
+    Raises:
+        ExportError: Naming the tensor that differs, or the distance of the logits.
+    """
+    path = Path(directory) / TENSOR_FILE
+    count = _compare(adapter_tensors(model, portable=portable).items(), [path])
+    reloaded = load_adapter(unload_lora(model), directory)
+    # Folding the scale into B rounds differently; everything else must be the same computation.
+    bound = LOGIT_BOUNDS[jnp.dtype(model.dtype).name] if portable else 0.0
+    return _verified(model, reloaded, directory, count, bound)
+
+
+def _export_merged(model, directory: Path, base, dtype, card) -> Verification:
+    dtype = jnp.dtype(dtype or _weight_dtype(model))
+    merged = merge_lora(model) if lora_layers(model) else model
+    save_model(merged, directory, dtype=dtype, source_directory=base)
+    files = sorted(directory.glob("*.safetensors"))
+    count = _compare(model_tensors(merged, dtype=dtype), files)
+    del merged
+    reloaded = load_model(directory, dtype=model.dtype, param_dtype=dtype)
+    bound = max(LOGIT_BOUNDS[dtype.name], LOGIT_BOUNDS[jnp.dtype(model.dtype).name])
+    found = _verified(model, reloaded, directory, count, bound)
+    if card is not None:
+        (directory / "README.md").write_text(card, encoding="utf-8")
+    return found
+
+
+def _weight_dtype(model) -> Any:
+    return (
+        next(iter(lora_layers(model).values())).kernel.dtype if lora_layers(model) else model.dtype
+    )
+
+
+def _compare(expected: Iterable[tuple[str, np.ndarray]], files: list[Path]) -> int:
+    """Compares named arrays with safetensors files bit by bit, one at a time."""
+    entries, folder, count = read_headers(files), files[0].parent, 0
+    with contextlib.ExitStack() as stack:
+        opened = {path: stack.enter_context(open_tensors(path)) for path in files}
+        for count, (name, value) in enumerate(expected, start=1):
+            if name not in entries:
+                raise ExportError(f"{folder} lacks {name} after the export")
+            found = opened[entries[name].file].get_tensor(name)
+            same = found.dtype == value.dtype and found.shape == value.shape
+            if not same or found.tobytes() != np.ascontiguousarray(value).tobytes():
+                raise ExportError(
+                    f"{entries[name].file}: {name} differs from the trained model after the export"
+                )
+    if count != len(entries):
+        raise ExportError(f"{folder} holds {len(entries)} tensors, expected {count}")
+    return count
+
+
+def _verified(model, reloaded, directory, count: int, bound: float) -> Verification:
+    error = logit_distance(model, reloaded)
+    if not error <= bound:
+        raise ExportError(
+            f"{directory}: the reloaded logits differ from the trained model's by {error:.2e} "
+            f"(relative L2), more than {bound:.0e}; do not use this export"
+        )
+    return Verification(count, error, bound)
+
+
+def logit_distance(model: Any, other: Any) -> float:
+    """Returns ``‖other - model‖ / ‖model‖`` of the logits on a fixed row of tokens."""
+    length = min(PROBE_TOKENS, model.config.max_position_embeddings)
+    draw = np.random.default_rng(0)
+    tokens = jnp.asarray(draw.integers(0, model.config.vocab_size, (1, length)), jnp.int32)
+    expected, actual = (np.asarray(_logits(m, tokens), np.float64) for m in (model, other))
+    return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
+
+
+def _logits(model, tokens):
+    evaluated = nnx.clone(model)
+    evaluated.eval()
+    return evaluated(tokens)

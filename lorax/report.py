@@ -1,0 +1,396 @@
+"""What a person sees of a run: settings, modules, one example, progress, a summary and a curve."""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.syntax import Syntax
+from rich.table import Table
+from rich.text import Text
+
+from lorax.config import RunConfig, dump_config
+
+LONGEST_EXAMPLE = 6000
+"""Characters of an example that are shown; what lies between its two ends is left out."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModuleRow:
+    """One kind of adapted module.
+
+    Attributes:
+        name: Ending of the module's name, such as `self_attn.q_proj`.
+        count: Modules of this kind.
+        in_features: Width of its input.
+        out_features: Width of its output.
+        rank: Rank of the adapter.
+        scale: Factor of the adapter's output.
+        parameters: Trained parameters of all `count` modules together.
+    """
+
+    name: str
+    count: int
+    in_features: int
+    out_features: int
+    rank: int
+    scale: float
+    parameters: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepLine:
+    """What is shown of one step; None stands for what is not known."""
+
+    step: int
+    loss: float | None
+    learning_rate: float | None
+    grad_norm: float | None
+    tokens_per_s: float | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunSummary:
+    """What a run came to; None stands for what was not measured.
+
+    Attributes:
+        steps: Optimizer steps.
+        seconds: Duration of the run.
+        tokens_per_s: Mean speed without compilation.
+        mfu: Model FLOPs utilisation, as a share.
+        memory_gib: Peak memory.
+        memory_source: Whose memory: `device` or `process`.
+        loss: Held-out loss before and after, in nats per token.
+        exact_match: Share of exactly matched answers before and after.
+        files: What was written: a name and its path.
+    """
+
+    steps: int
+    seconds: float
+    tokens_per_s: float | None = None
+    mfu: float | None = None
+    memory_gib: float | None = None
+    memory_source: str = "device"
+    loss: tuple[float | None, float | None] = (None, None)
+    exact_match: tuple[float | None, float | None] = (None, None)
+    files: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+def print_config(console: Console, config: RunConfig) -> None:
+    """Prints all settings with their defaults, as YAML that can be run again."""
+    text = dump_config(config).rstrip()
+    if console.is_terminal:
+        console.print(Syntax(text, "yaml", background_color="default", word_wrap=True))
+    else:
+        _print_plain(console, text)
+
+
+def print_modules(
+    console: Console, rows: Sequence[ModuleRow], model_parameters: int | None
+) -> None:
+    """Prints the adapted modules and the share of trained parameters.
+
+    Args:
+        console: Where to.
+        rows: The kinds of modules.
+        model_parameters: Parameters of the model with its adapters, trained and frozen; None
+            leaves the share out.
+    """
+    table = Table(box=box.SIMPLE_HEAD, show_footer=True, show_edge=False, pad_edge=False)
+    modules = sum(row.count for row in rows)
+    trained = sum(row.parameters for row in rows)
+    table.add_column("adapted module", "all", no_wrap=True)
+    table.add_column("count", f"{modules:,}", justify="right")
+    table.add_column("in → out", justify="right")
+    table.add_column("rank", justify="right")
+    table.add_column("scale", justify="right")
+    table.add_column("parameters", f"{trained:,}", justify="right")
+    for row in rows:
+        shape = f"{row.in_features:,} → {row.out_features:,}"
+        numbers = f"{row.rank}", f"{row.scale:g}", f"{row.parameters:,}"
+        table.add_row(Text(row.name), f"{row.count:,}", shape, *numbers)
+    console.print(table)
+    if model_parameters is not None:
+        share = f"{100 * trained / model_parameters:.3f} %"
+        _print_plain(console, f"trained {trained:,} of {model_parameters:,} parameters ({share})")
+
+
+def print_example(
+    console: Console, pieces: Sequence[tuple[str, bool]], *, targets: int, tokens: int
+) -> None:
+    """Prints one rendered row of the data: what is trained on in green, or in ⟦ ⟧ in a log.
+
+    Args:
+        console: Where to.
+        pieces: Stretches of text, and whether their tokens are prediction targets.
+        targets: How many tokens of the row are.
+        tokens: How many tokens the row has.
+    """
+    shown = Text()
+    for text, supervised in _shorten(_join(pieces), LONGEST_EXAMPLE):
+        text = _show_controls(text)
+        if console.is_terminal:
+            shown.append(text, style="green" if supervised else "dim")
+        else:
+            shown.append(f"⟦{text}⟧" if supervised else text)
+    if console.is_terminal:
+        legend = Text.assemble(("green", "green"), ": trained on · ", ("dim", "dim"), ": context")
+    else:
+        legend = Text("⟦ ⟧: trained on · the rest: context")
+    console.print(legend.append(f" · {targets:,} of {tokens:,} tokens are targets"))
+    console.print(shown, soft_wrap=not console.is_terminal)
+
+
+@contextlib.contextmanager
+def show_progress(
+    console: Console, total_steps: int, *, first_step: int = 0, every: int = 10
+) -> Iterator[Callable[[StepLine], None]]:
+    """Shows a progress bar on a terminal, and one line every few steps elsewhere.
+
+    Args:
+        console: Where to; what is printed to it meanwhile appears above the bar.
+        total_steps: Steps of the whole run.
+        first_step: Steps done by an earlier part of the run.
+        every: Steps between two lines where there is no terminal.
+
+    Yields:
+        A function to call after each step.
+    """
+    if console.is_terminal:
+        with _make_bar(console) as bar:
+            task = bar.add_task("", total=total_steps, completed=first_step, values="")
+            yield lambda line: bar.update(task, completed=line.step, values=_describe_step(line))
+        return
+    # The clock starts at the end of the first step: that one compiles.
+    start: tuple[int, float] | None = None
+    printed = -every
+
+    def print_line(line: StepLine) -> None:
+        nonlocal start, printed
+        now = time.monotonic()
+        start = start or (line.step, now)
+        if line.step - printed < every and line.step < total_steps:
+            return
+        printed = line.step
+        text = f"step {line.step:>{len(str(total_steps))}}/{total_steps}  {_describe_step(line)}"
+        done, seconds = line.step - start[0], now - start[1]
+        if done:
+            text += f"  {_format_time(seconds / done * (total_steps - line.step))} left"
+        _print_plain(console, text)
+
+    yield print_line
+
+
+def print_summary(console: Console, summary: RunSummary) -> None:
+    """Prints what the run came to and where its files are."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table.add_column("")
+    table.add_column("before", justify="right")
+    table.add_column("after", justify="right")
+    if summary.loss != (None, None):
+        table.add_row("held-out loss", *(_format(value, ".4f") for value in summary.loss))
+    if summary.exact_match != (None, None):
+        table.add_row("exact match", *(_format(value, ".1%") for value in summary.exact_match))
+    if table.row_count:
+        console.print(table)
+    facts = [f"{summary.steps:,} steps in {_format_time(summary.seconds)}"]
+    if summary.tokens_per_s is not None:
+        facts.append(f"{summary.tokens_per_s:,.0f} tokens/s")
+    if summary.mfu is not None:
+        facts.append(f"MFU {_format(summary.mfu, '.1%')}")
+    if summary.memory_gib is not None:
+        facts.append(f"peak memory {summary.memory_gib:.2f} GiB ({summary.memory_source})")
+    _print_plain(console, " · ".join(facts))
+    width = max(map(len, summary.files), default=0)
+    for name, path in summary.files.items():
+        _print_plain(console, f"{name:<{width}}  {path}")
+
+
+def _print_plain(console: Console, text: str) -> None:
+    console.print(Text(text), soft_wrap=True, highlight=False)
+
+
+def _join(pieces: Sequence[tuple[str, bool]]) -> list[tuple[str, bool]]:
+    joined: list[tuple[str, bool]] = []
+    for text, supervised in pieces:
+        if joined and joined[-1][1] == supervised:
+            joined[-1] = (joined[-1][0] + text, supervised)
+        else:
+            joined.append((text, supervised))
+    return joined
+
+
+def _shorten(pieces: Sequence[tuple[str, bool]], longest: int) -> list[tuple[str, bool]]:
+    """Leaves out the middle of a text of more than `longest` characters, and says so."""
+    excess = sum(len(text) for text, _ in pieces) - longest
+    if excess <= 0:
+        return list(pieces)
+    start, end = longest // 2, longest // 2 + excess
+    note = f"\n[… {excess:,} characters left out …]\n"
+    head, tail, position = [], [], 0
+    for text, supervised in pieces:
+        head.append((text[: max(0, start - position)], supervised))
+        tail.append((text[max(0, end - position) :], supervised))
+        position += len(text)
+    return [piece for piece in [*head, (note, False), *tail] if piece[0]]
+
+
+def _show_controls(text: str) -> str:
+    """Makes control characters visible: data must not steer the terminal."""
+    return "".join(
+        character if character in "\n\t" or character.isprintable() else repr(character)[1:-1]
+        for character in text
+    )
+
+
+def _make_bar(console: Console) -> Progress:
+    return Progress(
+        BarColumn(bar_width=10),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[values]}", markup=False),
+        TimeRemainingColumn(compact=True),
+        TextColumn("left"),
+        console=console,
+    )
+
+
+def _describe_step(line: StepLine) -> str:
+    loss, rate = _format(line.loss, ".4f"), _format(line.learning_rate, ".2e")
+    norm, speed = _format(line.grad_norm, ".3g"), _format(line.tokens_per_s, ",.0f")
+    return f"loss {loss}  lr {rate}  grad norm {norm}  {speed} tokens/s"
+
+
+def _format(value: float | None, specification: str) -> str:
+    return "-" if value is None else format(value, specification).replace("%", " %")
+
+
+def _format_time(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
+
+
+def draw_loss_curve(
+    metrics_path: str | os.PathLike[str],
+    png_path: str | os.PathLike[str],
+    *,
+    title: str = "Training",
+) -> None:
+    """Draws loss, learning rate and gradient norm over the steps of a `metrics.jsonl`.
+
+    Read are `loss`, `eval_loss`, `learning_rate` and `grad_norm`, where a line has them.
+
+    Raises:
+        ValueError: If the file has no loss yet, or a line of it is broken.
+    """
+    records = read_metrics(metrics_path)
+    steps, losses = _find_series(records, "loss")
+    if not any(map(math.isfinite, losses)):
+        raise ValueError(f"{metrics_path}: no step has a loss: nothing to draw yet")
+    figure = Figure(figsize=(9, 7), dpi=150, layout="constrained")
+    loss_axes, rate_axes, norm_axes = figure.subplots(
+        3, sharex=True, gridspec_kw={"height_ratios": [4, 1, 1.4]}
+    )
+    _draw_losses(loss_axes, steps, losses, *_find_series(records, "eval_loss"))
+    loss_axes.set_title(title, loc="left", fontweight="bold")
+    rate_axes.plot(*_find_series(records, "learning_rate"), color="tab:gray", linewidth=1.5)
+    rate_axes.set_ylabel("learning rate")
+    rate_axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    rate_axes.set_ylim(bottom=0)
+    norm_steps, norms = _find_series(records, "grad_norm")
+    _draw_smoothed(norm_axes, norm_steps, norms, "tab:purple", "gradient norm")
+    norm_axes.set_ylabel("gradient norm")
+    norm_axes.set_ylim(bottom=0)
+    norm_axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    norm_axes.set_xlabel("optimizer step")
+    for axes in (loss_axes, rate_axes, norm_axes):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.align_ylabels()
+    figure.savefig(png_path, format="png")
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Reads a `metrics.jsonl`, without a last line that is still being written.
+
+    Raises:
+        ValueError: Naming the line that is not a JSON object with a step.
+    """
+    records = []
+    text = Path(path).read_text(encoding="utf-8")
+    for number, line in enumerate(text.split("\n")[:-1], start=1):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{number}: not JSON: {error.msg}") from error
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            raise ValueError(f"{path}:{number}: needs an object with a whole number `step`")
+        records.append(record)
+    return records
+
+
+def _find_series(records: Sequence[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    """Returns the steps that have a value; null is NaN, and the last line of a step counts."""
+    series = {
+        record["step"]: math.nan if record[name] is None else float(record[name])
+        for record in records
+        if name in record
+    }
+    return sorted(series), [series[step] for step in sorted(series)]
+
+
+def _draw_losses(
+    axes: Axes,
+    steps: list[int],
+    losses: list[float],
+    eval_steps: list[int],
+    eval_losses: list[float],
+) -> None:
+    _draw_smoothed(axes, steps, losses, "tab:blue", "training loss")
+    if eval_steps:
+        label = f"held-out loss, at the end {eval_losses[-1]:.4f}"
+        axes.plot(eval_steps, eval_losses, "o-", color="tab:orange", markersize=5, label=label)
+    for step, loss in zip(steps, losses, strict=True):
+        if not math.isfinite(loss):
+            axes.axvline(step, color="tab:red", linewidth=1, label="not finite")
+    axes.set_ylabel("loss (nats per token)")
+    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    axes.legend(handles.values(), handles.keys(), frameon=False)
+
+
+def _draw_smoothed(
+    axes: Axes, steps: list[int], values: list[float], color: str, label: str
+) -> None:
+    """Draws every value thinly, and over it their moving mean."""
+    window = len(values) // 60 * 2 + 1
+    if window == 1:
+        axes.plot(steps, values, ".-", color=color, linewidth=1.5, label=label)
+        return
+    axes.plot(steps, values, color=color, alpha=0.3, linewidth=0.8, label=f"{label}, each step")
+    smooth = _smooth(values, window)
+    axes.plot(steps, smooth, color=color, linewidth=2, label=f"{label}, mean of {window} steps")
+
+
+def _smooth(values: Sequence[float], window: int) -> list[float]:
+    """Mean over a centred window, narrower towards both ends so that it never lags; skips NaN."""
+    finite = [value if math.isfinite(value) else 0.0 for value in values]
+    totals = [0.0, *itertools.accumulate(finite)]
+    counts = [0, *itertools.accumulate(map(math.isfinite, values))]
+    smooth = []
+    for index in range(len(values)):
+        half = min(window // 2, index, len(values) - 1 - index)
+        start, end = index - half, index + half + 1
+        count = counts[end] - counts[start]
+        smooth.append((totals[end] - totals[start]) / count if count else math.nan)
+    return smooth

@@ -1,0 +1,341 @@
+"""A whole run, from a config to verified exports; what the commands do, for Python too."""
+
+import dataclasses
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from rich.console import Console
+
+from lorax.card import write_card
+from lorax.config import RunConfig, dump_config
+from lorax.data import EncodedDataset, load_encoded_dataset, load_tokenizer, render_example
+from lorax.evaluate import answer_rows, exact_match
+from lorax.export import export_model
+from lorax.generate import stop_token_ids
+from lorax.interop.checkpoint import resolve_checkpoint
+from lorax.interop.files import refuse_occupied
+from lorax.interop.huggingface import load_hf_config, load_model
+from lorax.interop.peft import load_adapter, read_adapter_config
+from lorax.lora import apply_lora, lora_layers, targets_of
+from lorax.metrics import RunLog, library_versions, memory_gib
+from lorax.models import CausalLM
+from lorax.report import (
+    ModuleRow,
+    RunSummary,
+    StepLine,
+    draw_loss_curve,
+    print_config,
+    print_example,
+    print_modules,
+    print_summary,
+    show_progress,
+)
+from lorax.train import Event, Trainer
+
+EXPORT_FOLDERS = {"peft": "adapter", "peft-portable": "adapter-portable", "merged": "merged"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """Everything a run reads but the weights.
+
+    Attributes:
+        base: Folder of the base checkpoint.
+        tokenizer: Its tokenizer.
+        train: Encoded rows to learn from.
+        eval: Encoded held-out rows.
+    """
+
+    base: Path
+    tokenizer: Any
+    train: EncodedDataset
+    eval: EncodedDataset | None
+
+
+def load_inputs(config: RunConfig) -> Inputs:
+    """Reads the tokenizer and the data of a run.
+
+    Raises:
+        ValueError: Naming the file, the line or the setting that cannot be used.
+    """
+    base = resolve_checkpoint(config.model.name_or_path, config.model.revision)
+    vocab_size = load_hf_config(base).vocab_size
+    tokenizer = load_tokenizer(str(base))
+    encode = lambda sources: load_encoded_dataset(
+        sources, config.data, tokenizer, vocab_size=vocab_size
+    )
+    train = encode(config.data.train)
+    return Inputs(base, tokenizer, train, encode(config.data.eval) if config.data.eval else None)
+
+
+def abstract_model(config: RunConfig, base: Path) -> CausalLM:
+    """Returns the base model with shapes instead of weights."""
+    dtype = jnp.dtype(config.model.dtype)
+    architecture = load_hf_config(base)
+    return nnx.eval_shape(
+        lambda: CausalLM(architecture, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0))
+    )
+
+
+def check_targets(config: RunConfig, base: Path) -> list[ModuleRow]:
+    """Matches the adapter's settings against the model's names, without any weights.
+
+    Raises:
+        ValueError: If a setting matches nothing, or a rank does not fit.
+    """
+    if config.train.method == "full":
+        return []
+    settings = read_adapter_config(config.model.adapter) if config.model.adapter else config.lora
+    model = abstract_model(config, base)
+    targets_of(model, settings)
+    return module_rows(nnx.eval_shape(lambda: apply_lora(model, settings, rngs=nnx.Rngs(0))))
+
+
+def build_model(config: RunConfig, base: Path) -> CausalLM:
+    """Loads the base model and puts fresh or loaded adapters on it, as the config says."""
+    full = config.train.method == "full"
+    model = load_model(
+        base,
+        dtype=jnp.dtype(config.model.dtype),
+        # Weights that train are float32: in bfloat16 small updates would be rounded away.
+        param_dtype=jnp.float32 if full else None,
+        attn_impl=config.model.attn_impl,
+        gradient_checkpointing=config.train.gradient_checkpointing,
+    )
+    if full:
+        return model
+    if config.model.adapter:
+        return load_adapter(model, config.model.adapter)
+    return apply_lora(model, config.lora, rngs=nnx.Rngs(config.train.seed))
+
+
+def run_training(config: RunConfig, console: Console) -> RunSummary:
+    """Trains as `config` says, exports, verifies the exports, and reports.
+
+    Everything that can be checked is checked before the run directory is made: settings, data,
+    targets, the checkpoint. Afterwards the directory holds config.yaml, versions.json,
+    metrics.jsonl, loss.png, the weights of some steps, and the exports.
+
+    Raises:
+        ValueError: Naming what cannot be used and what to do.
+    """
+    started = time.monotonic()
+    output = Path(config.save.output_dir)
+    refuse_occupied(output)
+    console.rule("Settings")
+    print_config(console, config)
+    inputs = load_inputs(config)
+    check_targets(config, inputs.base)
+    console.rule("Data")
+    report_data(console, config, inputs)
+    console.rule("Model")
+    model = build_model(config, inputs.base)
+    report_model(console, config, model)
+    recorder = _Recorder(console, config.log.logging_steps)
+    trainer = Trainer(model, config, inputs.train, inputs.eval, listeners=(recorder,))
+    del model
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    (output / "versions.json").write_text(json.dumps(library_versions(), indent=2) + "\n")
+    before = _score(config, trainer.model, inputs, console, "before training")
+    console.rule("Training")
+    with RunLog(output, config.log.report_to) as log:
+        recorder.log = log
+        with show_progress(console, trainer.total_steps) as show:
+            recorder.show = show
+            result = trainer.train()
+    after = _score(config, trainer.model, inputs, console, "after training")
+    console.rule("Export")
+    files = _export_all(config, trainer.model, inputs.base, console, result, (before, after))
+    if "jsonl" in config.log.report_to:
+        draw_loss_curve(output / "metrics.jsonl", output / "loss.png", title=_title(config))
+        files |= {"loss curve": str(output / "loss.png")}
+    files |= {"run": str(output)}
+    memory, speed = memory_gib(), trainer.throughput.mean()
+    summary = RunSummary(
+        steps=result.steps,
+        seconds=time.monotonic() - started,
+        tokens_per_s=speed["tokens_per_s"],
+        mfu=speed["mfu"],
+        memory_gib=memory.gib,
+        memory_source=memory.source,
+        loss=(result.eval_loss_before, result.eval_loss),
+        exact_match=(before, after),
+        files=files,
+    )
+    console.rule("Result")
+    print_summary(console, summary)
+    return summary
+
+
+def report_data(console: Console, config: RunConfig, inputs: Inputs, rows: int = 1) -> None:
+    """Prints what was read, and a few rendered rows with their loss mask."""
+    for name, data in (("train", inputs.train), ("eval", inputs.eval)):
+        if data is None:
+            continue
+        report = data.report
+        console.print(
+            f"{name}: {report.rows_kept:,} of {report.rows_read:,} rows, {report.tokens:,} tokens, "
+            f"{report.supervised_tokens:,} supervised · format {report.format} · mask from "
+            f"{report.mask_source} · loss on {config.data.loss_on}",
+            highlight=False,
+            soft_wrap=True,
+        )
+        for count, what in (
+            (report.rows_truncated, "truncated to data.max_seq_length"),
+            (report.rows_dropped_overlong, "dropped, longer than data.max_seq_length"),
+            (report.rows_dropped_unsupervised, "dropped, without a supervised token"),
+        ):
+            if count:
+                console.print(f"{name}: {count:,} rows {what}", style="yellow", highlight=False)
+    for index in range(min(rows, len(inputs.train))):
+        pieces = render_example(inputs.train, index, inputs.tokenizer)
+        tokens, supervised = inputs.train.row(index)
+        print_example(console, pieces, targets=int(supervised.sum()), tokens=len(tokens))
+
+
+def report_model(console: Console, config: RunConfig, model: nnx.Module) -> None:
+    """Prints the adapted modules, or how much a full fine-tune trains."""
+    sizes = [math.prod(x.shape) for x in jax.tree.leaves(nnx.state(model, nnx.Param))]
+    total = sum(math.prod(x.shape) for x in jax.tree.leaves(nnx.state(model, nnx.Variable)))
+    if config.train.method == "full":
+        console.print(f"full fine-tuning of {sum(sizes):,} parameters in float32", highlight=False)
+        return
+    print_modules(console, module_rows(model), total)
+    others = sum(sizes) - sum(row.parameters for row in module_rows(model))
+    if others:
+        console.print(
+            f"also trained: {others:,} parameters (lora.bias, lora.modules_to_save)",
+            highlight=False,
+        )
+
+
+def module_rows(model: nnx.Module) -> list[ModuleRow]:
+    """Groups the adapted layers by the last two parts of their names, shape, rank and scale."""
+    groups: dict[tuple, int] = {}
+    for name, layer in lora_layers(model).items():
+        kind = ".".join(name.split(".")[-2:])
+        shape = (layer.in_features, layer.out_features)
+        key = (kind, *shape, layer.r, layer.scale)
+        groups[key] = groups.get(key, 0) + 1
+    return [
+        ModuleRow(
+            name=name,
+            count=count,
+            in_features=inputs,
+            out_features=outputs,
+            rank=rank,
+            scale=scale,
+            parameters=count * rank * (inputs + outputs),
+        )
+        for (name, inputs, outputs, rank, scale), count in groups.items()
+    ]
+
+
+class _Recorder:
+    """Sends the trainer's events to the log and to the screen."""
+
+    def __init__(self, console: Console, logging_steps: int):
+        self.console, self.logging_steps = console, logging_steps
+        self.log: RunLog | None = None
+        self.show: Callable[[StepLine], object] = lambda _: None
+
+    def __call__(self, event: Event) -> None:
+        event = dict(event)
+        step = event.pop("step", None)
+        if step is None:
+            self.console.print(
+                f"compiled for rows of {event['compiled_width']} tokens in {event['seconds']:.1f} s",
+                highlight=False,
+            )
+            return
+        if "eval_loss" in event:
+            self.console.print(
+                f"step {step}: held-out loss {event['eval_loss']:.4f}", highlight=False
+            )
+        elif not self._is_logged(step, event):
+            return
+        if self.log is not None:
+            self.log.write(step, event)
+        if "loss" in event:
+            self.show(
+                StepLine(
+                    step=step,
+                    loss=event["loss"],
+                    learning_rate=event["learning_rate"],
+                    grad_norm=event["grad_norm"],
+                    tokens_per_s=event["tokens_per_s"],
+                )
+            )
+
+    def _is_logged(self, step: int, event: Event) -> bool:
+        finite = math.isfinite(event["loss"]) and math.isfinite(event["grad_norm"])
+        edge = step in (1, event["total_steps"])
+        return edge or not finite or step % self.logging_steps == 0
+
+
+def _score(config: RunConfig, model, inputs: Inputs, console: Console, when: str) -> float | None:
+    """Lets the model answer held-out rows, if the config asks for it, and shows one answer."""
+    if not config.eval.exact_match or inputs.eval is None:
+        return None
+    evaluated = nnx.clone(model)
+    evaluated.eval()
+    answers = answer_rows(
+        evaluated,
+        inputs.eval,
+        inputs.tokenizer,
+        rows=config.eval.exact_match_rows,
+        max_new_tokens=config.eval.max_new_tokens,
+        stop_ids=stop_token_ids(inputs.base, inputs.tokenizer),
+    )
+    score, shown = exact_match(answers), answers[0]
+    console.print(
+        f"{when}: exact match {score:.1%} of {len(answers)} held-out rows", highlight=False
+    )
+    console.print(f"  asked     {shown.prompt.strip()!r}", markup=False, highlight=False)
+    console.print(f"  expected  {shown.expected.strip()!r}", markup=False, highlight=False)
+    console.print(f"  answered  {shown.generated.strip()!r}", markup=False, highlight=False)
+    return score
+
+
+def _export_all(config, model, base, console, result, scores) -> dict[str, str]:
+    facts = {"optimizer steps": str(result.steps)}
+    if result.eval_loss is not None:
+        facts["held-out loss"] = f"{result.eval_loss_before:.4f} → {result.eval_loss:.4f}"
+    if scores[1] is not None:
+        facts["exact match"] = f"{scores[0]:.1%} → {scores[1]:.1%}"
+    files = {}
+    formats = list(config.save.export)
+    if config.train.method == "lora" and "peft" not in formats:
+        formats.insert(0, "peft")  # what `lorax export` makes the other formats from
+    for format in formats:
+        folder = Path(config.save.output_dir) / EXPORT_FOLDERS[format]
+        found = export_model(
+            model,
+            folder,
+            format,
+            base=base,
+            base_name=config.model.name_or_path,
+            dtype=jnp.dtype(config.model.dtype),
+            card=write_card(config, format, facts),
+        )
+        console.print(f"{format}: {folder}", highlight=False, soft_wrap=True)
+        console.print(
+            f"  verified: {found.tensors} tensors read back bit-equal, logits differ by "
+            f"{found.logit_error:.1e} (accepted {found.bound:.0e})",
+            highlight=False,
+        )
+        files[format] = str(folder)
+    return files
+
+
+def _title(config: RunConfig) -> str:
+    return f"{os.path.basename(os.path.normpath(config.model.name_or_path))}, {config.train.method}"

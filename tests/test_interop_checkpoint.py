@@ -1,0 +1,334 @@
+"""Nothing doubtful is loaded: every bad checkpoint is refused by file, tensor and reason."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import save_file
+
+from lorax.interop.checkpoint import resolve_checkpoint
+from lorax.interop.files import CheckpointError, read_tensors
+from lorax.interop.huggingface import load_hf_config, load_model, save_model
+from lorax.models import DecoderConfig, init_model
+
+SMALL: dict[str, Any] = dict(
+    model_type="llama",
+    vocab_size=61,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+)
+Q0 = "model.layers.0.self_attn.q_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    path = tmp_path_factory.mktemp("original") / "model"
+    return save_model(init_model(DecoderConfig.from_hf(SMALL, "here")), path)
+
+
+@pytest.fixture
+def folder(original, tmp_path):
+    """A copy of a good checkpoint, to be damaged."""
+    return Path(shutil.copytree(original, tmp_path / "model"))
+
+
+def edit_tensors(folder, change):
+    """Rewrites model.safetensors after `change` has had its tensors."""
+    path = folder / "model.safetensors"
+    tensors = {name: value for _, name, value in read_tensors([path])}
+    change(tensors)
+    save_file(tensors, path)
+
+
+def edit_config(folder, **settings):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+def split_into_shards(folder):
+    """Turns a checkpoint of one file into two shards and an index, and returns the index."""
+    path = folder / "model.safetensors"
+    tensors = {name: value for _, name, value in read_tensors([path])}
+    names = sorted(tensors)
+    shards = {"model-00001-of-00002.safetensors": names[:5]}
+    shards["model-00002-of-00002.safetensors"] = names[5:]
+    for file, part in shards.items():
+        save_file({n: tensors[n] for n in part}, folder / file)
+    path.unlink()
+    index = {"weight_map": {n: file for file, part in shards.items() for n in part}}
+    write_index(folder, index)
+    return index
+
+
+def write_index(folder, index):
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def test_sharded_and_single_files_load_the_same(original, folder):
+    split_into_shards(folder)
+    ours, single = load_model(folder), load_model(original)
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(ours), nnx.state(single))
+
+
+# Harmless extras
+
+
+def test_rotary_buffers_are_ignored(folder):
+    extra = np.ones(4, np.float32)
+    name = "model.layers.1.self_attn.rotary_emb.inv_freq"
+    edit_tensors(folder, lambda t: t.update({name: extra}))
+    load_model(folder)
+
+
+def test_a_head_equal_to_tied_embeddings_is_accepted(folder):
+    edit_config(folder, tie_word_embeddings=True)
+
+    def copy(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+
+    edit_tensors(folder, copy)
+    model = load_model(folder)
+    assert ("lm_head",) not in {path[:1] for path, _ in nnx.to_flat_state(nnx.state(model))}
+
+
+# Refusals
+
+
+def set_value(name, value):
+    def change(tensors):
+        tensors[name] = tensors[name].copy()
+        tensors[name].flat[-1] = value
+
+    return lambda folder: edit_tensors(folder, change)
+
+
+def replace(name, value):
+    return lambda folder: edit_tensors(folder, lambda t: t.update({name: value}))
+
+
+def write_bytes(name, data):
+    return lambda folder: (folder / name).write_bytes(data)
+
+
+def truncate(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def only_pickle(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def only_gguf(folder):
+    (folder / "model.safetensors").rename(folder / "model-q4.gguf")
+
+
+def index_naming(file):
+    def damage(folder):
+        index = split_into_shards(folder)
+        index["weight_map"][Q0] = file
+        write_index(folder, index)
+
+    return damage
+
+
+def shard_missing(folder):
+    split_into_shards(folder)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+
+
+def index_disagrees(folder):
+    index = split_into_shards(folder)
+    index["weight_map"]["lm_head.weight"] = "model-00002-of-00002.safetensors"
+    write_index(folder, index)
+
+
+def index_lists_too_little(folder):
+    index = split_into_shards(folder)
+    del index["weight_map"]["lm_head.weight"]
+    write_index(folder, index)
+
+
+def twice(folder):
+    split_into_shards(folder)
+    path = folder / "model-00002-of-00002.safetensors"
+    tensors = {name: value for _, name, value in read_tensors([path])}
+    save_file(tensors | {"lm_head.weight": np.ones((61, 32), np.float32)}, path)
+
+
+def single_and_index(folder):
+    shutil.copy(folder / "model.safetensors", folder / "kept")
+    split_into_shards(folder)
+    (folder / "kept").rename(folder / "model.safetensors")
+
+
+def link_out(folder):
+    path = folder / "model.safetensors"
+    path.rename(folder.parent / "elsewhere.safetensors")
+    path.symlink_to(folder.parent / "elsewhere.safetensors")
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
+GARBAGE = b"\x08\0\0\0\0\0\0\0notjson!" + b"\0" * 64
+
+BAD = {
+    "missing tensor": (
+        lambda f: edit_tensors(f, lambda t: t.pop(Q0)),
+        rf"model lacks {Q0}$",
+    ),
+    "many missing tensors": (
+        lambda f: edit_config(f, num_hidden_layers=3),
+        r"lacks model\.layers\.2\..* and 6 more tensors",
+    ),
+    "missing head": (
+        lambda f: edit_tensors(f, lambda t: t.pop("lm_head.weight")),
+        r"lacks lm_head\.weight; config\.json says tie_word_embeddings: false",
+    ),
+    "unexpected tensor": (
+        replace("model.layers.0.self_attn.q_proj.bias", np.ones(32, np.float32)),
+        r"model\.safetensors holds model\.layers\.0\.self_attn\.q_proj\.bias, which a llama model",
+    ),
+    "shape": (
+        replace(Q0, np.ones((32, 31), np.float32)),
+        rf"model\.safetensors: {Q0} has shape \(32, 31\); config\.json needs \(32, 32\)",
+    ),
+    "nan": (
+        set_value(Q0, np.nan),
+        rf"model\.safetensors: {Q0} holds values that are not finite",
+    ),
+    "infinity": (set_value("model.norm.weight", np.inf), r"model\.norm\.weight holds values that"),
+    "integers": (
+        replace(Q0, np.ones((32, 32), np.int8)),
+        rf"{Q0} has dtype I8; lorax reads BF16, F16, F32: convert or dequantise",
+    ),
+    "float8": (
+        replace(Q0, np.ones((32, 32), ml_dtypes.float8_e4m3fn)),
+        rf"{Q0} has dtype F8_E4M3; lorax reads",
+    ),
+    "float64": (replace(Q0, np.ones((32, 32))), rf"{Q0} has dtype F64; lorax reads"),
+    "truncated": (truncate, r"model\.safetensors is not a whole safetensors file .*truncated"),
+    "empty file": (write_bytes("model.safetensors", b""), "is not a whole safetensors file"),
+    "garbage header": (
+        write_bytes("model.safetensors", GARBAGE),
+        r"model\.safetensors is not a whole safetensors file",
+    ),
+    "lfs pointer": (write_bytes("model.safetensors", LFS), "is a Git LFS pointer.*git lfs pull"),
+    "lfs pointer as config": (
+        write_bytes("config.json", LFS),
+        r"config\.json is a Git LFS pointer",
+    ),
+    "web page": (write_bytes("model.safetensors", b"\n<!DOCTYPE html>"), "is a web page"),
+    "web page as config": (write_bytes("config.json", b"<html>"), r"config\.json is a web page"),
+    "config is no json": (write_bytes("config.json", b'{"a": '), r"config\.json is not JSON"),
+    "config is no text": (write_bytes("config.json", b"\xff\xfe{}"), r"config\.json is not JSON"),
+    "config is a list": (write_bytes("config.json", b"[]"), "must hold an object, got list"),
+    "config key twice": (
+        write_bytes("config.json", b'{"hidden_size": 1, "hidden_size": 2}'),
+        "the key 'hidden_size' is given twice",
+    ),
+    "no config": (lambda f: (f / "config.json").unlink(), r"config\.json does not exist"),
+    "adapter": (
+        lambda f: (f / "config.json").rename(f / "adapter_config.json"),
+        "holds a LoRA adapter, not a model",
+    ),
+    "only a pickle": (only_pickle, r"no model\.safetensors, only pytorch_model\.bin: pickles"),
+    "only gguf": (only_gguf, r"no model\.safetensors, only model-q4\.gguf"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "fetch the checkpoint's safe"),
+    "single and index": (single_and_index, "remove the one that is stale"),
+    "shard missing": (shard_missing, r"lists model-00002-of-00002\.safetensors, which does not"),
+    "index disagrees": (index_disagrees, r"says that lm_head\.weight is in .*, which lacks it"),
+    "index lists too little": (index_lists_too_little, r"holds lm_head\.weight, which .* not list"),
+    "tensor twice": (twice, r"lm_head\.weight stands in .*00001.* and again in .*00002"),
+    "index climbs": (index_naming("../x.safetensors"), "must be the bare name"),
+    "index descends": (index_naming("a/x.safetensors"), "must be the bare name"),
+    "index is absolute": (index_naming("/etc/x.safetensors"), "must be the bare name"),
+    "index uses backslashes": (index_naming("..\\x.safetensors"), "must be the bare name"),
+    "index names a pickle": (index_naming("pytorch_model.bin"), "must be the bare name"),
+    "index names a number": (index_naming(3), "must be the bare name"),
+    "index without map": (
+        lambda f: (split_into_shards(f), write_index(f, {"metadata": {}})),
+        "weight_map must be an object",
+    ),
+    "link out of the folder": (link_out, r"is a link to .*elsewhere\.safetensors, outside"),
+    "tied head differs": (
+        lambda f: edit_config(f, tie_word_embeddings=True),
+        r"lm_head\.weight differs from model\.embed_tokens\.weight",
+    ),
+    "field": (
+        lambda f: edit_config(f, hidden_akt="silu"),
+        r"config\.json: hidden_akt='silu' is not",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_checkpoint_is_refused(case, folder):
+    damage, message = BAD[case]
+    damage(folder)
+    with pytest.raises(ValueError, match=message) as error:
+        load_model(folder)
+    assert str(folder) in str(error.value)
+
+
+def test_values_too_large_for_the_dtype_are_refused(folder):
+    set_value(Q0, 1e6)(folder)
+    load_model(folder, dtype=jnp.bfloat16)
+    with pytest.raises(CheckpointError, match=f"{Q0} overflows float16; load it as bfloat16"):
+        load_model(folder, dtype=jnp.float16)
+
+
+def test_links_inside_the_hubs_cache_are_followed(folder, tmp_path):
+    cache = tmp_path / "hub" / "models--a--b"
+    snapshot, blobs = cache / "snapshots" / "abc", cache / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for index, path in enumerate(sorted(folder.iterdir())):
+        path.rename(blobs / str(index))
+        (snapshot / path.name).symlink_to(Path("../../blobs") / str(index))
+    load_model(snapshot)
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "../nowhere", "a/b/c", "/nowhere/at/all"])
+def test_a_folder_that_does_not_exist_is_not_looked_for_on_the_hub(name, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: pytest.fail("network"))
+    with pytest.raises(CheckpointError, match="no such folder"):
+        resolve_checkpoint(name)
+
+
+def test_a_hub_id_fetches_the_shards_of_its_index_and_no_others(original, folder, monkeypatch):
+    split_into_shards(folder)
+    asked = []
+
+    def snapshot(name, *, revision, allow_patterns):
+        asked.append((name, revision, allow_patterns))
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    assert resolve_checkpoint("some/model", "main") == folder
+    assert {(name, revision) for name, revision, _ in asked} == {("some/model", "main")}
+    weights = [p for p in asked[-1][2] if p.endswith(".safetensors")]
+    assert weights == [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    assert not [p for p in asked[0][2] if p.endswith(".safetensors") or "*" in p]
+
+
+def test_a_hub_id_that_cannot_be_fetched_says_so(monkeypatch):
+    monkeypatch.setattr(os, "environ", os.environ | {"HF_HUB_OFFLINE": "1"})
+    with pytest.raises(CheckpointError, match="some/model is neither a folder nor a checkpoint"):
+        load_hf_config("some/model")
+
+
+def test_a_revision_of_a_folder_is_refused(original):
+    with pytest.raises(CheckpointError, match="revision='main' is for hub ids only"):
+        load_model(original, revision="main")
