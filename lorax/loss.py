@@ -44,7 +44,7 @@ def causal_lm_loss(model: Any, batch: Batch) -> tuple[Float[Array, ""], Int[Arra
     hidden = model.hidden_states(
         batch["input_ids"], batch.get("positions"), batch.get("segment_ids")
     )
-    rows, length, width = hidden.shape
+    rows, length = labels.shape
     chunk = _chunk_length(rows, length, model.config.vocab_size)
 
     def add_chunk(total, inputs):

@@ -71,7 +71,8 @@ class RunLog:
             raise ValueError(f"the run directory {directory} does not exist: create it first")
         self._tensorboard = None
         if "tensorboard" in report_to:
-            self._tensorboard = _open_tensorboard(directory / "tensorboard")
+            writer = _import_tensorboard().SummaryWriter
+            self._tensorboard = writer(str(directory / "tensorboard"))
         self._file = None
         if "jsonl" in report_to:
             _cut_torn_line(directory / METRICS_FILE)
@@ -111,7 +112,13 @@ class RunLog:
         self.close()
 
 
-def _open_tensorboard(directory: Path) -> Any:
+def check_reporters(report_to: Sequence[str]) -> None:
+    """Raises ValueError if TensorBoard is asked for and not installed."""
+    if "tensorboard" in report_to:
+        _import_tensorboard()
+
+
+def _import_tensorboard() -> Any:
     try:
         import tensorboardX
     except ModuleNotFoundError as error:
@@ -119,7 +126,7 @@ def _open_tensorboard(directory: Path) -> Any:
             "log.report_to names tensorboard, which is not installed: "
             "pip install 'lorax-train[tensorboard]', or remove it from log.report_to"
         ) from error
-    return tensorboardX.SummaryWriter(str(directory))
+    return tensorboardX
 
 
 def _cut_torn_line(path: Path) -> None:

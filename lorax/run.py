@@ -25,7 +25,7 @@ from lorax.interop.files import refuse_occupied
 from lorax.interop.huggingface import load_hf_config, load_model
 from lorax.interop.peft import load_adapter, read_adapter_config
 from lorax.lora import apply_lora, lora_layers, targets_of
-from lorax.metrics import RunLog, library_versions, memory_gib
+from lorax.metrics import RunLog, check_reporters, library_versions, memory_gib
 from lorax.models import CausalLM
 from lorax.report import (
     ModuleRow,
@@ -38,6 +38,7 @@ from lorax.report import (
     print_summary,
     show_progress,
 )
+from lorax.targets import TargetError
 from lorax.train import Event, Trainer
 
 EXPORT_FOLDERS = {"peft": "adapter", "peft-portable": "adapter-portable", "merged": "merged"}
@@ -95,8 +96,14 @@ def check_targets(config: RunConfig, base: Path) -> list[ModuleRow]:
         return []
     settings = read_adapter_config(config.model.adapter) if config.model.adapter else config.lora
     model = abstract_model(config, base)
-    targets_of(model, settings)
-    return module_rows(nnx.eval_shape(lambda: apply_lora(model, settings, rngs=nnx.Rngs(0))))
+    try:
+        targets_of(model, settings)
+        adapted = nnx.eval_shape(lambda: apply_lora(model, settings, rngs=nnx.Rngs(0)))
+    except TargetError as error:
+        if config.model.adapter is None:
+            raise
+        raise TargetError(f"{config.model.adapter} does not fit {base}: {error}") from None
+    return module_rows(adapted)
 
 
 def build_model(config: RunConfig, base: Path) -> CausalLM:
@@ -130,6 +137,7 @@ def run_training(config: RunConfig, console: Console) -> RunSummary:
     started = time.monotonic()
     output = Path(config.save.output_dir)
     refuse_occupied(output)
+    check_reporters(config.log.report_to)
     console.rule("Settings")
     print_config(console, config)
     inputs = load_inputs(config)
@@ -142,10 +150,10 @@ def run_training(config: RunConfig, console: Console) -> RunSummary:
     recorder = _Recorder(console, config.log.logging_steps)
     trainer = Trainer(model, config, inputs.train, inputs.eval, listeners=(recorder,))
     del model
+    before = _score(config, trainer.model, inputs, console, "before training")
     output.mkdir(parents=True, exist_ok=True)
     (output / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     (output / "versions.json").write_text(json.dumps(library_versions(), indent=2) + "\n")
-    before = _score(config, trainer.model, inputs, console, "before training")
     console.rule("Training")
     with RunLog(output, config.log.report_to) as log:
         recorder.log = log
@@ -253,7 +261,7 @@ class _Recorder:
         step = event.pop("step", None)
         if step is None:
             self.console.print(
-                f"compiled for rows of {event['compiled_width']} tokens in {event['seconds']:.1f} s",
+                f"compiled rows of {event['compiled_width']} tokens in {event['seconds']:.1f} s",
                 highlight=False,
             )
             return

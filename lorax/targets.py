@@ -1,4 +1,4 @@
-"""Which modules a `LoraConfig` adapts: PEFT's matching on dotted names, with nothing left unmatched."""
+"""Which modules a `LoraConfig` adapts: PEFT's matching of dotted names, nothing left unmatched."""
 
 import dataclasses
 import difflib
@@ -64,8 +64,8 @@ def match_targets(
         wrong = sorted(n for n in other_names if n not in excluded and is_target(n, config, None))
         if wrong:
             raise TargetError(
-                f"lora.target_modules matches {_listed(wrong)}, which cannot carry an adapter: only "
-                "linear modules can. Narrow the entry, or train the module fully with "
+                f"lora.target_modules matches {_listed(wrong)}, which cannot carry an adapter: "
+                "only linear modules can. Narrow the entry, or train the module fully with "
                 "lora.modules_to_save"
             )
     _refuse_unmatched(matched, linear_names, other_names, config, output_layer)

@@ -16,11 +16,13 @@ from lorax.checkpoint import WeightStore
 from lorax.config import RunConfig
 from lorax.data import BatchPlan, EncodedDataset, prefetch
 from lorax.evaluate import Evaluator
+from lorax.interop.checkpoint import resolve_checkpoint
 from lorax.interop.huggingface import save_model
 from lorax.interop.peft import save_adapter
 from lorax.lora import named_modules
 from lorax.loss import LossFunction, causal_lm_loss
 from lorax.metrics import ModelSize, Throughput, memory_gib
+from lorax.models import DocumentLayout
 from lorax.optimizer import make_optimizer, make_schedule
 from lorax.sharding import make_mesh, place_batch
 from lorax.step import TrainState, TrainStep, make_train_step
@@ -60,7 +62,8 @@ class Trainer:
 
     Args:
         model: A model from `lorax.load_model`, adapted by `apply_lora` or not.
-        config: The run. Only its data, train, eval, save, log and mesh sections are read.
+        config: The run. Of its model section only the name is read, and with the method `full`
+            its dtype, for the weights on disk; the lora section is not read.
         train_data: Encoded rows to learn from.
         eval_data: Encoded held-out rows.
         loss_fn: ``(model, micro_batch) -> (sum of losses, count)``.
@@ -97,7 +100,12 @@ class Trainer:
         self.model = nnx.clone(model)
         self.model.train()
         if config.data.packing:
-            self.model.max_documents = max(p.max_documents_per_row for p in plans)
+            # One layout for both: the longer window, and as many documents as could begin in it.
+            window = max(p.document_window()[0] for p in plans)
+            documents = max(
+                p.document_window()[1] * (window // p.document_window()[0]) for p in plans
+            )
+            self.model.document_layout = DocumentLayout(window, documents)
         self.schedule = make_schedule(train, self.total_steps)
         self.step, self.state = make_train_step(
             self.model,
@@ -109,6 +117,10 @@ class Trainer:
         self.evaluator = None
         if eval_data is not None:
             self.evaluator = Evaluator(self.model, plans[1], self.mesh, loss_fn)
+        # A hub id becomes a folder now: what cannot be found must not wait for the first save.
+        self._base = None
+        if train.method == "full":
+            self._base = resolve_checkpoint(config.model.name_or_path, config.model.revision)
         self.output_dir = Path(config.save.output_dir)
         self.store = WeightStore(self.output_dir / "weights", self._write_weights)
         self.throughput = Throughput(model_size(self.model), list(self.mesh.devices.flat))
@@ -292,7 +304,8 @@ class Trainer:
     def _write_weights(self, folder: Path) -> None:
         self._update_model()
         if self.config.train.method == "full":
-            save_model(self.model, folder, source_directory=self.config.model.name_or_path)
+            dtype = jax.numpy.dtype(self.config.model.dtype)
+            save_model(self.model, folder, dtype=dtype, source_directory=self._base)
         else:
             save_adapter(self.model, folder, base_model_name_or_path=self.config.model.name_or_path)
 

@@ -86,7 +86,7 @@ def main() -> None:
         raise SystemExit(f"{directory} exists; remove it first to make it anew")
     with tempfile.TemporaryDirectory() as scratch:
         untrained, run = Path(scratch) / "untrained", Path(scratch) / "run"
-        tokenizer = make_tokenizer([DATA / "pretrain.jsonl", DATA / "train.jsonl"])
+        tokenizer = make_tokenizer([DATA / "pretrain.jsonl"])
         config = ARCHITECTURE | {
             "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": tokenizer.pad_token_id,

@@ -2,17 +2,17 @@
 
     python scripts/make_tiny_data.py examples/tiny/data
 
-A shop sells articles, each with a colour, a material and an aisle. The base model is pre-trained on
-`pretrain.jsonl`, where an assistant answers questions about all of them in plain sentences, and
-gives one property as JSON when it is asked for that. The adapter learns from `train.jsonl` to
-answer every general question with a whole JSON record, which the base never does. `heldout.jsonl`
-asks for records of articles that are not in `train.jsonl`: to get them right, the
-adapted model has to put what the base knows into the form that the adapter taught.
+The user writes a note about an article of a shop. The base model is pre-trained on
+`pretrain.jsonl`, where the assistant answers with a short label, or gives one or two properties
+as JSON when it is asked for them. The adapter learns from `train.jsonl` to answer every note with
+a whole JSON record, which the base never does. `heldout.jsonl` holds notes about articles that
+are not in `train.jsonl`.
 """
 
 import argparse
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 ARTICLES = """
@@ -45,67 +45,54 @@ MATERIALS = [
     "silk",
 ]
 AISLES = range(1, 10)
+PRETRAIN_ROWS, TRAIN_ROWS, HELD_OUT_ROWS = 4000, 480, 100
 HELD_OUT_SHARE = 0.25
 SEED = 3407
 
-ABOUT = ["Tell me about the {}.", "What do we know about the {}?", "Describe the {}, please."]
-SINGLE = {
-    "colour": (
-        ["What colour is the {}?", "Which colour does the {} have?"],
-        "The {item} is {colour}.",
-    ),
-    "material": (
-        ["What is the {} made of?", "Which material is the {}?"],
-        "The {item} is made of {material}.",
-    ),
-    "aisle": (
-        ["Where do I find the {}?", "Which aisle has the {}?"],
-        "The {item} is in aisle {aisle}.",
-    ),
-}
-AS_JSON = "Give me the {} of the {} as JSON."
-SENTENCE = "The {item} is {colour}, made of {material}, and you find it in aisle {aisle}."
+NOTES = [
+    "The {item} is {colour}, made of {material}, in aisle {aisle}.",
+    "In aisle {aisle}: a {colour} {item} made of {material}.",
+    "We keep a {material} {item} in aisle {aisle}; it is {colour}.",
+]
+LABEL = "{colour} {material} {item}, aisle {aisle}"
+AS_JSON = " Give me the {} as JSON."
 
 
-def make_stock() -> list[dict[str, str | int]]:
-    """Returns every article with its properties."""
-    draw = random.Random(SEED)
-    return [
-        {
-            "item": item,
-            "colour": draw.choice(COLOURS),
-            "material": draw.choice(MATERIALS),
-            "aisle": draw.choice(AISLES),
-        }
-        for item in ARTICLES
-    ]
+def draw_article(draw: random.Random, items: Sequence[str]) -> dict[str, str | int]:
+    """Returns an article with random properties."""
+    return {
+        "item": draw.choice(items),
+        "colour": draw.choice(COLOURS),
+        "material": draw.choice(MATERIALS),
+        "aisle": draw.choice(AISLES),
+    }
 
 
-def conversation(question: str, answer: str) -> dict[str, list[dict[str, str]]]:
+def conversation(note: str, answer: str) -> dict[str, list[dict[str, str]]]:
     """Returns one row in the `messages` format."""
     return {
         "messages": [
-            {"role": "user", "content": question},
+            {"role": "user", "content": note},
             {"role": "assistant", "content": answer},
         ]
     }
 
 
-def plain_rows(article: dict[str, str | int]) -> list[dict]:
-    """Returns all that the base model learns about an article."""
-    item = article["item"]
-    rows = [conversation(q.format(item), SENTENCE.format(**article)) for q in ABOUT]
-    for questions, answer in SINGLE.values():
-        rows += [conversation(q.format(item), answer.format(**article)) for q in questions]
-    for key, value in article.items():
-        what = "name" if key == "item" else key
-        rows.append(conversation(AS_JSON.format(what, item), json.dumps({key: value})))
-    return rows
+def pretrain_row(draw: random.Random) -> dict:
+    """Returns a note with a label, or with a question for properties and their JSON."""
+    article = draw_article(draw, ARTICLES)
+    note = draw.choice(NOTES).format(**article)
+    if draw.random() < 0.5:
+        return conversation(note, LABEL.format(**article))
+    keys = draw.sample(list(article), draw.choice([1, 2]))
+    answer = {key: article[key] for key in keys}
+    return conversation(note + AS_JSON.format(" and ".join(keys)), json.dumps(answer))
 
 
-def record_rows(article: dict[str, str | int]) -> list[dict]:
-    """Returns the general questions about an article, answered with a record."""
-    return [conversation(q.format(article["item"]), json.dumps(article)) for q in ABOUT[:2]]
+def record_row(draw: random.Random, items: Sequence[str]) -> dict:
+    """Returns a note with a JSON record."""
+    article = draw_article(draw, items)
+    return conversation(draw.choice(NOTES).format(**article), json.dumps(article))
 
 
 def main() -> None:
@@ -114,14 +101,14 @@ def main() -> None:
     parser.add_argument("directory", type=Path)
     directory = parser.parse_args().directory
     directory.mkdir(parents=True, exist_ok=True)
-    stock = make_stock()
-    order = random.Random(SEED + 1).sample(stock, len(stock))
-    held_out = order[: int(HELD_OUT_SHARE * len(order))]
-    learned = order[len(held_out) :]
+    draw = random.Random(SEED)
+    items = draw.sample(ARTICLES, len(ARTICLES))
+    held_out = items[: int(HELD_OUT_SHARE * len(items))]
+    learned = items[len(held_out) :]
     files = {
-        "pretrain.jsonl": [row for article in stock for row in plain_rows(article)],
-        "train.jsonl": [row for article in learned for row in record_rows(article)],
-        "heldout.jsonl": [row for article in held_out for row in record_rows(article)],
+        "pretrain.jsonl": [pretrain_row(draw) for _ in range(PRETRAIN_ROWS)],
+        "train.jsonl": [record_row(draw, learned) for _ in range(TRAIN_ROWS)],
+        "heldout.jsonl": [record_row(draw, held_out) for _ in range(HELD_OUT_ROWS)],
     }
     for name, rows in files.items():
         text = "".join(json.dumps(row) + "\n" for row in rows)

@@ -77,7 +77,7 @@ def test_packed_batch_by_hand():
     ]
     assert batch["positions"][0, 1, :7].tolist() == [0, 1, 0, 1, 2, 3, 0]
     assert batch["segment_ids"][0, :, :7].tolist() == [[1, 1, 1, 0, 0, 0, 0], [1, 1, 2, 2, 2, 2, 0]]
-    assert plan.max_documents_per_row == 2
+    assert plan.document_window() == (128, 2)
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -116,7 +116,7 @@ def test_positions_and_segments_mark_the_documents_of_a_bin():
     dataset = _dataset(_lengths())
     owner = np.repeat(np.arange(len(dataset)), dataset.lengths)
     plan = _plan(dataset, packing=True)
-    most = 0
+    most, (window, documents) = 0, plan.document_window()
     for batch in plan.epoch(0):
         for line in np.ndindex(batch["input_ids"].shape[:2]):
             ids, segments = batch["input_ids"][line], batch["segment_ids"][line]
@@ -127,8 +127,10 @@ def test_positions_and_segments_mark_the_documents_of_a_bin():
                 assert np.unique(owner[ids[inside] - 1]).size == 1
                 np.testing.assert_array_equal(np.diff(inside), 1)
                 np.testing.assert_array_equal(batch["positions"][line][inside], range(len(inside)))
-            most = max(most, segments.max())
-    assert plan.max_documents_per_row == most
+            begins = (batch["positions"][line] == 0) & (segments > 0)
+            for start in range(0, len(begins), window):
+                most = max(most, begins[start : start + window].sum())
+    assert documents == most
 
 
 @pytest.mark.parametrize("packing", [False, True])

@@ -156,6 +156,17 @@ def test_overlong_rows_are_refused_truncated_or_dropped(encode):
     assert kept.report.rows_dropped_overlong == 2
 
 
+def test_row_as_long_as_allowed_fits(encode):
+    rows = [{"prompt": "q", "completion": "a" * 7}]
+    assert encode(rows, byte_tokenizer(), max_seq_length=10).lengths.tolist() == [10]
+
+
+def test_label_of_the_first_token_does_not_count(encode):
+    rows = [{"input_ids": [5, 6], "labels": [5, -100]}]
+    with pytest.raises(ValueError, match="1 of 1 rows have no supervised token"):
+        encode(rows, byte_tokenizer())
+
+
 def test_rows_without_a_supervised_token_are_refused_or_dropped(encode):
     rows = [
         {"prompt": "q", "completion": "a"},

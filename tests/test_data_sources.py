@@ -138,8 +138,8 @@ def test_nothing_is_left_behind_or_printed(tmp_path, tokenizer, monkeypatch, cap
     path.write_text("{\n")
     with pytest.raises(ValueError, match="invalid JSON"):
         _load(path, tokenizer)
-    assert list(scratch.iterdir()) == []
     assert sorted(p.name for p in tmp_path.iterdir()) == ["data.jsonl", "scratch"]
+    assert list(scratch.iterdir()) == []
     assert not datasets.are_progress_bars_disabled()
     assert capfd.readouterr() == ("", "")
 
@@ -328,6 +328,15 @@ def test_bad_file_is_named(tmp_path, tokenizer, name, content, message):
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(ValueError, match=message):
+        _load(path, tokenizer)
+
+
+def test_damaged_table_is_named(tmp_path, tokenizer):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": [f"{i} " * 99 for i in range(300)]}), path)
+    content = path.read_bytes()
+    path.write_bytes(content[:100] + bytes(500) + content[600:])
+    with pytest.raises(ValueError, match=r"a\.parquet: cannot be read: Corrupt"):
         _load(path, tokenizer)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -253,7 +254,7 @@ def test_bfloat16_merge_equals_pefts_default(r, hidden, exact, tmp_path):
     save_model(merge_lora(adapted), tmp_path / "merged")
     ours = load_file(tmp_path / "merged" / "model.safetensors")
     torch_model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
-    merged = load_in_peft(torch_model, tmp_path / "adapter").merge_and_unload()
+    merged: Any = load_in_peft(torch_model, tmp_path / "adapter").merge_and_unload()
     differing = total = 0
     for key, value in merged.state_dict().items():
         if key == "lm_head.weight":
@@ -270,9 +271,10 @@ def test_merged_export_loads_in_transformers_and_gives_the_same_logits(bases, tm
         _, _, adapted = adapted_model(bases, variant)
         folder = tmp_path / variant.replace(" ", "_")
         save_model(merge_lora(adapted), folder, dtype=jnp.float32)
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, output_loading_info=True
         )
+        model, info = loaded
         assert not info["missing_keys"] and not info["unexpected_keys"]
         assert relative(torch_logits(model.eval()), jax_logits(adapted)) <= 1e-5
 

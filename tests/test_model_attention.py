@@ -8,6 +8,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lorax.models import attention
 from lorax.models.attention import (
+    DocumentLayout,
     Documents,
     attend,
     document_lengths,
@@ -70,15 +71,29 @@ def test_bfloat16_gradients_flow():
 
 
 def test_runs_of_documents_and_padding():
-    found = find_documents(jnp.asarray(SEGMENTS), 3)
-    np.testing.assert_array_equal(found.starts, [[0, 3, 7, -1], [0, -1, -1, -1], [0, 1, 2, 5]])
-    np.testing.assert_array_equal(found.lengths, [[3, 4, 1, -1], [8, -1, -1, -1], [1, 1, 3, 3]])
+    found = find_documents(jnp.asarray(SEGMENTS), DocumentLayout(8, 3))
+    np.testing.assert_array_equal(
+        found.starts, [[[0, 3, 7, -1]], [[0, -1, -1, -1]], [[0, 1, 2, 5]]]
+    )
+    np.testing.assert_array_equal(
+        found.lengths, [[[3, 4, 1, -1]], [[8, -1, -1, -1]], [[1, 1, 3, 3]]]
+    )
 
 
-def test_rows_with_too_many_documents_are_told():
+def test_runs_are_counted_from_their_window_and_padding_is_cut_there():
+    segments = jnp.asarray([[1, 1, 1, 2, 2, 2, 3, 0], [1, 1, 0, 0, 0, 0, 0, 0]])
+    found = find_documents(segments, DocumentLayout(4, 2))
+    np.testing.assert_array_equal(found.starts[0], [[0, 3, -1], [2, 3, -1]])
+    np.testing.assert_array_equal(found.lengths[0], [[3, 3, -1], [1, 1, -1]])
+    np.testing.assert_array_equal(found.starts[1], [[0, 2, -1], [0, -1, -1]])
+    np.testing.assert_array_equal(found.lengths[1], [[2, 2, -1], [4, -1, -1]])
+
+
+def test_rows_that_do_not_fit_the_layout_are_told():
     segments = jnp.asarray(SEGMENTS)
-    assert too_many_documents(segments, 3).tolist() == [False, False, False]
-    assert too_many_documents(segments, 2).tolist() == [False, False, True]
+    assert too_many_documents(segments, DocumentLayout(8, 3)).tolist() == [False, False, False]
+    assert too_many_documents(segments, DocumentLayout(8, 2)).tolist() == [False, False, True]
+    assert too_many_documents(segments, DocumentLayout(4, 3)).tolist() == [False, True, False]
 
 
 def test_lengths_of_documents():
@@ -90,20 +105,26 @@ def test_lengths_of_documents():
 
 def masked_kernel(q, k, v, lengths, offsets, *, sliding_window):
     """Stands in for cuDNN: reads lengths and offsets as jax documents them."""
-    assert q.shape[0] == 1 and offsets.shape[1] == lengths.shape[1] + 1
-    token = jnp.arange(q.shape[1])[:, None]
-    starts = offsets[:, :-1]
+    rows, width = q.shape[:2]
+    assert lengths.shape == (rows, offsets.shape[1] - 1)
+    base = width * jnp.arange(rows)[:, None]
+    starts = jnp.where(offsets[:, :-1] < 0, -1, offsets[:, :-1] + base).reshape(1, -1)
+    lengths = lengths.reshape(1, -1)
+    token = jnp.arange(rows * width)[:, None]
     inside = (token >= starts) & (token < starts + lengths) & (starts >= 0)
     # Every token is in exactly one document.
     number = jnp.where(inside.sum(axis=1) == 1, inside.argmax(axis=1), -1 - token[:, 0])
-    segments = number[None].astype(jnp.int32)
-    return attend(q, k, v, documents=Documents(segments), sliding_window=sliding_window, impl="xla")
+    flat = [x.reshape(1, rows * width, *x.shape[2:]) for x in (q, k, v)]
+    documents = Documents(number[None].astype(jnp.int32))
+    out = attend(*flat, documents=documents, sliding_window=sliding_window, impl="xla")
+    return out.reshape(q.shape)
 
 
 @pytest.mark.parametrize("devices", [0, 1, 4])
 @pytest.mark.parametrize("sliding_window", [None, 3])
-def test_packed_rows_are_handed_to_cudnn_as_one_row_per_device(
-    devices, sliding_window, monkeypatch
+@pytest.mark.parametrize("window", [4, 8])
+def test_packed_rows_are_handed_to_cudnn_in_windows_by_device(
+    window, devices, sliding_window, monkeypatch
 ):
     kernels = []
 
@@ -118,7 +139,7 @@ def test_packed_rows_are_handed_to_cudnn_as_one_row_per_device(
 
     @jax.jit
     def run(q, k, v, segments):
-        documents = find_documents(segments, 3)
+        documents = find_documents(segments, DocumentLayout(window, 3))
         impl = "xla" if documents.starts is None else "cudnn"
         # The stand-in calls attend again, with impl="xla".
         return attend(q, k, v, documents=documents, sliding_window=sliding_window, impl=impl)
@@ -131,13 +152,13 @@ def test_packed_rows_are_handed_to_cudnn_as_one_row_per_device(
             found = run(*arguments)
     else:
         found = run(*arguments)
-    assert kernels == [(1, 8 * 8 // max(devices, 1), 4, 8)]
+    assert kernels == [(8 // max(devices, 1) * 8 // window, window, 4, 8)]
     np.testing.assert_allclose(found, reference(q, k, v, segments, sliding_window), atol=1e-6)
 
 
 def test_packed_cudnn_without_runs_is_refused(monkeypatch):
     monkeypatch.setattr(attention, "cudnn_obstacle", lambda *a, **k: None)
-    with pytest.raises(ValueError, match="set the model's max_documents"):
+    with pytest.raises(ValueError, match="set the model's document_layout"):
         attend(*draw(), documents=Documents(jnp.asarray(SEGMENTS)), impl="cudnn")
 
 
@@ -191,6 +212,7 @@ GPU_ROWS = {
     "padding": [[100, 200, 150], [512]],
     "one-token documents": [[1, 1, 510], [1, 300, 1]],
     "one row": [[17, 400, 95]],
+    "short": [[37] * 13, [60, 1, 59] * 4],
 }
 
 
@@ -207,6 +229,9 @@ def test_cudnn_equals_masked_float32(case, sliding_window, groups):
     length, heads, head_dim = 512, 8, 128
     documents = GPU_ROWS.get(case, [[512], [512]])
     segments = jnp.asarray(packed_segments(documents, length))
+    window = 128
+    while window < max(map(max, documents)):
+        window *= 2
     rows = len(documents)
     q, k, v = draw(rows, length, heads, groups, head_dim, jnp.bfloat16)
     g = jax.random.normal(jax.random.key(9), q.shape, jnp.bfloat16)
@@ -214,7 +239,9 @@ def test_cudnn_equals_masked_float32(case, sliding_window, groups):
     g = jnp.where((segments > 0)[:, :, None, None], g, jnp.zeros((), g.dtype))
 
     def compute(impl, dtype):
-        documents = None if case == "unpacked" else find_documents(segments, 4)
+        documents = (
+            None if case == "unpacked" else find_documents(segments, DocumentLayout(window, 6))
+        )
 
         def loss(*inputs):
             out = attend(*inputs, documents=documents, sliding_window=sliding_window, impl=impl)

@@ -142,6 +142,13 @@ def test_default_frequencies_equal_those_of_transformers():
     np.testing.assert_array_max_ulp(ours, embedding.inv_freq.numpy(), maxulp=1)
 
 
+def test_windows_begin_at_max_window_layers_where_no_types_are_given():
+    settings = dict(use_sliding_window=True, sliding_window=5, max_window_layers=1)
+    config = read(model_type="qwen2", **settings)
+    assert list(config.layer_types) == theirs("qwen2", **settings).layer_types
+    assert [config.window(i) for i in range(3)] == [None, 5, 5]
+
+
 def test_a_window_that_is_switched_off_is_off():
     config = read(
         model_type="qwen2", use_sliding_window=False, sliding_window=5, max_window_layers=0

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lorax.models import CausalLM, DecoderConfig, attention, llama
+from lorax.models import CausalLM, DecoderConfig, DocumentLayout, attention, llama
 
 SMALL: dict[str, Any] = dict(
     model_type="llama",
@@ -233,14 +233,14 @@ def test_rows_with_more_documents_than_promised_become_nan(monkeypatch):
     monkeypatch.setattr(attention, "cudnn_obstacle", lambda *a, **k: None)
     monkeypatch.setattr(attention, "_packed_kernel", lambda q, *a, **k: q)
     model, inputs = make(), pack(draw_documents(), 16)
-    model.max_documents = 2
+    model.document_layout = DocumentLayout(16, 2)
     bad = jnp.isnan(model.hidden_states(*inputs)).all(axis=(1, 2))
     assert bad.tolist() == [True, False, False]
 
 
 def test_packed_rows_on_cudnn_need_the_number_of_documents(monkeypatch):
     monkeypatch.setattr(attention, "cudnn_obstacle", lambda *a, **k: None)
-    with pytest.raises(ValueError, match=r"set model\.max_documents"):
+    with pytest.raises(ValueError, match=r"set model\.document_layout"):
         make().hidden_states(*pack(draw_documents(), 16))
 
 
@@ -287,7 +287,7 @@ def test_packed_training_on_cudnn_equals_xla(gradient_checkpointing):
             gradient_checkpointing=gradient_checkpointing,
             rngs=nnx.Rngs(0),
         )
-        model.max_documents = 3
+        model.document_layout = DocumentLayout(128, 3)
         (_, gradient), _, _ = value_and_gradient(model, *inputs)
         leaves = [np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(gradient)]
         found[name] = np.concatenate(leaves)

@@ -81,13 +81,26 @@ class BatchPlan:
         self._bins = bins
         self._bin_tokens = np.add.reduceat(lengths[members], first)
         self._bin_targets = np.add.reduceat(targets[members], first)
-        self.max_documents_per_row = int(sizes.max())
+        self._starts = _starts_in_bin(lengths[members], sizes)
+        self._longest = int(lengths.max())
         self.widths = width_ladder(int(self._bin_tokens.max()))
 
     @property
     def steps_per_epoch(self) -> int:
         """Windows of an epoch, the last one filled up."""
         return -(-len(self._bins) // self._window)
+
+    def document_window(self) -> tuple[int, int]:
+        """Returns a width that no document exceeds, and the most that begin in one such window.
+
+        The width is ``128·2^i``; windows are counted from the start of each packed row.
+        """
+        window = _WIDTH_UNIT
+        while window < self._longest:
+            window *= 2
+        bins = np.repeat(np.arange(len(self._bins)), [len(rows) for rows in self._bins])
+        windows = bins * (1 + int(self._bin_tokens.max()) // window) + self._starts // window
+        return window, int(np.bincount(windows).max())
 
     def step_shapes(self, epoch: int) -> list[int]:
         """Returns the width of each step of an epoch."""
@@ -167,3 +180,12 @@ def width_ladder(longest: int) -> list[int]:
         below.append(width)
         width *= 2
     return below[-(_MAX_WIDTHS - 1) :] + widths
+
+
+def _starts_in_bin(
+    lengths: Int64[np.ndarray, " rows"], sizes: Int64[np.ndarray, " bins"]
+) -> Int64[np.ndarray, " rows"]:
+    """Returns where each document begins in its bin, in the order of the bins."""
+    ends = np.cumsum(lengths)
+    before = np.concatenate([[0], ends])[np.cumsum(sizes) - sizes]
+    return ends - lengths - np.repeat(before, sizes)

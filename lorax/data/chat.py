@@ -116,7 +116,7 @@ class ChatTemplate:
             )
         except _TEMPLATE_ERRORS as error:
             raise DataError(
-                f"the chat template fails on {'these messages' if messages else 'no messages'} "
+                "the chat template fails on the messages "
                 f"({', '.join(message['role'] for message in messages)}): {error}"
             ) from error
         texts, blocks = rendered

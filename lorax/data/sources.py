@@ -108,7 +108,7 @@ def _first_byte(path: Path) -> bytes:
 
 def _read_lines(path: Path, name: str, cache: str) -> datasets.Dataset:
     try:
-        with _quiet_datasets():
+        with _without_progress_bars():
             return _table(datasets.Dataset.from_text, path, cache, encoding="utf-8-sig")
     except _READ_ERRORS as error:
         if isinstance(error.__cause__, UnicodeDecodeError):
@@ -126,7 +126,7 @@ def _read_csv(path: Path, name: str, cache: str) -> datasets.Dataset:
             "na_filter": False,
             "encoding": "utf-8-sig",
         }
-        with _quiet_datasets():
+        with _without_progress_bars():
             return _table(datasets.Dataset.from_csv, path, cache, **options)
     except DataError:
         raise
@@ -167,7 +167,7 @@ def _read_parquet(path: Path, name: str, cache: str) -> datasets.Dataset:
     try:
         if pyarrow.parquet.read_metadata(path).num_rows == 0:
             raise DataError(f"{name}: the file holds no rows")
-        with _quiet_datasets():
+        with _without_progress_bars():
             return _table(datasets.Dataset.from_parquet, path, cache)
     except DataError:
         raise
@@ -186,7 +186,7 @@ def _unreadable(name: str, error: BaseException) -> DataError:
 
 def _open_hub(source: DataSource) -> Rows:
     try:
-        with _quiet_datasets():
+        with _without_progress_bars():
             table = datasets.load_dataset(source.path, source.name, split=source.split)
     except _READ_ERRORS as error:
         what = f"configuration {source.name!r}, " if source.name else ""
@@ -222,14 +222,11 @@ def _numbers_of_split(
 
 
 @contextlib.contextmanager
-def _quiet_datasets() -> Iterator[None]:
+def _without_progress_bars() -> Iterator[None]:
     bars_were_off = datasets.are_progress_bars_disabled()
-    verbosity = datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
         yield
     finally:
-        datasets.logging.set_verbosity(verbosity)
         if not bars_were_off:
             datasets.enable_progress_bars()

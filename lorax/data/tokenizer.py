@@ -37,7 +37,10 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> Tokenizer:
             name_or_path, revision=revision, trust_remote_code=False, local_files_only=local
         )
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{name_or_path}: cannot load its tokenizer: {error}") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{name_or_path}: cannot load its tokenizer; needed is a tokenizer.json: {reason}"
+        ) from error
     check_fast(tokenizer)
     return tokenizer
 

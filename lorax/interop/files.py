@@ -164,3 +164,6 @@ def refuse_occupied(directory: str | Path) -> None:
         return
     if directory.exists() or directory.is_symlink():
         raise CheckpointError(f"{directory} exists and is not an empty folder; choose another path")
+    above = next(path for path in directory.absolute().parents if path.exists())
+    if not above.is_dir():
+        raise CheckpointError(f"{directory} would lie below {above}, a file; choose another path")

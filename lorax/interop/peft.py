@@ -10,13 +10,14 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from pydantic import ValidationError
 from safetensors.numpy import save_file
 
 from lorax.config import LoraConfig
 from lorax.interop.files import read_json, read_tensors, write_directory
 from lorax.interop.huggingface import hf_name
 from lorax.lora import LoraLinear, apply_lora, lora_layers, named_modules, tied_modules
-from lorax.targets import match_targets
+from lorax.targets import TargetError, match_targets
 
 PREFIX = "base_model.model."
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -217,8 +218,12 @@ def read_adapter_config(directory: str | Path) -> LoraConfig:
         raise AdapterError(f"{path}: target_modules is missing; lorax does not guess it")
     try:
         return LoraConfig(**fields)
-    except ValueError as error:
-        raise AdapterError(f"{path}: {error}") from None
+    except ValidationError as error:
+        problems = [
+            f"{'.'.join(map(str, item['loc']))}: {item['msg']}, got {item['input']!r}"
+            for item in error.errors(include_url=False)
+        ]
+        raise AdapterError(f"{path}: {'; '.join(problems)}") from None
 
 
 def load_adapter[M: nnx.Module](model: M, directory: str | Path) -> M:
@@ -233,7 +238,10 @@ def load_adapter[M: nnx.Module](model: M, directory: str | Path) -> M:
     """
     directory = Path(directory)
     config = read_adapter_config(directory)
-    adapted = apply_lora(model, config, rngs=nnx.Rngs(0))
+    try:
+        adapted = apply_lora(model, config, rngs=nnx.Rngs(0))
+    except TargetError as error:
+        raise TargetError(f"{directory} does not fit this model: {error}") from None
     path = directory / TENSOR_FILE
     if not path.exists() and (directory / "adapter_model.bin").exists():
         raise AdapterError(

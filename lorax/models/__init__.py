@@ -1,6 +1,7 @@
 """Decoders of the Llama family."""
 
 from lorax.models.attention import AttentionImplementation as AttentionImplementation
+from lorax.models.attention import DocumentLayout as DocumentLayout
 from lorax.models.config import DecoderConfig as DecoderConfig
 from lorax.models.llama import CausalLM as CausalLM
 from lorax.models.llama import GradientCheckpointing as GradientCheckpointing

@@ -16,6 +16,22 @@ DATA_AXIS = "data"
 """The mesh axis that rows are spread over, as in `lorax.sharding`."""
 
 
+@dataclasses.dataclass(frozen=True)
+class DocumentLayout:
+    """What cuDNN must know of packed rows when it is compiled.
+
+    It is told of windows instead of rows, because its workspace in the backward pass grows with
+    tokens × documents per window: whole rows of many short documents took 60 GiB at 8,192 tokens.
+
+    Attributes:
+        window: Tokens of a window, at least as many as the longest document.
+        documents: The most documents that begin in one window, counted from the row's start.
+    """
+
+    window: int
+    documents: int
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Documents:
@@ -23,14 +39,14 @@ class Documents:
 
     Attributes:
         segment_ids: Number of each token's document in its row; 0 is padding.
-        starts: First token of each run of equal ids in its row, -1 after the last run; None
-            where only XLA will run.
-        lengths: Tokens of each run, -1 after the last; as `starts`.
+        starts: First token of each run that begins in a window, counted from the window's own
+            first token, -1 after the last; None where only XLA will run.
+        lengths: Tokens of each run, which may end in a later window; -1 after the last.
     """
 
     segment_ids: Int[Array, "b t"]
-    starts: Int[Array, "b runs"] | None = None
-    lengths: Int[Array, "b runs"] | None = None
+    starts: Int[Array, "b windows runs"] | None = None
+    lengths: Int[Array, "b windows runs"] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -48,25 +64,44 @@ class KVCache:
     empty: bool = dataclasses.field(metadata={"static": True})
 
 
-def find_documents(segment_ids: Int[Array, "b t"], max_documents: int) -> Documents:
-    """Returns `Documents` with the start and length of every run of equal ids, padding included.
+def find_documents(segment_ids: Int[Array, "b t"], layout: DocumentLayout) -> Documents:
+    """Returns `Documents` with the start and length of every run of equal ids.
+
+    Padding is cut at every window, so that no run is longer than one.
 
     Args:
         segment_ids: Document of each token in its row.
-        max_documents: The most documents that a row holds, padding not counted. Rows with more
-            give wrong runs: see `too_many_documents`.
+        layout: Windows that hold more documents than it says give wrong runs: see
+            `too_many_documents`. A window that does not divide the row becomes the whole row.
     """
     rows, length = segment_ids.shape
-    runs = max_documents + 1  # one for padding
+    window, runs = _window_and_runs(length, layout)
+    is_start = _run_starts(segment_ids, window)
+    token = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None, :], (rows, length))
+    upcoming = jax.lax.cummin(jnp.where(is_start, token, length), axis=1, reverse=True)
+    following = jnp.pad(upcoming[:, 1:], ((0, 0), (0, 1)), constant_values=length)
+    shape = (rows * (length // window), window)
+    in_window, starting = (token % window).reshape(shape), is_start.reshape(shape)
+    slot = jnp.where(starting, jnp.cumsum(starting, axis=1) - 1, runs)
+    line = jnp.broadcast_to(jnp.arange(shape[0])[:, None], shape)
+    empty = jnp.full((shape[0], runs), -1, jnp.int32)
+    starts = empty.at[line, slot].set(in_window, mode="drop")
+    lengths = empty.at[line, slot].set((following - token).reshape(shape), mode="drop")
+    by_row = (rows, length // window, runs)
+    return Documents(segment_ids, starts.reshape(by_row), lengths.reshape(by_row))
+
+
+def _window_and_runs(length: int, layout: DocumentLayout) -> tuple[int, int]:
+    if length % layout.window == 0:
+        return layout.window, layout.documents + 1  # one for padding
+    return length, layout.documents * -(-length // layout.window) + 1
+
+
+def _run_starts(segment_ids: Int[Array, "b t"], window: int) -> Bool[Array, "b t"]:
     run = run_index(segment_ids)
-    is_start = jnp.diff(run, axis=1, prepend=jnp.full((rows, 1), -1, run.dtype)) != 0
-    slot = jnp.where(is_start, run, runs)
-    row = jnp.broadcast_to(jnp.arange(rows)[:, None], run.shape)
-    token = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None, :], run.shape)
-    starts = jnp.full((rows, runs), -1, jnp.int32).at[row, slot].set(token, mode="drop")
-    following = jnp.concatenate([starts[:, 1:], jnp.full((rows, 1), -1, jnp.int32)], axis=1)
-    ends = jnp.where(following < 0, length, following)
-    return Documents(segment_ids, starts, jnp.where(starts < 0, -1, ends - starts))
+    changed = jnp.diff(run, axis=1, prepend=jnp.full((run.shape[0], 1), -1, run.dtype)) != 0
+    at_window = (jnp.arange(run.shape[1]) % window == 0)[None, :]
+    return changed | (at_window & (segment_ids == 0))
 
 
 def run_index(segment_ids: Int[Array, "b t"]) -> Int[Array, "b t"]:
@@ -87,10 +122,15 @@ def document_lengths(
     return jnp.take_along_axis(last, run, axis=1) + 1
 
 
-def too_many_documents(segment_ids: Int[Array, "b t"], max_documents: int) -> Bool[Array, " b"]:
-    """Says which rows hold more documents than `find_documents` was told to expect."""
-    runs = run_index(segment_ids)[:, -1] + 1
-    return runs > max_documents + 1
+def too_many_documents(segment_ids: Int[Array, "b t"], layout: DocumentLayout) -> Bool[Array, " b"]:
+    """Says which rows do not fit the layout: a window too full, or a document too long."""
+    rows, length = segment_ids.shape
+    window, runs = _window_and_runs(length, layout)
+    starts = _run_starts(segment_ids, window).reshape(rows, -1, window)
+    run = run_index(segment_ids)
+    beyond = run[:, window:] == run[:, :-window]
+    too_long = (beyond & (segment_ids[:, window:] != 0)).any(axis=1)
+    return (starts.sum(axis=2) > runs).any(axis=1) | too_long
 
 
 def cudnn_obstacle(dtype: jnp.dtype, head_dim: int, *, packed: bool) -> str | None:
@@ -166,10 +206,7 @@ def attend(
             q, k, v, is_causal=True, local_window_size=window, implementation="cudnn"
         )
     if documents.starts is None or documents.lengths is None:
-        raise ValueError(
-            "cuDNN needs the runs of packed rows: set the model's max_documents to the most "
-            "documents that a row holds"
-        )
+        raise ValueError("cuDNN needs the runs of packed rows: set the model's document_layout")
     return _attend_packed(
         q, k, v, documents.starts, documents.lengths, sliding_window=sliding_window
     )
@@ -256,8 +293,8 @@ def _visible(
 
 
 def _attend_packed(q, k, v, starts, lengths, *, sliding_window):
-    """Runs cuDNN over each device's own rows, flattened to one row of documents."""
-    local = functools.partial(_attend_flat, sliding_window=sliding_window)
+    """Runs cuDNN over each device's own rows."""
+    local = functools.partial(_attend_windows, sliding_window=sliding_window)
     mesh = jax.sharding.get_abstract_mesh()
     sharded = mesh.shape.get(DATA_AXIS, 1) > 1 and DATA_AXIS not in mesh.manual_axes
     if sharded:
@@ -266,17 +303,19 @@ def _attend_packed(q, k, v, starts, lengths, *, sliding_window):
     return local(q, k, v, starts, lengths)
 
 
-def _attend_flat(q, k, v, starts, lengths, *, sliding_window):
-    # cuDNN gives NaN for packed batches of two rows or more through jax 0.11.2, which repeats the
-    # offset between two rows. One row of b·t tokens has no such offset.
-    rows, length = q.shape[:2]
-    flat = lambda x: x.reshape(1, rows * length, *x.shape[2:])
-    row = jnp.arange(rows, dtype=starts.dtype)[:, None]
-    offsets = jnp.where(starts < 0, -1, starts + row * length).reshape(1, -1)
-    end = jnp.full((1, 1), rows * length, offsets.dtype)
-    offsets = jnp.concatenate([offsets, end], axis=1)
-    flattened = (flat(q), flat(k), flat(v), lengths.reshape(1, -1), offsets)
-    return _packed_kernel(*flattened, sliding_window=sliding_window).reshape(q.shape)
+def _attend_windows(q, k, v, starts, lengths, *, sliding_window):
+    """Hands over windows as rows; a document may reach into the next, all being one stretch."""
+    rows, windows, runs = starts.shape
+    cut = lambda x: x.reshape(rows * windows, -1, *x.shape[2:])
+    starts, lengths = starts.reshape(-1, runs), lengths.reshape(-1, runs)
+    # jax 0.11.2 counts an end that is also the next row's start twice, which gives NaN: only the
+    # last row says where it ends.
+    ends = jnp.full((rows * windows, 1), -1, starts.dtype).at[-1].set(q.shape[1] // windows)
+    offsets = jnp.concatenate([starts, ends], axis=1)
+    attended = _packed_kernel(
+        cut(q), cut(k), cut(v), lengths, offsets, sliding_window=sliding_window
+    )
+    return attended.reshape(q.shape)
 
 
 def _packed_kernel(q, k, v, lengths, offsets, *, sliding_window) -> jax.Array:

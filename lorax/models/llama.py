@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from lorax.models.attention import (
     AttentionImplementation,
+    DocumentLayout,
     Documents,
     KVCache,
     LayerCache,
@@ -219,7 +220,7 @@ class CausalLM(nnx.Module):
     Attributes:
         config: The architecture.
         dtype: Of activations and products.
-        max_documents: The most documents that one packed row holds; cuDNN needs it, static.
+        document_layout: How long and how many the documents of packed rows are; cuDNN needs it.
     """
 
     lm_head: Any
@@ -244,7 +245,7 @@ class CausalLM(nnx.Module):
         self.config, self.dtype = config, dtype
         self.attn_impl: AttentionImplementation = attn_impl
         self.gradient_checkpointing = gradient_checkpointing
-        self.max_documents: int | None = None
+        self.document_layout: DocumentLayout | None = None
         self.model = Decoder(config, execution, rngs)
         if not config.tie_word_embeddings:
             self.lm_head = _linear(config.hidden_size, config.vocab_size, False, execution, rngs)
@@ -298,13 +299,13 @@ class CausalLM(nnx.Module):
             positions: Position of each token in its document; None counts from 0. Padding must
                 not exceed its row's last position where the rotary scaling is ``dynamic``.
             segment_ids: Number of each token's document in its row, 0 for padding; None where
-                every row is one document. If a row holds more documents than `max_documents`
-                says and cuDNN runs, the row comes out as NaN.
+                every row is one document. If a row does not fit `document_layout` and cuDNN
+                runs, the row comes out as NaN.
             cache: From `init_cache`, or returned by an earlier call.
 
         Raises:
             ValueError: If packed rows are given a cache, a used cache no positions, or cuDNN runs
-                on packed rows and `max_documents` is not set.
+                on packed rows and `document_layout` is not set.
         """
         if cache is not None and segment_ids is not None:
             raise ValueError("a cache holds one document per row: pass no segment_ids with it")
@@ -329,14 +330,16 @@ class CausalLM(nnx.Module):
         impl, head_dim = self.attn_impl, self.config.head_dim
         if resolve_implementation(impl, hidden.dtype, head_dim, packed=True) == "xla":
             return Documents(segment_ids), hidden
-        if self.max_documents is None:
+        layout = self.document_layout
+        if layout is None:
             raise ValueError(
-                "packed rows on cuDNN: set model.max_documents to the most documents of a row"
+                "packed rows on cuDNN: set model.document_layout to the longest document and the "
+                "most that begin in a window"
             )
         # An array cannot raise inside jit; rows that would be attended wrongly become NaN.
-        wrong = too_many_documents(segment_ids, self.max_documents)[:, None, None]
+        wrong = too_many_documents(segment_ids, layout)[:, None, None]
         hidden = jnp.where(wrong, jnp.asarray(jnp.nan, hidden.dtype), hidden)
-        return find_documents(segment_ids, self.max_documents), hidden
+        return find_documents(segment_ids, layout), hidden
 
     def _rotary(self, positions, segment_ids) -> Rotary:
         c, lengths = self.config, document_lengths(positions, segment_ids)

@@ -1,4 +1,4 @@
-"""`lora_linear`: validates its arguments and defines the gradient, once for every implementation."""
+"""`lora_linear`: checks its arguments and defines the gradient, once for all implementations."""
 
 import functools
 
@@ -49,7 +49,7 @@ def lora_linear(
     """
     _validate(x, w, a, b, dropout_rate, dropout_key)
     rows = x.reshape(-1, x.shape[-1])
-    y = _lora_linear(rows, w, a, b, dropout_key, float(scale), float(dropout_rate))
+    y: jax.Array = _lora_linear(rows, w, a, b, dropout_key, float(scale), float(dropout_rate))
     return y.reshape(*x.shape[:-1], w.shape[1])
 
 
@@ -73,7 +73,7 @@ def _accumulating_dot(p, q):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _lora_linear(x, w, a, b, key, scale, rate):
+def _lora_linear(x, w, a, b, key, scale, rate) -> jax.Array:
     return _forward(x, w, a, b, key, scale, rate)[0]
 
 

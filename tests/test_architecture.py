@@ -1,0 +1,122 @@
+"""The dependency rule, enforced: arrows point one way only."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# Module or package -> what it may import of this repository. Longer names go first.
+ALLOWED = {
+    "lorax_kernels": {"lorax_kernels"},
+    "lorax.config": {"lorax.config_file", "lorax.config_lora", "lorax.config_types"},
+    "lorax.config_lora": {"lorax.config_types"},
+    "lorax.config_types": {"lorax.config_file"},
+    "lorax.config_file": set(),
+    "lorax.targets": {"lorax.config"},
+    "lorax.lora": {"lorax.config", "lorax.targets", "lorax_kernels"},
+    "lorax.loss": {"lorax_kernels"},
+    "lorax.sharding": set(),
+    "lorax.optimizer": {"lorax.config"},
+    "lorax.metrics": set(),
+    "lorax.report": {"lorax.config", "lorax.metrics"},
+    "lorax.card": {"lorax.config"},
+    "lorax.checkpoint": set(),
+    "lorax.data": {"lorax.config", "lorax.data"},
+    "lorax.models": {"lorax.models"},
+    "lorax.interop": {
+        "lorax.config",
+        "lorax.interop",
+        "lorax.lora",
+        "lorax.models",
+        "lorax.targets",
+    },
+    "lorax.generate": {"lorax.interop", "lorax.models"},
+    "lorax.step": {"lorax.lora", "lorax.loss", "lorax.sharding"},
+    "lorax.evaluate": {"lorax.data", "lorax.generate", "lorax.loss", "lorax.sharding"},
+    "lorax.export": {"lorax.interop", "lorax.lora"},
+    "lorax.train": {
+        "lorax.checkpoint",
+        "lorax.config",
+        "lorax.data",
+        "lorax.evaluate",
+        "lorax.interop",
+        "lorax.lora",
+        "lorax.loss",
+        "lorax.metrics",
+        "lorax.models",
+        "lorax.optimizer",
+        "lorax.sharding",
+        "lorax.step",
+    },
+    "lorax.run": {"lorax"},
+    "lorax.cli": {"lorax"},
+    "lorax": {"lorax"},  # the public names
+}
+# Who may import what of other people's.
+FORBIDDEN = {
+    "lorax_kernels": {"flax", "optax", "transformers", "numpy"},
+    "lorax.config": {"jax", "flax", "numpy"},
+    "lorax.data": {"jax", "flax"},
+}
+EVERYWHERE_FORBIDDEN = {"torch", "peft", "pickle", "yaml"}
+
+
+def sources():
+    for root in (ROOT / "lorax", ROOT / "kernels" / "lorax_kernels"):
+        for path in sorted(root.rglob("*.py")):
+            parts = path.relative_to(root.parent).with_suffix("").parts
+            yield path, ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module or ""
+
+
+def is_inside(name, package):
+    return name == package or name.startswith(package + ".")
+
+
+def rule_of(module):
+    return max((rule for rule in ALLOWED if is_inside(module, rule)), key=len)
+
+
+@pytest.mark.parametrize("path, module", [pytest.param(p, m, id=m) for p, m in sources()])
+def test_imports_follow_the_dependency_rule(path, module):
+    rule = rule_of(module)
+    assert rule != "lorax" or module == "lorax", f"{module} has no rule: add it to ALLOWED"
+    for name in imports(path):
+        top = name.split(".")[0]
+        if top in ("lorax", "lorax_kernels"):
+            allowed = any(is_inside(name, a) for a in ALLOWED[rule])
+            assert allowed, f"{module} may not import {name}"
+        assert top not in EVERYWHERE_FORBIDDEN, f"{module} may not import {name}"
+        assert top not in FORBIDDEN.get(rule, ()), f"{module} may not import {name}"
+        if top == "transformers":
+            where = ("lorax.data.tokenizer", "lorax.data.chat")
+            assert module in where, "transformers is for tokenizers and chat templates only"
+
+
+def test_kernels_folder_is_not_a_package():
+    # With an __init__.py it would shadow Hugging Face's `kernels` and break transformers.
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_files_stay_short_enough_to_read():
+    for path, module in sources():
+        lines = path.read_text(encoding="utf-8").count("\n")
+        assert lines <= 400, f"{module} has {lines} lines: there are two ideas in it"
+
+
+@pytest.mark.parametrize("word", ["eval(", "exec(", "trust_remote_code=True", "shell=True"])
+def test_nothing_runs_foreign_code(word):
+    for path, module in sources():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            found = line.replace(".eval(", "").replace("_eval(", "")
+            assert word not in found, f"{module}: {line.strip()}"
