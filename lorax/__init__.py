@@ -1,11 +1,25 @@
 """LoRA fine-tuning of language models in JAX."""
 
+from lorax.config import DataConfig as DataConfig
 from lorax.config import LoraConfig as LoraConfig
+from lorax.config import RunConfig as RunConfig
+from lorax.config import TrainConfig as TrainConfig
+from lorax.config import load_config as load_config
+from lorax.data import load_encoded_dataset as load_encoded_dataset
+from lorax.data import load_tokenizer as load_tokenizer
+from lorax.export import export_model as export_model
+from lorax.generate import generate as generate
+from lorax.interop.huggingface import load_model as load_model
+from lorax.interop.huggingface import save_model as save_model
+from lorax.interop.peft import load_adapter as load_adapter
+from lorax.interop.peft import save_adapter as save_adapter
 from lorax.lora import apply_lora as apply_lora
 from lorax.lora import merge_lora as merge_lora
 from lorax.lora import set_dropout_key as set_dropout_key
 from lorax.lora import split_trainable as split_trainable
+from lorax.lora import unload_lora as unload_lora
 from lorax.lora import unmerge_lora as unmerge_lora
 from lorax.loss import accumulate as accumulate
 from lorax.step import make_train_step as make_train_step
 from lorax.step import merge_state as merge_state
+from lorax.train import Trainer as Trainer

@@ -1,0 +1,537 @@
+"""The trainer: what each step reports, what runs equal each other, and what stays on disk."""
+
+import json
+import math
+from collections import Counter
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import lorax
+from lorax.config import RunConfig
+from lorax.data import EncodedDataset
+from lorax.evaluate import Evaluator
+from lorax.interop.huggingface import load_model, save_model
+from lorax.interop.peft import load_adapter
+from lorax.lora import lora_layers
+from lorax.loss import causal_lm_loss
+from lorax.models import CausalLM, DecoderConfig
+from lorax.optimizer import make_schedule
+from lorax.train import Trainer
+
+VOCAB = 64
+ARCHITECTURE = DecoderConfig.from_hf(
+    {
+        "model_type": "llama",
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+    },
+    "test",
+)
+COMPILED = "/jax/core/compile/backend_compile_duration"
+
+
+def make_model(dropout=0.0, checkpointing="none"):
+    base = CausalLM(ARCHITECTURE, gradient_checkpointing=checkpointing, rngs=nnx.Rngs(0))
+    settings = lorax.LoraConfig(r=4, lora_dropout=dropout)
+    return lorax.apply_lora(base, settings, rngs=nnx.Rngs(1))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model()
+
+
+def make_rows(count, lengths=(6, 20), seed=0):
+    """Rows in which every second token repeats the one before: something to learn."""
+    draw = np.random.default_rng(seed)
+    rows = []
+    for index in range(count):
+        length = int(draw.integers(*lengths))
+        tokens = draw.integers(1, VOCAB, length)
+        tokens[1::2] = tokens[: length // 2 * 2 : 2]
+        rows.append((tokens, np.arange(length) >= 1 + index % 3))
+    return EncodedDataset.from_rows(rows)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return make_rows(16)
+
+
+@pytest.fixture
+def make_trainer(model, rows, tmp_path):
+    """Builds a trainer; each has a folder of its own and collects its events."""
+    made = []
+
+    def build(data=rows, eval_data=None, *, of=model, loss_fn=causal_lm_loss, **sections: Any):
+        config: dict[str, Any] = {
+            "model": {"name_or_path": "unnamed", "dtype": "float32"},
+            "data": {"train": "rows.jsonl"} | ({"eval": "rows.jsonl"} if eval_data else {}),
+            "train": {"max_steps": 5, "learning_rate": 1e-2, "per_device_train_batch_size": 4},
+            "save": {"output_dir": str(tmp_path / str(len(made)))},
+        }
+        for name, section in sections.items():
+            config[name] = config.get(name, {}) | section
+        events: list[dict[str, Any]] = []
+        trainer = Trainer(
+            of,
+            RunConfig.model_validate(config),
+            data,
+            eval_data,
+            loss_fn=loss_fn,
+            listeners=(events.append,),
+        )
+        made.append(trainer)
+        return trainer, events
+
+    return build
+
+
+def steps_of(events):
+    return [e for e in events if "loss" in e]
+
+
+def losses_of(events):
+    return [e["loss"] for e in steps_of(events)]
+
+
+def values_of(model, kind: Any = nnx.Param):
+    """The weights of a kind by name, as numpy copies."""
+    flat = nnx.to_flat_state(nnx.state(model, kind))
+    return {path: np.array(variable.get_value()) for path, variable in flat}
+
+
+def assert_same(actual, expected):
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(actual[name], value, err_msg=str(name))
+
+
+def differ(first, second):
+    return any(not np.array_equal(first[name], second[name]) for name in first)
+
+
+# --- Steps and their metrics -------------------------------------------------------------------
+
+
+def test_the_loss_falls_and_every_step_reports_its_numbers(make_trainer, rows):
+    schedule = {"lr_scheduler_type": "cosine", "warmup_steps": 3, "max_steps": 24}
+    trainer, events = make_trainer(train=schedule)
+    result = trainer.train()
+    steps = steps_of(events)
+    assert [e["step"] for e in steps] == list(range(1, 25))
+    assert [e["epoch"] for e in steps] == [1 + index // 4 for index in range(24)]
+    rate = make_schedule(trainer.config.train, 24)
+    assert [e["learning_rate"] for e in steps] == [float(rate(index)) for index in range(24)]
+    assert steps[0]["learning_rate"] == 0.0
+    assert steps[3]["learning_rate"] == pytest.approx(1e-2)
+    for event in steps:
+        assert math.isfinite(event["loss"]) and event["grad_norm"] > 0
+        assert event["step_seconds"] > 0 and event["tokens_per_s"] > 0 and event["memory_gib"] > 0
+        assert event["total_steps"] == 24
+    for epoch in range(6):
+        part = steps[4 * epoch : 4 * epoch + 4]
+        assert sum(e["tokens"] for e in part) == len(rows.tokens)
+        assert sum(e["supervised_tokens"] for e in part) == rows.supervised.sum()
+    losses = losses_of(events)
+    assert np.mean(losses[-4:]) < np.mean(losses[:4]) - 0.3
+    assert (result.steps, result.train_loss) == (24, losses[-1])
+    assert result.eval_loss is result.best_step is None and not result.stopped_early
+
+
+@pytest.mark.parametrize(
+    "rows_read, settings, steps",
+    [
+        (8, {"num_train_epochs": 1.0}, 4),
+        (8, {"num_train_epochs": 3.0}, 12),
+        (8, {"num_train_epochs": 0.5}, 2),
+        (9, {"num_train_epochs": 1.0}, 5),  # the last window holds one row
+        (9, {"num_train_epochs": 0.1}, 1),
+        (9, {"num_train_epochs": 1.0, "gradient_accumulation_steps": 4}, 2),
+        (9, {"num_train_epochs": 2.0, "max_steps": 3}, 3),
+        (9, {"max_steps": 11}, 11),
+    ],
+)
+def test_the_number_of_steps_follows_epochs_or_max_steps(make_trainer, rows_read, settings, steps):
+    settings = {"max_steps": -1, "per_device_train_batch_size": 2} | settings
+    trainer, _ = make_trainer(make_rows(rows_read), train=settings)
+    assert trainer.total_steps == steps
+
+
+def test_the_last_partial_window_is_a_step_of_its_own(make_trainer):
+    data = make_rows(5)
+    settings = {"max_steps": -1, "num_train_epochs": 2.0}
+    trainer, events = make_trainer(data, data={"shuffle": False}, train=settings)
+    assert trainer.train().steps == 4
+    last = int(data.row(4)[1].sum())
+    assert [e["supervised_tokens"] for e in steps_of(events)[1::2]] == [last, last]
+    assert [e["tokens"] for e in steps_of(events)[1::2]] == [len(data.row(4)[0])] * 2
+
+
+def test_only_the_adapters_move_and_the_model_that_came_stays(make_trainer, model):
+    def everything(module):
+        return values_of(module, nnx.Variable)
+
+    before = everything(model)
+    trainer, _ = make_trainer()
+    trainer.train()
+    assert_same(everything(model), before)
+    after, trained = everything(trainer.model), values_of(model)
+    frozen = before.keys() - trained.keys()
+    assert any(path[-1] == "kernel" for path in frozen)
+    assert_same({p: after[p] for p in frozen}, {p: before[p] for p in frozen})
+    assert all(not np.array_equal(after[path], before[path]) for path in trained)
+
+
+def test_nothing_is_compiled_after_the_first_step(make_trainer):
+    compiled, at_step = 0, []
+
+    def count(event: str, _seconds: float, **_: Any):
+        nonlocal compiled
+        compiled += event == COMPILED
+
+    data = make_rows(12, lengths=(90, 400))
+    trainer, events = make_trainer(data, train={"max_steps": 9, "per_device_train_batch_size": 1})
+    trainer.listeners += (lambda event: at_step.append(compiled) if "loss" in event else None,)
+    jax.monitoring.register_event_duration_secs_listener(count)
+    try:
+        trainer.train()
+    finally:
+        jax.monitoring.unregister_event_duration_listener(count)
+    widths = [e["compiled_width"] for e in events if "compiled_width" in e]
+    assert widths == [128, 256, 384] or widths == [128, 256, 400]
+    assert len({len(data.row(i)[0]) for i in range(12)}) > 8
+    assert at_step[0] >= len(widths)  # the listener does count
+    assert at_step == at_step[:1] * 9
+
+
+# --- Runs that must equal each other -----------------------------------------------------------
+
+
+def test_the_seed_decides_the_run_bit_by_bit(make_trainer):
+    runs = []
+    for seed in (1, 1, 2):
+        trainer, events = make_trainer(train={"seed": seed})
+        trainer.train()
+        runs.append((losses_of(events), values_of(trainer.model)))
+    assert runs[0][0] == runs[1][0]
+    assert_same(runs[0][1], runs[1][1])
+    assert runs[0][0] != runs[2][0]
+    assert differ(runs[0][1], runs[2][1])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"train": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}},
+        {"train": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}},
+        {"train": {"per_device_train_batch_size": 1}, "mesh": {"data": 4}},
+        {"train": {"per_device_train_batch_size": 1}, "mesh": {"data": -1}},
+    ],
+    ids=["2 x 2", "1 x 4", "four devices", "all devices"],
+)
+def test_the_same_rows_give_the_same_steps_however_they_are_split(make_trainer, settings):
+    assert len(jax.devices()) == 4
+    whole, expected = make_trainer()
+    split, found = make_trainer(**settings)
+    whole.train(), split.train()
+    for name in ("loss", "grad_norm"):
+        pairs = zip(steps_of(found), steps_of(expected), strict=True)
+        assert max(abs(a[name] - b[name]) / b[name] for a, b in pairs) <= 1e-5
+    # Adam divides by the root of tiny second moments, so weights agree less than losses do.
+    after = values_of(split.model)
+    for path, value in values_of(whole.model).items():
+        np.testing.assert_allclose(after[path], value, atol=1e-4, err_msg=str(path))
+
+
+def test_packed_rows_give_the_losses_of_padded_ones(make_trainer, rows):
+    settings = {"train": {"per_device_train_batch_size": 16, "max_steps": 4}}
+    padded, expected = make_trainer(**settings)
+    packed, found = make_trainer(data={"packing": True, "max_seq_length": 128}, **settings)
+    padded.train(), packed.train()
+    assert [e["supervised_tokens"] for e in steps_of(found)] == [rows.supervised.sum()] * 4
+    np.testing.assert_allclose(losses_of(found), losses_of(expected), rtol=1e-5)
+
+
+def test_recomputing_layers_does_not_change_the_losses(make_trainer):
+    kept, expected = make_trainer()
+    recomputed, found = make_trainer(of=make_model(checkpointing="full"))
+    kept.train(), recomputed.train()
+    np.testing.assert_allclose(losses_of(found), losses_of(expected), rtol=1e-6)
+
+
+def test_dropout_trains_reproducibly_and_is_off_in_evaluation(make_trainer, rows):
+    def run(rate):
+        trainer, events = make_trainer(eval_data=rows, of=make_model(dropout=rate))
+        return trainer.train(), losses_of(events), values_of(trainer.model)
+
+    first, again, without = run(0.3), run(0.3), run(0.0)
+    assert first[:2] == again[:2]
+    assert_same(first[2], again[2])
+    assert first[0].eval_loss_before == without[0].eval_loss_before
+    assert first[1] != without[1]
+
+
+# --- Evaluation --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size, packing", [(1, False), (5, False), (16, False), (2, True)])
+def test_held_out_loss_is_token_weighted_whatever_the_batch(make_trainer, batch_size, packing):
+    held_out = make_rows(7, lengths=(4, 40), seed=1)
+    trainer, events = make_trainer(
+        eval_data=held_out,
+        data={"packing": packing, "max_seq_length": 128},
+        eval={"strategy": "no", "per_device_eval_batch_size": batch_size},
+        train={"max_steps": 1},
+    )
+    result = trainer.train()
+    for found, weights in (
+        (result.eval_loss_before, make_model()),
+        (result.eval_loss, trainer.model),
+    ):
+        assert found == pytest.approx(token_weighted_loss(weights, held_out), rel=1e-5)
+    measured = [(e["step"], e["eval_loss"]) for e in events if "eval_loss" in e]
+    assert measured == [(0, result.eval_loss_before), (1, result.eval_loss)]
+
+
+def token_weighted_loss(model, data):
+    """The mean over supervised tokens, computed row by row in the open."""
+    model.eval()
+    total = count = 0
+    for index in range(len(data)):
+        tokens, supervised = data.row(index)
+        logits = np.asarray(model(jnp.asarray(tokens[None])), np.float64)[0]
+        nll = np.log(np.exp(logits).sum(-1))[:-1] - logits[np.arange(len(tokens) - 1), tokens[1:]]
+        total += nll[supervised[1:]].sum()
+        count += supervised.sum()
+    return total / count
+
+
+@pytest.mark.parametrize(
+    "settings, steps",
+    [
+        ({"strategy": "no"}, [0, 7]),
+        ({"strategy": "steps", "steps": 3}, [0, 3, 6, 7]),
+        ({"strategy": "epoch"}, [0, 4, 7]),
+    ],
+)
+def test_evaluation_comes_when_the_config_says_and_at_the_end(
+    make_trainer, rows, monkeypatch, settings, steps
+):
+    monkeypatch.setattr(Evaluator, "__call__", lambda *_: 1.0)
+    trainer, events = make_trainer(eval_data=rows, eval=settings, train={"max_steps": 7})
+    trainer.train()
+    assert [e["step"] for e in events if "eval_loss" in e] == steps
+    order = [e["step"] for e in events if "step" in e]
+    assert order == sorted(order)
+
+
+@pytest.fixture
+def scripted(make_trainer, rows, monkeypatch):
+    """A trainer whose held-out losses are given: one before training and one after each step."""
+
+    def build(losses, **sections):
+        left = iter(losses)
+        monkeypatch.setattr(Evaluator, "__call__", lambda *_: next(left))
+        sections["eval"] = {"strategy": "steps", "steps": 1} | sections.get("eval", {})
+        sections["train"] = {"max_steps": len(losses) - 1} | sections.get("train", {})
+        return make_trainer(eval_data=rows, **sections)
+
+    return build
+
+
+def test_early_stopping_waits_for_its_patience(scripted):
+    losses = [5.0, 4.0, 3.0, 3.5, 3.0, 1.0]
+    trainer, events = scripted(losses, eval={"early_stopping_patience": 2})
+    result = trainer.train()
+    assert result.stopped_early and result.steps == 4
+    assert result.eval_loss == 3.0 and result.best_step is None
+    assert [e["step"] for e in steps_of(events)] == [1, 2, 3, 4]
+
+
+def test_a_gain_starts_the_patience_anew(scripted):
+    trainer, _ = scripted([5.0, 4.0, 4.5, 3.0, 3.5, 2.0], eval={"early_stopping_patience": 2})
+    result = trainer.train()
+    assert not result.stopped_early and result.steps == 5
+
+
+def test_the_best_and_the_newest_weights_stay_on_disk(scripted, model):
+    trainer, _ = scripted([9.0, 4.0, 3.0, 3.5, 3.25, 3.75], save={"save_steps": 1})
+    seen = []
+    folder = trainer.store.directory
+    trainer.listeners += (lambda _: seen.append(sorted(p.name for p in folder.glob("step-*"))),)
+    result = trainer.train()
+    assert result.best_step is None and result.eval_loss == 3.75
+    assert max(map(len, seen)) == 2
+    assert sorted(p.name for p in folder.iterdir()) == ["best.json", "step-000002", "step-000005"]
+    best = json.loads((folder / "best.json").read_text())
+    assert best == {"step": 2, "eval_loss": 3.0, "path": "step-000002"}
+    assert trainer.store.best_path() == folder / best["path"]
+    base = lorax.unload_lora(model)
+    newest = load_adapter(base, folder / "step-000005")
+    assert_same(values_of(newest), values_of(trainer.model))
+    assert differ(values_of(load_adapter(base, folder / best["path"])), values_of(newest))
+
+
+def test_the_best_weights_are_restored_when_asked(scripted, model):
+    losses = [9.0, 4.0, 3.0, 3.5, 3.25, 3.75]
+    trainer, _ = scripted(losses, save={"load_best_model_at_end": True})
+    result = trainer.train()
+    assert (result.best_step, result.eval_loss, result.steps) == (2, 3.0, 5)
+    best = load_adapter(lorax.unload_lora(model), trainer.store.directory / "step-000002")
+    assert_same(values_of(trainer.model), values_of(best))
+    straight, _ = scripted(losses[:3], train={"lr_scheduler_type": "constant"})
+    other, _ = scripted(
+        losses,
+        train={"lr_scheduler_type": "constant"},
+        save={"load_best_model_at_end": True},
+    )
+    straight.train(), other.train()
+    # The first two of five steps, at one rate, are a run of two steps.
+    assert_same(values_of(other.model), values_of(straight.model))
+
+
+def test_weights_are_saved_every_save_steps_and_at_the_end(make_trainer, monkeypatch):
+    trainer, _ = make_trainer(train={"max_steps": 5}, save={"save_steps": 2})
+    saved = []
+    write = trainer.store._write
+    monkeypatch.setattr(trainer.store, "_write", lambda f: (saved.append(f.name), write(f)))
+    trainer.train()
+    assert saved == ["step-000002", "step-000004", "step-000005"]
+    assert [p.name for p in trainer.store.directory.iterdir()] == ["step-000005"]
+
+
+# --- What is refused ---------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(make_trainer, model):
+    data = EncodedDataset.from_rows(
+        [(np.full(8, 63 if index == 2 else index + 1), np.ones(8)) for index in range(5)]
+    )
+
+    def poisoned(module, batch):
+        total, count = causal_lm_loss(module, batch)
+        return jnp.where((batch["input_ids"] == 63).any(), jnp.nan, total), count
+
+    trainer, events = make_trainer(
+        data,
+        loss_fn=poisoned,
+        data={"shuffle": False},
+        train={"per_device_train_batch_size": 1},
+        save={"save_steps": 1},
+    )
+    with pytest.raises(FloatingPointError, match=r"step 3: loss nan.*Lower train.learning_rate"):
+        trainer.train()
+    assert [e["step"] for e in steps_of(events)] == [1, 2, 3]
+    (last,) = trainer.store.directory.iterdir()
+    assert last.name == "step-000002"
+    restored = values_of(load_adapter(lorax.unload_lora(model), last))
+    assert all(np.isfinite(value).all() for value in restored.values())
+
+
+@pytest.mark.parametrize("max_steps", [2, 3])
+def test_a_window_without_supervision_is_refused_before_training(make_trainer, max_steps):
+    mask = [index != 2 for index in range(4)]
+    data = EncodedDataset.from_rows([(np.arange(1, 9), np.full(8, on)) for on in mask])
+    settings = {
+        "data": {"shuffle": False},
+        "train": {"per_device_train_batch_size": 1, "max_steps": max_steps},
+    }
+    if max_steps == 2:  # the step without supervision is never reached
+        assert make_trainer(data, **settings)[0].train().steps == 2
+        return
+    with pytest.raises(ValueError, match="step 3 of epoch 1 holds no supervised token"):
+        make_trainer(data, **settings)
+
+
+def test_a_model_without_anything_to_train_is_refused(make_trainer, model):
+    frozen = nnx.clone(model)
+    graph, trained, rest = nnx.split(frozen, nnx.Param, ...)
+    still = jax.tree.map(
+        lambda v: nnx.Variable(v.get_value()), trained, is_leaf=lambda x: isinstance(x, nnx.Param)
+    )
+    with pytest.raises(ValueError, match=r"no nnx.Param: nothing would train"):
+        make_trainer(of=nnx.merge(graph, still, rest))
+
+
+def test_more_devices_than_there_are_are_refused(make_trainer):
+    with pytest.raises(ValueError, match=r"mesh.data asks for 8 devices and JAX sees 4"):
+        make_trainer(mesh={"data": 8})
+
+
+# --- Full fine-tuning and other losses ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_full_fine_tuning_moves_every_weight_and_writes_a_checkpoint(make_trainer, tmp_path, dtype):
+    base = CausalLM(ARCHITECTURE, rngs=nnx.Rngs(0))
+    save_model(base, tmp_path / "base", dtype=jnp.float32)
+    trainer, events = make_trainer(
+        of=base,
+        model={"name_or_path": str(tmp_path / "base"), "dtype": dtype},
+        train={"method": "full", "max_steps": 6},
+        save={"export": ["merged"]},
+    )
+    trainer.train()
+    assert losses_of(events)[-1] < losses_of(events)[0]
+    before, after = values_of(base), values_of(trainer.model)
+    assert all(not np.array_equal(after[path], before[path]) for path in before)
+    found = load_model(
+        trainer.store.directory / "step-000006", dtype=dtype, param_dtype=jnp.float32
+    )
+    rounded = {path: np.asarray(jnp.asarray(v, dtype), np.float32) for path, v in after.items()}
+    assert_same(values_of(found), rounded)
+
+
+def test_full_fine_tuning_of_a_missing_base_is_refused_before_training(make_trainer, tmp_path):
+    settings = {
+        "model": {"name_or_path": str(tmp_path / "absent")},
+        "train": {"method": "full"},
+        "save": {"export": ["merged"]},
+    }
+    with pytest.raises(ValueError, match="absent: no such folder"):
+        make_trainer(of=CausalLM(ARCHITECTURE, rngs=nnx.Rngs(0)), **settings)
+
+
+def test_a_loss_of_the_users_own_is_trained_and_evaluated(make_trainer, rows):
+    def doubled(module, batch):
+        total, count = causal_lm_loss(module, batch)
+        return 2.0 * total, count
+
+    plain, expected = make_trainer(eval_data=rows)
+    own, found = make_trainer(eval_data=rows, loss_fn=doubled)
+    plain_result, own_result = plain.train(), own.train()
+    assert losses_of(found)[0] == pytest.approx(2 * losses_of(expected)[0], rel=1e-6)
+    first = [steps_of(events)[0]["grad_norm"] for events in (found, expected)]
+    assert first[0] == pytest.approx(2 * first[1], rel=1e-5)
+    assert own_result.eval_loss_before == pytest.approx(2 * plain_result.eval_loss_before, rel=1e-6)
+
+
+def test_listeners_hear_the_same_events(make_trainer):
+    trainer, events = make_trainer()
+    second: list[dict[str, Any]] = []
+    trainer.listeners += (second.append,)
+    trainer.train()
+    assert second == events
+    kinds = Counter("step" if "loss" in e else "compiled" for e in events)
+    assert kinds == {"step": 5, "compiled": 1}
+
+
+def test_scales_of_the_adapters_survive_the_run(make_trainer, model):
+    trainer, _ = make_trainer(train={"max_steps": 1})
+    trainer.train()
+    scales = [
+        {n: layer.scale for n, layer in lora_layers(m).items()} for m in (trainer.model, model)
+    ]
+    assert scales[0] == scales[1]
