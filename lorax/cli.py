@@ -81,7 +81,7 @@ def _add_generate(add) -> None:
     command.add_argument("--top-p", type=float)
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--revision", help="of a hub id")
-    command.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    command.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default=None)
 
 
 def _add_export(add) -> None:
@@ -139,10 +139,11 @@ def _inspect(parsed, console: Console) -> None:
 
 
 def _generate(parsed, console: Console) -> None:
-    source, adapter, dtype = parsed.model, parsed.adapter, parsed.dtype
+    source, adapter = parsed.model, parsed.adapter
     run = _read_run(Path(source))
+    dtype = parsed.dtype or (run.model.dtype if run else "bfloat16")
     if run is not None:
-        source, dtype = run.model.name_or_path, run.model.dtype
+        source = run.model.name_or_path
         merged = Path(parsed.model) / EXPORT_FOLDERS["merged"]
         if run.train.method == "full":
             source = str(merged)

@@ -3,7 +3,7 @@
     python scripts/make_tiny_data.py examples/tiny/data
     python scripts/make_tiny_checkpoint.py examples/tiny/model
 
-Trains from scratch with `configs/tiny_pretrain.yaml` (``method: full``), about five minutes on two
+Trains from scratch with `configs/tiny_pretrain.yaml` (``method: full``), about ten minutes on two
 CPU cores, and writes the result as a Hugging Face checkpoint.
 """
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import huggingface_hub
 import numpy as np
-from safetensors.numpy import save_file
 
 from lorax.interop.files import (
     CheckpointError,
@@ -16,6 +15,7 @@ from lorax.interop.files import (
     read_headers,
     read_json,
     refuse_occupied,
+    save_tensors,
     write_directory,
 )
 
@@ -214,7 +214,7 @@ def _write_shards(
         twice = [name for names in shards for name in names if name in shard]
         if twice:
             raise ValueError(f"{twice[0]} is given twice")
-        save_file(shard, folder / f"{len(shards)}.part", metadata={"format": "pt"})
+        save_tensors(shard, folder / f"{len(shards)}.part")
         shards.append(list(shard))
         total += sum(value.nbytes for value in shard.values())
     # How many shards there are is part of each one's name, and known only now.

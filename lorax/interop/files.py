@@ -13,6 +13,7 @@ from typing import Any
 import ml_dtypes  # noqa: F401  (numpy knows bfloat16 only once this is imported)
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 READABLE_DTYPES = ("BF16", "F16", "F32")
 
@@ -132,6 +133,15 @@ def _refuse_stand_ins(path: Path) -> None:
         )
     if head.startswith(b"<"):
         raise CheckpointError(f"{path} is a web page, not the file itself; fetch it again")
+
+
+def save_tensors(tensors: dict[str, np.ndarray], path: Path) -> None:
+    """Writes a safetensors file that whoever may read the folder can read."""
+    save_file(tensors, path, metadata={"format": "pt"})
+    # safetensors makes its files for the owner alone; a server often runs as someone else.
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 @contextlib.contextmanager

@@ -11,10 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from pydantic import ValidationError
-from safetensors.numpy import save_file
 
 from lorax.config import LoraConfig
-from lorax.interop.files import read_json, read_tensors, write_directory
+from lorax.interop.files import read_json, read_tensors, save_tensors, write_directory
 from lorax.interop.huggingface import hf_name
 from lorax.lora import LoraLinear, apply_lora, lora_layers, named_modules, tied_modules
 from lorax.targets import TargetError, match_targets
@@ -181,7 +180,7 @@ def save_adapter(
         model, base_model_name_or_path=base_model_name_or_path, portable=portable
     )
     with write_directory(directory) as folder:
-        save_file(tensors, folder / TENSOR_FILE, metadata={"format": "pt"})
+        save_tensors(tensors, folder / TENSOR_FILE)
         text = json.dumps(config, indent=2, sort_keys=True)
         (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
         if card is not None:
