@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -346,4 +345,6 @@ def _export_all(config, model, base, console, result, scores) -> dict[str, str]:
 
 
 def _title(config: RunConfig) -> str:
-    return f"{os.path.basename(os.path.normpath(config.model.name_or_path))}, {config.train.method}"
+    base = "/".join(Path(config.model.name_or_path).parts[-2:])
+    method = "full fine-tuning" if config.train.method == "full" else "LoRA"
+    return f"{method} of {base}"

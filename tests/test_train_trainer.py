@@ -82,10 +82,10 @@ def build_trainer(folder, of, train_rows, held_out, loss_fn=causal_lm_loss, **se
     }
     for name, section in sections.items():
         config[name] = config.get(name, {}) | section
-    config = RunConfig.model_validate(config)
+    run = RunConfig.model_validate(config)
     events: list[dict[str, Any]] = []
     listeners = (events.append,)
-    trainer = Trainer(of, config, train_rows, held_out, loss_fn=loss_fn, listeners=listeners)
+    trainer = Trainer(of, run, train_rows, held_out, loss_fn=loss_fn, listeners=listeners)
     return trainer, events
 
 
@@ -265,7 +265,8 @@ def test_packed_rows_give_the_losses_of_padded_ones(make_trainer, rows):
     settings = {"train": {"per_device_train_batch_size": 16, "max_steps": 4}}
     padded, expected = make_trainer(**settings)
     packed, found = make_trainer(data={"packing": True, "max_seq_length": 128}, **settings)
-    padded.train(), packed.train()
+    padded.train()
+    packed.train()
     assert [e["supervised_tokens"] for e in steps_of(found)] == [rows.supervised.sum()] * 4
     np.testing.assert_allclose(losses_of(found), losses_of(expected), rtol=1e-5)
 
