@@ -48,7 +48,7 @@ class Inputs:
     """Everything a run reads but the weights.
 
     Attributes:
-        base: Folder of the base checkpoint.
+        base: Folder of the base checkpoint's configuration and tokenizer.
         tokenizer: Its tokenizer.
         train: Encoded rows to learn from.
         eval: Encoded held-out rows.
@@ -66,7 +66,8 @@ def load_inputs(config: RunConfig) -> Inputs:
     Raises:
         ValueError: Naming the file, the line or the setting that cannot be used.
     """
-    base = resolve_checkpoint(config.model.name_or_path, config.model.revision)
+    model = config.model
+    base = resolve_checkpoint(model.name_or_path, model.revision, weights=False)
     vocab_size = load_hf_config(base).vocab_size
     tokenizer = load_tokenizer(str(base))
     encode = lambda sources: load_encoded_dataset(
@@ -105,11 +106,12 @@ def check_targets(config: RunConfig, base: Path) -> list[ModuleRow]:
     return module_rows(adapted)
 
 
-def build_model(config: RunConfig, base: Path) -> CausalLM:
+def build_model(config: RunConfig) -> CausalLM:
     """Loads the base model and puts fresh or loaded adapters on it, as the config says."""
     full = config.train.method == "full"
     model = load_model(
-        base,
+        config.model.name_or_path,
+        revision=config.model.revision,
         dtype=jnp.dtype(config.model.dtype),
         # Weights that train are float32: in bfloat16 small updates would be rounded away.
         param_dtype=jnp.float32 if full else None,
@@ -144,7 +146,7 @@ def run_training(config: RunConfig, console: Console) -> RunSummary:
     console.rule("Data")
     report_data(console, config, inputs)
     console.rule("Model")
-    model = build_model(config, inputs.base)
+    model = build_model(config)
     report_model(console, config, model)
     recorder = _Recorder(console, config.log.logging_steps)
     trainer = Trainer(model, config, inputs.train, inputs.eval, listeners=(recorder,))

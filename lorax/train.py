@@ -100,12 +100,7 @@ class Trainer:
         self.model = nnx.clone(model)
         self.model.train()
         if config.data.packing:
-            # One layout for both: the longer window, and as many documents as could begin in it.
-            window = max(p.document_window()[0] for p in plans)
-            documents = max(
-                p.document_window()[1] * (window // p.document_window()[0]) for p in plans
-            )
-            self.model.document_layout = DocumentLayout(window, documents)
+            self.model.document_layout = _common_layout(plans)
         self.schedule = make_schedule(train, self.total_steps)
         self.step, self.state = make_train_step(
             self.model,
@@ -312,6 +307,13 @@ class Trainer:
     def _tell(self, event: Event) -> None:
         for listener in self.listeners:
             listener(event)
+
+
+def _common_layout(plans: list[BatchPlan]) -> DocumentLayout:
+    """Returns a layout that every plan's packed rows fit."""
+    layouts = [plan.document_window() for plan in plans]
+    window = max(width for width, _ in layouts)
+    return DocumentLayout(window, max(count * (window // width) for width, count in layouts))
 
 
 def model_size(model: Any) -> ModelSize:

@@ -37,7 +37,9 @@ TOKENIZER_FILES = (
 """What travels with the weights, besides generation_config.json."""
 
 
-def resolve_checkpoint(path_or_id: str | Path, revision: str | None = None) -> Path:
+def resolve_checkpoint(
+    path_or_id: str | Path, revision: str | None = None, *, weights: bool = True
+) -> Path:
     """Returns the local folder of a checkpoint, fetching it from the Hugging Face hub if needed.
 
     A path that exists is used as it is and the network is never touched. From the hub come the
@@ -46,6 +48,7 @@ def resolve_checkpoint(path_or_id: str | Path, revision: str | None = None) -> P
     Args:
         path_or_id: A folder, or a hub id such as ``Qwen/Qwen3-0.6B``.
         revision: Branch, tag or commit on the hub.
+        weights: Whether the weights are needed too, or only configuration and tokenizer.
 
     Raises:
         CheckpointError: If it is neither, or `revision` is given for a folder.
@@ -66,10 +69,12 @@ def resolve_checkpoint(path_or_id: str | Path, revision: str | None = None) -> P
     try:
         settings = (CONFIG_FILE, GENERATION_FILE, INDEX_FILE, *TOKENIZER_FILES)
         folder = Path(fetch(settings))
-        weights = (WEIGHT_FILE,)
+        if not weights:
+            return folder
+        files = (WEIGHT_FILE,)
         if (folder / INDEX_FILE).exists():
-            weights = tuple(sorted(set(_weight_map(folder / INDEX_FILE).values())))
-        return Path(fetch((*settings, *weights)))
+            files = tuple(sorted(set(_weight_map(folder / INDEX_FILE).values())))
+        return Path(fetch((*settings, *files)))
     except (OSError, huggingface_hub.errors.HFValidationError) as error:
         raise CheckpointError(
             f"{name} is neither a folder nor a checkpoint that the Hugging Face hub gives: {error}"
