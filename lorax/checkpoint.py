@@ -49,6 +49,12 @@ class WeightStore:
         """Returns the folder with the lowest held-out loss, if any was measured."""
         return None if self.best_step is None else self._written[self.best_step]
 
+    def describe(self) -> str:
+        """Says which weights are on disk."""
+        if not self._written:
+            return "no weights were saved before it"
+        return f"the last weights saved are in {self._written[max(self._written)]}"
+
     def _point_to_best(self) -> None:
         path = self.best_path()
         assert path is not None

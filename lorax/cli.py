@@ -10,15 +10,23 @@ from rich.console import Console
 
 from lorax.card import write_card
 from lorax.config import RunConfig, load_config
-from lorax.data import BatchPlan, load_tokenizer
+from lorax.data import load_tokenizer
 from lorax.export import export_model
 from lorax.generate import generate, stop_token_ids
-from lorax.interop.checkpoint import resolve_checkpoint
-from lorax.interop.files import read_json
-from lorax.interop.huggingface import load_model
+from lorax.interop.checkpoint import read_config, resolve_checkpoint
+from lorax.interop.files import read_json, refuse_occupied
+from lorax.interop.huggingface import load_hf_config, load_model
 from lorax.interop.peft import CONFIG_FILE, load_adapter
+from lorax.overview import module_rows, report_data
 from lorax.report import print_config, print_modules
-from lorax.run import EXPORT_FOLDERS, check_targets, load_inputs, report_data, run_training
+from lorax.run import (
+    CHAT_TEMPLATE_FILE,
+    EXPORT_FOLDERS,
+    check_plan,
+    check_targets,
+    load_inputs,
+    run_training,
+)
 
 WIDTH_IN_LOGS = 100
 
@@ -100,17 +108,10 @@ def _train(parsed, console: Console) -> None:
 def _validate(parsed, console: Console) -> None:
     config = load_config(parsed.config, parsed.overrides)
     inputs = load_inputs(config)
-    rows = check_targets(config, inputs.base)
-    report_data(console, config, inputs, rows=0)
-    plan = BatchPlan(
-        inputs.train,
-        rows_per_micro_batch=config.train.per_device_train_batch_size,
-        micro_batches=config.train.gradient_accumulation_steps,
-        packing=config.data.packing,
-        max_seq_length=config.data.max_seq_length,
-        seed=config.train.seed,
-        shuffle=config.data.shuffle,
-    )
+    adapted = check_targets(config, inputs.base)
+    rows = module_rows(adapted) if adapted is not None else []
+    report_data(console, config, inputs.datasets, inputs.tokenizer, rows=0)
+    plan = check_plan(config, inputs)
     modules = sum(row.count for row in rows)
     trained = sum(row.parameters for row in rows)
     if rows:
@@ -118,7 +119,7 @@ def _validate(parsed, console: Console) -> None:
             f"lora: {modules} modules, {trained:,} parameters in A and B", highlight=False
         )
     console.print(
-        f"batches: {plan.steps_per_epoch:,} optimizer steps per epoch and device, rows of up to "
+        f"batches: {plan.steps_per_epoch:,} optimizer steps per epoch, rows of up to "
         f"{max(plan.widths)} tokens",
         highlight=False,
     )
@@ -128,20 +129,19 @@ def _validate(parsed, console: Console) -> None:
 def _inspect(parsed, console: Console) -> None:
     config = load_config(parsed.config, parsed.overrides)
     inputs = load_inputs(config)
-    rows = check_targets(config, inputs.base)
+    adapted = check_targets(config, inputs.base)
     console.rule("Settings")
     print_config(console, config)
     console.rule("Data")
-    report_data(console, config, inputs, rows=parsed.rows)
-    if rows:
+    report_data(console, config, inputs.datasets, inputs.tokenizer, rows=parsed.rows)
+    if adapted is not None:
         console.rule("Modules")
-        print_modules(console, rows, None)
+        print_modules(console, module_rows(adapted), None)
 
 
 def _generate(parsed, console: Console) -> None:
     source, adapter = parsed.model, parsed.adapter
     run = _read_run(Path(source))
-    dtype = parsed.dtype or (run.model.dtype if run else "bfloat16")
     if run is not None:
         source = run.model.name_or_path
         merged = Path(parsed.model) / EXPORT_FOLDERS["merged"]
@@ -150,7 +150,10 @@ def _generate(parsed, console: Console) -> None:
         elif adapter is None:
             adapter = str(Path(parsed.model) / EXPORT_FOLDERS["peft"])
     base = resolve_checkpoint(source, parsed.revision if run is None else run.model.revision)
+    load_hf_config(base)  # says so if the folder is no model, or an adapter
+    dtype = parsed.dtype or (run.model.dtype if run else _stored_dtype(base))
     tokenizer = load_tokenizer(str(base))
+    tokenizer.chat_template = _run_template(Path(parsed.model)) or tokenizer.chat_template
     model = load_model(base, dtype=jnp.dtype(dtype))
     if adapter is not None:
         model = load_adapter(model, adapter)
@@ -189,6 +192,7 @@ def _prompt_tokens(tokenizer, text: str, parsed) -> list[int]:
 
 
 def _export(parsed, console: Console) -> None:
+    refuse_occupied(parsed.out)
     source = Path(parsed.source)
     run = _read_run(source)
     adapter = source / EXPORT_FOLDERS["peft"] if run is not None else source
@@ -199,7 +203,7 @@ def _export(parsed, console: Console) -> None:
     if not name:
         raise ValueError(f"{adapter / CONFIG_FILE} names no base model: pass --base")
     base = resolve_checkpoint(name, run.model.revision if run and not parsed.base else None)
-    dtype = jnp.dtype(parsed.dtype or (run.model.dtype if run else "bfloat16"))
+    dtype = jnp.dtype(parsed.dtype or (run.model.dtype if run else _stored_dtype(base)))
     model = load_adapter(load_model(base, dtype=dtype), adapter)
     found = export_model(
         model,
@@ -208,13 +212,28 @@ def _export(parsed, console: Console) -> None:
         base=base,
         base_name=str(name),
         card=write_card(run, parsed.format, {}) if run else None,
+        chat_template=_run_template(source),
     )
     console.print(
-        f"{parsed.format}: {parsed.out}\nverified: {found.tensors} tensors read back bit-equal, "
+        f"{parsed.format}: {parsed.out} (base in {dtype.name})\n"
+        f"verified: {found.tensors} tensors read back bit-equal, "
         f"logits differ by {found.logit_error:.1e} (accepted {found.bound:.0e})",
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _stored_dtype(base: Path) -> str:
+    """Returns the dtype that a checkpoint says it is in; bfloat16 if it says nothing."""
+    config = read_config(base)
+    return config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+
+
+def _run_template(folder: Path) -> str | None:
+    """Returns the chat template that a run was trained with, if it had its own."""
+    path = folder / CHAT_TEMPLATE_FILE
+    is_run = (folder / "config.yaml").is_file() and path.is_file()
+    return path.read_text(encoding="utf-8") if is_run else None
 
 
 def _read_run(folder: Path) -> RunConfig | None:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, ClassVar, Literal, override
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from lorax.config_file import ConfigError as ConfigError
 from lorax.config_file import read_model, write_yaml
@@ -291,6 +291,14 @@ class RunConfig(Section):
     log: LogConfig = LogConfig()
     mesh: MeshConfig = MeshConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_null_lora(cls, sections: Any) -> Any:
+        """Takes ``lora: null`` for no section, so that an override can remove one."""
+        if isinstance(sections, dict) and "lora" in sections and sections["lora"] is None:
+            return {name: value for name, value in sections.items() if name != "lora"}
+        return sections
+
     @field_validator("save")
     @classmethod
     def _resolve_export(cls, save: SaveConfig, info: ValidationInfo) -> SaveConfig:
@@ -302,10 +310,10 @@ class RunConfig(Section):
     @override
     def conflicts(self) -> Iterator[Conflict]:
         if self.model.adapter is not None and "lora" in self.model_fields_set:
-            yield "lora", "model.adapter brings its own settings: remove this section"
+            yield "lora", "model.adapter brings its own settings: remove it, or set lora=null"
         if self.train.method == "full":
             if "lora" in self.model_fields_set:
-                yield "lora", "train.method `full` has no adapter: remove this section"
+                yield "lora", "train.method `full` has no adapter: remove it, or set lora=null"
             if self.model.adapter is not None:
                 yield "model.adapter", "train.method `full` has no adapter: remove this key"
             if self.save.export != ("merged",):

@@ -64,7 +64,7 @@ class LoraConfig(Section):
 
     @override
     def conflicts(self) -> Iterator[Conflict]:
-        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+        if isinstance(self.target_modules, str) and self.layers_to_transform not in (None, ()):
             yield (
                 "layers_to_transform",
                 "needs target_modules as a list of name endings, as in PEFT; with a regular "

@@ -15,7 +15,8 @@ from jax.typing import DTypeLike
 from lorax.interop.files import open_tensors, read_headers, refuse_occupied
 from lorax.interop.huggingface import load_model, model_tensors, save_model
 from lorax.interop.peft import TENSOR_FILE, adapter_tensors, load_adapter, save_adapter
-from lorax.lora import lora_layers, merge_lora, unload_lora
+from lorax.lora import lora_layers
+from lorax.merge import merge_lora, unload_lora
 
 type ExportFormat = Literal["peft", "peft-portable", "merged"]
 
@@ -56,6 +57,7 @@ def export_model(
     base_name: str | None = None,
     dtype: DTypeLike | None = None,
     card: str | None = None,
+    chat_template: str | None = None,
 ) -> Verification:
     """Writes `model` in a format that others load, and verifies what was written.
 
@@ -68,6 +70,7 @@ def export_model(
         base_name: What the adapter records as its base; `base` if not given.
         dtype: Of merged weights; None is that of the base weights in `model`.
         card: Text of the README.md beside the files.
+        chat_template: Goes with a merged model instead of the base's.
 
     Returns:
         What the comparison showed.
@@ -79,7 +82,7 @@ def export_model(
     """
     refuse_occupied(directory)
     if format == "merged":
-        return _export_merged(model, Path(directory), base, dtype, card)
+        return _export_merged(model, Path(directory), base, dtype, card, chat_template)
     name = str(base_name or base)
     save_adapter(model, directory, format=format, base_model_name_or_path=name, card=card)
     return verify_adapter(model, directory, portable=format == "peft-portable")
@@ -99,7 +102,7 @@ def verify_adapter(model: Any, directory: str | Path, *, portable: bool = False)
     return _verified(model, reloaded, directory, count, bound)
 
 
-def _export_merged(model, directory: Path, base, dtype, card) -> Verification:
+def _export_merged(model, directory, base, dtype, card, chat_template) -> Verification:
     dtype = jnp.dtype(dtype or _weight_dtype(model))
     merged = merge_lora(model) if lora_layers(model) else model
     save_model(merged, directory, dtype=dtype, source_directory=base)
@@ -109,6 +112,8 @@ def _export_merged(model, directory: Path, base, dtype, card) -> Verification:
     reloaded = load_model(directory, dtype=model.dtype, param_dtype=dtype)
     bound = max(LOGIT_BOUNDS[dtype.name], LOGIT_BOUNDS[jnp.dtype(model.dtype).name])
     found = _verified(model, reloaded, directory, count, bound)
+    if chat_template is not None:
+        (directory / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
     if card is not None:
         (directory / "README.md").write_text(card, encoding="utf-8")
     return found

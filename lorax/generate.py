@@ -119,7 +119,7 @@ def stop_token_ids(directory: str | Path, tokenizer: Any = None) -> tuple[int, .
     if not found:
         raise ValueError(
             f"{directory}: neither {GENERATION_FILE}, {CONFIG_FILE} nor the tokenizer has an "
-            "eos_token_id; pass stop_ids yourself"
+            f"eos_token_id; add one to {GENERATION_FILE} (from Python: pass stop_ids)"
         )
     if not all(isinstance(i, int) and not isinstance(i, bool) for i in found):
         raise ValueError(

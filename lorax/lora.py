@@ -5,10 +5,18 @@ from collections.abc import Iterable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
 from jaxtyping import Array, Float, Key
 
 from lorax.config import LoraConfig
-from lorax.targets import Target, TargetError, is_saved, match_targets
+from lorax.targets import (
+    Target,
+    TargetError,
+    is_excluded,
+    is_saved,
+    is_target,
+    match_targets,
+)
 from lorax_kernels import lora_linear
 
 
@@ -127,7 +135,7 @@ def apply_lora[M: nnx.Module](model: M, config: LoraConfig, *, rngs: nnx.Rngs) -
     if any(isinstance(m, LoraLinear) for m in modules.values()):
         raise TargetError("the model carries adapters already; merge_lora it first")
     targets = targets_of(adapted, config)
-    references = _references(adapted)
+    references = module_references(adapted)
     trained_biases = _biases_to_train(modules, targets, config)
     tied = tied_modules(adapted)
     saved = [
@@ -149,12 +157,12 @@ def apply_lora[M: nnx.Module](model: M, config: LoraConfig, *, rngs: nnx.Rngs) -
             rngs=rngs,
         )
         for parent, key in references[id(base)]:
-            _set_child(parent, key, layer)
+            set_child(parent, key, layer)
         modules[target.name] = layer
     for name in trained_biases:
         module = modules[name]
         bias = nnx.Param(_trainable_value(module, vars(module)["bias"]))
-        _set_child(module, "bias", bias)
+        set_child(module, "bias", bias)
     return adapted
 
 
@@ -165,6 +173,7 @@ def targets_of(model: nnx.Module, config: LoraConfig) -> list[Target]:
         TargetError: As `apply_lora`.
     """
     modules, tied = named_modules(model), tied_modules(model)
+    _refuse_odd_layers(model, modules, config)
     linear = [n for n, m in modules.items() if is_adaptable(m)]
     head = "lm_head" if "lm_head" in linear else None
     try:
@@ -175,6 +184,23 @@ def targets_of(model: nnx.Module, config: LoraConfig) -> list[Target]:
             f"{name} is tied to {source}" for name, source in tied.items() if name in str(error)
         ]
         raise TargetError("; ".join([str(error), *names])) from None
+
+
+def _refuse_odd_layers(model, modules: dict[str, nnx.Module], config: LoraConfig) -> None:
+    """Refuses linear layers that would be targets but cannot be adapted, or cannot be found."""
+    for name, module in modules.items():
+        wanted = is_target(name, config, None) and not is_excluded(name, config)
+        if isinstance(module, nnx.Linear) and wanted and (reason := _obstacle(module)):
+            raise TargetError(
+                f"{name} cannot be adapted: {reason}. Leave it out with lora.exclude_modules"
+            )
+    known = {id(model), *map(id, modules.values())}
+    for path, module in nnx.iter_modules(model):
+        if id(module) not in known:
+            raise TargetError(
+                f"{'.'.join(map(str, path))} is held in a tuple, list or dict, where its layers "
+                "cannot be replaced; hold modules in nnx.List or nnx.Dict"
+            )
 
 
 def tied_modules(model: nnx.Module) -> dict[str, str]:
@@ -208,11 +234,20 @@ def named_modules(model: nnx.Module) -> dict[str, nnx.Module]:
 
 def is_adaptable(module: nnx.Module) -> bool:
     """Says whether `module` is a plain linear layer, with nothing of its own in `__call__`."""
-    return (
-        isinstance(module, nnx.Linear)
-        and type(module).__call__ is nnx.Linear.__call__
-        and module.dot_general is jax.lax.dot_general
-    )
+    return isinstance(module, nnx.Linear) and _obstacle(module) is None
+
+
+def _obstacle(linear: nnx.Linear) -> str | None:
+    """Returns what an adapted layer would not carry over from `linear`, or None."""
+    if type(linear).__call__ is not nnx.Linear.__call__:
+        return "it has a __call__ of its own"
+    if linear.dot_general is not jax.lax.dot_general or linear.promote_dtype is not promote_dtype:
+        return "it has a dot_general or promote_dtype of its own"
+    if linear.precision is not None:
+        return f"it sets precision={linear.precision}; set jax_default_matmul_precision instead"
+    if linear.kernel.ndim != 2:
+        return f"its kernel has shape {linear.kernel.shape}, of several layers at once"
+    return None
 
 
 def lora_layers(model: nnx.Module) -> dict[str, LoraLinear]:
@@ -236,97 +271,13 @@ def set_dropout_key(model: nnx.Module, key: Key[Array, ""]) -> None:
             layer.dropout_key = DropoutKey(jax.random.fold_in(key, index))
 
 
-def merge_lora[M: nnx.Module](model: M, *, keep_adapters: bool = False) -> M:
-    """Returns `model` with every update added to its kernel: ``W + scale · A·B``.
-
-    Sums in float32 and rounds once, as PEFT's `merge` does.
-
-    Args:
-        model: A model from `apply_lora`; it stays as it was.
-        keep_adapters: Keep A and B beside the merged kernel, so that `unmerge_lora` can take the
-            update out again; otherwise the layers become plain `nnx.Linear`.
-
-    Raises:
-        ValueError: If nothing is adapted, an update is not finite, or a layer is merged already.
-    """
-    merged = nnx.clone(model)
-    references, layers = _references(merged), lora_layers(merged)
-    if not layers:
-        raise ValueError("the model has no adapters to merge")
-    for name, layer in layers.items():
-        if layer.merged:
-            raise ValueError(f"{name} is merged already")
-        kernel = layer.merged_kernel()
-        if not bool(jnp.isfinite(kernel).all()):
-            raise ValueError(f"{name}: merging gives values that are not finite")
-        if keep_adapters:
-            layer.kernel, layer.merged = Frozen(kernel), True
-            continue
-        for parent, key in references[id(layer)]:
-            _set_child(parent, key, _plain_linear(layer, kernel))
-    return merged
-
-
-def unmerge_lora[M: nnx.Module](model: M) -> M:
-    """Takes the updates out of ``merge_lora(model, keep_adapters=True)``: ``W' - scale · A·B``.
-
-    Exact up to the rounding of `W'`, so in bfloat16 the result can differ from the original
-    kernel by one unit in the last place of `W'`.
-
-    Raises:
-        ValueError: If no layer is merged.
-    """
-    unmerged = nnx.clone(model)
-    layers = [layer for layer in lora_layers(unmerged).values() if layer.merged]
-    if not layers:
-        raise ValueError("no layer is merged: unmerge_lora undoes merge_lora(keep_adapters=True)")
-    for layer in layers:
-        kernel = layer.kernel[...]
-        base = (kernel.astype(jnp.float32) - layer.update()).astype(kernel.dtype)
-        layer.kernel, layer.merged = Frozen(base), False
-    return unmerged
-
-
-def unload_lora[M: nnx.Module](model: M) -> M:
-    """Returns `model` without its adapters: every adapted layer is its frozen base again.
-
-    Raises:
-        ValueError: If a layer is merged: its base is not known any more.
-    """
-    unloaded = nnx.clone(model)
-    references = _references(unloaded)
-    for name, layer in lora_layers(unloaded).items():
-        if layer.merged:
-            raise ValueError(f"{name} is merged; unmerge_lora first")
-        for parent, key in references[id(layer)]:
-            _set_child(parent, key, _plain_linear(layer, layer.kernel[...]))
-    return unloaded
-
-
-def _plain_linear(layer: LoraLinear, kernel: jax.Array) -> nnx.Linear:
-    linear = nnx.eval_shape(
-        lambda: nnx.Linear(
-            layer.in_features,
-            layer.out_features,
-            use_bias=layer.bias is not None,
-            dtype=layer.dtype,
-            param_dtype=kernel.dtype,
-            preferred_element_type=layer.output_dtype,
-            rngs=nnx.Rngs(0),
-        )
-    )
-    linear.kernel = nnx.Param(kernel)
-    if layer.bias is not None:
-        linear.bias = nnx.Param(layer.bias.get_value())
-    return linear
-
-
 def _check_rank(base: nnx.Linear, target: Target) -> None:
     largest = min(base.in_features, base.out_features)
     if not 1 <= target.r <= largest:
         raise TargetError(
             f"{target.name}: rank must be in [1, {largest}] for a {base.in_features} × "
-            f"{base.out_features} layer, got {target.r}; set it with lora.rank_pattern"
+            f"{base.out_features} layer, got {target.r}; "
+            "lower it with lora.rank_pattern, or leave the layer out"
         )
 
 
@@ -360,10 +311,10 @@ def _freeze(modules: Iterable[nnx.Module], keep: set[int]) -> None:
                     if trains
                     else Frozen(value.get_value())
                 )
-            _set_child(module, name, replaced[id(value)])
+            set_child(module, name, replaced[id(value)])
 
 
-def _references(root: nnx.Module) -> dict[int, list[tuple[nnx.Module, str]]]:
+def module_references(root: nnx.Module) -> dict[int, list[tuple[nnx.Module, str]]]:
     """Maps each module's id to every (parent, attribute) that holds it."""
     references: dict[int, list[tuple[nnx.Module, str]]] = {}
     for parent in (root, *named_modules(root).values()):
@@ -373,7 +324,8 @@ def _references(root: nnx.Module) -> dict[int, list[tuple[nnx.Module, str]]]:
     return references
 
 
-def _set_child(parent: nnx.Module, key: str, child: nnx.Module | nnx.Variable) -> None:
+def set_child(parent: nnx.Module, key: str, child: nnx.Module | nnx.Variable) -> None:
+    """Puts `child` where `parent` holds the attribute or list entry `key`."""
     if isinstance(parent, nnx.List):
         parent[int(key)] = child
     else:

@@ -88,7 +88,7 @@ def accumulate(
         leaf of `micro_batches` and `rest` has a leading axis of micro-batches. Call it under
         `jax.jit`.
     """
-    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+    value_and_grad = jax.value_and_grad(_checked(loss_fn), has_aux=True)
 
     def accumulated(parameters, micro_batches, *rest):
         wide = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -113,6 +113,23 @@ def accumulate(
         return divide(total), count, jax.tree.map(divide, gradients)
 
     return accumulated
+
+
+def _checked(loss_fn):
+    """Holds a loss to its contract, in words instead of a tracer's error."""
+
+    def checked(*arguments):
+        found = loss_fn(*arguments)
+        if isinstance(found, tuple) and len(found) == 2:
+            total, count = map(jnp.asarray, found)
+            if total.shape == count.shape == ():
+                return total, count
+        raise ValueError(
+            "loss_fn must return (sum of losses, count), two scalars, so that micro-batches can be "
+            f"weighted exactly: `return (nll * mask).sum(), mask.sum()`; got {found}"
+        )
+
+    return checked
 
 
 def _micro_batch_count(inputs) -> int:

@@ -8,37 +8,44 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from rich.console import Console
 
 from lorax.card import write_card
 from lorax.config import RunConfig, dump_config
-from lorax.data import EncodedDataset, load_encoded_dataset, load_tokenizer, render_example
-from lorax.evaluate import answer_rows, exact_match
+from lorax.data import (
+    BatchPlan,
+    EncodedDataset,
+    load_encoded_dataset,
+    load_tokenizer,
+)
+from lorax.evaluate import answer_rows, exact_match, last_answer
 from lorax.export import export_model
 from lorax.generate import stop_token_ids
 from lorax.interop.checkpoint import resolve_checkpoint
 from lorax.interop.files import refuse_occupied
 from lorax.interop.huggingface import load_hf_config, load_model
-from lorax.interop.peft import load_adapter, read_adapter_config
-from lorax.lora import apply_lora, lora_layers, targets_of
+from lorax.interop.peft import load_adapter, read_adapter_config, trains_base_weights
+from lorax.lora import apply_lora
 from lorax.metrics import RunLog, check_reporters, library_versions, memory_gib
 from lorax.models import CausalLM
+from lorax.optimizer import make_schedule
+from lorax.overview import report_data, report_model
 from lorax.report import (
-    ModuleRow,
     RunSummary,
     StepLine,
     draw_loss_curve,
     print_config,
-    print_example,
-    print_modules,
     print_summary,
     show_progress,
 )
+from lorax.sharding import make_mesh
 from lorax.targets import TargetError
 from lorax.train import Event, Trainer
+
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
+"""In a run's folder: the template it was trained with, where that is not the tokenizer's own."""
 
 EXPORT_FOLDERS = {"peft": "adapter", "peft-portable": "adapter-portable", "merged": "merged"}
 
@@ -52,12 +59,19 @@ class Inputs:
         tokenizer: Its tokenizer.
         train: Encoded rows to learn from.
         eval: Encoded held-out rows.
+        chat_template: Text of the run's own template; None where it is the tokenizer's.
     """
 
     base: Path
     tokenizer: Any
     train: EncodedDataset
     eval: EncodedDataset | None
+    chat_template: str | None
+
+    @property
+    def datasets(self) -> dict[str, EncodedDataset]:
+        """The data by name, training data first."""
+        return {"train": self.train} | ({} if self.eval is None else {"eval": self.eval})
 
 
 def load_inputs(config: RunConfig) -> Inputs:
@@ -74,36 +88,73 @@ def load_inputs(config: RunConfig) -> Inputs:
         sources, config.data, tokenizer, vocab_size=vocab_size
     )
     train = encode(config.data.train)
-    return Inputs(base, tokenizer, train, encode(config.data.eval) if config.data.eval else None)
+    held_out = encode(config.data.eval) if config.data.eval else None
+    return Inputs(base, tokenizer, train, held_out, _own_template(config))
 
 
-def abstract_model(config: RunConfig, base: Path) -> CausalLM:
-    """Returns the base model with shapes instead of weights."""
-    dtype = jnp.dtype(config.model.dtype)
-    architecture = load_hf_config(base)
-    return nnx.eval_shape(
-        lambda: CausalLM(architecture, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0))
-    )
+def _own_template(config: RunConfig) -> str | None:
+    if config.data.chat_template == "tokenizer":
+        return None
+    return Path(config.data.chat_template).read_text(encoding="utf-8-sig")
 
 
-def check_targets(config: RunConfig, base: Path) -> list[ModuleRow]:
+def check_targets(config: RunConfig, base: Path) -> nnx.Module | None:
     """Matches the adapter's settings against the model's names, without any weights.
+
+    Returns:
+        The adapted model with shapes instead of weights; None for a full fine-tune.
 
     Raises:
         ValueError: If a setting matches nothing, or a rank does not fit.
     """
     if config.train.method == "full":
-        return []
-    settings = read_adapter_config(config.model.adapter) if config.model.adapter else config.lora
-    model = abstract_model(config, base)
+        return None
+    adapter, dtype = config.model.adapter, jnp.dtype(config.model.dtype)
+    settings = read_adapter_config(adapter) if adapter else config.lora
+    architecture = load_hf_config(base)
+
+    def adapt():
+        model = CausalLM(
+            architecture,
+            dtype=dtype,
+            param_dtype=dtype,
+            attn_impl=config.model.attn_impl,
+            rngs=nnx.Rngs(0),
+        )
+        return apply_lora(model, settings, rngs=nnx.Rngs(0))
+
     try:
-        targets_of(model, settings)
-        adapted = nnx.eval_shape(lambda: apply_lora(model, settings, rngs=nnx.Rngs(0)))
+        adapted = nnx.eval_shape(adapt)
     except TargetError as error:
-        if config.model.adapter is None:
-            raise
-        raise TargetError(f"{config.model.adapter} does not fit {base}: {error}") from None
-    return module_rows(adapted)
+        place = f"{adapter} does not fit {base}: " if adapter else ""
+        raise TargetError(f"{place}{error}") from None
+    if "peft-portable" in config.save.export and trains_base_weights(adapted):
+        raise ValueError(
+            "save.export: peft-portable holds A and B only, but lora.bias or lora.modules_to_save "
+            "trains other weights too; export peft or merged"
+        )
+    return adapted
+
+
+def check_plan(config: RunConfig, inputs: Inputs) -> BatchPlan:
+    """Plans the batches as the trainer will, and checks devices and schedule against them.
+
+    Raises:
+        ValueError: If the mesh asks for absent devices, or the schedule does not fit the run.
+    """
+    train = config.train
+    plan = BatchPlan(
+        inputs.train,
+        rows_per_micro_batch=train.per_device_train_batch_size * make_mesh(config.mesh.data).size,
+        micro_batches=train.gradient_accumulation_steps,
+        packing=config.data.packing,
+        max_seq_length=config.data.max_seq_length,
+        seed=train.seed,
+        shuffle=config.data.shuffle,
+    )
+    steps = math.ceil(train.num_train_epochs * plan.steps_per_epoch)
+    make_schedule(train, train.max_steps if train.max_steps > 0 else steps)
+    return plan
 
 
 def build_model(config: RunConfig) -> CausalLM:
@@ -143,8 +194,9 @@ def run_training(config: RunConfig, console: Console) -> RunSummary:
     print_config(console, config)
     inputs = load_inputs(config)
     check_targets(config, inputs.base)
+    check_plan(config, inputs)
     console.rule("Data")
-    report_data(console, config, inputs)
+    report_data(console, config, inputs.datasets, inputs.tokenizer)
     console.rule("Model")
     model = build_model(config)
     report_model(console, config, model)
@@ -152,9 +204,7 @@ def run_training(config: RunConfig, console: Console) -> RunSummary:
     trainer = Trainer(model, config, inputs.train, inputs.eval, listeners=(recorder,))
     del model
     before = _score(config, trainer.model, inputs, console, "before training")
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-    (output / "versions.json").write_text(json.dumps(library_versions(), indent=2) + "\n")
+    _make_directory(output, config, inputs)
     console.rule("Training")
     with RunLog(output, config.log.report_to) as log:
         recorder.log = log
@@ -163,7 +213,7 @@ def run_training(config: RunConfig, console: Console) -> RunSummary:
             result = trainer.train()
     after = _score(config, trainer.model, inputs, console, "after training")
     console.rule("Export")
-    files = _export_all(config, trainer.model, inputs.base, console, result, (before, after))
+    files = _export_all(config, trainer.model, inputs, console, result, (before, after))
     if "jsonl" in config.log.report_to:
         draw_loss_curve(output / "metrics.jsonl", output / "loss.png", title=_title(config))
         files |= {"loss curve": str(output / "loss.png")}
@@ -185,68 +235,13 @@ def run_training(config: RunConfig, console: Console) -> RunSummary:
     return summary
 
 
-def report_data(console: Console, config: RunConfig, inputs: Inputs, rows: int = 1) -> None:
-    """Prints what was read, and a few rendered rows with their loss mask."""
-    for name, data in (("train", inputs.train), ("eval", inputs.eval)):
-        if data is None:
-            continue
-        report = data.report
-        console.print(
-            f"{name}: {report.rows_kept:,} of {report.rows_read:,} rows, {report.tokens:,} tokens, "
-            f"{report.supervised_tokens:,} supervised · format {report.format} · mask from "
-            f"{report.mask_source} · loss on {config.data.loss_on}",
-            highlight=False,
-            soft_wrap=True,
-        )
-        for count, what in (
-            (report.rows_truncated, "truncated to data.max_seq_length"),
-            (report.rows_dropped_overlong, "dropped, longer than data.max_seq_length"),
-            (report.rows_dropped_unsupervised, "dropped, without a supervised token"),
-        ):
-            if count:
-                console.print(f"{name}: {count:,} rows {what}", style="yellow", highlight=False)
-    for index in range(min(rows, len(inputs.train))):
-        pieces = render_example(inputs.train, index, inputs.tokenizer)
-        tokens, supervised = inputs.train.row(index)
-        print_example(console, pieces, targets=int(supervised.sum()), tokens=len(tokens))
-
-
-def report_model(console: Console, config: RunConfig, model: nnx.Module) -> None:
-    """Prints the adapted modules, or how much a full fine-tune trains."""
-    sizes = [math.prod(x.shape) for x in jax.tree.leaves(nnx.state(model, nnx.Param))]
-    total = sum(math.prod(x.shape) for x in jax.tree.leaves(nnx.state(model, nnx.Variable)))
-    if config.train.method == "full":
-        console.print(f"full fine-tuning of {sum(sizes):,} parameters in float32", highlight=False)
-        return
-    print_modules(console, module_rows(model), total)
-    others = sum(sizes) - sum(row.parameters for row in module_rows(model))
-    if others:
-        console.print(
-            f"also trained: {others:,} parameters (lora.bias, lora.modules_to_save)",
-            highlight=False,
-        )
-
-
-def module_rows(model: nnx.Module) -> list[ModuleRow]:
-    """Groups the adapted layers by the last two parts of their names, shape, rank and scale."""
-    groups: dict[tuple, int] = {}
-    for name, layer in lora_layers(model).items():
-        kind = ".".join(name.split(".")[-2:])
-        shape = (layer.in_features, layer.out_features)
-        key = (kind, *shape, layer.r, layer.scale)
-        groups[key] = groups.get(key, 0) + 1
-    return [
-        ModuleRow(
-            name=name,
-            count=count,
-            in_features=inputs,
-            out_features=outputs,
-            rank=rank,
-            scale=scale,
-            parameters=count * rank * (inputs + outputs),
-        )
-        for (name, inputs, outputs, rank, scale), count in groups.items()
-    ]
+def _make_directory(output: Path, config: RunConfig, inputs: Inputs) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    if inputs.chat_template is not None:
+        (output / CHAT_TEMPLATE_FILE).write_text(inputs.chat_template, encoding="utf-8")
+    versions = json.dumps(library_versions(), indent=2)
+    (output / "versions.json").write_text(versions + "\n", encoding="utf-8")
 
 
 class _Recorder:
@@ -297,13 +292,17 @@ def _score(config: RunConfig, model, inputs: Inputs, console: Console, when: str
         return None
     evaluated = nnx.clone(model)
     evaluated.eval()
+    # A template may end turns with a token that the base model does not stop at.
+    ends = {last_answer(inputs.train.row(i))[1][-1] for i in range(min(100, len(inputs.train)))}
+    trained_ends = ends & set(inputs.tokenizer.all_special_ids)
+    stop_ids = sorted({*stop_token_ids(inputs.base, inputs.tokenizer), *trained_ends})
     answers = answer_rows(
         evaluated,
         inputs.eval,
         inputs.tokenizer,
         rows=config.eval.exact_match_rows,
         max_new_tokens=config.eval.max_new_tokens,
-        stop_ids=stop_token_ids(inputs.base, inputs.tokenizer),
+        stop_ids=stop_ids,
     )
     score, shown = exact_match(answers), answers[0]
     console.print(
@@ -315,7 +314,7 @@ def _score(config: RunConfig, model, inputs: Inputs, console: Console, when: str
     return score
 
 
-def _export_all(config, model, base, console, result, scores) -> dict[str, str]:
+def _export_all(config, model, inputs: Inputs, console, result, scores) -> dict[str, str]:
     facts = {"optimizer steps": str(result.steps)}
     if result.eval_loss is not None:
         facts["held-out loss"] = f"{result.eval_loss_before:.4f} → {result.eval_loss:.4f}"
@@ -331,8 +330,9 @@ def _export_all(config, model, base, console, result, scores) -> dict[str, str]:
             model,
             folder,
             format,
-            base=base,
+            base=inputs.base,
             base_name=config.model.name_or_path,
+            chat_template=inputs.chat_template,
             dtype=jnp.dtype(config.model.dtype),
             card=write_card(config, format, facts),
         )

@@ -8,7 +8,8 @@ from collections.abc import Collection, Iterable, Sequence
 from lorax.config import LoraConfig
 
 _REGEX_HINT = (
-    ". A string is a regular expression over whole module names; for name endings write a list"
+    ". A string is a regular expression over whole module names; for name endings write a list, "
+    "such as [q_proj]"
 )
 
 

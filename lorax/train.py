@@ -17,6 +17,7 @@ from lorax.config import RunConfig
 from lorax.data import BatchPlan, EncodedDataset, prefetch
 from lorax.evaluate import Evaluator
 from lorax.interop.checkpoint import resolve_checkpoint
+from lorax.interop.files import refuse_occupied
 from lorax.interop.huggingface import save_model
 from lorax.interop.peft import save_adapter
 from lorax.lora import named_modules
@@ -95,7 +96,13 @@ class Trainer:
         self.total_steps = self._count_steps()
         self._refuse_empty_steps()
         plans = [self.plan]
+        if eval_data is None and config.eval.strategy != "no":
+            raise ValueError(
+                f"eval.strategy is {config.eval.strategy!r} but the Trainer got no eval_data"
+            )
         if eval_data is not None:
+            if not eval_data.supervised.any():
+                raise ValueError("the held-out rows hold no supervised token: nothing to evaluate")
             plans.append(self._plan(eval_data, config.eval.per_device_eval_batch_size * devices, 1))
         self.model = nnx.clone(model)
         self.model.train()
@@ -117,6 +124,7 @@ class Trainer:
         if train.method == "full":
             self._base = resolve_checkpoint(config.model.name_or_path, config.model.revision)
         self.output_dir = Path(config.save.output_dir)
+        refuse_occupied(self.output_dir / "weights")
         self.store = WeightStore(self.output_dir / "weights", self._write_weights)
         self.throughput = Throughput(model_size(self.model), list(self.mesh.devices.flat))
         self._mean_document = len(train_data.tokens) / len(train_data)
@@ -256,9 +264,8 @@ class Trainer:
         self._tell(event)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise FloatingPointError(
-                f"step {step}: loss {loss}, gradient norm {norm}. Stopped; the weights saved "
-                f"before it are in {self.store.directory}. Lower train.learning_rate, or look at "
-                "the rows of this step"
+                f"step {step}: loss {loss}, gradient norm {norm}. Stopped; "
+                f"{self.store.describe()}. Lower train.learning_rate, or look at its rows"
             )
         return event
 

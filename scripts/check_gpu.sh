@@ -6,7 +6,7 @@
 #
 # Needs the packages of pyproject.toml in `python3`, 40 GiB of disk, and an 80 GB GPU or larger.
 # Appends one row per run to OUT/step_h200.jsonl.
-set -uo pipefail
+set -euo pipefail
 commit=$1 call=$2 out=$3
 cd "$(dirname "$0")/.."
 export PYTHONPATH=.:kernels${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1

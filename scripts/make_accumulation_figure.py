@@ -9,6 +9,7 @@ split) and docs/images/gradient_accumulation.png.
 
 import datetime
 import json
+import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -152,6 +153,8 @@ def main() -> None:
     for b, g in NAIVE_SPLITS:
         curves[f"mean of means b{b}/g{g}"] = run(dataset, b, g, naive_step)
     versions = library_versions()
+    git = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=True)
     record = ROOT / "docs/measurements/gradient_accumulation.jsonl"
     with record.open("w", encoding="utf-8") as file:
         for split, losses in curves.items():
@@ -164,6 +167,7 @@ def main() -> None:
                 for name, losses in curves.items()
             },
             "versions": versions,
+            "commit": commit.stdout.strip(),
             "date": datetime.date.today().isoformat(),
         }
         file.write(json.dumps(summary) + "\n")

@@ -15,8 +15,27 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
+# Files that compile many models: minutes together, so `make check` leaves them to `make test`.
+SLOW_FILES = {
+    "test_cli_bad_inputs.py",
+    "test_cli_commands.py",
+    "test_generate.py",
+    "test_interop_huggingface.py",
+    "test_interop_peft.py",
+    "test_model_llama.py",
+    "test_model_parity.py",
+    "test_readme.py",
+    "test_train_accumulation.py",
+    "test_train_parity.py",
+    "test_train_trainer.py",
+}
+
+
 def pytest_collection_modifyitems(items):
-    """Skips what needs a GPU where there is none, by name and not by accident."""
+    """Marks the slow files, and skips what needs a GPU where there is none."""
+    for item in items:
+        if item.path.name in SLOW_FILES:
+            item.add_marker(pytest.mark.slow)
     if any(device.platform == "gpu" for device in jax.devices()):
         return
     for item in items:

@@ -16,6 +16,7 @@ ALLOWED = {
     "lorax.config_file": set(),
     "lorax.targets": {"lorax.config"},
     "lorax.lora": {"lorax.config", "lorax.targets", "lorax_kernels"},
+    "lorax.merge": {"lorax.lora"},
     "lorax.loss": {"lorax_kernels"},
     "lorax.sharding": set(),
     "lorax.optimizer": {"lorax.config"},
@@ -35,7 +36,7 @@ ALLOWED = {
     "lorax.generate": {"lorax.interop", "lorax.models"},
     "lorax.step": {"lorax.lora", "lorax.loss", "lorax.sharding"},
     "lorax.evaluate": {"lorax.data", "lorax.generate", "lorax.loss", "lorax.sharding"},
-    "lorax.export": {"lorax.interop", "lorax.lora"},
+    "lorax.export": {"lorax.interop", "lorax.lora", "lorax.merge"},
     "lorax.train": {
         "lorax.checkpoint",
         "lorax.config",
@@ -50,6 +51,7 @@ ALLOWED = {
         "lorax.sharding",
         "lorax.step",
     },
+    "lorax.overview": {"lorax.config", "lorax.data", "lorax.lora", "lorax.models", "lorax.report"},
     "lorax.run": {"lorax"},
     "lorax.cli": {"lorax"},
     "lorax": {"lorax"},  # the public names

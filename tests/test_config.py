@@ -438,7 +438,8 @@ def test_lora_config_takes_lists_and_tuples():
         r=8, target_modules=("q_proj",)
     )
     assert LoraConfig(modules_to_save=["lm_head"]).modules_to_save == ("lm_head",)  # pyright: ignore[reportArgumentType]
-    assert LoraConfig(layers_to_transform=[0, 2]).layers_to_transform == (0, 2)  # pyright: ignore[reportArgumentType]
+    config = LoraConfig(target_modules=["q_proj"], layers_to_transform=[0, 2])  # pyright: ignore[reportArgumentType]
+    assert config.layers_to_transform == (0, 2)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize(

@@ -212,5 +212,5 @@ def test_stop_tokens_are_collected_from_all_files(tmp_path):
 
 def test_a_checkpoint_without_stop_tokens_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="pass stop_ids yourself"):
+    with pytest.raises(ValueError, match="from Python: pass stop_ids"):
         stop_token_ids(tmp_path, SimpleNamespace(eos_token_id=None))

@@ -25,7 +25,8 @@ from transformers import (
 import lorax
 from lorax.interop.huggingface import load_model, save_model
 from lorax.interop.peft import adapter_tensors, load_adapter, save_adapter
-from lorax.lora import lora_layers, merge_lora
+from lorax.lora import lora_layers
+from lorax.merge import merge_lora
 
 SHAPE = {
     "vocab_size": 96,

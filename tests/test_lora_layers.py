@@ -282,11 +282,37 @@ def test_refuses_to_adapt_twice_and_to_train_nothing(net):
         lorax.make_train_step(plain, optax.sgd(0.1), lambda m, b: (0.0, 1))
 
 
-def test_a_layer_with_its_own_call_is_not_taken_for_a_plain_linear():
-    class Odd(nnx.Linear):
-        def __call__(self, x):
-            return super().__call__(x) * 2
+class Odd(nnx.Linear):
+    def __call__(self, x):
+        return super().__call__(x) * 2
 
-    model = nnx.List([Odd(4, 4, rngs=nnx.Rngs(0)), nnx.Linear(4, 4, rngs=nnx.Rngs(0))])
-    adapted = apply_lora(model, LoraConfig(r=2), rngs=nnx.Rngs(0))
-    assert set(lora_layers(adapted)) == {"1"}
+
+def linear(**options):
+    return nnx.Linear(4, 4, rngs=nnx.Rngs(0), **options)
+
+
+@pytest.mark.parametrize(
+    "layer, reason",
+    [
+        (lambda: Odd(4, 4, rngs=nnx.Rngs(0)), "a __call__ of its own"),
+        (lambda: linear(precision="highest"), "sets precision=highest"),
+        (lambda: linear(dot_general=lambda *a, **k: None), "dot_general or promote_dtype"),
+        (lambda: linear(promote_dtype=lambda x, **k: x), "dot_general or promote_dtype"),
+    ],
+)
+def test_a_layer_with_ways_of_its_own_is_refused_or_left_out_by_name(layer, reason):
+    model = nnx.List([layer(), linear()])
+    with pytest.raises(ValueError, match=f"0 cannot be adapted: .*{reason}.*exclude_modules"):
+        apply_lora(model, LoraConfig(r=2), rngs=nnx.Rngs(0))
+    config = LoraConfig(r=2, exclude_modules=["0"])
+    assert set(lora_layers(apply_lora(model, config, rngs=nnx.Rngs(0)))) == {"1"}
+
+
+def test_modules_in_tuples_are_refused_not_overlooked():
+    class Holder(nnx.Module):
+        def __init__(self):
+            self.fc = linear()
+            self.pair = nnx.data((linear(), linear()))
+
+    with pytest.raises(ValueError, match=r"pair.* is held in a tuple, list or dict"):
+        apply_lora(Holder(), LoraConfig(r=2, target_modules=["fc"]), rngs=nnx.Rngs(0))

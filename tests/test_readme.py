@@ -54,3 +54,10 @@ def test_the_stock_model_example_trains_and_saves(tmp_path, monkeypatch):
     code = code.replace('run"]', 'run", "train.max_steps=2"]')
     exec(compile(code, "README.md", "exec"), {"lorax": lorax, "jnp": jnp, "nnx": nnx})
     assert (tmp_path / "my-adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))])
+def test_every_link_leads_somewhere(page):
+    path = ROOT / page
+    for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
+        assert "://" in target or (path.parent / target).exists(), f"{page}: {target}"

@@ -191,6 +191,20 @@ def test_micro_batches_of_different_number_are_refused():
         run(jnp.float32(1), {"x": jnp.ones((2, 3)), "y": jnp.ones((3, 3))})
 
 
+@pytest.mark.parametrize(
+    "loss_fn",
+    [lambda p, b: (p * b).mean(), lambda p, b: (p * b, b), lambda p, b: ((p * b).sum(), 1, 2)],
+)
+def test_a_loss_that_is_no_sum_and_count_is_refused_in_words(loss_fn):
+    with pytest.raises(ValueError, match=r"must return \(sum of losses, count\)"):
+        accumulate(loss_fn)(jnp.float32(1), jnp.ones((2, 3)))
+
+
+def test_a_count_may_be_a_plain_number():
+    loss, count, _ = accumulate(lambda p, b: ((p * b).sum(), 3))(jnp.float32(2), jnp.ones((2, 3)))
+    assert (float(loss), float(count)) == (2.0, 6.0)
+
+
 def test_chunked_logits_give_the_same_loss_and_gradient(model, dataset, exact, monkeypatch):
     batch, whole = batch_of(dataset, 1), exact
     monkeypatch.setattr("lorax.loss.LOGIT_CHUNK_BYTES", 4 * 97 * ROWS * 8)

@@ -1,5 +1,10 @@
 """Data: rows of any format → chat template → tokens and loss mask → packed batches."""
 
+import os
+
+# transformers is here for tokenizers only: that PyTorch is missing is no news.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
 from lorax.data.batches import Batch, BatchPlan
 from lorax.data.dataset import EncodedDataset, EncodedRow, EncodeReport
 from lorax.data.encode import load_encoded_dataset

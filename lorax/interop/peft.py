@@ -149,6 +149,11 @@ def trained_base_tensors(model: nnx.Module) -> dict[str, np.ndarray]:
     return tensors
 
 
+def trains_base_weights(model: nnx.Module) -> bool:
+    """Says whether anything but A and B trains: biases or `modules_to_save`."""
+    return any(True for _ in _trained_variables(model))
+
+
 def save_adapter(
     model: nnx.Module,
     directory: str | Path,
@@ -250,6 +255,7 @@ def load_adapter[M: nnx.Module](model: M, directory: str | Path) -> M:
     found = {key: value for _, key, value in read_tensors([path])}
     expected = {key: value.shape for key, value in adapter_tensors(adapted).items()}
     _accept_base_copies(found, expected, adapted, path)
+    _refuse_untied(found, adapted, path)
     for label, keys in (
         ("lacks", expected.keys() - found.keys()),
         ("has unexpected", found.keys() - expected.keys()),
@@ -288,6 +294,21 @@ def _accept_base_copies(found, expected, model, path) -> None:
                     "another base"
                 )
             del found[key]
+
+
+def _refuse_untied(found: dict[str, np.ndarray], model: nnx.Module, path: Path) -> None:
+    """Refuses an adapter whose head and embedding were trained apart, on a model that ties them."""
+    for name, source in tied_modules(model).items():
+        pair = [f"{PREFIX}{n}.weight" for n in (source, name)]
+        present = [key for key in pair if key in found]
+        if not present:
+            continue
+        if len(present) < 2 or not np.array_equal(found[pair[0]], found[pair[1]]):
+            raise AdapterError(
+                f"{path}: {pair[0]} and {pair[1]} must both be there and equal, because the base "
+                f"model ties {name} to {source}; this adapter trained them apart "
+                "(ensure_weight_tying=false). Merge it with PEFT instead"
+            )
 
 
 def _adapted(model: nnx.Module) -> dict[str, LoraLinear]:

@@ -1,0 +1,99 @@
+"""What a run reads and what it trains, shown before it starts."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from rich.console import Console
+
+from lorax.config import RunConfig
+from lorax.data import EncodedDataset, Tokenizer, render_example
+from lorax.lora import lora_layers
+from lorax.models import CausalLM
+from lorax.models.attention import cudnn_obstacle, resolve_implementation
+from lorax.report import ModuleRow, print_example, print_modules
+
+
+def report_data(
+    console: Console,
+    config: RunConfig,
+    datasets: dict[str, EncodedDataset],
+    tokenizer: Tokenizer,
+    rows: int = 1,
+) -> None:
+    """Prints what was read, and a few rendered rows of the first dataset with their loss mask."""
+    for name, data in datasets.items():
+        report = data.report
+        console.print(
+            f"{name}: {report.rows_kept:,} of {report.rows_read:,} rows, {report.tokens:,} tokens, "
+            f"{report.supervised_tokens:,} supervised · format {report.format} · mask from "
+            f"{report.mask_source} · loss on {config.data.loss_on}",
+            highlight=False,
+            soft_wrap=True,
+        )
+        for count, what in (
+            (report.rows_truncated, "truncated to data.max_seq_length"),
+            (report.rows_dropped_overlong, "dropped, longer than data.max_seq_length"),
+            (report.rows_dropped_unsupervised, "dropped, without a supervised token"),
+        ):
+            if count:
+                console.print(f"{name}: {count:,} rows {what}", style="yellow", highlight=False)
+    first = next(iter(datasets.values()))
+    for index in range(min(rows, len(first))):
+        pieces = render_example(first, index, tokenizer)
+        tokens, supervised = first.row(index)
+        print_example(console, pieces, targets=int(supervised.sum()), tokens=len(tokens))
+
+
+def report_model(console: Console, config: RunConfig, model: CausalLM) -> None:
+    """Prints the adapted modules, or how much a full fine-tune trains."""
+    sizes = [math.prod(x.shape) for x in jax.tree.leaves(nnx.state(model, nnx.Param))]
+    total = sum(math.prod(x.shape) for x in jax.tree.leaves(nnx.state(model, nnx.Variable)))
+    console.print(f"attention: {_attention(config, model)}", highlight=False)
+    if config.train.method == "full":
+        console.print(f"full fine-tuning of {sum(sizes):,} parameters in float32", highlight=False)
+        return
+    print_modules(console, module_rows(model), total)
+    others = sum(sizes) - sum(row.parameters for row in module_rows(model))
+    if others:
+        console.print(
+            f"also trained: {others:,} parameters (lora.bias, lora.modules_to_save)",
+            highlight=False,
+        )
+
+
+def _attention(config: RunConfig, model: Any) -> str:
+    """Says what runs attention, and why it is not cuDNN on a GPU."""
+    dtype, head_dim = jnp.dtype(config.model.dtype), model.config.head_dim
+    packed = config.data.packing
+    runs = resolve_implementation(config.model.attn_impl, dtype, head_dim, packed=packed)
+    if runs == "cudnn":
+        return "cuDNN"
+    if config.model.attn_impl == "xla" or jax.default_backend() != "gpu":
+        return "XLA"
+    reason = cudnn_obstacle(dtype, head_dim, packed=packed)
+    return f"XLA, which writes all scores to memory, because cuDNN cannot run: {reason}"
+
+
+def module_rows(model: nnx.Module) -> list[ModuleRow]:
+    """Groups the adapted layers by the last two parts of their names, shape, rank and scale."""
+    groups: dict[tuple, int] = {}
+    for name, layer in lora_layers(model).items():
+        kind = ".".join(name.split(".")[-2:])
+        shape = (layer.in_features, layer.out_features)
+        key = (kind, *shape, layer.r, layer.scale)
+        groups[key] = groups.get(key, 0) + 1
+    return [
+        ModuleRow(
+            name=name,
+            count=count,
+            in_features=inputs,
+            out_features=outputs,
+            rank=rank,
+            scale=scale,
+            parameters=count * rank * (inputs + outputs),
+        )
+        for (name, inputs, outputs, rank, scale), count in groups.items()
+    ]
