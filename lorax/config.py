@@ -28,6 +28,14 @@ from lorax.config_types import (
 )
 
 
+def _default(section: Section, name: str) -> Any:
+    return type(section).model_fields[name].default
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join(f"`{name}`" for name in names)
+
+
 class ModelConfig(Section):
     """The base model.
 
@@ -197,6 +205,13 @@ class TrainConfig(Section):
         "wsd": "num_decay_steps",
     }
 
+    # Which optimizers read a key; elsewhere only its default is accepted.
+    _optimizer_keys: ClassVar[dict[str, tuple[str, ...]]] = {
+        "adam_beta1": ("adamw", "lion"),
+        "adam_beta2": ("adamw", "lion"),
+        "adam_epsilon": ("adamw",),
+    }
+
     @override
     def conflicts(self) -> Iterator[Conflict]:
         if self.warmup_ratio and self.warmup_steps:
@@ -219,6 +234,9 @@ class TrainConfig(Section):
         if schedule == "polynomial" and lr_end >= self.learning_rate:
             message = f"needs less than learning_rate ({self.learning_rate}), got {lr_end}"
             yield "lr_scheduler_kwargs.lr_end", message
+        for name, readers in self._optimizer_keys.items():
+            if self.optim not in readers and getattr(self, name) != _default(self, name):
+                yield name, f"optim `{self.optim}` does not read it, only {_listed(readers)} does"
 
 
 class EvalConfig(Section):
@@ -241,6 +259,16 @@ class EvalConfig(Section):
     exact_match: bool = False
     exact_match_rows: Count = 200
     max_new_tokens: Count = 64
+
+    @override
+    def conflicts(self) -> Iterator[Conflict]:
+        for name, is_read, reader in (
+            ("steps", self.strategy == "steps", "strategy: steps"),
+            ("exact_match_rows", self.exact_match, "exact_match: true"),
+            ("max_new_tokens", self.exact_match, "exact_match: true"),
+        ):
+            if not is_read and getattr(self, name) != _default(self, name):
+                yield name, f"is only read with eval.{reader}"
 
 
 class SaveConfig(Section):

@@ -25,6 +25,7 @@ SLOW_FILES = {
     "test_model_llama.py",
     "test_model_parity.py",
     "test_readme.py",
+    "test_run_settings.py",
     "test_train_accumulation.py",
     "test_train_parity.py",
     "test_train_trainer.py",
