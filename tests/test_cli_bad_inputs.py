@@ -191,7 +191,7 @@ CONFIG_FILES = {
     ),
     "lora section of a full run": (
         "lora:\n  r: 4\ntrain:\n  method: full\n",
-        r"run.yaml:8: lora: train.method `full` has no adapter: remove this section",
+        r"run.yaml:8: lora: train.method `full` has no adapter: remove it",
     ),
     "tab": (
         "lora:\n\tr: 4\n",
@@ -535,7 +535,7 @@ def test_a_bad_adapter_is_refused(good_adapter, here, refused, name):
 
 def test_a_lora_section_beside_an_adapter_is_refused(good_adapter, refused):
     refused(
-        r"lora: model.adapter brings its own settings: remove this section",
+        r"lora: model.adapter brings its own settings: remove it",
         "validate",
         "run.yaml",
         f"model.adapter={good_adapter}",

@@ -282,7 +282,7 @@ def test_every_format_is_exported_and_loads_again(trained, here, lorax_prints, f
     printed = lorax_prints(
         "export", trained / source, "--format", format, "--out", "out", "--dtype", "float32"
     )
-    assert f"{format}: out\n" in printed
+    assert f"{format}: out (base in float32)\n" in printed
     assert "tensors read back bit-equal, logits differ by" in printed
     if format == "merged":
         load_tokenizer("out")
