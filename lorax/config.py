@@ -260,16 +260,6 @@ class EvalConfig(Section):
     exact_match_rows: Count = 200
     max_new_tokens: Count = 64
 
-    @override
-    def conflicts(self) -> Iterator[Conflict]:
-        for name, is_read, reader in (
-            ("steps", self.strategy == "steps", "strategy: steps"),
-            ("exact_match_rows", self.exact_match, "exact_match: true"),
-            ("max_new_tokens", self.exact_match, "exact_match: true"),
-        ):
-            if not is_read and getattr(self, name) != _default(self, name):
-                yield name, f"is only read with eval.{reader}"
-
 
 class SaveConfig(Section):
     """What is written and where.

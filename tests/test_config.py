@@ -464,8 +464,6 @@ def test_defaults_are_not_shared():
     [
         ("train: {optim: sgd, adam_beta1: 0.8}", "train.adam_beta1: optim `sgd` does not read it"),
         ("train: {optim: lion, adam_epsilon: 1.0e-6}", "train.adam_epsilon: optim `lion` does not"),
-        ("eval: {steps: 7}", "eval.steps: is only read with eval.strategy: steps"),
-        ("eval: {max_new_tokens: 7}", "eval.max_new_tokens: is only read with eval.exact_match"),
     ],
 )
 def test_a_key_that_nothing_would_read_is_refused(write, text, message):
