@@ -181,7 +181,7 @@ def run_training(config: RunConfig, console: Console) -> RunSummary:
 
     Everything that can be checked is checked before the run directory is made: settings, data,
     targets, the checkpoint. Afterwards the directory holds config.yaml, versions.json,
-    metrics.jsonl, loss.png, the weights of some steps, and the exports.
+    metrics.jsonl, loss.png, the weights of some steps, the exports and summary.json.
 
     Raises:
         ValueError: Naming what cannot be used and what to do.
@@ -230,6 +230,8 @@ def run_training(config: RunConfig, console: Console) -> RunSummary:
         exact_match=(before, after),
         files=files,
     )
+    text = json.dumps(dataclasses.asdict(summary), indent=2)
+    (output / "summary.json").write_text(text + "\n", encoding="utf-8")
     console.rule("Result")
     print_summary(console, summary)
     return summary

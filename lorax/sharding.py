@@ -49,8 +49,3 @@ def place_parameters[T](tree: T, mesh: Mesh) -> T:
 def place_batch[T](batch: T, mesh: Mesh) -> T:
     """Puts a host batch of (micro-batches, rows, …) arrays onto the mesh."""
     return jax.device_put(batch, NamedSharding(mesh, BATCH_SPEC))
-
-
-def place_rows[T](batch: T, mesh: Mesh) -> T:
-    """Puts a host batch of (rows, …) arrays onto the mesh."""
-    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec(DATA_AXIS)))

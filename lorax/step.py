@@ -9,7 +9,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from lorax.lora import LoraLinear, named_modules, set_dropout_key, split_trainable
+from lorax.lora import named_modules, set_dropout_key, split_trainable
 from lorax.loss import Batch, LossFunction, accumulate, causal_lm_loss
 from lorax.sharding import place_parameters
 
@@ -35,6 +35,7 @@ class TrainStep:
     """``step(state, batch) -> (state, metrics)``; see `make_train_step`.
 
     Attributes:
+        compiled: The jitted or compiled function of (state, frozen, batch).
         frozen: The weights that no step changes, passed to every call.
     """
 
@@ -66,7 +67,8 @@ def make_train_step(
     function of (seed, step, micro-batch).
 
     Args:
-        model: A model from `apply_lora`, or any NNX model.
+        model: A model from `apply_lora`. Of any other NNX model every `nnx.Param` trains: a full
+            fine-tune.
         optimizer: Any optax transformation, clipping included.
         loss_fn: ``(model, micro_batch) -> (sum of losses, count)``.
         seed: Seed of the dropout masks.
@@ -126,8 +128,3 @@ def _refuse_batch_statistics(model: nnx.Module) -> None:
                 f"{name} would update batch statistics, which this step does not carry; freeze "
                 "them with model.set_attributes(use_running_average=True)"
             )
-
-
-def has_dropout(model: nnx.Module) -> bool:
-    """Says whether any adapted layer drops inputs in training."""
-    return any(isinstance(m, LoraLinear) and m.dropout for m in named_modules(model).values())
