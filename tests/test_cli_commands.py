@@ -150,8 +150,8 @@ def test_inspect_shows_settings_rows_with_their_mask_and_modules(here, lorax_pri
 def test_a_run_leaves_its_config_versions_and_card(trained):
     names = {path.name for path in trained.iterdir()}
     assert names == {
-        "adapter", "config.yaml", "loss.png", "metrics.jsonl", "summary.json", "tensorboard", "versions.json",
-        "weights",
+        "adapter", "config.yaml", "loss.png", "metrics.jsonl", "summary.json", "tensorboard",
+        "versions.json", "weights",
     }  # fmt: skip
     assert load_config(trained / "config.yaml") == load_config(trained.parent / "run.yaml")
     versions = json.loads((trained / "versions.json").read_text())
