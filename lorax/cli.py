@@ -215,9 +215,7 @@ def _export(parsed, console: Console) -> None:
         chat_template=_run_template(source),
     )
     console.print(
-        f"{parsed.format}: {parsed.out} (base in {dtype.name})\n"
-        f"verified: {found.tensors} tensors read back bit-equal, "
-        f"logits differ by {found.logit_error:.1e} (accepted {found.bound:.0e})",
+        f"{parsed.format}: {parsed.out} (base in {dtype.name})\nverified: {found.describe()}",
         highlight=False,
         soft_wrap=True,
     )

@@ -47,6 +47,13 @@ class Verification:
     logit_error: float
     bound: float
 
+    def describe(self) -> str:
+        """Says it in a line."""
+        return (
+            f"{self.tensors} tensors read back bit-equal, logits differ by "
+            f"{self.logit_error:.1e} (accepted {self.bound:.0e})"
+        )
+
 
 def export_model(
     model: Any,

@@ -42,7 +42,7 @@ from lorax.report import (
 )
 from lorax.sharding import make_mesh
 from lorax.targets import TargetError
-from lorax.train import Event, Trainer
+from lorax.train import Event, Trainer, count_steps, plan_training
 
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 """In a run's folder: the template it was trained with, where that is not the tokenizer's own."""
@@ -142,18 +142,8 @@ def check_plan(config: RunConfig, inputs: Inputs) -> BatchPlan:
     Raises:
         ValueError: If the mesh asks for absent devices, or the schedule does not fit the run.
     """
-    train = config.train
-    plan = BatchPlan(
-        inputs.train,
-        rows_per_micro_batch=train.per_device_train_batch_size * make_mesh(config.mesh.data).size,
-        micro_batches=train.gradient_accumulation_steps,
-        packing=config.data.packing,
-        max_seq_length=config.data.max_seq_length,
-        seed=train.seed,
-        shuffle=config.data.shuffle,
-    )
-    steps = math.ceil(train.num_train_epochs * plan.steps_per_epoch)
-    make_schedule(train, train.max_steps if train.max_steps > 0 else steps)
+    plan = plan_training(config, inputs.train, make_mesh(config.mesh.data).size)
+    make_schedule(config.train, count_steps(config, plan))
     return plan
 
 
@@ -340,8 +330,7 @@ def _export_all(config, model, inputs: Inputs, console, result, scores) -> dict[
         )
         console.print(f"{format}: {folder}", highlight=False, soft_wrap=True)
         console.print(
-            f"  verified: {found.tensors} tensors read back bit-equal, logits differ by "
-            f"{found.logit_error:.1e} (accepted {found.bound:.0e})",
+            f"  verified: {found.describe()}",
             highlight=False,
         )
         files[format] = str(folder)

@@ -88,12 +88,8 @@ class Trainer:
         self.config, self.listeners = config, listeners
         self.mesh = make_mesh(config.mesh.data)
         train, devices = config.train, self.mesh.size
-        self.plan = self._plan(
-            train_data,
-            train.per_device_train_batch_size * devices,
-            train.gradient_accumulation_steps,
-        )
-        self.total_steps = self._count_steps()
+        self.plan = plan_training(config, train_data, devices)
+        self.total_steps = count_steps(config, self.plan)
         self._refuse_empty_steps()
         plans = [self.plan]
         if eval_data is None and config.eval.strategy != "no":
@@ -103,7 +99,7 @@ class Trainer:
         if eval_data is not None:
             if not eval_data.supervised.any():
                 raise ValueError("the held-out rows hold no supervised token: nothing to evaluate")
-            plans.append(self._plan(eval_data, config.eval.per_device_eval_batch_size * devices, 1))
+            plans.append(plan_evaluation(config, eval_data, devices))
         self.model = nnx.clone(model)
         self.model.train()
         if config.data.packing:
@@ -180,24 +176,6 @@ class Trainer:
             best_step=best_step,
             stopped_early=stopped,
         )
-
-    def _plan(self, data: EncodedDataset, rows: int, micro_batches: int) -> BatchPlan:
-        config, is_training = self.config, not hasattr(self, "plan")
-        return BatchPlan(
-            data,
-            rows_per_micro_batch=rows,
-            micro_batches=micro_batches,
-            packing=config.data.packing,
-            max_seq_length=config.data.max_seq_length,
-            seed=config.train.seed,
-            shuffle=config.data.shuffle and is_training,
-        )
-
-    def _count_steps(self) -> int:
-        train = self.config.train
-        if train.max_steps > 0:
-            return train.max_steps
-        return math.ceil(train.num_train_epochs * self.plan.steps_per_epoch)
 
     def _epochs(self) -> Iterator[tuple[int, int]]:
         """Yields each epoch and how many of its steps are run."""
@@ -314,6 +292,39 @@ class Trainer:
     def _tell(self, event: Event) -> None:
         for listener in self.listeners:
             listener(event)
+
+
+def plan_training(config: RunConfig, data: EncodedDataset, devices: int) -> BatchPlan:
+    """Returns the batches of a run: its micro-batches, in an order given by its seed."""
+    return BatchPlan(
+        data,
+        rows_per_micro_batch=config.train.per_device_train_batch_size * devices,
+        micro_batches=config.train.gradient_accumulation_steps,
+        packing=config.data.packing,
+        max_seq_length=config.data.max_seq_length,
+        seed=config.train.seed,
+        shuffle=config.data.shuffle,
+    )
+
+
+def plan_evaluation(config: RunConfig, data: EncodedDataset, devices: int) -> BatchPlan:
+    """Returns the batches of the held-out rows, in the order of the data."""
+    return BatchPlan(
+        data,
+        rows_per_micro_batch=config.eval.per_device_eval_batch_size * devices,
+        micro_batches=1,
+        packing=config.data.packing,
+        max_seq_length=config.data.max_seq_length,
+        seed=config.train.seed,
+        shuffle=False,
+    )
+
+
+def count_steps(config: RunConfig, plan: BatchPlan) -> int:
+    """Returns the optimizer steps of a run: `max_steps` if it is set, else those of its epochs."""
+    if config.train.max_steps > 0:
+        return config.train.max_steps
+    return math.ceil(config.train.num_train_epochs * plan.steps_per_epoch)
 
 
 def _common_layout(plans: list[BatchPlan]) -> DocumentLayout:
