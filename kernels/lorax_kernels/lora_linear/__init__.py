@@ -1,3 +1,6 @@
-"""x·W0 + s·(x·A)·B with the gradients of x, A and B."""
+"""x·W0 + s·(x·A)·B with the gradients of x, A and B: one layer, a group, a SwiGLU pair."""
 
 from lorax_kernels.lora_linear.op import lora_linear as lora_linear
+from lorax_kernels.lora_linear.op import lora_linear_group as lora_linear_group
+from lorax_kernels.lora_linear.op import lora_swiglu as lora_swiglu
+from lorax_kernels.lora_linear.weights import LoraWeights as LoraWeights

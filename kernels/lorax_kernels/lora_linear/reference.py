@@ -4,24 +4,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from lorax_kernels.lora_linear.dropout import apply_dropout
+
 
 def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
     """Returns float64 for float64 operands and float32 for all others."""
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
-
-
-def apply_dropout(
-    x: Float[Array, "m k"], rate: float, key: Key[Array, ""] | None
-) -> Float[Array, "m k"]:
-    """Zeroes each element with probability `rate` and scales the others by ``1 / (1 - rate)``.
-
-    A pure function of `key`, so the backward pass draws the same mask again instead of storing it.
-    """
-    if rate == 0.0:
-        return x
-    assert key is not None
-    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
-    return jnp.where(keep, x / jnp.asarray(1.0 - rate, x.dtype), jnp.zeros((), x.dtype))
 
 
 def lora_linear_reference(

@@ -1,0 +1,49 @@
+"""The device that is being compiled for."""
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+
+import jax
+
+HOPPERS = ("H100", "H200", "H800", "GH200", "H20")
+
+_interpreted_cores: contextvars.ContextVar[int] = contextvars.ContextVar("cores", default=0)
+
+
+@contextlib.contextmanager
+def interpreted(cores: int) -> Iterator[None]:
+    """Says that kernels are interpreted on the CPU, as if it had `cores` multiprocessors."""
+    token = _interpreted_cores.set(cores)
+    try:
+        yield
+    finally:
+        _interpreted_cores.reset(token)
+
+
+def device_kind() -> str:
+    """Returns the kind of the device."""
+    abstract = jax.sharding.get_abstract_mesh().abstract_device
+    return abstract.device_kind if abstract is not None else jax.devices()[0].device_kind
+
+
+def core_count() -> int:
+    """Returns the number of multiprocessors."""
+    if cores := _interpreted_cores.get():
+        return cores
+    abstract = jax.sharding.get_abstract_mesh().abstract_device
+    if abstract is not None and abstract.num_cores:
+        return abstract.num_cores
+    return jax.devices()[0].core_count
+
+
+def runs_kernels() -> bool:
+    """Says whether the device has compute capability 9 (wgmma, and nothing newer), or pretends."""
+    if _interpreted_cores.get():
+        return True
+    abstract = jax.sharding.get_abstract_mesh().abstract_device
+    if abstract is not None:
+        return any(name in abstract.device_kind for name in HOPPERS)
+    device = jax.devices()[0]
+    capability = str(getattr(device, "compute_capability", ""))
+    return device.platform == "gpu" and capability.split(".")[0] == "9"

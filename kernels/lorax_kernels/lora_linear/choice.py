@@ -1,0 +1,93 @@
+"""Which implementation of `lora_linear` runs: decided at trace time from shapes and a table."""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from lorax_kernels.device import device_kind, runs_kernels
+from lorax_kernels.lora_linear.weights import LoraWeights
+
+type Kernels = Literal["auto", "pallas", "xla"]
+
+MAX_RANK = 256  # of a launch; a group of more is launched in parts
+
+
+def choose(
+    x, members: Sequence[LoraWeights], rate: float, kernels: Kernels, row_axes: Sequence[str]
+) -> Literal["pallas", "xla"]:
+    """Returns the implementation for this call.
+
+    Raises:
+        ValueError: If ``pallas`` is asked for where the kernel cannot run.
+    """
+    if kernels not in ("auto", "pallas", "xla"):
+        raise ValueError(f"kernels must be auto, pallas or xla, got {kernels!r}")
+    if kernels == "xla":
+        return "xla"
+    k, ns = members[0].w.shape[0], [member.w.shape[1] for member in members]
+    ranks = [member.a.shape[1] for member in members if member.a is not None]
+    shards = math.prod(axis_sizes(row_axes).values())
+    m = x.size // k // shards if x.size else 0
+    obstacle = find_obstacle(m, k, ns, ranks, x.dtype)
+    if obstacle is None and shards > 1:
+        if x.shape[0] % shards:
+            obstacle = f"x has {x.shape[0]} rows of rows, which {shards} shards do not divide"
+        elif rate and m % 16:
+            obstacle = f"with dropout a shard needs a multiple of 16 rows, got {m}"
+    if kernels == "pallas":
+        if obstacle is not None:
+            raise ValueError(f"kernels is pallas, but {obstacle}; use auto or xla")
+        return "pallas"
+    if obstacle is not None:
+        return "xla"
+    from lorax_kernels.tuning import is_faster
+
+    return "pallas" if is_faster(m, k, sum(ns), max(ranks, default=16)) else "xla"
+
+
+def find_obstacle(
+    m: int, k: int, ns: Sequence[int], ranks: Sequence[int], dtype, *, device: bool = True
+) -> str | None:
+    """Returns why the kernel cannot run these sizes on this device, or None if it can."""
+    if device and not runs_kernels():
+        return f"the kernel needs a Hopper GPU (H100, H200), and this is {device_kind()}"
+    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
+        return f"the kernel takes bfloat16 and float16, got {jnp.dtype(dtype)}"
+    if m < 1:
+        return "there are no rows"
+    for name, size in (("k", k), *(("n", n) for n in ns)):
+        if size % 64 or size < 128:
+            return f"{name} must be a multiple of 64 and at least 128, got {size}"
+    if ranks and max(ranks) > MAX_RANK:
+        return f"the rank must be at most {MAX_RANK}, got {max(ranks)}"
+    return None
+
+
+def split(members: Sequence[LoraWeights]) -> list[list[int]]:
+    """Divides a group into launches whose ranks fit side by side."""
+    parts: list[list[int]] = [[]]
+    total = 0
+    for index, member in enumerate(members):
+        r = 0 if member.a is None else -(-member.a.shape[1] // 64) * 64
+        if parts[-1] and total + r > MAX_RANK:
+            parts.append([])
+            total = 0
+        parts[-1].append(index)
+        total += r
+    return parts
+
+
+def axis_sizes(row_axes: Sequence[str]) -> dict[str, int]:
+    """Returns the sizes of those axes that the current mesh has and that divide something."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return {}
+    return {a: mesh.shape[a] for a in row_axes if mesh.shape.get(a, 1) > 1}
+
+
+def axes_in_mesh(row_axes: Sequence[str]) -> tuple[str, ...]:
+    """Returns the axes over which the rows are divided in the current mesh."""
+    return tuple(axis_sizes(row_axes))

@@ -1,0 +1,239 @@
+"""The first columns of the product, and h beside them: ``h = x·A`` without another read of x.
+
+The narrow product runs in the same loop, on the same tiles of x, into accumulators of its own. That
+slows a tile down by an eighth at rank 16, so only as many columns of tiles are made this way as
+occupy the device once; `grouped_matmul` makes the others with h as it finds it. Tiles of the first
+column write h.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from lorax_kernels.lora_linear.kernel import (
+    STEP,
+    MatmulConfig,
+    Feeder,
+    Multiplier,
+    Plan,
+    launch,
+    swizzled_memory,
+)
+
+
+class InlineTerm(NamedTuple):
+    """``lhs·rhs`` for the result and ``lhs·uᵀ`` for h.
+
+    Attributes:
+        lhs: (m, k).
+        rhs: (k, n), or (n, k) when the product is transposed.
+        u: (r, k).
+    """
+
+    lhs: jax.Array
+    rhs: jax.Array
+    u: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class _InlinePlan(Plan):
+    u: tuple[int, ...] = ()
+    b: int = 0
+    rank: int = 0
+    width: int = 0  # columns to compute, whole tiles
+
+    @property
+    def name(self) -> str:
+        return f"lora_inline_{'nt' if self.transposed else 'nn'}"
+
+    @property
+    def copies(self) -> int:
+        return 3
+
+    @property
+    def tiles(self) -> tuple[int, int]:
+        return super().tiles[0], self.width // self.tile_n
+
+
+def inline_matmul(
+    terms: Sequence[InlineTerm],
+    b: jax.Array,
+    *,
+    width: int,
+    config: MatmulConfig,
+    transposed: bool = False,
+    bias: jax.Array | None = None,
+    sms: int | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Computes ``h = Σ lhs·uᵀ`` and the first columns of ``Σ lhs·rhs + h·b (+ bias)``.
+
+    Args:
+        terms: The operands.
+        b: (r, n), or (n, r) when the product is transposed; r is 16, 32 or 64.
+        width: Columns to compute, in whole tiles; what the others hold is not defined.
+        config: How the product is cut.
+        transposed: Whether right operands are (n, k) and read as their transposes, in place.
+        bias: (n,) padded to whole tiles.
+        sms: CTAs to launch; None asks the device.
+
+    Returns:
+        The (m, n) result and h (m, r), in the operands' dtype.
+    """
+    arrays: list[jax.Array] = []
+
+    def place(array: jax.Array) -> int:
+        arrays.append(array)
+        return len(arrays) - 1
+
+    r = b.shape[1 if transposed else 0]
+    m, n = terms[0].lhs.shape[0], b.shape[0 if transposed else 1]
+    placed = tuple((place(t.lhs), (place(t.rhs),), 0, t.lhs.shape[1]) for t in terms)
+    plan = _InlinePlan(
+        config=config,
+        epilogue="store",
+        transposed=transposed,
+        rate=0.0,
+        m=m,
+        columns=(n,),
+        terms=(placed,),
+        masked_steps=0,
+        seed=None,
+        bias=None if bias is None else place(bias),
+        tail=None,
+        outputs=2,
+        u=tuple(place(t.u) for t in terms),
+        b=place(b),
+        rank=r,
+        width=width,
+    )
+    dtype, c = terms[0].lhs.dtype, config
+    # The matrix unit wants both operands of h·b in one swizzle, that of h's short rows.
+    rows = functools.partial(swizzled_memory, dtype=dtype, minor=min(r, STEP))
+    y, h = launch(
+        _kernel,
+        plan,
+        dtype,
+        [jax.ShapeDtypeStruct((m, n), dtype), jax.ShapeDtypeStruct((m, r), dtype)],
+        sms,
+        u_ring=swizzled_memory((c.stages, r, STEP), dtype),
+        h_box=rows((2, c.block_m // 2, r)),
+        b_box=rows((c.block_n, r) if transposed else (r, c.block_n)),
+        b_full=plgpu.Barrier(),
+        b_empty=plgpu.Barrier(num_arrivals=2),
+    )(*arrays)
+    return y, h
+
+
+def _kernel(plan: _InlinePlan, *refs, u_ring, h_box, b_box, b_full, b_empty, **scratch) -> None:
+    more = {"u_ring": u_ring, "h_box": h_box, "b_box": b_box, "b_full": b_full, "b_empty": b_empty}
+    multiplying, feeding = plan.registers
+
+    def feed():
+        plgpu.set_max_registers(feeding, action="decrease")
+        role = _InlineFeeder(plan, refs, **scratch)
+        vars(role).update(more)
+        role.run()
+
+    def multiply():
+        plgpu.set_max_registers(multiplying, action="increase")
+        role = _InlineMultiplier(plan, refs, **scratch)
+        vars(role).update(more)
+        role.run()
+
+    lax.cond(lax.axis_index("warpgroup") == 2, feed, multiply)
+
+
+class _InlineFeeder(Feeder):
+    plan: _InlinePlan
+
+    def run(self) -> None:
+        super().run()
+        rows, columns = self.plan.tiles
+        mine = lax.axis_index("sm") < rows // self.config.cluster * columns
+
+        @pl.when(mine)
+        def _():
+            plgpu.barrier_wait(self.b_empty)
+
+    def feed_tile(self, row, column, count):
+        plan = self.plan
+        first = count == 0
+        for (lhs, rhs, _, k), u in zip(plan.terms[0], plan.u, strict=True):
+            steps = -(-k // STEP)
+
+            @pl.loop(0, steps)
+            def _step(s, count=count, lhs=lhs, rhs=rhs, u=u):
+                k0 = s * STEP
+                self.copy(count + s, row, self.inputs[lhs], k0, rhs, k0, column * plan.tile_n)
+                slot = self.slot(count + s)
+                source = self.inputs[u].at[:, pl.ds(k0, STEP)]
+                plgpu.copy_gmem_to_smem(source, self.u_ring.at[slot], self.full.at[slot])
+
+            count += steps
+
+        # b has one buffer, free once the last tile's h·b is done, and is awaited last.
+        @pl.when(jnp.logical_not(first))
+        def _():
+            plgpu.barrier_wait(self.b_empty)
+
+        ns = pl.ds(column * plan.tile_n, plan.tile_n)
+        source = self.inputs[plan.b].at[ns, :] if plan.transposed else self.inputs[plan.b].at[:, ns]
+        plgpu.copy_gmem_to_smem(source, self.b_box, self.b_full)
+        return count
+
+
+class _InlineMultiplier(Multiplier):
+    plan: _InlinePlan
+
+    def multiply_tile(self, row, column, count):
+        plan = self.plan
+        steps = plan.steps(0)
+        accumulate = functools.partial(self.accumulate_both, row, column, count, steps)
+        total = pl.run_scoped(
+            accumulate,
+            plgpu.ACC((plan.warpgroup_m, plan.tile_n), jnp.float32),
+            plgpu.ACC((plan.warpgroup_m, plan.rank), jnp.float32),
+        )
+        self.store([total], row, column, count)
+        return count + steps
+
+    def accumulate_both(self, row, column, count, steps, wide, narrow):
+        plan = self.plan
+
+        @pl.loop(0, steps)
+        def _step(s):
+            slot = self.slot(count + s)
+            plgpu.barrier_wait(self.full.at[slot])
+            lhs = self.lhs_rows(slot)
+            plgpu.wgmma(narrow, lhs, self.u_ring.at[slot].transpose((1, 0)))
+            plgpu.wgmma(wide, lhs, self.rhs_view(0, slot))
+            plgpu.wgmma_wait(2)
+
+            @pl.when(s > 0)
+            def _():
+                plgpu.barrier_arrive(self.empty.at[self.slot(count + s - 1)])
+
+        h = narrow[...].astype(self.h_box.dtype)
+        plgpu.barrier_arrive(self.empty.at[self.slot(count + steps - 1)])
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last tile's h must have left
+        box = self.h_box.at[self.warpgroup]
+        box[...] = h
+        plgpu.commit_smem()
+        plgpu.barrier_wait(self.b_full)
+        plgpu.wgmma(wide, box, self.b_box.transpose((1, 0)) if plan.transposed else self.b_box)
+        total = wide[...]
+        plgpu.barrier_arrive(self.b_empty)
+
+        @pl.when(column == 0)
+        def _():
+            m0 = row * self.config.block_m + self.warpgroup * plan.warpgroup_m
+            plgpu.copy_smem_to_gmem(box, self.outputs[1].at[pl.ds(m0, plan.warpgroup_m), :])
+
+        return total

@@ -1,0 +1,37 @@
+"""Running the GPU kernels on a CPU: interpreted, with every race between threads recorded."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import jax.experimental.pallas.mosaic_gpu as plgpu
+from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+
+from lorax_kernels.device import interpreted
+
+
+@dataclass
+class Races:
+    """What the interpreter saw; read it after the results are there."""
+
+    def found(self) -> bool:
+        """Says whether two threads touched one place without an order between them."""
+        return bool(interpret_pallas_call.get_races().races_found)
+
+
+@contextlib.contextmanager
+def interpret(cores: int = 3) -> Iterator[Races]:
+    """Interprets Mosaic GPU kernels on the CPU, as on a device with `cores` multiprocessors.
+
+    What it does not see: products of the matrix units run at once, so a ring slot that is freed
+    while its product is still running goes unnoticed.
+    """
+    interpret_pallas_call.reset_gpu_interpret_mode_state()
+    try:
+        with (
+            interpreted(cores),
+            plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)),
+        ):
+            yield Races()
+    finally:
+        interpret_pallas_call.reset_gpu_interpret_mode_state()

@@ -1,0 +1,103 @@
+"""Timing programs against each other on a device whose clocks will not hold still.
+
+A GPU slows down as it warms up and draws power, so times taken minutes apart differ by a tenth.
+Programs are timed in turns, and what counts is the median over the turns of the ratio to the first
+program, measured within the same turn.
+"""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+
+# Products through cuBLAS, which folds a sum into the product; and no merging of products that share
+# an operand, which copies their weights side by side in every call.
+CUBLAS_ONLY = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """How long one call takes.
+
+    Attributes:
+        us: Median over the turns, microseconds.
+        ratio: Median over the turns of the time over the first program's.
+    """
+
+    us: float
+    ratio: float
+
+
+def compile_all(
+    programs: Mapping[str, tuple[Callable[..., Any], dict[str, Any] | None]],
+    operands: Sequence[Sequence[Any]],
+    threads: int = 12,
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Compiles programs at once, each running its function on every operand set in one dispatch.
+
+    Args:
+        programs: Name → (function, compiler options).
+        operands: The sets, as consecutive layers would bring them: no set is in the cache twice.
+        threads: Compilations at a time.
+
+    Returns:
+        Name → compiled program, and name → what went wrong.
+    """
+
+    def build(item):
+        name, (function, options) = item
+        every = jax.jit(lambda sets: [function(*one) for one in sets])
+        try:
+            return name, every.lower(operands).compile(compiler_options=options)
+        except Exception as error:  # one candidate that does not compile must not end the rest
+            return name, f"{type(error).__name__}: {str(error)[:200]}"
+
+    with ThreadPoolExecutor(threads) as pool:
+        built = list(pool.map(build, programs.items()))
+    failed = {name: result for name, result in built if isinstance(result, str)}
+    return {name: result for name, result in built if name not in failed}, failed
+
+
+def time_interleaved(
+    compiled: Mapping[str, Any],
+    operands: Sequence[Sequence[Any]],
+    *,
+    turns: int = 9,
+    turn_ms: float = 12.0,
+) -> dict[str, Timing]:
+    """Times compiled programs in turns and returns each one's time per operand set.
+
+    Args:
+        compiled: Name → program; the first is what the others are compared with.
+        operands: The sets that the programs take.
+        turns: Turns of every program.
+        turn_ms: Least length of a turn.
+    """
+    repeats = {}
+    for name, program in compiled.items():
+        jax.block_until_ready(program(operands))
+        begin = time.perf_counter()
+        jax.block_until_ready(program(operands))
+        repeats[name] = max(1, round(turn_ms / 1e3 / (time.perf_counter() - begin)))
+    times: dict[str, list[float]] = {name: [] for name in compiled}
+    for _ in range(turns):
+        for name, program in compiled.items():
+            begin = time.perf_counter()
+            for _ in range(repeats[name]):
+                result = program(operands)
+            jax.block_until_ready(result)
+            elapsed = time.perf_counter() - begin
+            del result
+            times[name].append(elapsed * 1e6 / repeats[name] / len(operands))
+    first = next(iter(times.values()))
+    return {
+        name: Timing(
+            statistics.median(series),
+            statistics.median(t / base for t, base in zip(series, first, strict=True)),
+        )
+        for name, series in times.items()
+    }

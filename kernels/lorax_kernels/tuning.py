@@ -1,0 +1,165 @@
+"""Which kernel runs with which tiles: a table measured on the device, and rules where it is silent.
+
+Nothing is timed here or inside a trace. `scripts/tune_kernels.py` measures and writes
+``tuned/<device>.json``; see `Table`.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from lorax_kernels.device import core_count, device_kind
+from lorax_kernels.lora_linear.kernel import STEP, Epilogue, MatmulConfig
+from lorax_kernels.lora_linear.skinny import COLUMNS, ROWS, SkinnyConfig
+
+TUNED = Path(__file__).parent / "tuned"
+RING_BYTES = 176 * 1024  # of shared memory for a skinny kernel's ring
+FAR = math.log(2.0)  # a shape is of a measured class if no side differs by more than this factor
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """What was measured on one device.
+
+    Attributes:
+        path: The file.
+        matmul: Rows {"transposed", "epilogue", "m", "k", "n", "config"}: the fastest tiles.
+        linear: Rows {"m", "k", "n", "r", "ours_us", "xla_us"}: whole operations, both ways, forward
+            and backward.
+    """
+
+    path: Path
+    matmul: tuple[dict[str, Any], ...]
+    linear: tuple[dict[str, Any], ...]
+
+
+@functools.cache
+def load_table(path: Path) -> Table:
+    """Reads a table.
+
+    Raises:
+        ValueError: If the file is not a table.
+    """
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        matmul = tuple(fields["matmul"])
+        for row in matmul:
+            MatmulConfig(**row["config"])
+        return Table(path, matmul, tuple(fields["linear"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a table of tuned kernels: {error!r}") from None
+
+
+def find_table(device_kind: str) -> Table | None:
+    """Returns the table of a device, or None if none was measured there."""
+    path = TUNED / f"{device_kind.lower().replace(' ', '_')}.json"
+    return load_table(path) if path.exists() else None
+
+
+def _distance(row: dict[str, Any], sizes: dict[str, int]) -> float:
+    return max(abs(math.log(row[side] / size)) for side, size in sizes.items())
+
+
+def matmul_config(
+    m: int, k: int, n: int, *, transposed: bool, epilogue: Epilogue = "store"
+) -> MatmulConfig:
+    """Returns the tiles for a product: those of the nearest measured shape, or the default."""
+    table = find_table(device_kind())
+    rows = [
+        row
+        for row in (table.matmul if table else ())
+        if row["transposed"] == transposed and row["epilogue"] == epilogue
+    ]
+    if not rows:
+        return MatmulConfig()
+    sizes = {"m": m, "k": k, "n": n}
+    nearest = min(rows, key=lambda row: _distance(row, sizes))
+    return MatmulConfig(**nearest["config"])
+
+
+def is_faster(m: int, k: int, n: int, r: int) -> bool:
+    """Says whether the kernel beat XLA at the nearest measured shape, forward and backward."""
+    table = find_table(device_kind())
+    sizes = {"m": m, "k": k, "n": n, "r": r}
+    rows = [row for row in (table.linear if table else ()) if _distance(row, sizes) <= FAR]
+    if not rows:
+        return False
+    nearest = min(rows, key=lambda row: _distance(row, sizes))
+    return nearest["ours_us"] < nearest["xla_us"]
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def project_config(m: int, c: int, r: int, sms: int | None = None) -> SkinnyConfig:
+    """Returns how to cut ``t·uᵀ``: as few parts as keep every multiprocessor reading."""
+    rows, sms = _cdiv(m, 64), sms or core_count()
+    parts = 1 if rows >= sms * 3 // 4 else min(_cdiv(sms, rows), _cdiv(c, 8 * COLUMNS))
+    boxes = 4 if r <= STEP else 2
+    slot = boxes * STEP * (64 + r) * 2
+    block_c = _cdiv(_cdiv(c, parts), boxes * STEP) * boxes * STEP
+    return SkinnyConfig(1, block_c, min(8, RING_BYTES // slot), boxes)
+
+
+def gradient_config(
+    m: int, c: int, r: int, u_rank: int = 0, sms: int | None = None
+) -> SkinnyConfig:
+    """Returns how to cut ``tᵀ·v``, with ``t·uᵀ`` in the same pass if `u_rank` is not 0."""
+    sms, wide = sms or core_count(), _cdiv(r, STEP) * STEP
+    tiles = min(2, max(1, 256 // wide // 2))  # the sums of a block's tiles stay in registers
+    columns, chunks = _cdiv(c, tiles * COLUMNS), _cdiv(m, ROWS)
+
+    def cost(blocks: int) -> float:
+        waves = _cdiv(blocks * columns, sms)
+        return waves * (chunks / blocks + 1.5) + 0.25 * blocks
+
+    row_blocks = min(range(1, chunks + 1), key=cost)
+    slot = 2 * STEP * (ROWS + u_rank) * 2
+    v_slots = 2 if wide <= 2 * STEP else 1
+    rest = v_slots * ROWS * wide * 2 + 2 * 64 * (STEP + u_rank % STEP) * 4
+    stages = min(6, (220 * 1024 - rest) // slot)
+    return SkinnyConfig(row_blocks, tiles * COLUMNS, stages, v_slots=v_slots)
+
+
+INLINE_COST = {16: 0.13, 32: 0.18, 64: 0.25}  # of a tile's time, by rank
+TILE_SECONDS_PER_K = 128 * 256 * 2 / 5.3e12  # per step of the contraction, at 700 TFLOP/s
+STREAM_BYTES_PER_S = 3.6e12
+LAUNCH_SECONDS = 4e-6
+
+
+def inline_width(m: int, k: int, n: int, n0: int, r: int, sms: int | None = None) -> int:
+    """Returns how many columns to make together with h, or 0 if h is better made on its own.
+
+    Args:
+        m: Rows.
+        k: Contraction.
+        n: Columns of the whole group.
+        n0: Columns of its first member, among which they must lie.
+        r: Rank of the group, as `padded_rank` returns it.
+        sms: Multiprocessors; None asks the device.
+    """
+    if r not in INLINE_COST:
+        return 0
+    config, sms = inline_config(r), sms or core_count()
+    rows, columns = _cdiv(m, config.block_m), _cdiv(n, config.block_n)
+    tile = TILE_SECONDS_PER_K * k
+    waves = lambda tiles: _cdiv(tiles, sms)
+
+    def cost(width: int) -> float:
+        inline = waves(rows * width) * (1.0 + INLINE_COST[r])
+        return (inline + waves(rows * (columns - width))) * tile
+
+    width = min(range(1, max(1, n0 // config.block_n) + 1), key=cost)
+    apart = waves(rows * columns) * tile + m * k * 2 / STREAM_BYTES_PER_S
+    if n0 < config.block_n or cost(width) > apart:
+        return 0
+    return width * config.block_n
+
+
+def inline_config(r: int) -> MatmulConfig:
+    """Returns the tiles of `inline_matmul`, which keeps three more buffers in shared memory."""
+    return MatmulConfig(stages=3, store_n=64 if r <= 32 else 32, store_slots=2 if r <= 32 else 1)

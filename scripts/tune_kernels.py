@@ -1,0 +1,182 @@
+"""Finds the fastest tiles for the products of real models and writes the table that lorax reads.
+
+    python scripts/tune_kernels.py --commit abc1234                          # on the GPU, minutes
+    python scripts/tune_kernels.py --adopt docs/measurements/kernels_h200.jsonl   # anywhere
+
+The first form times every candidate against cuBLAS in turns and writes the product's rows of
+``kernels/lorax_kernels/tuned/<device>.json``. The second copies in, from a benchmark's rows, where
+the whole operation beat XLA: only there does ``kernels: auto`` run the kernel.
+"""
+
+import argparse
+import datetime
+import json
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from lorax_kernels.lora_linear.kernel import Epilogue, MatmulConfig, Term, grouped_matmul
+from lorax_kernels.lora_linear.skinny import padded_rank
+from lorax_kernels.timing import CUBLAS_ONLY, compile_all, time_interleaved
+from lorax_kernels.tuning import TUNED
+from lorax_kernels.workloads import SIZES, Workload, model_workloads
+
+RANK = 16
+CANDIDATES = [
+    MatmulConfig(raster_minor=0, raster_width=16),
+    MatmulConfig(raster_minor=1, raster_width=8),
+    MatmulConfig(cluster=2, raster_minor=0, raster_width=8),
+    MatmulConfig(cluster=2, raster_minor=1, raster_width=8),
+    MatmulConfig(cluster=2, raster_minor=1, raster_width=4),
+    MatmulConfig(stages=3, store_slots=4, raster_minor=0, raster_width=16),
+    MatmulConfig(stages=3, store_slots=4, cluster=2, raster_minor=1, raster_width=8),
+    MatmulConfig(block_m=256, block_n=128, cluster=2, raster_minor=1, raster_width=8),
+    MatmulConfig(block_n=192, stages=4, cluster=2, raster_minor=0, raster_width=8),
+]
+SWIGLU_CANDIDATES = CANDIDATES[:5]
+
+
+def draw(seed: int, shape: tuple[int, ...], deviation: float) -> jax.Array:
+    """Returns normal numbers in bfloat16."""
+    values = jax.random.normal(jax.random.key(seed), shape, jnp.float32) * deviation
+    return values.astype(jnp.bfloat16)
+
+
+def operand_sets(workload: Workload, m: int, transposed: bool, count: int = 3):
+    """Returns operands of the product with the update's step, each set its own."""
+    make = jax.jit(draw, static_argnums=(1, 2))
+    r = padded_rank(RANK * len(workload.ns))
+    sets = []
+    for i in range(count):
+        weights = [make(i + 10 * j, (workload.k, n), 0.02) for j, n in enumerate(workload.ns)]
+        if transposed:
+            wide = [make(100 + i + 10 * j, (m, n), 1.0) for j, n in enumerate(workload.ns)]
+            narrow = [make(300 + i, (workload.k, r), 0.1)]
+        else:
+            wide = [make(100 + i, (m, workload.k), 1.0)]
+            narrow = [make(300 + i + j, (r, n), 0.1) for j, n in enumerate(workload.ns)]
+        sets.append((wide, weights, make(200 + i, (m, r), 1.0), narrow))
+    return sets
+
+
+def programs_of(workload: Workload, transposed: bool, epilogue: Epilogue):
+    """Returns cuBLAS and every candidate as name → (function, options)."""
+
+    def base(wide, weights, h, narrow):
+        if transposed:
+            return [dy @ w.T for dy, w in zip(wide, weights, strict=True)]
+        y = [wide[0] @ w for w in weights]
+        return jax.nn.silu(y[0]) * y[1] if epilogue == "swiglu" else y
+
+    def candidate(config):
+        def run(wide, weights, h, narrow):
+            if transposed:
+                terms = [Term(dy, (w,)) for dy, w in zip(wide, weights, strict=True)]
+                groups = [[*terms, Term(h, (narrow[0],))]]
+            elif epilogue == "store":
+                groups = [
+                    [Term(wide[0], (w,)), Term(h, (b,))]
+                    for w, b in zip(weights, narrow, strict=True)
+                ]
+            else:
+                groups = [[Term(wide[0], tuple(weights)), Term(h, tuple(narrow))]]
+            return grouped_matmul(groups, config=config, transposed=transposed, epilogue=epilogue)
+
+        return run
+
+    candidates = CANDIDATES if epilogue == "store" else SWIGLU_CANDIDATES
+    named = {json.dumps(changed(c)): (candidate(c), None) for c in candidates}
+    return {"cublas": (base, CUBLAS_ONLY), **named}
+
+
+def changed(config: MatmulConfig) -> dict[str, int]:
+    """Returns what differs from the default."""
+    default = vars(MatmulConfig())
+    return {name: value for name, value in vars(config).items() if value != default[name]}
+
+
+def tune(models: list[str], rows: list[int], seconds: float) -> list[dict]:
+    """Returns one row per product, the fastest tiles and what they took."""
+    begin, found, seen = time.monotonic(), [], set()
+    for m in rows:
+        for model in models:
+            for workload in model_workloads(model):
+                epilogue: Epilogue = "swiglu" if workload.swiglu else "store"
+                for transposed in (False, True):
+                    key = (m, workload.k, workload.ns, transposed, epilogue)
+                    if key in seen or (transposed and workload.swiglu):
+                        continue
+                    if time.monotonic() - begin > seconds:
+                        print(f"out of time before {workload.name} m {m}", flush=True)
+                        return found
+                    seen.add(key)
+                    found.append(tune_one(workload, m, transposed, epilogue))
+    return found
+
+
+def tune_one(workload: Workload, m: int, transposed: bool, epilogue: Epilogue) -> dict:
+    """Times all candidates for one product."""
+    sets = operand_sets(workload, m, transposed)
+    compiled, failed = compile_all(programs_of(workload, transposed, epilogue), sets)
+    timings = time_interleaved(compiled, sets, turns=7, turn_ms=8.0)
+    best = min((name for name in timings if name != "cublas"), key=lambda n: timings[n].ratio)
+    ratios = {name: round(t.ratio, 4) for name, t in timings.items()}
+    direction = "nt" if transposed else "nn"
+    print(f"{workload.name:28s} m {m:6d} {direction} {epilogue:7s} {ratios} {failed or ''}", flush=True)
+    k, n = workload.k, sum(workload.ns)
+    return {
+        "transposed": transposed,
+        "epilogue": epilogue,
+        "m": m,
+        "k": n if transposed else k,
+        "n": k if transposed else n,
+        "config": json.loads(best),
+        "ratio": round(timings[best].ratio, 4),
+        "ratios": ratios,
+    }
+
+
+def adopt(table: dict, benchmark: Path) -> None:
+    """Copies in what a benchmark found about the whole operation, forward and backward."""
+    rows = [json.loads(line) for line in benchmark.read_text(encoding="utf-8").splitlines()]
+    table["linear"] = [
+        {name: row[name] for name in ("workload", "m", "k", "n", "r", "ours_us", "xla_us")}
+        for row in rows
+        if row["what"] == "fwd_bwd" and not row["dropout"] and "swiglu" not in row["workload"]
+    ]
+
+
+def main() -> None:
+    """Writes the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--models", nargs="+", choices=list(SIZES), default=list(SIZES))
+    parser.add_argument("--rows", nargs="+", type=int, default=[8192, 2048, 16384])
+    parser.add_argument("--seconds", type=float, default=3600.0, help="begin nothing after this")
+    parser.add_argument("--commit", default="")
+    parser.add_argument("--adopt", type=Path, help="a benchmark's rows; times nothing")
+    parser.add_argument("--out", type=Path, default=TUNED / "nvidia_h200.json")
+    parsed = parser.parse_args()
+    table: dict = {"matmul": [], "linear": []}
+    if parsed.out.exists():
+        table = json.loads(parsed.out.read_text(encoding="utf-8"))
+    if parsed.adopt:
+        adopt(table, parsed.adopt)
+    else:
+        table["matmul"] = tune(parsed.models, parsed.rows, parsed.seconds)
+        table["device"] = jax.devices()[0].device_kind
+        table["jax"], table["commit"] = jax.__version__, parsed.commit
+        table["date"] = datetime.date.today().isoformat()
+    parsed.out.parent.mkdir(parents=True, exist_ok=True)
+    rows = {name: value for name, value in table.items() if name not in ("matmul", "linear")}
+    lines = [f"  {json.dumps(name)}: {json.dumps(value)}," for name, value in rows.items()]
+    for name in ("matmul", "linear"):
+        body = ",\n".join(f"    {json.dumps(row)}" for row in table[name])
+        lines.append(f'  "{name}": [\n{body}\n  ]' + ("," if name == "matmul" else ""))
+    parsed.out.write_text("{\n" + "\n".join(lines) + "\n}\n", encoding="utf-8")
+    print(f"wrote {parsed.out}")
+
+
+if __name__ == "__main__":
+    main()
