@@ -208,7 +208,10 @@ def main() -> None:
         with parsed.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         shown = {name: row[name] for name in row if name.startswith(("ratio", "base", "failed"))}
-        print(f"{cell.workload.name:26s} m {cell.m} r {cell.r} {cell.what:7s} {shown} {row['error']}", flush=True)
+        print(
+            f"{cell.workload.name:26s} m {cell.m} r {cell.r} {cell.what:7s} {shown} {row['error']}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

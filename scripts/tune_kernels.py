@@ -17,7 +17,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from lorax_kernels.lora_linear.kernel import Epilogue, MatmulConfig, Term, grouped_matmul
+from lorax_kernels.lora_linear.kernel import grouped_matmul
+from lorax_kernels.lora_linear.plan import Epilogue, MatmulConfig, Term
 from lorax_kernels.lora_linear.skinny import padded_rank
 from lorax_kernels.timing import CUBLAS_ONLY, compile_all, time_interleaved
 from lorax_kernels.tuning import TUNED
@@ -124,7 +125,10 @@ def tune_one(workload: Workload, m: int, transposed: bool, epilogue: Epilogue) -
     best = min((name for name in timings if name != "cublas"), key=lambda n: timings[n].ratio)
     ratios = {name: round(t.ratio, 4) for name, t in timings.items()}
     direction = "nt" if transposed else "nn"
-    print(f"{workload.name:28s} m {m:6d} {direction} {epilogue:7s} {ratios} {failed or ''}", flush=True)
+    print(
+        f"{workload.name:28s} m {m:6d} {direction} {epilogue:7s} {ratios} {failed or ''}",
+        flush=True,
+    )
     k, n = workload.k, sum(workload.ns)
     return {
         "transposed": transposed,

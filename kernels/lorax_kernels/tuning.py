@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lorax_kernels.device import core_count, device_kind
-from lorax_kernels.lora_linear.kernel import STEP, Epilogue, MatmulConfig
+from lorax_kernels.lora_linear.plan import STEP, Epilogue, MatmulConfig
 from lorax_kernels.lora_linear.skinny import COLUMNS, ROWS, SkinnyConfig
 
 TUNED = Path(__file__).parent / "tuned"
@@ -64,20 +64,29 @@ def _distance(row: dict[str, Any], sizes: dict[str, int]) -> float:
 
 
 def matmul_config(
-    m: int, k: int, n: int, *, transposed: bool, epilogue: Epilogue = "store"
+    m: int, k: int, n: int, *, transposed: bool, epilogue: Epilogue = "store", short: bool = False
 ) -> MatmulConfig:
-    """Returns the tiles for a product: those of the nearest measured shape, or the default."""
+    """Returns the tiles for a product: those of the nearest measured shape, or the default.
+
+    Args:
+        m: Rows.
+        k: Contraction of the frozen product.
+        n: Columns, of all members.
+        transposed: Whether the right operands are read transposed.
+        epilogue: What happens to the sums.
+        short: Whether a short step needs room beside the ring.
+    """
     table = find_table(device_kind())
     rows = [
         row
         for row in (table.matmul if table else ())
         if row["transposed"] == transposed and row["epilogue"] == epilogue
     ]
-    if not rows:
-        return MatmulConfig()
-    sizes = {"m": m, "k": k, "n": n}
-    nearest = min(rows, key=lambda row: _distance(row, sizes))
-    return MatmulConfig(**nearest["config"])
+    config = MatmulConfig()
+    if rows:
+        sizes = {"m": m, "k": k, "n": n}
+        config = MatmulConfig(**min(rows, key=lambda row: _distance(row, sizes))["config"])
+    return dataclasses.replace(config, stages=min(config.stages, 3)) if short else config
 
 
 def is_faster(m: int, k: int, n: int, r: int) -> bool:
@@ -110,7 +119,7 @@ def gradient_config(
 ) -> SkinnyConfig:
     """Returns how to cut ``tᵀ·v``, with ``t·uᵀ`` in the same pass if `u_rank` is not 0."""
     sms, wide = sms or core_count(), _cdiv(r, STEP) * STEP
-    tiles = min(2, max(1, 256 // wide // 2))  # the sums of a block's tiles stay in registers
+    tiles = 2 if wide <= 2 * STEP else 1  # the sums of a block's tiles stay in registers
     columns, chunks = _cdiv(c, tiles * COLUMNS), _cdiv(m, ROWS)
 
     def cost(blocks: int) -> float:
@@ -125,7 +134,7 @@ def gradient_config(
     return SkinnyConfig(row_blocks, tiles * COLUMNS, stages, v_slots=v_slots)
 
 
-INLINE_COST = {16: 0.13, 32: 0.18, 64: 0.25}  # of a tile's time, by rank
+INLINE_COST = {16: 0.16, 64: 0.25}  # of a tile's time, by rank: measured, and by the arithmetic
 TILE_SECONDS_PER_K = 128 * 256 * 2 / 5.3e12  # per step of the contraction, at 700 TFLOP/s
 STREAM_BYTES_PER_S = 3.6e12
 LAUNCH_SECONDS = 4e-6
@@ -162,4 +171,5 @@ def inline_width(m: int, k: int, n: int, n0: int, r: int, sms: int | None = None
 
 def inline_config(r: int) -> MatmulConfig:
     """Returns the tiles of `inline_matmul`, which keeps three more buffers in shared memory."""
-    return MatmulConfig(stages=3, store_n=64 if r <= 32 else 32, store_slots=2 if r <= 32 else 1)
+    small = r <= STEP // 2
+    return MatmulConfig(stages=3, store_n=64 if small else 32, store_slots=2 if small else 1)

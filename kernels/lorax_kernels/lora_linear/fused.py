@@ -1,24 +1,30 @@
 """`lora_linear` and its group on Hopper: what is handed to the kernels, and what is added up.
 
 The ranks of a group's updates lie side by side in blocks of 64 columns, so that q, k and v of rank
-16 cost one step of the contraction together.
+16 cost one step of the contraction together. A is packed as ``a`` (r, k) and scale·B as ``b``
+(r, all members' columns), each block on the rows of its own update and zero elsewhere.
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from lorax_kernels.lora_linear.gradient import gradient
 from lorax_kernels.lora_linear.inline import InlineTerm, inline_matmul
-from lorax_kernels.lora_linear.kernel import (
+from lorax_kernels.lora_linear.kernel import grouped_matmul
+from lorax_kernels.lora_linear.plan import (
+    RANK,
     STEP,
     Dropout,
     Epilogue,
     MatmulConfig,
     Term,
-    grouped_matmul,
+    Update,
 )
-from lorax_kernels.lora_linear.skinny import gradient, padded_rank, project
+from lorax_kernels.lora_linear.project import project
+from lorax_kernels.lora_linear.skinny import padded_rank
 from lorax_kernels.lora_linear.weights import Group
 from lorax_kernels.tuning import (
     gradient_config,
@@ -28,68 +34,93 @@ from lorax_kernels.tuning import (
     project_config,
 )
 
-ONE_PASS_RANK = 64  # up to here g and dB come from one read of dy
+ONE_PASS_RANK = 16  # up to here g and dB come from one read of dy: g's parts are small
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where each update's columns lie in h and g.
+    """Where each update lies in h, g and the packed operands.
 
     Attributes:
         ranks: Of the updates.
-        starts: First column of each.
-        size: Columns in all, as `padded_rank` returns it.
+        starts: First row of each in ``a`` and ``b``, first column in h and g.
+        size: Rows in all, as `padded_rank` returns it.
+        columns: First column of every member in ``b``.
     """
 
     ranks: tuple[int, ...]
     starts: tuple[int, ...]
     size: int
+    columns: tuple[int, ...]
+
+    @property
+    def is_short(self) -> bool:
+        """Says whether all updates together are one short step of the product."""
+        return 0 < len(self.ranks) and self.size == RANK
 
     def block(self, index: int) -> tuple[int, int]:
-        """Returns (first, number) of the columns, in whole blocks, that update `index` lies in."""
+        """Returns (first, number) of the rows, in whole blocks, that update `index` lies in."""
         if self.size <= STEP:
             return 0, self.size
         first = self.starts[index] // STEP * STEP
         return first, -(-(self.starts[index] + self.ranks[index] - first) // STEP) * STEP
 
 
-def lay_out(ranks: tuple[int, ...]) -> Layout:
+class Saved(NamedTuple):
+    """What the backward pass takes from the forward one besides x and the weights.
+
+    Attributes:
+        h: ``dropout(x)·A``, (m, r).
+        a: Packed A.
+        b: Packed scale·B.
+    """
+
+    h: jax.Array
+    a: jax.Array
+    b: jax.Array
+
+
+def lay_out(group: Group) -> Layout:
     """Places the updates one after another; one that does not fit a block's rest begins the next."""
     starts, end = [], 0
-    for r in ranks:
+    for r in group.ranks:
         if end % STEP and end % STEP + r > STEP:
             end = -(-end // STEP) * STEP
         starts.append(end)
         end += r
-    return Layout(ranks, tuple(starts), padded_rank(end))
+    widths = [w.shape[1] for w in group.w]
+    columns = tuple(sum(widths[:i]) for i in range(len(widths)))
+    return Layout(group.ranks, tuple(starts), padded_rank(end), columns)
 
 
-def _pack(parts, layout: Layout, axis: int, dtype) -> jax.Array:
-    """Puts the updates' parts side by side in columns (or rows) `layout.size` long."""
+def _stack(parts, layout: Layout, dtype) -> jax.Array:
+    """Puts the updates' parts below each other, in `layout.size` rows."""
     pieces, end = [], 0
     for part, start in zip(parts, layout.starts, strict=True):
-        widths = [(0, 0), (0, 0)]
-        widths[axis] = (start - end, 0)
-        pieces.append(jnp.pad(part, widths))
-        end = start + part.shape[axis]
-    widths = [(0, 0), (0, 0)]
-    widths[axis] = (0, layout.size - end)
-    return jnp.pad(jnp.concatenate(pieces, axis=axis), widths).astype(dtype)
+        pieces.append(jnp.pad(part, ((start - end, 0), (0, 0))))
+        end = start + part.shape[0]
+    stacked = jnp.concatenate(pieces, axis=0)
+    return jnp.pad(stacked, ((0, layout.size - end), (0, 0))).astype(dtype)
 
 
-def _scaled_b(group: Group, index: int, dtype, before: int, rows: int) -> jax.Array:
-    """Returns ``scale·B`` between zero rows."""
-    b = group.scales[index] * group.b[index].astype(jnp.float32)
-    return jnp.pad(b, ((before, rows - before - b.shape[0]), (0, 0))).astype(dtype)
+def pack(group: Group, layout: Layout, dtype) -> tuple[jax.Array, jax.Array]:
+    """Returns the packed A and scale·B."""
+    blocks = []
+    for member, w in enumerate(group.w):
+        if member not in group.members:
+            blocks.append(jnp.zeros((layout.size, w.shape[1]), dtype))
+            continue
+        index = group.adapter(member)
+        start, b = layout.starts[index], group.b[index].astype(jnp.float32)
+        rows = (start, layout.size - start - b.shape[0])
+        blocks.append(jnp.pad(group.scales[index] * b, (rows, (0, 0))).astype(dtype))
+    a = _stack([a.T for a in group.a], layout, dtype)
+    return a, jnp.concatenate(blocks, axis=1)
 
 
-def down_project(x, group: Group, dropout: Dropout | None) -> jax.Array | None:
-    """Returns ``h = dropout(x)·[A₁|A₂|…]`` in the group's layout."""
-    if not group.ranks:
-        return None
-    layout = lay_out(group.ranks)
-    a = _pack([a.T for a in group.a], layout, 0, x.dtype)
-    parts = project(x, a, config=project_config(*x.shape, layout.size), mask=dropout)
+def down_project(x, a, dropout: Dropout | None) -> jax.Array:
+    """Returns ``h = dropout(x)·A`` in the group's layout."""
+    parts = project(x, a, config=project_config(*x.shape, a.shape[0]), mask=dropout)
     return _add(parts).astype(x.dtype)
 
 
@@ -97,40 +128,38 @@ def _add(parts: jax.Array) -> jax.Array:
     return parts[0] if parts.shape[0] == 1 else parts.sum(axis=0)
 
 
-def forward(x, group: Group, dropout: Dropout | None) -> tuple[list[jax.Array], jax.Array | None]:
-    """Returns the outputs of the members, and h."""
+def forward(x, group: Group, dropout: Dropout | None) -> tuple[list[jax.Array], Saved | None]:
+    """Returns the outputs of the members, and what the backward pass needs."""
     (m, k), n = x.shape, sum(w.shape[1] for w in group.w)
-    config = matmul_config(m, k, n, transposed=False)
-    layout, bias = lay_out(group.ranks), _padded_biases(group, config)
-    blocks = []
-    for index in range(len(group.members)):
-        first, rows = layout.block(index)
-        before = layout.starts[index] - first
-        blocks.append((first, _scaled_b(group, index, x.dtype, before, rows)))
-    begun, width = None, 0
-    if dropout is None and group.members[:1] == (0,):
-        width = inline_width(m, k, n, group.w[0].shape[1], layout.size)
+    layout = lay_out(group)
+    config = matmul_config(m, k, n, transposed=False, short=layout.is_short)
+    bias = _padded_biases(group, config)
+    groups = [[Term(x, (w,))] for w in group.w]
+    if not group.ranks:
+        return grouped_matmul(groups, config=config, bias=bias), None
+    a, b = pack(group, layout, x.dtype)
+    begun, n0 = None, group.w[0].shape[1]
+    width = 0 if dropout else inline_width(m, k, n, n0, layout.size)
     if width:
-        a = _pack([a.T for a in group.a], layout, 0, x.dtype)
         y, h = inline_matmul(
             [InlineTerm(x, group.w[0], a)],
-            blocks[0][1],
+            b,
+            n=n0,
             width=width,
             config=inline_config(layout.size),
             bias=bias,
         )
         begun = (jax.new_ref(y), width)
     else:
-        h = down_project(x, group, dropout)
-    terms = []
-    for member, w in enumerate(group.w):
-        terms.append([Term(x, (w,))])
-        if member in group.members:
-            assert h is not None
-            first, b = blocks[group.adapter(member)]
-            terms[-1].append(Term(h, (b,), first))
-    outputs = grouped_matmul(terms, config=config, bias=bias, begun=begun)
-    return ([jax.freeze(begun[0]), *outputs] if begun else outputs), h
+        h = down_project(x, a, dropout)
+    update = Update(h, b) if layout.is_short else None
+    if update is None:
+        for index, member in enumerate(group.members):
+            first, rows = layout.block(index)
+            columns = (layout.columns[member],)
+            groups[member].append(Term(h, (b,), rows, first, first, columns))
+    outputs = grouped_matmul(groups, config=config, bias=bias, update=update, begun=begun)
+    return ([jax.freeze(begun[0]), *outputs] if begun else outputs), Saved(h, a, b)
 
 
 def _padded_biases(group: Group, config: MatmulConfig) -> jax.Array | None:
@@ -145,101 +174,84 @@ def _padded_biases(group: Group, config: MatmulConfig) -> jax.Array | None:
     return jnp.concatenate(parts)
 
 
-def backward(x, h, group: Group, dropout: Dropout | None, dys):
+def backward(x, saved: Saved | None, group: Group, dropout: Dropout | None, dys):
     """Returns the gradients of x, of every A and of every B, the latter in float32."""
-    dtype, (m, k), layout = x.dtype, x.shape, lay_out(group.ranks)
-    n = sum(w.shape[1] for w in group.w)
-    config = matmul_config(m, n, k, transposed=True)
+    (m, k), n = x.shape, sum(w.shape[1] for w in group.w)
+    layout = lay_out(group)
+    config = matmul_config(m, n, k, transposed=True, short=layout.is_short)
     terms = [Term(dy, (w,)) for dy, w in zip(dys, group.w, strict=True)]
-    if not group.ranks:
+    if saved is None:
         return grouped_matmul([terms], config=config, transposed=True)[0], [], []
-    a = _pack(group.a, layout, 1, dtype)
-    width = inline_width(m, n, k, k, layout.size) if dropout is None else 0
+    h, a, b = saved
+    width = 0
+    if dropout is None and layout.size > ONE_PASS_RANK:
+        width = inline_width(m, n, k, k, layout.size)
+    begun = None
     if width:
-        dx, g = _through_x(group, layout, dys, a, config, width)
+        inline = [
+            InlineTerm(dy, w, b, column)
+            for dy, w, column in zip(dys, group.w, layout.columns, strict=True)
+        ]
+        dx, g = inline_matmul(
+            inline, a, n=k, width=width, config=inline_config(layout.size), transposed=True
+        )
+        begun = (jax.new_ref(dx), width)
         db = [_gradient_of_b(h, group, i, layout, dys[j]) for i, j in enumerate(group.members)]
     else:
-        pairs = [_through_b(h, group, i, layout, dys[j]) for i, j in enumerate(group.members)]
+        pairs = [_through_b(saved, group, i, layout, dys[j]) for i, j in enumerate(group.members)]
         db = [gradient_of_b for gradient_of_b, _ in pairs]
-        g = _pack([projected for _, projected in pairs], layout, 1, dtype)
-        terms.append(Term(g, (a,)))
-        (dx,) = grouped_matmul([terms], config=config, transposed=True, dropout=dropout)
+        g = _stack([projected.T for _, projected in pairs], layout, x.dtype).T
+    update = Update(g, a) if layout.is_short else None
+    if update is None:
+        terms.append(Term(g, (a.T,)))
+    outputs = grouped_matmul(
+        [terms], config=config, transposed=True, update=update, dropout=dropout, begun=begun
+    )
+    dx = jax.freeze(begun[0]) if begun else outputs[0]
     (parts,) = gradient(x, g, config=gradient_config(m, k, layout.size), mask=dropout)
     packed = _add(parts)
-    da = [
-        packed[:, start : start + r] for start, r in zip(layout.starts, layout.ranks, strict=True)
-    ]
-    return dx, da, db
-
-
-def _through_x(group: Group, layout: Layout, dys, a, config: MatmulConfig, width: int):
-    """Returns ``dx = Σ dy·wᵀ + g·aᵀ``, and g from the same reads of dy."""
-    inline, terms = [], []
-    for member, (dy, w) in enumerate(zip(dys, group.w, strict=True)):
-        if member in group.members:
-            index = group.adapter(member)
-            u = _scaled_b(group, index, dy.dtype, layout.starts[index], layout.size)
-        else:
-            u = jnp.zeros((layout.size, w.shape[1]), dy.dtype)
-        inline.append(InlineTerm(dy, w, u))
-        terms.append(Term(dy, (w,)))
-    dx, g = inline_matmul(
-        inline, a, width=width, config=inline_config(layout.size), transposed=True
-    )
-    dx = jax.new_ref(dx)
-    terms.append(Term(g, (a,)))
-    grouped_matmul([terms], config=config, transposed=True, begun=(dx, width))
-    return jax.freeze(dx), g
+    spans = zip(layout.starts, layout.ranks, strict=True)
+    return dx, [packed[:, start : start + r] for start, r in spans], db
 
 
 def _gradient_of_b(h, group: Group, index: int, layout: Layout, dy) -> jax.Array:
     """Returns ``dB = scale·hᵀ·dy``, float32."""
     first, width = layout.block(index)
-    at, r = layout.starts[index] - first, group.ranks[index]
     config = gradient_config(*dy.shape, width)
     (sums,) = gradient(dy, h, config=config, columns=(first, width))
-    return group.scales[index] * _add(sums)[:, at : at + r].T
+    return _own_rows(sums, group, index, layout)
 
 
-def _through_b(h, group: Group, index: int, layout: Layout, dy):
+def _own_rows(sums, group: Group, index: int, layout: Layout) -> jax.Array:
+    at = layout.starts[index] - layout.block(index)[0]
+    return group.scales[index] * _add(sums)[:, at : at + group.ranks[index]].T
+
+
+def _through_b(saved: Saved, group: Group, index: int, layout: Layout, dy):
     """Returns ``dB = scale·hᵀ·dy`` and ``g = scale·dy·Bᵀ`` (m, r), both float32."""
     (m, n), r = dy.shape, group.ranks[index]
-    rank = padded_rank(r)
-    b = _scaled_b(group, index, dy.dtype, 0, rank)
-    if rank > ONE_PASS_RANK:
-        parts = project(dy, b, config=project_config(m, n, rank))
-        return _gradient_of_b(h, group, index, layout, dy), _add(parts)[:, :r]
-    first, width = layout.block(index)
-    at = layout.starts[index] - first
-    config = gradient_config(m, n, width, rank)
-    sums, parts = gradient(dy, h, b, config=config, columns=(first, width))
-    db = group.scales[index] * _add(sums)[:, at : at + r].T
-    return db, _add(parts)[:, :r]
-
-
-def swiglu_terms(x, h, group: Group) -> list[Term]:
-    """Returns the terms of gate and up as one tile pair."""
-    terms = [Term(x, (group.w[0], group.w[1]))]
-    if h is not None:
-        layout = lay_out(group.ranks)
-        n = group.w[0].shape[1]
-        pair = []
-        for member in range(2):
-            if member in group.members:
-                index = group.adapter(member)
-                start = layout.starts[index]
-                pair.append(_scaled_b(group, index, x.dtype, start, layout.size))
-            else:
-                pair.append(jnp.zeros((layout.size, n), x.dtype))
-        terms.append(Term(h, (pair[0], pair[1])))
-    return terms
+    first, rows = layout.block(index)
+    start, column = layout.starts[index], layout.columns[group.members[index]]
+    if len(group.w) == 1 and rows == layout.size:
+        b, at = saved.b, 0
+    else:
+        b = saved.b[start : start + r, column : column + n]
+        b, at = jnp.pad(b, ((0, padded_rank(r) - r), (0, 0))), 0
+    if b.shape[0] > ONE_PASS_RANK:
+        parts = project(dy, b, config=project_config(m, n, b.shape[0]))
+        return _gradient_of_b(saved.h, group, index, layout, dy), _add(parts)[:, at : at + r]
+    config = gradient_config(m, n, rows, b.shape[0])
+    sums, parts = gradient(dy, saved.h, b, config=config, columns=(first, rows))
+    return _own_rows(sums, group, index, layout), _add(parts)[:, at : at + r]
 
 
 def swiglu(
-    x, h, group: Group, epilogue: Epilogue, d_act: jax.Array | None = None
+    x, h, b, group: Group, epilogue: Epilogue, d_act: jax.Array | None = None
 ) -> list[jax.Array]:
     """Runs gate and up with a SwiGLU epilogue; see `grouped_matmul`."""
     (m, k), n = x.shape, group.w[0].shape[1]
     config = matmul_config(m, k, 2 * n, transposed=False, epilogue=epilogue)
-    terms = [swiglu_terms(x, h, group)]
-    return grouped_matmul(terms, config=config, epilogue=epilogue, d_act=d_act)
+    terms = [Term(x, (group.w[0], group.w[1]))]
+    if h is not None:
+        terms.append(Term(h, (b, b), b.shape[0], columns=(0, n)))
+    return grouped_matmul([terms], config=config, epilogue=epilogue, d_act=d_act)

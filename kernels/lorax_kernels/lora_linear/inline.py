@@ -9,7 +9,7 @@ column write h.
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -17,15 +17,10 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from lorax_kernels.lora_linear.kernel import (
-    STEP,
-    MatmulConfig,
-    Feeder,
-    Multiplier,
-    Plan,
-    launch,
-    swizzled_memory,
-)
+from lorax_kernels.lora_linear.kernel import launch
+from lorax_kernels.lora_linear.memory import swizzled_memory
+from lorax_kernels.lora_linear.plan import STEP, MatmulConfig, PlacedTerm, Plan
+from lorax_kernels.lora_linear.roles import Feeder, Multiplier
 
 
 class InlineTerm(NamedTuple):
@@ -34,17 +29,19 @@ class InlineTerm(NamedTuple):
     Attributes:
         lhs: (m, k).
         rhs: (k, n), or (n, k) when the product is transposed.
-        u: (r, k).
+        u: (r, ≥ k).
+        column: Where the term's columns begin in `u`.
     """
 
     lhs: jax.Array
     rhs: jax.Array
     u: jax.Array
+    column: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class _InlinePlan(Plan):
-    u: tuple[int, ...] = ()
+    u: tuple[tuple[int, int], ...] = ()  # number of the argument, first column
     b: int = 0
     rank: int = 0
     width: int = 0  # columns to compute, whole tiles
@@ -66,6 +63,7 @@ def inline_matmul(
     terms: Sequence[InlineTerm],
     b: jax.Array,
     *,
+    n: int,
     width: int,
     config: MatmulConfig,
     transposed: bool = False,
@@ -76,7 +74,8 @@ def inline_matmul(
 
     Args:
         terms: The operands.
-        b: (r, n), or (n, r) when the product is transposed; r is 16, 32 or 64.
+        b: (r, ≥ n), transposed product or not; r is 16 or 64.
+        n: Columns of the result.
         width: Columns to compute, in whole tiles; what the others hold is not defined.
         config: How the product is cut.
         transposed: Whether right operands are (n, k) and read as their transposes, in place.
@@ -89,12 +88,14 @@ def inline_matmul(
     arrays: list[jax.Array] = []
 
     def place(array: jax.Array) -> int:
+        for index, known in enumerate(arrays):
+            if known is array:
+                return index
         arrays.append(array)
         return len(arrays) - 1
 
-    r = b.shape[1 if transposed else 0]
-    m, n = terms[0].lhs.shape[0], b.shape[0 if transposed else 1]
-    placed = tuple((place(t.lhs), (place(t.rhs),), 0, t.lhs.shape[1]) for t in terms)
+    r, m = b.shape[0], terms[0].lhs.shape[0]
+    placed = tuple(PlacedTerm(place(t.lhs), (place(t.rhs),), t.lhs.shape[1]) for t in terms)
     plan = _InlinePlan(
         config=config,
         epilogue="store",
@@ -108,7 +109,7 @@ def inline_matmul(
         bias=None if bias is None else place(bias),
         tail=None,
         outputs=2,
-        u=tuple(place(t.u) for t in terms),
+        u=tuple((place(t.u), t.column) for t in terms),
         b=place(b),
         rank=r,
         width=width,
@@ -124,34 +125,33 @@ def inline_matmul(
         sms,
         u_ring=swizzled_memory((c.stages, r, STEP), dtype),
         h_box=rows((2, c.block_m // 2, r)),
-        b_box=rows((c.block_n, r) if transposed else (r, c.block_n)),
+        b_box=rows((r, c.block_n)),
         b_full=plgpu.Barrier(),
         b_empty=plgpu.Barrier(num_arrivals=2),
     )(*arrays)
     return y, h
 
 
-def _kernel(plan: _InlinePlan, *refs, u_ring, h_box, b_box, b_full, b_empty, **scratch) -> None:
-    more = {"u_ring": u_ring, "h_box": h_box, "b_box": b_box, "b_full": b_full, "b_empty": b_empty}
+def _kernel(plan: _InlinePlan, *refs, **scratch) -> None:
     multiplying, feeding = plan.registers
 
     def feed():
         plgpu.set_max_registers(feeding, action="decrease")
-        role = _InlineFeeder(plan, refs, **scratch)
-        vars(role).update(more)
-        role.run()
+        _InlineFeeder(plan, refs, **scratch).run()
 
     def multiply():
         plgpu.set_max_registers(multiplying, action="increase")
-        role = _InlineMultiplier(plan, refs, **scratch)
-        vars(role).update(more)
-        role.run()
+        _InlineMultiplier(plan, refs, **scratch).run()
 
     lax.cond(lax.axis_index("warpgroup") == 2, feed, multiply)
 
 
 class _InlineFeeder(Feeder):
     plan: _InlinePlan
+    u_ring: Any
+    b_box: Any
+    b_full: Any
+    b_empty: Any
 
     def run(self) -> None:
         super().run()
@@ -165,15 +165,15 @@ class _InlineFeeder(Feeder):
     def feed_tile(self, row, column, count):
         plan = self.plan
         first = count == 0
-        for (lhs, rhs, _, k), u in zip(plan.terms[0], plan.u, strict=True):
-            steps = -(-k // STEP)
+        for term, (u, u_column) in zip(plan.terms[0], plan.u, strict=True):
+            steps = -(-term.k // STEP)
 
             @pl.loop(0, steps)
-            def _step(s, count=count, lhs=lhs, rhs=rhs, u=u):
+            def _step(s, count=count, term=term, u=u, u_column=u_column):
                 k0 = s * STEP
-                self.copy(count + s, row, self.inputs[lhs], k0, rhs, k0, column * plan.tile_n)
+                self.copy(count + s, term, row, k0, k0, column * plan.tile_n)
                 slot = self.slot(count + s)
-                source = self.inputs[u].at[:, pl.ds(k0, STEP)]
+                source = self.inputs[u].at[:, pl.ds(u_column + k0, STEP)]
                 plgpu.copy_gmem_to_smem(source, self.u_ring.at[slot], self.full.at[slot])
 
             count += steps
@@ -184,13 +184,17 @@ class _InlineFeeder(Feeder):
             plgpu.barrier_wait(self.b_empty)
 
         ns = pl.ds(column * plan.tile_n, plan.tile_n)
-        source = self.inputs[plan.b].at[ns, :] if plan.transposed else self.inputs[plan.b].at[:, ns]
-        plgpu.copy_gmem_to_smem(source, self.b_box, self.b_full)
+        plgpu.copy_gmem_to_smem(self.inputs[plan.b].at[:, ns], self.b_box, self.b_full)
         return count
 
 
 class _InlineMultiplier(Multiplier):
     plan: _InlinePlan
+    u_ring: Any
+    h_box: Any
+    b_box: Any
+    b_full: Any
+    b_empty: Any
 
     def multiply_tile(self, row, column, count):
         plan = self.plan
@@ -227,7 +231,7 @@ class _InlineMultiplier(Multiplier):
         box[...] = h
         plgpu.commit_smem()
         plgpu.barrier_wait(self.b_full)
-        plgpu.wgmma(wide, box, self.b_box.transpose((1, 0)) if plan.transposed else self.b_box)
+        plgpu.wgmma(wide, box, self.b_box)
         total = wide[...]
         plgpu.barrier_arrive(self.b_empty)
 

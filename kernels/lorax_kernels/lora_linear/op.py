@@ -268,7 +268,7 @@ def _bundle(static: _Static, w, biases, a, b) -> Group:
 
 def _kernel_dropout(static: _Static, x, key):
     """Returns the dropout as the kernels take it; rows are numbered across the shards."""
-    from lorax_kernels.lora_linear.kernel import Dropout
+    from lorax_kernels.lora_linear.plan import Dropout
 
     if not static.rate:
         return None
@@ -288,21 +288,21 @@ def _forward(static: _Static, x, w, biases, a, b, key):
     if static.implementation == "pallas":
         from lorax_kernels.lora_linear import fused
 
-        outputs, h = fused.forward(x, group, _kernel_dropout(static, x, key))
+        outputs, saved = fused.forward(x, group, _kernel_dropout(static, x, key))
     else:
-        outputs, h = xla.forward(x, group, static.rate, key)
-    return outputs, (x, w, biases, a, b, key, h)
+        outputs, saved = xla.forward(x, group, static.rate, key)
+    return outputs, (x, w, biases, a, b, key, saved)
 
 
-def _backward(static: _Static, saved, dys):
-    x, w, biases, a, b, key, h = saved
+def _backward(static: _Static, residuals, dys):
+    x, w, biases, a, b, key, saved = residuals
     group = _bundle(static, w, biases, a, b)
     if static.implementation == "pallas":
         from lorax_kernels.lora_linear import fused
 
-        dx, da, db = fused.backward(x, h, group, _kernel_dropout(static, x, key), dys)
+        dx, da, db = fused.backward(x, saved, group, _kernel_dropout(static, x, key), dys)
     else:
-        dx, da, db = xla.backward(x, h, group, static.rate, key, dys)
+        dx, da, db = xla.backward(x, saved, group, static.rate, key, dys)
     da = [gradient.astype(leaf.dtype) for gradient, leaf in zip(da, a, strict=True)]
     db = [gradient.astype(leaf.dtype) for gradient, leaf in zip(db, b, strict=True)]
     return dx, None, None, da, db, None
@@ -317,38 +317,44 @@ def _swiglu(recompute: bool, static: _Static, x, w, biases, a, b, key) -> list[j
     if static.implementation == "xla":
         outputs, _ = xla.forward(x, group, static.rate, key)
         return [xla.swiglu(*outputs)]
+    return _swiglu_kernel(static, x, group, key, "swiglu")[0]
+
+
+def _swiglu_kernel(static: _Static, x, group: Group, key, epilogue):
     from lorax_kernels.lora_linear import fused
 
-    h = fused.down_project(x, group, _kernel_dropout(static, x, key))
-    return fused.swiglu(x, h, group, "swiglu")
+    if not group.ranks:
+        return fused.swiglu(x, None, None, group, epilogue), None
+    packed = fused.pack(group, fused.lay_out(group), x.dtype)
+    h = fused.down_project(x, packed[0], _kernel_dropout(static, x, key))
+    return fused.swiglu(x, h, packed[1], group, epilogue), fused.Saved(h, *packed)
 
 
 def _swiglu_forward(recompute: bool, static: _Static, x, w, biases, a, b, key):
     group = _bundle(static, w, biases, a, b)
     if static.implementation == "xla":
-        outputs, h = xla.forward(x, group, static.rate, key)
-        act, kept = xla.swiglu(*outputs), outputs
+        kept, saved = xla.forward(x, group, static.rate, key)
+        act = xla.swiglu(*kept)
     else:
-        from lorax_kernels.lora_linear import fused
-
-        h = fused.down_project(x, group, _kernel_dropout(static, x, key))
-        act, *kept = fused.swiglu(x, h, group, "swiglu" if recompute else "swiglu_keep")
-    return [act], (x, w, biases, a, b, key, h, None if recompute else kept)
+        epilogue = "swiglu" if recompute else "swiglu_keep"
+        (act, *kept), saved = _swiglu_kernel(static, x, group, key, epilogue)
+    return [act], (x, w, biases, a, b, key, saved, None if recompute else kept)
 
 
-def _swiglu_backward(recompute: bool, static: _Static, saved, cotangents):
-    x, w, biases, a, b, key, h, kept = saved
+def _swiglu_backward(recompute: bool, static: _Static, residuals, cotangents):
+    x, w, biases, a, b, key, saved, kept = residuals
     (d_act,) = cotangents
     group = _bundle(static, w, biases, a, b)
     if recompute and static.implementation == "pallas":
         from lorax_kernels.lora_linear import fused
 
-        dys = fused.swiglu(x, h, group, "swiglu_grad", d_act)
+        h, packed_b = (saved.h, saved.b) if saved else (None, None)
+        dys = fused.swiglu(x, h, packed_b, group, "swiglu_grad", d_act)
     else:
         if kept is None:
             kept, _ = xla.forward(x, group, static.rate, key)
         dys = jax.vjp(xla.swiglu, *kept)[1](d_act)
-    return _backward(static, (x, w, biases, a, b, key, h), list(dys))
+    return _backward(static, (x, w, biases, a, b, key, saved), list(dys))
 
 
 _swiglu.defvjp(_swiglu_forward, _swiglu_backward)

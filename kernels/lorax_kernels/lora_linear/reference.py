@@ -1,6 +1,5 @@
 """What `lora_linear` means, in plain JAX. Every other implementation is tested against this."""
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 

@@ -1,0 +1,187 @@
+"""What `grouped_matmul` is told and what its kernel knows before it runs."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.numpy as jnp
+
+RANK = 16  # of an update that fits one short step
+STEP = 64  # contraction per ring slot: 64 elements of 2 bytes are one 128-byte swizzled row
+SHARED_MEMORY_BYTES = 227 * 1024  # per block on sm_90, less a little for barriers below
+
+type Epilogue = Literal["store", "swiglu", "swiglu_keep", "swiglu_grad"]
+
+
+@dataclasses.dataclass(frozen=True)
+class MatmulConfig:
+    """How the product is cut.
+
+    Attributes:
+        block_m: Rows of an output tile; the two multiplying warpgroups take half each.
+        block_n: Columns of an output tile.
+        stages: Slots of the ring.
+        cluster: CTAs below each other that share the right operand's copies.
+        raster_minor: Dimension in which neighbouring tiles follow each other, 0 rows, 1 columns.
+        raster_width: Tiles in that dimension before the other one advances.
+        store_n: Columns that are staged at a time on the way out.
+        store_slots: Staging buffers per warpgroup.
+    """
+
+    block_m: int = 128
+    block_n: int = 256
+    stages: int = 4
+    cluster: int = 1
+    raster_minor: int = 1
+    raster_width: int = 8
+    store_n: int = 64
+    store_slots: int = 2
+
+    def shared_memory_bytes(self) -> int:
+        """Returns what the ring and the staging buffers need."""
+        ring = self.stages * STEP * (self.block_m + self.block_n) * 2
+        return ring + 2 * self.store_slots * 64 * self.store_n * 2
+
+
+class Term(NamedTuple):
+    """``lhs[:, column:]·rhs[row:, columns:]``; several `rhs` share the left operand.
+
+    Attributes:
+        lhs: (m, ≥ k); columns beyond the array count as zero.
+        rhs: One matrix, or gate and up: each (k, n), or (n, k) when the product is transposed.
+        k: Length of the contraction; 0 is all of `rhs`.
+        column: Where the term's columns begin in `lhs`, a multiple of 64.
+        row: Where they begin in the rows of `rhs`, not transposed.
+        columns: Where the group's columns begin in each `rhs`, not transposed.
+    """
+
+    lhs: jax.Array
+    rhs: tuple[jax.Array, ...]
+    k: int = 0
+    column: int = 0
+    row: int = 0
+    columns: tuple[int, ...] = (0, 0)
+
+
+class Update(NamedTuple):
+    """A low-rank update of rank 16, ``lhs·rhs``, for all groups: one short step at the end.
+
+    Attributes:
+        lhs: (m, 16).
+        rhs: (16, all groups' columns side by side), transposed product or not.
+    """
+
+    lhs: jax.Array
+    rhs: jax.Array
+
+
+class Dropout(NamedTuple):
+    """Dropout of the update of a transposed product: ``mask ∘ (lhs·rhs) / keep``.
+
+    Attributes:
+        seed: Two words of the key, and the number of the array's first row.
+        rate: Probability of zeroing an element.
+    """
+
+    seed: jax.Array
+    rate: float
+
+
+class PlacedTerm(NamedTuple):
+    """A `Term` whose operands are numbers of kernel arguments."""
+
+    lhs: int
+    rhs: tuple[int, ...]
+    k: int
+    column: int = 0
+    row: int = 0
+    columns: tuple[int, ...] = (0, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What the kernel knows before it runs: sizes, and where each operand stands in `refs`."""
+
+    config: MatmulConfig
+    epilogue: Epilogue
+    transposed: bool
+    rate: float
+    m: int
+    columns: tuple[int, ...]  # per group
+    terms: tuple[tuple["PlacedTerm", ...], ...]
+    masked_steps: int  # ring steps of the dropped term, multiplied in the epilogue
+    seed: int | None
+    bias: int | None
+    tail: int | None  # d_act, carried by the ring's last steps
+    outputs: int
+    update: tuple[int, int] | None = None  # lhs and rhs of a short step
+    skipped: int = 0  # column tiles of the first group that are there already
+
+    @property
+    def halves(self) -> int:
+        return len(self.terms[0][0].rhs)
+
+    @property
+    def tile_n(self) -> int:
+        """Columns of each output that a tile covers."""
+        return self.config.block_n // self.halves
+
+    @property
+    def name(self) -> str:
+        return f"lora_matmul_{'nt' if self.transposed else 'nn'}_{self.epilogue}"
+
+    @property
+    def copies(self) -> int:
+        """Copies that fill a slot of the ring."""
+        return 1 + self.halves
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """Per thread of the multiplying and the feeding warpgroups: 2·m + f fit 64 Ki registers."""
+        return (240, 24) if self.epilogue == "swiglu_grad" else (232, 40)
+
+    @property
+    def warpgroup_m(self) -> int:
+        return self.config.block_m // 2
+
+    @property
+    def tail_steps(self) -> int:
+        return 0 if self.tail is None else self.tile_n // STEP
+
+    @property
+    def tiles(self) -> tuple[int, int]:
+        """Rows (a multiple of the cluster) and columns of tiles to compute."""
+        c = self.config
+        rows = -(-self.m // (c.block_m * c.cluster)) * c.cluster
+        return rows, sum(-(-n // self.tile_n) for n in self.columns) - self.skipped
+
+    @property
+    def first_tiles(self) -> tuple[int, ...]:
+        """Column tile with which each group begins."""
+        counts = [-(-n // self.tile_n) for n in self.columns]
+        return tuple(sum(counts[:g]) for g in range(len(counts)))
+
+    def steps(self, group: int) -> int:
+        """Ring steps that are multiplied into the accumulator in the main loop."""
+        total = sum(-(-term.k // STEP) for term in self.terms[group])
+        return total - self.masked_steps
+
+    def select(self, tile, values: Sequence[int]):
+        """Returns the value of the group that column tile `tile` belongs to."""
+        chosen = jnp.int32(values[0])
+        for first, value in zip(self.first_tiles[1:], values[1:], strict=True):
+            chosen = jnp.where(tile >= first, jnp.int32(value), chosen)
+        return chosen
+
+    def for_each_group(self, tile, body: Callable[[int], None]) -> None:
+        """Runs ``body(group)`` for the group that column tile `tile` belongs to."""
+        firsts = (*self.first_tiles, self.tiles[1] + self.skipped)
+        for group in range(len(self.columns)):
+            if len(self.columns) == 1:
+                body(group)
+            else:
+                inside = (tile >= firsts[group]) & (tile < firsts[group + 1])
+                pl.when(inside)(functools.partial(body, group))

@@ -1,0 +1,269 @@
+"""The warpgroups of the product: one feeds the ring, two multiply and store.
+
+The ring's counter runs on across output tiles, so the next tile is being loaded while this one is
+being stored.
+"""
+
+import functools
+from typing import Any
+
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from lorax_kernels.lora_linear.dropout import keep_probability
+from lorax_kernels.lora_linear.memory import tile_mask
+from lorax_kernels.lora_linear.plan import STEP, PlacedTerm, Plan
+
+
+class Role:
+    """A warpgroup's part: the operands, the ring, and the order of the tiles."""
+
+    # Of the short step, where the plan has an update.
+    short_lhs: Any
+    short_rhs: Any
+    short_full: Any
+    short_empty: Any
+
+    def __init__(self, plan: Plan, refs, *, lhs, rhs, staging, full, empty, **scratch):
+        self.plan, self.config = plan, plan.config
+        self.inputs, self.outputs = refs[: -plan.outputs], refs[-plan.outputs :]
+        self.lhs, self.rhs, self.staging, self.full, self.empty = lhs, rhs, staging, full, empty
+        for name, ref in scratch.items():
+            setattr(self, name, ref)
+
+    def for_each_tile(self, body):
+        """Runs ``body(row tile, column tile, ring count) -> ring count`` for this CTA's tiles."""
+        c, (rows, columns) = self.config, self.plan.tiles
+        rows //= c.cluster
+
+        @plgpu.nd_loop((rows * columns,), collective_axes="sm", init_carry=jnp.int32(0))
+        def count(info, carry):
+            row, column = plgpu.planar_snake(
+                info.index[0], (rows, columns), c.raster_minor, c.raster_width
+            )
+            if c.cluster > 1:
+                row = row * c.cluster + lax.axis_index("cluster")
+            return body(row, column + self.plan.skipped, carry)
+
+        return count
+
+    def slot(self, count):
+        return lax.rem(count, jnp.int32(self.config.stages))
+
+
+class Feeder(Role):
+    """Copies the operands into the ring."""
+
+    def run(self) -> None:
+        total = self.for_each_tile(self.feed_tile)
+        left = jnp.minimum(total, self.config.stages)
+
+        @pl.loop(0, left)
+        def _drain(i):  # so that every barrier ends in a phase that somebody has seen
+            plgpu.barrier_wait(self.empty.at[self.slot(total - left + i)])
+
+        if self.plan.update is not None:
+            pl.when(total > 0)(lambda: plgpu.barrier_wait(self.short_empty))
+
+    def feed_tile(self, row, column, count):
+        plan, first_tile = self.plan, count == 0
+        plan.for_each_group(column, functools.partial(self.feed_group, row, column, count))
+        steps = [plan.steps(g) + plan.masked_steps for g in range(len(plan.columns))]
+        count += plan.select(column, steps)
+        if plan.tail is not None:
+            # The right operand is not used: it completes the slot's barrier.
+            term = plan.terms[0][0]._replace(lhs=plan.tail)
+            for i in range(plan.tail_steps):
+                self.copy(count + i, term, row, column * plan.tile_n + i * STEP, 0, 0)
+            count += plan.tail_steps
+        if plan.update is not None:
+            pl.when(jnp.logical_not(first_tile))(lambda: plgpu.barrier_wait(self.short_empty))
+            plan.for_each_group(column, functools.partial(self.feed_update, row, column))
+        return count
+
+    def feed_group(self, row, column, count, group: int) -> None:
+        plan = self.plan
+        n0 = (column - plan.first_tiles[group]) * plan.tile_n
+        for term in plan.terms[group]:
+            steps = -(-term.k // STEP)
+
+            @pl.loop(0, steps)
+            def _step(s, count=count, term=term):
+                k0 = s * STEP
+                self.copy(count + s, term, row, term.column + k0, term.row + k0, n0)
+
+            count += steps
+
+    def feed_update(self, row, column, group: int) -> None:
+        """Copies the operands of the short step, which has one buffer and is awaited last."""
+        plan, c = self.plan, self.config
+        assert plan.update is not None
+        lhs, rhs = (self.inputs[index] for index in plan.update)
+        n0 = sum(plan.columns[:group]) + (column - plan.first_tiles[group]) * c.block_n
+        source = lhs.at[pl.ds(row * c.block_m, c.block_m), :]
+        plgpu.copy_gmem_to_smem(source, self.short_lhs, self.short_full)
+        source = rhs.at[:, pl.ds(n0, c.block_n)]
+        plgpu.copy_gmem_to_smem(source, self.short_rhs, self.short_full)
+
+    def copy(self, count, term: PlacedTerm, row, lhs_k0, k0, n0) -> None:
+        c, plan, slot = self.config, self.plan, self.slot(count)
+
+        @pl.when(count >= c.stages)
+        def _():
+            plgpu.barrier_wait(self.empty.at[slot])
+
+        rows, ks = pl.ds(row * c.block_m, c.block_m), pl.ds(k0, STEP)
+        source = self.inputs[term.lhs].at[rows, pl.ds(lhs_k0, STEP)]
+        plgpu.copy_gmem_to_smem(source, self.lhs.at[slot], self.full.at[slot])
+        for half, index in enumerate(term.rhs):
+            source, ns = self.inputs[index], pl.ds(term.columns[half] + n0, plan.tile_n)
+            plgpu.copy_gmem_to_smem(
+                source.at[ns, ks] if plan.transposed else source.at[ks, ns],
+                self.rhs.at[half, slot],
+                self.full.at[slot],
+                collective_axes="cluster" if c.cluster > 1 else None,
+            )
+
+
+class Multiplier(Role):
+    """Multiplies what the ring brings and stores the result."""
+
+    def run(self) -> None:
+        self.warpgroup = lax.axis_index("warpgroup")
+        self.for_each_tile(self.multiply_tile)
+        plgpu.wait_smem_to_gmem(0)
+
+    def multiply_tile(self, row, column, count):
+        plan = self.plan
+        steps = plan.select(column, [plan.steps(g) for g in range(len(plan.columns))])
+        shape = (plan.warpgroup_m, plan.tile_n)
+        accumulators = [plgpu.ACC(shape, jnp.float32)] * plan.halves
+        sums = pl.run_scoped(functools.partial(self.accumulate, count, steps), *accumulators)
+        count += steps
+        self.store(sums, row, column, count)
+        held = plan.masked_steps + plan.tail_steps
+        for i in range(held):
+            plgpu.barrier_arrive(self.empty.at[self.slot(count + i)])
+        if plan.update is not None and plan.rate:
+            plgpu.barrier_arrive(self.short_empty)
+        return count + held
+
+    def accumulate(self, count, steps, *accumulators):
+        halves = self.plan.halves
+
+        @pl.loop(0, steps)
+        def _step(s):
+            slot = self.slot(count + s)
+            plgpu.barrier_wait(self.full.at[slot])
+            for half, accumulator in enumerate(accumulators):
+                plgpu.wgmma(accumulator, self.lhs_rows(slot), self.rhs_view(half, slot))
+            plgpu.wgmma_wait(halves)  # this step's products may still run; the last one's are done
+
+            @pl.when(s > 0)
+            def _():
+                plgpu.barrier_arrive(self.empty.at[self.slot(count + s - 1)])
+
+        if self.plan.update is not None and not self.plan.rate:
+            plgpu.barrier_wait(self.short_full)
+            plgpu.wgmma(accumulators[0], self.short_rows(0, self.plan.warpgroup_m), self.short_rhs)
+        sums = [accumulator[...] for accumulator in accumulators]
+        plgpu.barrier_arrive(self.empty.at[self.slot(count + steps - 1)])
+        if self.plan.update is not None and not self.plan.rate:
+            plgpu.barrier_arrive(self.short_empty)
+        return sums
+
+    def short_rows(self, first: int, number: int):
+        rows = self.warpgroup * self.plan.warpgroup_m + first
+        return self.short_lhs.at[pl.ds(rows, number)]
+
+    def lhs_rows(self, slot):
+        rows = self.plan.warpgroup_m
+        return self.lhs.at[slot].at[pl.ds(self.warpgroup * rows, rows)]
+
+    def rhs_view(self, half: int, slot):
+        tile = self.rhs.at[half, slot]
+        return tile.transpose((1, 0)) if self.plan.transposed else tile
+
+    def store(self, sums, row, column, count) -> None:
+        """Stages the sums `store_n` columns at a time and copies them out."""
+        plan, c = self.plan, self.config
+        m0 = row * c.block_m + self.warpgroup * plan.warpgroup_m
+        local = column - plan.select(column, plan.first_tiles)
+        piece = 0
+        for i in range(plan.masked_steps + plan.tail_steps):
+            plgpu.barrier_wait(self.full.at[self.slot(count + i)])
+        if plan.update is not None and plan.rate:
+            plgpu.barrier_wait(self.short_full)
+        for i in range(plan.warpgroup_m // 64):
+            for j in range(plan.tile_n // c.store_n):
+                part = [v[i * 64 : (i + 1) * 64, j * c.store_n : (j + 1) * c.store_n] for v in sums]
+                at = (m0 + i * 64, local * plan.tile_n + j * c.store_n)
+                for output, value in enumerate(self.finish(part, at, column, count, i, j)):
+                    self.copy_out(value, at, column, output, piece)
+                    piece += 1
+
+    def finish(self, part, at, column, count, i: int, j: int):
+        """Returns what to store of one piece of the tile, per output."""
+        plan, c = self.plan, self.config
+        if plan.bias is not None:
+            n0 = column * plan.tile_n + j * c.store_n
+            source = self.inputs[plan.bias].at[pl.ds(n0, c.store_n)]
+            bias = plgpu.load(source, optimized=False)
+            bias = lax.broadcast_in_dim(bias.astype(jnp.float32), part[0].shape, (1,))
+            part = [v + bias for v in part]
+        if plan.rate:
+            part = [part[0] + self.dropped(at, count, i, j)]
+        if plan.epilogue == "store":
+            return part
+        gate, up = part
+        sigmoid = 1.0 / (1.0 + jnp.exp(-gate))
+        if plan.epilogue == "swiglu":
+            return [gate * sigmoid * up]
+        if plan.epilogue == "swiglu_keep":
+            return [gate * sigmoid * up, gate, up]
+        d_act = self.lhs_tail(count, i, j).astype(jnp.float32)
+        d_gate = d_act * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+        return [d_gate, d_act * gate * sigmoid]
+
+    def lhs_tail(self, count, i: int, j: int):
+        rows = pl.ds(self.warpgroup * self.plan.warpgroup_m + i * 64, 64)
+        return self.lhs.at[self.slot(count + j)][rows, :]
+
+    def dropped(self, at, count, i: int, j: int):
+        """Returns the dropped product's part of one piece, ``mask ∘ (lhs·rhs) / keep``."""
+        plan, width = self.plan, self.config.store_n
+        rows = pl.ds(self.warpgroup * plan.warpgroup_m + i * 64, 64)
+
+        def multiply(accumulator):
+            if plan.update is not None:
+                columns = self.short_rhs.at[:, pl.ds(j * width, width)]
+                plgpu.wgmma(accumulator, self.short_rows(i * 64, 64), columns)
+            for step in range(plan.masked_steps):
+                slot = self.slot(count + step)
+                columns = self.rhs.at[0, slot].at[pl.ds(j * width, width)]
+                lhs = self.lhs.at[slot].at[rows]
+                plgpu.wgmma(accumulator, lhs, columns.transpose((1, 0)))
+            return accumulator[...]
+
+        product = pl.run_scoped(multiply, plgpu.ACC((64, width), jnp.float32))
+        assert plan.seed is not None
+        seed = self.inputs[plan.seed]
+        keep = tile_mask(seed, at, product.shape, plan.rate)
+        return jnp.where(keep, product * (1.0 / keep_probability(plan.rate)), 0.0)
+
+    def copy_out(self, value, at, column, output: int, piece: int) -> None:
+        plan, c = self.plan, self.config
+        slot = piece % c.store_slots
+        # The copy that used this buffer last must have read it.
+        plgpu.wait_smem_to_gmem(c.store_slots - 1, wait_read_only=True)
+        self.staging[self.warpgroup, slot] = value.astype(self.staging.dtype)
+        plgpu.commit_smem()
+        place = (pl.ds(at[0], 64), pl.ds(at[1], c.store_n))
+
+        def copy(group: int) -> None:
+            destination = self.outputs[output if plan.epilogue != "store" else group]
+            plgpu.copy_smem_to_gmem(self.staging.at[self.warpgroup, slot], destination.at[*place])
+
+        plan.for_each_group(column, copy)
