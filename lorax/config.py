@@ -44,6 +44,8 @@ class ModelConfig(Section):
         revision: Branch, tag or commit on the hub.
         dtype: Of the base weights and of the computation.
         attn_impl: `auto` takes cuDNN on an NVIDIA GPU and XLA elsewhere.
+        kernels: What computes the adapted layers: `pallas` the fused kernels (Hopper GPUs), `xla`
+            plain XLA, `auto` whichever was faster when measured on such a GPU at such sizes.
         adapter: Folder of a PEFT adapter to train on; its own settings replace the lora section.
     """
 
@@ -52,6 +54,7 @@ class ModelConfig(Section):
     adapter: Text | None = None
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     attn_impl: Literal["auto", "xla", "cudnn"] = "auto"
+    kernels: Literal["auto", "pallas", "xla"] = "auto"
 
 
 class DataSource(Section):

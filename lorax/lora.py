@@ -5,10 +5,14 @@ from collections.abc import Iterable
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from flax.nnx.nn.dtypes import promote_dtype
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Key
 
 from lorax.config import LoraConfig
+from lorax.linear import DropoutKey as DropoutKey
+from lorax.linear import Frozen as Frozen
+from lorax.linear import LoraLinear as LoraLinear
+from lorax.linear import is_adaptable as is_adaptable
+from lorax.linear import obstacle
 from lorax.targets import (
     Target,
     TargetError,
@@ -17,100 +21,13 @@ from lorax.targets import (
     is_target,
     match_targets,
 )
-from lorax_kernels import lora_linear
+from lorax_kernels import Kernels
 
 
-class Frozen(nnx.Variable):
-    """A weight that training never changes. `nnx.Param` is what trains."""
-
-
-class DropoutKey(nnx.Variable):
-    """The key that decides one layer's dropout mask; None until `set_dropout_key`."""
-
-
-class LoraLinear(nnx.Module):
-    """A frozen linear layer plus a trainable low-rank update, ``x·W + b + scale · (x·A)·B``.
-
-    A new layer computes exactly what its base computes, because `B` starts at zero. `A` is
-    uniform in ±1/√in_features (``init_lora_weights=True``) or normal with deviation 1/r
-    (``"gaussian"``). Both are float32 whatever the base is.
-
-    Args:
-        base: The layer to adapt. Its arrays are shared, the layer itself is not modified.
-        target: Rank and scale of the update.
-        dropout: Probability of zeroing an element of `x` on the update's path in training.
-        init_lora_weights: How `A` is drawn.
-        rngs: Source of `A` (stream ``params``).
-
-    Source: Hu et al. 2021, "LoRA", §4.1, https://arxiv.org/abs/2106.09685
-    """
-
-    def __init__(
-        self,
-        base: nnx.Linear,
-        target: Target,
-        *,
-        dropout: float = 0.0,
-        init_lora_weights: bool | str = True,
-        rngs: nnx.Rngs,
-    ):
-        self.in_features, self.out_features = base.in_features, base.out_features
-        self.kernel = Frozen(base.kernel.get_value())
-        self.bias = None if base.bias is None else Frozen(base.bias.get_value())
-        self.dtype, self.output_dtype = base.dtype, base.preferred_element_type
-        self.r, self.lora_alpha, self.scale = target.r, target.lora_alpha, target.scale
-        shape, key = (base.in_features, target.r), rngs.params()
-        if init_lora_weights == "gaussian":
-            a = jax.random.normal(key, shape, jnp.float32) / target.r
-        else:
-            bound = base.in_features**-0.5
-            a = jax.random.uniform(key, shape, jnp.float32, -bound, bound)
-        self.lora_a = nnx.LoRAParam(a)
-        self.lora_b = nnx.LoRAParam(jnp.zeros((target.r, base.out_features), jnp.float32))
-        self.dropout, self.deterministic, self.merged = dropout, False, False
-        self.dropout_key = DropoutKey(None)
-
-    def __call__(self, x: Float[Array, "*batch k"]) -> Float[Array, "*batch n"]:
-        """Returns the adapted output, in the dtype that the base layer would give."""
-        dtype = self.dtype or jnp.promote_types(x.dtype, self.kernel.dtype)
-        x = x.astype(dtype)
-        if self.merged:
-            y = x @ self.kernel[...].astype(dtype)
-        else:
-            rate = 0.0 if self.deterministic else self.dropout
-            y = lora_linear(
-                x,
-                self.kernel[...],
-                self.lora_a[...],
-                self.lora_b[...],
-                scale=self.scale,
-                dropout_rate=rate,
-                dropout_key=self._key() if rate else None,
-            )
-        if self.bias is not None:
-            y += self.bias[...].astype(dtype).reshape((1,) * (y.ndim - 1) + (-1,))
-        return y if self.output_dtype is None else y.astype(self.output_dtype)
-
-    def _key(self):
-        key = self.dropout_key.get_value()
-        if key is None:
-            raise ValueError(
-                "lora_dropout needs a fresh key every step: train with lorax.make_train_step, call "
-                "lorax.set_dropout_key(model, key) in your own loop, or model.eval() to turn it off"
-            )
-        return key
-
-    def update(self) -> Float[Array, "k n"]:
-        """Returns ``scale · A·B`` in float32."""
-        a, b = self.lora_a[...], self.lora_b[...]
-        return jnp.dot(a, b, precision="highest") * jnp.float32(self.scale)
-
-    def merged_kernel(self) -> Float[Array, "k n"]:
-        """Returns ``W + scale · A·B``, summed in float32 and rounded once to `W`'s dtype."""
-        kernel = self.kernel[...]
-        if self.merged:
-            return kernel
-        return (kernel.astype(jnp.float32) + self.update()).astype(kernel.dtype)
+def set_kernels(model: nnx.Module, kernels: Kernels) -> None:
+    """Sets what computes every adapted layer, in place: ``auto``, ``pallas`` or ``xla``."""
+    for layer in lora_layers(model).values():
+        layer.kernels = kernels
 
 
 def apply_lora[M: nnx.Module](model: M, config: LoraConfig, *, rngs: nnx.Rngs) -> M:
@@ -190,7 +107,7 @@ def _refuse_odd_layers(model, modules: dict[str, nnx.Module], config: LoraConfig
     """Refuses linear layers that would be targets but cannot be adapted, or cannot be found."""
     for name, module in modules.items():
         wanted = is_target(name, config, None) and not is_excluded(name, config)
-        if isinstance(module, nnx.Linear) and wanted and (reason := _obstacle(module)):
+        if isinstance(module, nnx.Linear) and wanted and (reason := obstacle(module)):
             raise TargetError(
                 f"{name} cannot be adapted: {reason}. Leave it out with lora.exclude_modules"
             )
@@ -230,24 +147,6 @@ def named_modules(model: nnx.Module) -> dict[str, nnx.Module]:
 
     visit(model, "")
     return names
-
-
-def is_adaptable(module: nnx.Module) -> bool:
-    """Says whether `module` is a plain linear layer, with nothing of its own in `__call__`."""
-    return isinstance(module, nnx.Linear) and _obstacle(module) is None
-
-
-def _obstacle(linear: nnx.Linear) -> str | None:
-    """Returns what an adapted layer would not carry over from `linear`, or None."""
-    if type(linear).__call__ is not nnx.Linear.__call__:
-        return "it has a __call__ of its own"
-    if linear.dot_general is not jax.lax.dot_general or linear.promote_dtype is not promote_dtype:
-        return "it has a dot_general or promote_dtype of its own"
-    if linear.precision is not None:
-        return f"it sets precision={linear.precision}; set jax_default_matmul_precision instead"
-    if linear.kernel.ndim != 2:
-        return f"its kernel has shape {linear.kernel.shape}, of several layers at once"
-    return None
 
 
 def lora_layers(model: nnx.Module) -> dict[str, LoraLinear]:

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from lorax.config import RunConfig
 from lorax.data import EncodedDataset, Tokenizer, render_example
+from lorax.kernel_choice import kernel_choices
 from lorax.lora import lora_layers
 from lorax.models import CausalLM
 from lorax.models.attention import cudnn_obstacle, resolve_implementation
@@ -55,6 +56,9 @@ def report_model(console: Console, config: RunConfig, model: CausalLM) -> None:
     if config.train.method == "full":
         console.print(f"full fine-tuning of {sum(sizes):,} parameters in float32", highlight=False)
         return
+    for choice in kernel_choices(config, model):
+        reason = f": {choice.reason}" if choice.reason else ""
+        console.print(f"kernels: {choice.kernel} for {choice.layers}{reason}", highlight=False)
     print_modules(console, module_rows(model), total)
     others = sum(sizes) - sum(row.parameters for row in module_rows(model))
     if others:

@@ -27,7 +27,8 @@ from lorax.interop.checkpoint import resolve_checkpoint
 from lorax.interop.files import refuse_occupied
 from lorax.interop.huggingface import load_hf_config, load_model
 from lorax.interop.peft import load_adapter, read_adapter_config, trains_base_weights
-from lorax.lora import apply_lora
+from lorax.kernel_choice import check_kernels
+from lorax.lora import apply_lora, set_kernels
 from lorax.metrics import RunLog, check_reporters, library_versions, memory_gib
 from lorax.models import CausalLM
 from lorax.optimizer import make_schedule
@@ -105,7 +106,8 @@ def check_targets(config: RunConfig, base: Path) -> nnx.Module | None:
         The adapted model with shapes instead of weights; None for a full fine-tune.
 
     Raises:
-        ValueError: If a setting matches nothing, or a rank does not fit.
+        ValueError: If a setting matches nothing, a rank does not fit, or the kernels asked for
+            cannot run here.
     """
     if config.train.method == "full":
         return None
@@ -133,6 +135,7 @@ def check_targets(config: RunConfig, base: Path) -> nnx.Module | None:
             "save.export: peft-portable holds A and B only, but lora.bias or lora.modules_to_save "
             "trains other weights too; export peft or merged"
         )
+    check_kernels(config, adapted)
     return adapted
 
 
@@ -162,8 +165,11 @@ def build_model(config: RunConfig) -> CausalLM:
     if full:
         return model
     if config.model.adapter:
-        return load_adapter(model, config.model.adapter)
-    return apply_lora(model, config.lora, rngs=nnx.Rngs(config.train.seed))
+        model = load_adapter(model, config.model.adapter)
+    else:
+        model = apply_lora(model, config.lora, rngs=nnx.Rngs(config.train.seed))
+    set_kernels(model, config.model.kernels)
+    return model
 
 
 def run_training(config: RunConfig, console: Console) -> RunSummary:

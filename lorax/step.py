@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from lorax.lora import named_modules, set_dropout_key, split_trainable
 from lorax.loss import Batch, LossFunction, accumulate, causal_lm_loss
 from lorax.sharding import place_parameters
+from lorax_kernels import xla_options
 
 
 @jax.tree_util.register_dataclass
@@ -105,7 +106,8 @@ def make_train_step(
         metrics = {"loss": loss, "grad_norm": norm, "tokens": count}
         return TrainState(state.step + 1, trainable, opt_state), metrics
 
-    return TrainStep(jax.jit(step, donate_argnums=0), frozen), state
+    compiled = jax.jit(step, donate_argnums=0, compiler_options=xla_options())
+    return TrainStep(compiled, frozen), state
 
 
 def merge_state(model: nnx.Module, state: TrainState) -> nnx.Module:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from lorax_kernels.lora_linear.kernel import grouped_matmul
-from lorax_kernels.lora_linear.plan import Epilogue, MatmulConfig, Term
+from lorax_kernels.lora_linear.plan import Epilogue, MatmulConfig, Term, Update
 from lorax_kernels.lora_linear.skinny import padded_rank
 from lorax_kernels.timing import CUBLAS_ONLY, compile_all, time_interleaved
 from lorax_kernels.tuning import TUNED
@@ -26,15 +26,13 @@ from lorax_kernels.workloads import SIZES, Workload, model_workloads
 
 RANK = 16
 CANDIDATES = [
-    MatmulConfig(raster_minor=0, raster_width=16),
-    MatmulConfig(raster_minor=1, raster_width=8),
-    MatmulConfig(cluster=2, raster_minor=0, raster_width=8),
-    MatmulConfig(cluster=2, raster_minor=1, raster_width=8),
-    MatmulConfig(cluster=2, raster_minor=1, raster_width=4),
+    MatmulConfig(stages=3),
+    MatmulConfig(stages=3, raster_minor=0, raster_width=16),
+    MatmulConfig(stages=3, cluster=2),
+    MatmulConfig(stages=3, cluster=2, raster_minor=0),
+    MatmulConfig(stages=3, cluster=2, raster_width=4),
     MatmulConfig(stages=3, store_slots=4, raster_minor=0, raster_width=16),
-    MatmulConfig(stages=3, store_slots=4, cluster=2, raster_minor=1, raster_width=8),
-    MatmulConfig(block_m=256, block_n=128, cluster=2, raster_minor=1, raster_width=8),
-    MatmulConfig(block_n=192, stages=4, cluster=2, raster_minor=0, raster_width=8),
+    MatmulConfig(stages=3, block_m=256, block_n=128, cluster=2),
 ]
 SWIGLU_CANDIDATES = CANDIDATES[:5]
 
@@ -54,10 +52,10 @@ def operand_sets(workload: Workload, m: int, transposed: bool, count: int = 3):
         weights = [make(i + 10 * j, (workload.k, n), 0.02) for j, n in enumerate(workload.ns)]
         if transposed:
             wide = [make(100 + i + 10 * j, (m, n), 1.0) for j, n in enumerate(workload.ns)]
-            narrow = [make(300 + i, (workload.k, r), 0.1)]
+            narrow = make(300 + i, (r, workload.k), 0.1)
         else:
             wide = [make(100 + i, (m, workload.k), 1.0)]
-            narrow = [make(300 + i + j, (r, n), 0.1) for j, n in enumerate(workload.ns)]
+            narrow = make(300 + i, (r, sum(workload.ns)), 0.1)
         sets.append((wide, weights, make(200 + i, (m, r), 1.0), narrow))
     return sets
 
@@ -73,17 +71,21 @@ def programs_of(workload: Workload, transposed: bool, epilogue: Epilogue):
 
     def candidate(config):
         def run(wide, weights, h, narrow):
+            update = Update(h, narrow) if narrow.shape[0] == RANK else None
+            options = {"config": config, "transposed": transposed, "epilogue": epilogue}
             if transposed:
                 terms = [Term(dy, (w,)) for dy, w in zip(wide, weights, strict=True)]
-                groups = [[*terms, Term(h, (narrow[0],))]]
-            elif epilogue == "store":
-                groups = [
-                    [Term(wide[0], (w,)), Term(h, (b,))]
-                    for w, b in zip(weights, narrow, strict=True)
-                ]
-            else:
-                groups = [[Term(wide[0], tuple(weights)), Term(h, tuple(narrow))]]
-            return grouped_matmul(groups, config=config, transposed=transposed, epilogue=epilogue)
+                groups = [terms if update else [*terms, Term(h, (narrow.T,))]]
+                return grouped_matmul(groups, update=update, **options)
+            columns = [sum(workload.ns[:j]) for j in range(len(workload.ns))]
+            if epilogue != "store":
+                b = Term(h, (narrow, narrow), narrow.shape[0], columns=tuple(columns))
+                return grouped_matmul([[Term(wide[0], tuple(weights)), b]], **options)
+            groups = [[Term(wide[0], (w,))] for w in weights]
+            if update is None:
+                for terms, column in zip(groups, columns, strict=True):
+                    terms.append(Term(h, (narrow,), narrow.shape[0], columns=(column,)))
+            return grouped_matmul(groups, update=update, **options)
 
         return run
 

@@ -1,6 +1,9 @@
 """The operations that decide lorax's speed: pure functions on arrays, importing jax only."""
 
+from lorax_kernels.device import xla_options as xla_options
+from lorax_kernels.lora_linear import Kernels as Kernels
 from lorax_kernels.lora_linear import LoraWeights as LoraWeights
+from lorax_kernels.lora_linear import explain_choice as explain_choice
 from lorax_kernels.lora_linear import lora_linear as lora_linear
 from lorax_kernels.lora_linear import lora_linear_group as lora_linear_group
 from lorax_kernels.lora_linear import lora_swiglu as lora_swiglu

@@ -6,6 +6,7 @@ program, measured within the same turn.
 """
 
 import dataclasses
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -50,7 +51,8 @@ def compile_all(
 
     def build(item):
         name, (function, options) = item
-        every = jax.jit(lambda sets: [function(*one) for one in sets])
+        call = jax.jit(function)  # compiled once, however many sets there are
+        every = jax.jit(lambda sets: [call(*one) for one in sets])
         try:
             return name, every.lower(operands).compile(compiler_options=options)
         except Exception as error:  # one candidate that does not compile must not end the rest
@@ -84,8 +86,12 @@ def time_interleaved(
         jax.block_until_ready(program(operands))
         repeats[name] = max(1, round(turn_ms / 1e3 / (time.perf_counter() - begin)))
     times: dict[str, list[float]] = {name: [] for name in compiled}
+    order = random.Random(0)
     for _ in range(turns):
-        for name, program in compiled.items():
+        # What ran before decides the clocks that a program finds, so the order changes.
+        for name in order.sample(list(compiled), len(compiled)):
+            program = compiled[name]
+            result = None
             begin = time.perf_counter()
             for _ in range(repeats[name]):
                 result = program(operands)

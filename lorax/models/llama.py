@@ -24,27 +24,17 @@ from lorax.models.attention import (
     too_many_documents,
 )
 from lorax.models.config import DecoderConfig
+from lorax.models.linear import (
+    INITIAL_DEVIATION,
+    Execution,
+    apply_swiglu,
+    apply_together,
+    make_linear,
+)
 from lorax.models.rope import rotary_tables, rotate
 
 type GradientCheckpointing = Literal["none", "full"]
 type Rotary = tuple[Float[Array, "b t half"], Float[Array, "b t half"]]
-
-INITIAL_DEVIATION = 0.02
-
-
-@dataclasses.dataclass(frozen=True)
-class Execution:
-    """How a model computes.
-
-    Attributes:
-        dtype: Of activations and products; norms, angles and the softmax are float32.
-        param_dtype: Of the stored weights.
-        attn_impl: What runs attention.
-    """
-
-    dtype: DTypeLike
-    param_dtype: DTypeLike
-    attn_impl: AttentionImplementation
 
 
 @jax.tree_util.register_dataclass
@@ -81,19 +71,6 @@ class RMSNorm(nnx.Module):
         return weight * (wide * scale).astype(self.dtype)
 
 
-def _linear(inputs: int, outputs: int, bias: bool, execution: Execution, rngs: nnx.Rngs) -> Any:
-    # Any, because it may be replaced by whatever is called like an nnx.Linear.
-    return nnx.Linear(
-        inputs,
-        outputs,
-        use_bias=bias,
-        dtype=execution.dtype,
-        param_dtype=execution.param_dtype,
-        kernel_init=nnx.initializers.normal(INITIAL_DEVIATION),
-        rngs=rngs,
-    )
-
-
 class Attention(nnx.Module):
     """Grouped-query attention with rotary positions."""
 
@@ -101,10 +78,10 @@ class Attention(nnx.Module):
         width, head_dim = config.hidden_size, config.head_dim
         q_size = config.num_attention_heads * head_dim
         kv_size = config.num_key_value_heads * head_dim
-        self.q_proj = _linear(width, q_size, config.qkv_bias, execution, rngs)
-        self.k_proj = _linear(width, kv_size, config.qkv_bias, execution, rngs)
-        self.v_proj = _linear(width, kv_size, config.qkv_bias, execution, rngs)
-        self.o_proj = _linear(q_size, width, config.attention_bias, execution, rngs)
+        self.q_proj = make_linear(width, q_size, config.qkv_bias, execution, rngs)
+        self.k_proj = make_linear(width, kv_size, config.qkv_bias, execution, rngs)
+        self.v_proj = make_linear(width, kv_size, config.qkv_bias, execution, rngs)
+        self.o_proj = make_linear(q_size, width, config.attention_bias, execution, rngs)
         self.qk_norm, self.head_dim = config.qk_norm, head_dim
         if self.qk_norm:
             self.q_norm = RMSNorm(head_dim, config.rms_norm_eps, execution)
@@ -117,7 +94,7 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "b t d"], LayerCache | None]:
         """Returns the attention output and the cache with this call's tokens added."""
         heads = lambda y: y.reshape(*x.shape[:2], -1, self.head_dim)
-        q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
+        q, k, v = map(heads, apply_together((self.q_proj, self.k_proj, self.v_proj), x))
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *context.rotary), rotate(k, *context.rotary)
@@ -140,13 +117,13 @@ class MLP(nnx.Module):
 
     def __init__(self, config: DecoderConfig, execution: Execution, rngs: nnx.Rngs):
         width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = _linear(width, inner, bias, execution, rngs)
-        self.up_proj = _linear(width, inner, bias, execution, rngs)
-        self.down_proj = _linear(inner, width, bias, execution, rngs)
+        self.gate_proj = make_linear(width, inner, bias, execution, rngs)
+        self.up_proj = make_linear(width, inner, bias, execution, rngs)
+        self.down_proj = make_linear(inner, width, bias, execution, rngs)
 
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         """Returns the MLP's output."""
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(apply_swiglu(self.gate_proj, self.up_proj, x))
 
 
 class DecoderLayer(nnx.Module):
@@ -248,7 +225,9 @@ class CausalLM(nnx.Module):
         self.document_layout: DocumentLayout | None = None
         self.model = Decoder(config, execution, rngs)
         if not config.tie_word_embeddings:
-            self.lm_head = _linear(config.hidden_size, config.vocab_size, False, execution, rngs)
+            self.lm_head = make_linear(
+                config.hidden_size, config.vocab_size, False, execution, rngs
+            )
 
     def __getattr__(self, name: str) -> TiedHead:
         # Called for absent attributes only. A stored tied head would move the embedding's state to

@@ -12,6 +12,7 @@ from lorax_kernels.lora_linear.weights import LoraWeights
 
 type Kernels = Literal["auto", "pallas", "xla"]
 
+RANK = 16  # that a group without an update is looked up with
 MAX_RANK = 256  # of a launch; a group of more is launched in parts
 
 
@@ -45,7 +46,7 @@ def choose(
         return "xla"
     from lorax_kernels.tuning import is_faster
 
-    return "pallas" if is_faster(m, k, sum(ns), max(ranks, default=16)) else "xla"
+    return "pallas" if is_faster(m, k, sum(ns), max(ranks, default=RANK)) else "xla"
 
 
 def find_obstacle(
@@ -64,6 +65,32 @@ def find_obstacle(
     if ranks and max(ranks) > MAX_RANK:
         return f"the rank must be at most {MAX_RANK}, got {max(ranks)}"
     return None
+
+
+def explain_choice(
+    m: int, k: int, ns: Sequence[int], ranks: Sequence[int], dtype, kernels: Kernels
+) -> tuple[Literal["pallas", "xla"], str]:
+    """Returns what runs at these sizes on one device, and why not the other.
+
+    Args:
+        m: Rows.
+        k: Input features.
+        ns: Output features of every member.
+        ranks: Of the updates.
+        dtype: Of the operands.
+        kernels: What is asked for.
+    """
+    if kernels == "xla":
+        return "xla", "as asked"
+    if (obstacle := find_obstacle(m, k, ns, ranks, dtype)) is not None:
+        return "xla", obstacle
+    if kernels == "pallas":
+        return "pallas", "as asked"
+    from lorax_kernels.tuning import is_faster
+
+    if is_faster(m, k, sum(ns), max(ranks, default=RANK)):
+        return "pallas", ""
+    return "xla", f"faster when measured near {m} × {k} × {sum(ns)}, or never measured there"
 
 
 def split(members: Sequence[LoraWeights]) -> list[list[int]]:

@@ -81,7 +81,7 @@ class Saved(NamedTuple):
 
 
 def lay_out(group: Group) -> Layout:
-    """Places the updates one after another; one that does not fit a block's rest begins the next."""
+    """Places the updates one after another; where one does not fit a block, it begins the next."""
     starts, end = [], 0
     for r in group.ranks:
         if end % STEP and end % STEP + r > STEP:
@@ -120,7 +120,8 @@ def pack(group: Group, layout: Layout, dtype) -> tuple[jax.Array, jax.Array]:
 
 def down_project(x, a, dropout: Dropout | None) -> jax.Array:
     """Returns ``h = dropout(x)·A`` in the group's layout."""
-    parts = project(x, a, config=project_config(*x.shape, a.shape[0]), mask=dropout)
+    m, k = x.shape
+    parts = project(x, a, config=project_config(m, k, a.shape[0]), mask=dropout)
     return _add(parts).astype(x.dtype)
 
 
@@ -216,8 +217,8 @@ def backward(x, saved: Saved | None, group: Group, dropout: Dropout | None, dys)
 
 def _gradient_of_b(h, group: Group, index: int, layout: Layout, dy) -> jax.Array:
     """Returns ``dB = scale·hᵀ·dy``, float32."""
-    first, width = layout.block(index)
-    config = gradient_config(*dy.shape, width)
+    (m, n), (first, width) = dy.shape, layout.block(index)
+    config = gradient_config(m, n, width)
     (sums,) = gradient(dy, h, config=config, columns=(first, width))
     return _own_rows(sums, group, index, layout)
 

@@ -99,7 +99,7 @@ def gradient(
                             cs = pl.ds(j * config.block_c + tile * COLUMNS + box * STEP, STEP)
                             source = t_hbm.at[rows, cs]
                             plgpu.copy_gmem_to_smem(source, t_ring.at[slot, box], full.at[slot])
-                            if both:
+                            if u_ring is not None:
                                 source = rest[0].at[:, cs]
                                 plgpu.copy_gmem_to_smem(source, u_ring.at[slot, box], full.at[slot])
 
@@ -123,7 +123,7 @@ def gradient(
                 own = t_ring.at[slot, warpgroup]
                 if mask is not None:
                     drop(own, place, rest[0], mask.rate)
-                if both:
+                if u_ring is not None:
                     for box in range(2):
                         rows = t_ring.at[slot, box].at[pl.ds(warpgroup * 64, 64)]
                         plgpu.wgmma(project_sum, rows, u_ring.at[slot, box].transpose((1, 0)))

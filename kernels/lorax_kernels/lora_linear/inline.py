@@ -19,7 +19,7 @@ from jax import lax
 
 from lorax_kernels.lora_linear.kernel import launch
 from lorax_kernels.lora_linear.memory import swizzled_memory
-from lorax_kernels.lora_linear.plan import STEP, MatmulConfig, PlacedTerm, Plan
+from lorax_kernels.lora_linear.plan import STEP, MatmulConfig, PlacedTerm, Plan, place
 from lorax_kernels.lora_linear.roles import Feeder, Multiplier
 
 
@@ -86,16 +86,9 @@ def inline_matmul(
         The (m, n) result and h (m, r), in the operands' dtype.
     """
     arrays: list[jax.Array] = []
-
-    def place(array: jax.Array) -> int:
-        for index, known in enumerate(arrays):
-            if known is array:
-                return index
-        arrays.append(array)
-        return len(arrays) - 1
-
+    number = functools.partial(place, arrays)
     r, m = b.shape[0], terms[0].lhs.shape[0]
-    placed = tuple(PlacedTerm(place(t.lhs), (place(t.rhs),), t.lhs.shape[1]) for t in terms)
+    placed = tuple(PlacedTerm(number(t.lhs), (number(t.rhs),), t.lhs.shape[1]) for t in terms)
     plan = _InlinePlan(
         config=config,
         epilogue="store",
@@ -106,11 +99,11 @@ def inline_matmul(
         terms=(placed,),
         masked_steps=0,
         seed=None,
-        bias=None if bias is None else place(bias),
+        bias=None if bias is None else number(bias),
         tail=None,
         outputs=2,
-        u=tuple((place(t.u), t.column) for t in terms),
-        b=place(b),
+        u=tuple((number(t.u), t.column) for t in terms),
+        b=number(b),
         rank=r,
         width=width,
     )

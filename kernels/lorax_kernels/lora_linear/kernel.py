@@ -34,6 +34,7 @@ from lorax_kernels.lora_linear.plan import (
     Plan,
     Term,
     Update,
+    place,
 )
 from lorax_kernels.lora_linear.roles import Feeder, Multiplier
 
@@ -73,26 +74,16 @@ def grouped_matmul(
         One (m, n) array per group but one that was begun, or the epilogue's arrays.
     """
     arrays: list[jax.Array] = []
-
-    def place(array: jax.Array) -> int:
-        for index, known in enumerate(arrays):
-            if known is array:
-                return index
-        arrays.append(array)
-        return len(arrays) - 1
-
+    number = functools.partial(place, arrays)
     contraction, free = (1, 0) if transposed else (0, 1)
-    widths = tuple(terms[0].rhs[0].shape[free] for terms in groups)
+    widths = tuple(group[0].rhs[0].shape[free] for group in groups)
 
     def placed(term: Term) -> PlacedTerm:
         k = term.k or term.rhs[0].shape[contraction]
-        rhs = tuple(place(w) for w in term.rhs)
-        return PlacedTerm(place(term.lhs), rhs, k, term.column, term.row, term.columns)
+        rhs = tuple(number(w) for w in term.rhs)
+        return PlacedTerm(number(term.lhs), rhs, k, term.column, term.row, term.columns)
 
-    last = groups[0][-1]
-    masked = 0
-    if dropout and not update:
-        masked = -(-(last.k or last.rhs[0].shape[contraction]) // STEP)
+    terms = tuple(tuple(placed(term) for term in group) for group in groups)
     plan = Plan(
         config=config,
         epilogue=epilogue,
@@ -100,13 +91,13 @@ def grouped_matmul(
         rate=dropout.rate if dropout else 0.0,
         m=groups[0][0].lhs.shape[0],
         columns=widths,
-        terms=tuple(tuple(placed(term) for term in terms) for terms in groups),
-        masked_steps=masked,
-        seed=place(dropout.seed) if dropout else None,
-        bias=None if bias is None else place(bias),
-        tail=None if d_act is None else place(d_act),
+        terms=terms,
+        masked_steps=-(-terms[0][-1].k // STEP) if dropout and not update else 0,
+        seed=number(dropout.seed) if dropout else None,
+        bias=None if bias is None else number(bias),
+        tail=None if d_act is None else number(d_act),
         outputs={"store": len(groups), "swiglu": 1, "swiglu_keep": 3, "swiglu_grad": 2}[epilogue],
-        update=(place(update.lhs), place(update.rhs)) if update else None,
+        update=(number(update.lhs), number(update.rhs)) if update else None,
         skipped=begun[1] // config.block_n if begun else 0,
     )
     dtype = groups[0][0].lhs.dtype
@@ -114,19 +105,21 @@ def grouped_matmul(
     if epilogue != "store":
         widths *= plan.outputs
     outputs = [jax.ShapeDtypeStruct((plan.m, n), dtype) for n in widths]
-    scratch = {}
-    if update:
-        # The matrix unit wants both operands in one swizzle, that of the short rows of lhs.
-        box = functools.partial(swizzled_memory, dtype=dtype, minor=RANK)
-        scratch = {
-            "short_lhs": box((config.block_m, RANK)),
-            "short_rhs": box((RANK, config.block_n)),
-            "short_full": plgpu.Barrier(num_arrivals=2),
-            "short_empty": plgpu.Barrier(num_arrivals=2),
-        }
+    scratch = _short_step_memory(config, dtype) if update else {}
     if begun is None:
         return list(launch(_kernel, plan, dtype, outputs, sms, **scratch)(*arrays))
     return list(launch(_kernel, plan, dtype, outputs[1:], sms, **scratch)(*arrays, begun[0]))
+
+
+def _short_step_memory(config: MatmulConfig, dtype) -> dict[str, Any]:
+    # The matrix unit wants both operands in one swizzle, that of the short rows of lhs.
+    box = functools.partial(swizzled_memory, dtype=dtype, minor=RANK)
+    return {
+        "short_lhs": box((config.block_m, RANK)),
+        "short_rhs": box((RANK, config.block_n)),
+        "short_full": plgpu.Barrier(num_arrivals=2),
+        "short_empty": plgpu.Barrier(num_arrivals=2),
+    }
 
 
 def _check(plan: Plan, dtype) -> None:

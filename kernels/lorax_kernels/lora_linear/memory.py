@@ -1,6 +1,6 @@
 """Shared memory in the layout of the matrix units, and the dropout mask of a tile of registers."""
 
-from typing import Any
+from typing import Any, cast
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -18,8 +18,10 @@ def swizzled_memory(shape: tuple[int, ...], dtype, minor: int | None = None) -> 
     """
     bits = jnp.finfo(dtype).bits
     swizzle = plgpu.find_swizzle((minor or shape[-1]) * bits)
-    tiling = plgpu.TilingTransform((8, swizzle * 8 // bits))
-    return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
+    # Pyright takes the two classes for abstract: they leave out a method that is not called here.
+    tiling = cast(Any, plgpu.TilingTransform)((8, swizzle * 8 // bits))
+    swizzling = cast(Any, plgpu.SwizzleTransform)(swizzle)
+    return plgpu.SMEM(shape, dtype, transforms=(tiling, swizzling))
 
 
 def tile_mask(seed, at, shape: tuple[int, int], rate: float):

@@ -1,7 +1,7 @@
-"""`lora_linear` and its groups: checks the arguments, picks the implementation, defines the gradient.
+"""`lora_linear` and its groups: argument checks, the choice of implementation, the gradient.
 
-The gradient is defined once for every implementation, with ``dy`` the cotangent of the result, ``d``
-the dropout and ``g = scale · dy·bᵀ``::
+The gradient is defined once for every implementation, with ``dy`` the cotangent of the result,
+``d`` the dropout and ``g = scale · dy·bᵀ``::
 
     dx = dy·wᵀ + d'(g·aᵀ)      da = d(x)ᵀ·g      db = scale · (d(x)·a)ᵀ·dy
 """
@@ -182,20 +182,16 @@ def _validate(x, members: Sequence[LoraWeights], dropout_rate, dropout_key):
         raise ValueError(f"x must be floating point, got {x.dtype}")
     for member in members:
         w, a, b, bias = member.w, member.a, member.b, member.bias
-        adapted = a is not None and b is not None
-        shapes = f"x {x.shape}, w {w.shape}"
-        if adapted:
-            shapes += f", a {a.shape}, b {b.shape}"
-        needed = f"need x (…, k), w (k, n), a (k, r), b (r, n); got {shapes}"
         if (a is None) != (b is None):
             raise ValueError("a and b come together, or not at all")
-        if x.ndim < 1 or w.ndim != 2 or x.shape[-1] != w.shape[0]:
-            raise ValueError(needed)
-        if adapted and (
-            a.ndim != 2 or b.ndim != 2 or a.shape[0] != w.shape[0]
-            or b.shape != (a.shape[1], w.shape[1])
-        ):  # fmt: skip
-            raise ValueError(needed)
+        shapes = f"x {x.shape}, w {w.shape}"
+        fit = x.ndim >= 1 and w.ndim == 2 and x.shape[-1] == w.shape[0]
+        if a is not None and b is not None:
+            shapes += f", a {a.shape}, b {b.shape}"
+            fit = fit and a.ndim == 2 and b.ndim == 2
+            fit = fit and a.shape[0] == w.shape[0] and b.shape == (a.shape[1], w.shape[1])
+        if not fit:
+            raise ValueError(f"need x (…, k), w (k, n), a (k, r), b (r, n); got {shapes}")
         if bias is not None and bias.shape != (w.shape[1],):
             raise ValueError(f"need bias ({w.shape[1]},), got {bias.shape}")
     if not 0.0 <= dropout_rate < 1.0:

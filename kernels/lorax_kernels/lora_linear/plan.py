@@ -101,6 +101,15 @@ class PlacedTerm(NamedTuple):
     columns: tuple[int, ...] = (0, 0)
 
 
+def place(arrays: list[jax.Array], array: jax.Array) -> int:
+    """Returns the number of `array` among the kernel's arguments, and appends it if it is new."""
+    for index, known in enumerate(arrays):
+        if known is array:
+            return index
+    arrays.append(array)
+    return len(arrays) - 1
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """What the kernel knows before it runs: sizes, and where each operand stands in `refs`."""
@@ -122,6 +131,7 @@ class Plan:
 
     @property
     def halves(self) -> int:
+        """Right operands that share a left one: two where gate and up are formed together."""
         return len(self.terms[0][0].rhs)
 
     @property
@@ -131,6 +141,7 @@ class Plan:
 
     @property
     def name(self) -> str:
+        """The kernel's name in profiles."""
         return f"lora_matmul_{'nt' if self.transposed else 'nn'}_{self.epilogue}"
 
     @property
@@ -145,10 +156,12 @@ class Plan:
 
     @property
     def warpgroup_m(self) -> int:
+        """Rows of a tile that each multiplying warpgroup takes."""
         return self.config.block_m // 2
 
     @property
     def tail_steps(self) -> int:
+        """Ring steps that carry `d_act`."""
         return 0 if self.tail is None else self.tile_n // STEP
 
     @property

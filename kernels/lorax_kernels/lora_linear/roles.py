@@ -33,7 +33,7 @@ class Role:
         for name, ref in scratch.items():
             setattr(self, name, ref)
 
-    def for_each_tile(self, body):
+    def for_each_tile(self, body) -> Any:
         """Runs ``body(row tile, column tile, ring count) -> ring count`` for this CTA's tiles."""
         c, (rows, columns) = self.config, self.plan.tiles
         rows //= c.cluster
@@ -50,6 +50,7 @@ class Role:
         return count
 
     def slot(self, count):
+        """Returns the slot of the ring that step `count` uses."""
         return lax.rem(count, jnp.int32(self.config.stages))
 
 
@@ -57,6 +58,7 @@ class Feeder(Role):
     """Copies the operands into the ring."""
 
     def run(self) -> None:
+        """Feeds this CTA's tiles and waits until all that it copied is read."""
         total = self.for_each_tile(self.feed_tile)
         left = jnp.minimum(total, self.config.stages)
 
@@ -68,6 +70,7 @@ class Feeder(Role):
             pl.when(total > 0)(lambda: plgpu.barrier_wait(self.short_empty))
 
     def feed_tile(self, row, column, count):
+        """Copies what one output tile needs and returns the ring count after it."""
         plan, first_tile = self.plan, count == 0
         plan.for_each_group(column, functools.partial(self.feed_group, row, column, count))
         steps = [plan.steps(g) + plan.masked_steps for g in range(len(plan.columns))]
@@ -84,6 +87,7 @@ class Feeder(Role):
         return count
 
     def feed_group(self, row, column, count, group: int) -> None:
+        """Copies the operands of the group's terms, a ring slot per step."""
         plan = self.plan
         n0 = (column - plan.first_tiles[group]) * plan.tile_n
         for term in plan.terms[group]:
@@ -108,6 +112,7 @@ class Feeder(Role):
         plgpu.copy_gmem_to_smem(source, self.short_rhs, self.short_full)
 
     def copy(self, count, term: PlacedTerm, row, lhs_k0, k0, n0) -> None:
+        """Copies one step's operands into its slot of the ring, once the slot is free."""
         c, plan, slot = self.config, self.plan, self.slot(count)
 
         @pl.when(count >= c.stages)
@@ -131,11 +136,13 @@ class Multiplier(Role):
     """Multiplies what the ring brings and stores the result."""
 
     def run(self) -> None:
+        """Multiplies this CTA's tiles and waits until the results are written."""
         self.warpgroup = lax.axis_index("warpgroup")
         self.for_each_tile(self.multiply_tile)
         plgpu.wait_smem_to_gmem(0)
 
     def multiply_tile(self, row, column, count):
+        """Computes and stores one output tile and returns the ring count after it."""
         plan = self.plan
         steps = plan.select(column, [plan.steps(g) for g in range(len(plan.columns))])
         shape = (plan.warpgroup_m, plan.tile_n)
@@ -151,6 +158,7 @@ class Multiplier(Role):
         return count + held
 
     def accumulate(self, count, steps, *accumulators):
+        """Returns the sums over `steps` steps of the ring and, without dropout, the short step."""
         halves = self.plan.halves
 
         @pl.loop(0, steps)
@@ -175,14 +183,17 @@ class Multiplier(Role):
         return sums
 
     def short_rows(self, first: int, number: int):
+        """Returns `number` of this warpgroup's rows of the short left operand, from `first` on."""
         rows = self.warpgroup * self.plan.warpgroup_m + first
         return self.short_lhs.at[pl.ds(rows, number)]
 
     def lhs_rows(self, slot):
+        """Returns this warpgroup's rows of the left operand in `slot`."""
         rows = self.plan.warpgroup_m
         return self.lhs.at[slot].at[pl.ds(self.warpgroup * rows, rows)]
 
     def rhs_view(self, half: int, slot):
+        """Returns a right operand in `slot` as (k, n)."""
         tile = self.rhs.at[half, slot]
         return tile.transpose((1, 0)) if self.plan.transposed else tile
 
@@ -228,6 +239,7 @@ class Multiplier(Role):
         return [d_gate, d_act * gate * sigmoid]
 
     def lhs_tail(self, count, i: int, j: int):
+        """Returns one piece of `d_act`, which lies where the ring keeps left operands."""
         rows = pl.ds(self.warpgroup * self.plan.warpgroup_m + i * 64, 64)
         return self.lhs.at[self.slot(count + j)][rows, :]
 
@@ -254,6 +266,7 @@ class Multiplier(Role):
         return jnp.where(keep, product * (1.0 / keep_probability(plan.rate)), 0.0)
 
     def copy_out(self, value, at, column, output: int, piece: int) -> None:
+        """Stages one piece and copies it to its place in an output."""
         plan, c = self.plan, self.config
         slot = piece % c.store_slots
         # The copy that used this buffer last must have read it.

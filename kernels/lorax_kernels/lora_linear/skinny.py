@@ -51,6 +51,7 @@ class SkinnyConfig:
 
 
 def launch(body, name: str, outputs, scratch, sms: int | None):
+    """Returns a function that runs a kernel of three warpgroups; `sms` None asks the device."""
     body.__name__ = name
     return plgpu.kernel(
         body,
@@ -71,6 +72,7 @@ def blocks(rows: int, columns: int, body):
 
 
 def drain(total, stages: int, empty, slot_of) -> None:
+    """Waits until the ring's last slots are read, so that every barrier ends in a phase seen."""
     left = jnp.minimum(total, stages)
 
     @pl.loop(0, left)

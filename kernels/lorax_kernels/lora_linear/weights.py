@@ -56,7 +56,7 @@ class Group:
         return self.members.index(member)
 
     def columns(self, member: int) -> slice | None:
-        """Returns the columns of ``x·[A₁|A₂|…]`` that are the member's, None if it has no update."""
+        """Returns the member's columns of ``x·[A₁|A₂|…]``, or None if it has no update."""
         if member not in self.members:
             return None
         index = self.adapter(member)

@@ -29,8 +29,8 @@ def forward(x, group: Group, rate: float, key):
             # Both products leave the matrix unit in x's dtype, so that XLA can fold the sum into
             # the second one instead of writing a float32 copy of y.
             y += jnp.dot(group.scales[group.adapter(member)] * h[:, columns], b)
-        if group.biases[member] is not None:
-            y += group.biases[member].astype(dtype)
+        if (bias := group.biases[member]) is not None:
+            y += bias.astype(dtype)
         outputs.append(y)
     return outputs, h
 
@@ -64,4 +64,4 @@ def backward(x, h, group: Group, rate: float, key, dys):
 def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
     """Returns ``silu(gate)·up``, formed in float32 and rounded once."""
     wide = gate.astype(accumulation_dtype(gate.dtype))
-    return (jax.nn.silu(wide) * up).astype(gate.dtype)
+    return (jax.nn.silu(wide) * up.astype(wide.dtype)).astype(gate.dtype)
