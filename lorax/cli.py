@@ -17,7 +17,7 @@ from lorax.interop.checkpoint import read_config, resolve_checkpoint
 from lorax.interop.files import read_json, refuse_occupied
 from lorax.interop.huggingface import load_hf_config, load_model
 from lorax.interop.peft import CONFIG_FILE, load_adapter
-from lorax.overview import module_rows, report_data
+from lorax.overview import module_rows, report_data, report_kernels
 from lorax.report import print_config, print_modules
 from lorax.run import (
     CHAT_TEMPLATE_FILE,
@@ -136,6 +136,7 @@ def _inspect(parsed, console: Console) -> None:
     report_data(console, config, inputs.datasets, inputs.tokenizer, rows=parsed.rows)
     if adapted is not None:
         console.rule("Modules")
+        report_kernels(console, config, adapted)
         print_modules(console, module_rows(adapted), None)
 
 

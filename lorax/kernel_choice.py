@@ -58,7 +58,9 @@ def _groups(layers: dict[str, Any]) -> dict[str, list[Any]]:
         family = next((i for i, names in enumerate(TOGETHER) if last in names), None)
         groups.setdefault((parent, last if family is None else family), []).append((last, layer))
     found: dict[str, list[Any]] = {}
-    for (parent, _), members in groups.items():
+    for (parent, family), members in groups.items():
+        if isinstance(family, int):
+            members.sort(key=lambda member: TOGETHER[family].index(member[0]))
         kind = parent.rpartition(".")[2]
         joined = "+".join(last for last, _ in members)
         sizes = {(layer.in_features, layer.out_features, layer.r) for _, layer in members}

@@ -56,9 +56,7 @@ def report_model(console: Console, config: RunConfig, model: CausalLM) -> None:
     if config.train.method == "full":
         console.print(f"full fine-tuning of {sum(sizes):,} parameters in float32", highlight=False)
         return
-    for choice in kernel_choices(config, model):
-        reason = f": {choice.reason}" if choice.reason else ""
-        console.print(f"kernels: {choice.kernel} for {choice.layers}{reason}", highlight=False)
+    report_kernels(console, config, model)
     print_modules(console, module_rows(model), total)
     others = sum(sizes) - sum(row.parameters for row in module_rows(model))
     if others:
@@ -66,6 +64,17 @@ def report_model(console: Console, config: RunConfig, model: CausalLM) -> None:
             f"also trained: {others:,} parameters (lora.bias, lora.modules_to_save)",
             highlight=False,
         )
+
+
+def report_kernels(console: Console, config: RunConfig, model: nnx.Module) -> None:
+    """Prints what computes each group of adapted layers, and why: one line where all agree."""
+    choices = kernel_choices(config, model)
+    ways = {(choice.kernel, choice.reason) for choice in choices}
+    for kernel, reason in sorted(ways):
+        layers = [c.layers for c in choices if (c.kernel, c.reason) == (kernel, reason)]
+        where = "all adapted layers" if len(ways) == 1 else ", ".join(layers)
+        because = f": {reason}" if reason else ""
+        console.print(f"kernels: {kernel} for {where}{because}", highlight=False, soft_wrap=True)
 
 
 def _attention(config: RunConfig, model: Any) -> str:

@@ -88,20 +88,19 @@ def test_the_comparison_notices_one_wrong_column_and_one_wrong_element():
 
 
 @pytest.mark.parametrize(
-    "m, k, n, r, dtype, cores, options",
+    "m, k, n, r, dtype, cores, transposed, options",
     [
-        (200, 128, 192, 16, "bfloat16", 2, {}),
-        (200, 192, 192, 64, "bfloat16", 3, {"stages": 2}),
-        (16, 128, 128, 128, "float16", 7, {}),
-        (136, 128, 256, 64, "bfloat16", 4, {"cluster": 2}),
-        (200, 128, 256, 64, "bfloat16", 2, {"block_m": 256, "stages": 2}),
-        (136, 128, 320, 64, "bfloat16", 3, {"block_n": 256, "raster_minor": 0, "store_slots": 1}),
+        (200, 128, 192, 16, "bfloat16", 2, False, {}),
+        (200, 192, 192, 64, "bfloat16", 3, True, {"stages": 2}),
+        (16, 128, 128, 128, "float16", 7, False, {}),
+        (16, 128, 128, 128, "float16", 7, True, {}),
+        (136, 128, 256, 64, "bfloat16", 4, False, {"cluster": 2}),
+        (136, 128, 256, 64, "bfloat16", 4, True, {"cluster": 2}),
+        (200, 128, 256, 64, "bfloat16", 2, False, {"block_m": 256, "stages": 2}),
+        (136, 128, 320, 64, "bfloat16", 3, False, {"block_n": 256, "raster_minor": 0}),
     ],
 )
-@pytest.mark.parametrize("transposed", [False, True])
-def test_a_product_and_its_update_are_one_sum(m, k, n, r, dtype, cores, options, transposed):
-    if transposed and (cores == 2 or "raster_minor" in options):
-        pytest.skip("the tiles of these are the same")
+def test_a_product_and_its_update_are_one_sum(m, k, n, r, dtype, cores, transposed, options):
     x, h = draw(0, m, k, dtype=dtype), draw(1, m, r, dtype=dtype)
     w, b = draw(2, k, n, dtype=dtype, scale=k**-0.5), draw(3, r, n, dtype=dtype, scale=0.5)
     config = MatmulConfig(**{"block_n": 128, "stages": 3} | options)
@@ -184,7 +183,7 @@ def test_a_short_step_takes_each_group_s_columns():
     check(kernel, formula, (x, h, w0, w1, *parts))
 
 
-@pytest.mark.parametrize("r, is_short", [(16, True), (64, False), (128, False)])
+@pytest.mark.parametrize("r, is_short", [(16, True), (128, False)])
 def test_dropout_of_a_transposed_product_s_update(r, is_short):
     m, k, n = 200, 192, 128
     dy, g = draw(0, m, n), draw(1, m, r)
@@ -201,7 +200,9 @@ def test_dropout_of_a_transposed_product_s_update(r, is_short):
     check(kernel, formula, (dy, w, g, a, dropout_factors(m, k)))
 
 
-@pytest.mark.parametrize("epilogue, m", [("swiglu", 136), ("swiglu_keep", 16), ("swiglu_grad", 200)])
+@pytest.mark.parametrize(
+    "epilogue, m", [("swiglu", 136), ("swiglu_keep", 16), ("swiglu_grad", 200)]
+)
 def test_swiglu_is_formed_from_the_sums(epilogue, m):
     k, n = 128, 192
     x, h, d_act = draw(0, m, k), draw(1, m, 64), draw(2, m, n)
@@ -325,7 +326,7 @@ def test_project(m, c, r, block_c, boxes, dtype, drops):
         (200, 192, 16, 1, 2, "bfloat16", False),
         (300, 384, 64, 2, 1, "bfloat16", False),
         (16, 256, 192, 1, 1, "float16", False),
-        (300, 128, 128, 3, 2, "bfloat16", False),
+        (300, 128, 128, 3, 1, "bfloat16", False),
         (200, 320, 64, 2, 2, "bfloat16", True),
     ],
 )
@@ -368,15 +369,6 @@ def test_gradient_reads_only_the_columns_it_is_told():
     v[:, :64], v[:, 192:] = np.nan, np.nan
     kernel = lambda: [gradient(t, v, config=SkinnyConfig(2, 256, 3), columns=(64, 128))[0].sum(0)]
     check(kernel, lambda xp, t, v: [wide(xp, t.T, v)], (t, v[:, 64:192]))
-
-
-def test_results_repeat_bit_for_bit():
-    m, k, n = 200, 128, 192
-    x, w, h, b = draw(0, m, k), draw(1, k, n), draw(2, m, 64), draw(3, 64, n)
-    kernel = jax.jit(lambda: grouped_matmul([[Term(x, (w,)), Term(h, (b,))]], config=SMALL))
-    with interpret():
-        first, second = np.asarray(kernel()[0]), np.asarray(kernel()[0])
-    assert first.tobytes() == second.tobytes()
 
 
 @pytest.mark.parametrize(

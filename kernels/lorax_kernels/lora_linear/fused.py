@@ -180,6 +180,8 @@ def backward(x, saved: Saved | None, group: Group, dropout: Dropout | None, dys)
     (m, k), n = x.shape, sum(w.shape[1] for w in group.w)
     layout = lay_out(group)
     config = matmul_config(m, n, k, transposed=True, short=layout.is_short)
+    if dropout and layout.size > config.stages * STEP:
+        config = MatmulConfig()  # the dropped term waits in the ring, all of it
     terms = [Term(dy, (w,)) for dy, w in zip(dys, group.w, strict=True)]
     if saved is None:
         return grouped_matmul([terms], config=config, transposed=True)[0], [], []
@@ -210,9 +212,8 @@ def backward(x, saved: Saved | None, group: Group, dropout: Dropout | None, dys)
     )
     dx = jax.freeze(begun[0]) if begun else outputs[0]
     (parts,) = gradient(x, g, config=gradient_config(m, k, layout.size), mask=dropout)
-    packed = _add(parts)
     spans = zip(layout.starts, layout.ranks, strict=True)
-    return dx, [packed[:, start : start + r] for start, r in spans], db
+    return dx, [_add(parts[:, :, start : start + r]) for start, r in spans], db
 
 
 def _gradient_of_b(h, group: Group, index: int, layout: Layout, dy) -> jax.Array:
@@ -224,8 +225,9 @@ def _gradient_of_b(h, group: Group, index: int, layout: Layout, dy) -> jax.Array
 
 
 def _own_rows(sums, group: Group, index: int, layout: Layout) -> jax.Array:
+    """Returns update `index`'s part of ``dyᵀ·h``, added up, transposed and scaled: dB."""
     at = layout.starts[index] - layout.block(index)[0]
-    return group.scales[index] * _add(sums)[:, at : at + group.ranks[index]].T
+    return group.scales[index] * _add(sums[:, :, at : at + group.ranks[index]]).T
 
 
 def _through_b(saved: Saved, group: Group, index: int, layout: Layout, dy):

@@ -282,21 +282,34 @@ def _group(static: _Static, x, w, biases, a, b, key) -> list[jax.Array]:
 def _forward(static: _Static, x, w, biases, a, b, key):
     group = _bundle(static, w, biases, a, b)
     if static.implementation == "pallas":
-        from lorax_kernels.lora_linear import fused
-
-        outputs, saved = fused.forward(x, group, _kernel_dropout(static, x, key))
+        outputs, saved = _kernel_forward(static, x, w, biases, a, b, key)
     else:
         outputs, saved = xla.forward(x, group, static.rate, key)
     return outputs, (x, w, biases, a, b, key, saved)
+
+
+# Compiled functions of their own, so that equal layers are lowered and compiled once.
+@functools.partial(jax.jit, static_argnums=0)
+def _kernel_forward(static: _Static, x, w, biases, a, b, key):
+    from lorax_kernels.lora_linear import fused
+
+    group = _bundle(static, w, biases, a, b)
+    return fused.forward(x, group, _kernel_dropout(static, x, key))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _kernel_backward(static: _Static, x, w, biases, a, b, key, saved, dys):
+    from lorax_kernels.lora_linear import fused
+
+    group = _bundle(static, w, biases, a, b)
+    return fused.backward(x, saved, group, _kernel_dropout(static, x, key), dys)
 
 
 def _backward(static: _Static, residuals, dys):
     x, w, biases, a, b, key, saved = residuals
     group = _bundle(static, w, biases, a, b)
     if static.implementation == "pallas":
-        from lorax_kernels.lora_linear import fused
-
-        dx, da, db = fused.backward(x, saved, group, _kernel_dropout(static, x, key), dys)
+        dx, da, db = _kernel_backward(static, x, w, biases, a, b, key, saved, dys)
     else:
         dx, da, db = xla.backward(x, saved, group, static.rate, key, dys)
     da = [gradient.astype(leaf.dtype) for gradient, leaf in zip(da, a, strict=True)]
@@ -313,12 +326,14 @@ def _swiglu(recompute: bool, static: _Static, x, w, biases, a, b, key) -> list[j
     if static.implementation == "xla":
         outputs, _ = xla.forward(x, group, static.rate, key)
         return [xla.swiglu(*outputs)]
-    return _swiglu_kernel(static, x, group, key, "swiglu")[0]
+    return _swiglu_kernel(static, "swiglu", x, w, biases, a, b, key)[0]
 
 
-def _swiglu_kernel(static: _Static, x, group: Group, key, epilogue):
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _swiglu_kernel(static: _Static, epilogue, x, w, biases, a, b, key):
     from lorax_kernels.lora_linear import fused
 
+    group = _bundle(static, w, biases, a, b)
     if not group.ranks:
         return fused.swiglu(x, None, None, group, epilogue), None
     packed = fused.pack(group, fused.lay_out(group), x.dtype)
@@ -333,7 +348,7 @@ def _swiglu_forward(recompute: bool, static: _Static, x, w, biases, a, b, key):
         act = xla.swiglu(*kept)
     else:
         epilogue = "swiglu" if recompute else "swiglu_keep"
-        (act, *kept), saved = _swiglu_kernel(static, x, group, key, epilogue)
+        (act, *kept), saved = _swiglu_kernel(static, epilogue, x, w, biases, a, b, key)
     return [act], (x, w, biases, a, b, key, saved, None if recompute else kept)
 
 
@@ -342,15 +357,21 @@ def _swiglu_backward(recompute: bool, static: _Static, residuals, cotangents):
     (d_act,) = cotangents
     group = _bundle(static, w, biases, a, b)
     if recompute and static.implementation == "pallas":
-        from lorax_kernels.lora_linear import fused
-
-        h, packed_b = (saved.h, saved.b) if saved else (None, None)
-        dys = fused.swiglu(x, h, packed_b, group, "swiglu_grad", d_act)
+        dys = _swiglu_gradients(static, x, w, biases, a, b, saved, d_act)
     else:
         if kept is None:
             kept, _ = xla.forward(x, group, static.rate, key)
         dys = jax.vjp(xla.swiglu, *kept)[1](d_act)
     return _backward(static, (x, w, biases, a, b, key, saved), list(dys))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _swiglu_gradients(static: _Static, x, w, biases, a, b, saved, d_act):
+    from lorax_kernels.lora_linear import fused
+
+    group = _bundle(static, w, biases, a, b)
+    h, packed_b = (saved.h, saved.b) if saved else (None, None)
+    return fused.swiglu(x, h, packed_b, group, "swiglu_grad", d_act)
 
 
 _swiglu.defvjp(_swiglu_forward, _swiglu_backward)

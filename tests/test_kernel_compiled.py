@@ -1,0 +1,254 @@
+"""Every kernel compiled ahead of time for the H200: nothing spills out of the registers.
+
+The compiler comes from two wheels that must not be installed beside a CPU's JAX::
+
+    pip install --target .aot --no-deps jax-cuda13-plugin==0.11.2 jax-cuda13-pjrt==0.11.2
+"""
+
+import dataclasses
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SITE = Path(os.environ.get("LORAX_AOT_SITE", ROOT / ".aot"))
+TARGET = Path(__file__).parent / "golden" / "h200_target_config.txtpb"
+TABLE = ROOT / "kernels" / "lorax_kernels" / "tuned" / "nvidia_h200.json"
+HARMLESS = {"C7519"}  # an instruction's register pairs could not be reused
+ROWS, K, N = 8192, 4096, 4096
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(560),
+    pytest.mark.skipif(
+        not (SITE / "jax_plugins").is_dir(),
+        reason="needs JAX's CUDA plugin in the folder LORAX_AOT_SITE, or .aot: see this file",
+    ),
+]
+
+
+def measured_products():
+    """Returns every distinct (transposed, epilogue, config) of the table."""
+    from lorax_kernels.lora_linear.plan import MatmulConfig
+
+    rows = json.loads(TABLE.read_text())["matmul"] if TABLE.exists() else []
+    found = {(r["transposed"], r["epilogue"], MatmulConfig(**r["config"])) for r in rows}
+    defaults = (MatmulConfig(), MatmulConfig(stages=3))
+    return sorted(found, key=repr) or [
+        (transposed, "store", config) for transposed in (False, True) for config in defaults
+    ]
+
+
+def matmul_cases(shape):
+    """Yields (name, function, operands) of every product that the op asks for."""
+    import jax.numpy as jnp
+
+    from lorax_kernels.lora_linear.kernel import grouped_matmul
+    from lorax_kernels.lora_linear.plan import Dropout, MatmulConfig, Term, Update
+
+    x, w, h16, b16 = shape(ROWS, K), shape(K, N), shape(ROWS, 16), shape(16, N)
+    h64, seed = shape(ROWS, 64), shape(3, dtype=jnp.uint32)
+
+    def short(config, transposed, epilogue="store", drops=False):
+        # A short step leaves room for three slots; dropout is drawn in the backward pass alone.
+        config = dataclasses.replace(config, stages=min(config.stages, 3))
+
+        def run(x, w, h, b, seed):
+            dropout = Dropout(seed, 0.1) if drops else None
+            options = {"config": config, "transposed": transposed, "epilogue": epilogue}
+            update = Update(h, b)
+            return grouped_matmul([[Term(x, (w,))]], update=update, dropout=dropout, **options)
+
+        return run, (x, w, h16, b16, seed)
+
+    def gated(config, epilogue):
+        def run(x, gate, up, h, b, d_act):
+            terms = [Term(x, (gate, up)), Term(h, (b, b), 64, columns=(0, N))]
+            tail = d_act if epilogue == "swiglu_grad" else None
+            return grouped_matmul([terms], config=config, epilogue=epilogue, d_act=tail)
+
+        return run, (x, w, w, h64, shape(64, 2 * N), shape(ROWS, N))
+
+    def grouped(config):
+        def run(x, w, h, b, bias):
+            groups = [[Term(x, (w,)), Term(h, (b,), 64, 0, 0, (i * N,))] for i in range(2)]
+            return grouped_matmul(groups, config=config, bias=bias)
+
+        return run, (x, w, h64, shape(64, 2 * N), shape(2 * N, dtype=jnp.float32))
+
+    def appended(config, rank, drops):
+        def run(dy, w, g, a, seed):
+            dropout = Dropout(seed, 0.1) if drops else None
+            terms = [Term(dy, (w,)), Term(g, (a,))]
+            return grouped_matmul([terms], config=config, transposed=True, dropout=dropout)
+
+        return run, (x, w, shape(ROWS, rank), shape(K, rank), seed)
+
+    for transposed, epilogue, config in measured_products():
+        name = f"{'nt' if transposed else 'nn'} {epilogue} {config}"
+        if epilogue != "store":
+            yield name, *gated(config, epilogue)
+            continue
+        yield f"short step, {name}", *short(config, transposed)
+        if transposed:
+            yield f"dropped short step, {name}", *short(config, transposed, drops=True)
+        elif config.cluster == 1:
+            yield f"groups and bias, {name}", *grouped(config)
+    default = MatmulConfig()
+    for epilogue in ("swiglu", "swiglu_keep", "swiglu_grad"):
+        yield f"{epilogue} {default}", *gated(default, epilogue)
+    yield f"groups and bias, {default}", *grouped(default)
+    yield f"appended rank 64, {default}", *appended(default, 64, drops=False)
+    for rank in (64, 128, 192, 256):
+        yield f"dropped rank {rank}, {default}", *appended(default, rank, drops=True)
+
+
+def inline_cases(shape):
+    from lorax_kernels.lora_linear.inline import InlineTerm, inline_matmul
+    from lorax_kernels.tuning import inline_config
+
+    def case(r, transposed):
+        def run(x, w, u, b):
+            config, terms = inline_config(r), [InlineTerm(x, w, u)]
+            return inline_matmul(terms, b, n=N, width=512, config=config, transposed=transposed)
+
+        return run, (shape(ROWS, K), shape(K, N), shape(r, K), shape(r, N))
+
+    for r, transposed in itertools.product((16, 64), (False, True)):
+        yield f"rank {r} {'nt' if transposed else 'nn'}", *case(r, transposed)
+
+
+def project_cases(shape):
+    import jax.numpy as jnp
+
+    from lorax_kernels.lora_linear.plan import Dropout
+    from lorax_kernels.lora_linear.project import project
+    from lorax_kernels.tuning import project_config
+
+    def case(m, r, drops):
+        def run(t, u, seed):
+            mask = Dropout(seed, 0.1) if drops else None
+            return project(t, u, config=project_config(m, K, r), mask=mask)
+
+        return run, (shape(m, K), shape(r, K), shape(3, dtype=jnp.uint32))
+
+    for r, drops in ((16, 0), (64, 0), (128, 0), (256, 0), (16, 1), (64, 1), (256, 1)):
+        yield f"rank {r}{', dropped' if drops else ''}", *case(ROWS, r, drops)
+    yield "rank 16 in parts", *case(512, 16, False)
+
+
+def gradient_cases(shape):
+    import jax.numpy as jnp
+
+    from lorax_kernels.lora_linear.gradient import gradient
+    from lorax_kernels.lora_linear.plan import Dropout
+    from lorax_kernels.tuning import gradient_config
+
+    def case(c, r, u_rank, drops):
+        def run(t, v, u, seed):
+            config = gradient_config(ROWS, c, r, u_rank)
+            mask = Dropout(seed, 0.1) if drops else None
+            return gradient(t, v, u if u_rank else None, config=config, mask=mask)
+
+        operands = shape(ROWS, c), shape(ROWS, r), shape(16, c), shape(3, dtype=jnp.uint32)
+        return run, operands
+
+    seen = set()
+    for c, r, (u_rank, drops) in itertools.product(
+        (1024, 4096, 14336), (16, 64, 128, 256), ((0, False), (16, False), (0, True))
+    ):
+        config = gradient_config(ROWS, c, r, u_rank)
+        if (config, r, u_rank, drops) in seen or (drops and c != 4096):
+            continue
+        seen.add((config, r, u_rank, drops))
+        kind = ", both" if u_rank else ", dropped" if drops else ""
+        yield f"rank {r}, {c} columns{kind}", *case(c, r, u_rank, drops)
+
+
+CASES = {
+    "matmul": matmul_cases,
+    "inline": inline_cases,
+    "project": project_cases,
+    "gradient": gradient_cases,
+}
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_no_kernel_spills(kind):
+    paths = [str(SITE), str(ROOT / "kernels")]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(paths),
+        "JAX_PLATFORMS": "cpu",
+    }
+    done = subprocess.run(
+        [sys.executable, __file__, kind],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=550,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    for row in rows:
+        print(row)
+    assert len(rows) >= 4
+    assert not [row for row in rows if row["problems"]]
+
+
+def find_problems(folder):
+    """Reads what the assembler said about every kernel."""
+    reports = sorted(Path(folder).rglob("*.ptxas"))
+    problems = [] if reports else ["the assembler reported nothing"]
+    for path in reports:
+        text = path.read_text()
+        frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)", text)
+        codes = set(re.findall(r"\(([CW]\d+)\)", text)) - HARMLESS
+        if not frames:
+            problems.append(f"{path.name}: no register report")
+        problems += [f"{path.name}: stack, stores, loads {f}" for f in frames if any(map(int, f))]
+        problems += [f"{path.name}: {code}" for code in sorted(codes)]
+    return problems
+
+
+def main(kind):
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental import topologies
+
+    topology = topologies.get_topology_desc(
+        platform="cuda", target_config=TARGET.read_text(), topology="1x1x1"
+    )
+    mesh = topologies.make_mesh(topology, (1,), ("x",))
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    h200 = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="cuda")
+
+    def shape(*sizes, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=whole)
+
+    abstract = jax.sharding.AbstractMesh((), (), abstract_device=h200)
+    with jax.sharding.use_abstract_mesh(abstract):
+        cases = list(CASES[kind](shape))
+    for name, function, operands in cases:
+        begun = time.time()
+        with tempfile.TemporaryDirectory() as folder:
+            os.environ["MOSAIC_GPU_DUMP_TO"] = folder
+            with jax.sharding.use_abstract_mesh(abstract):
+                lowered = jax.jit(function).lower(*operands)
+            lowered.compile()
+            problems = find_problems(folder)
+        seconds = round(time.time() - begun, 1)
+        row = {"kind": kind, "case": name, "seconds": seconds, "problems": problems}
+        print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

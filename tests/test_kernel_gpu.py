@@ -1,0 +1,163 @@
+"""The fused kernels on a Hopper GPU: values at real sizes, repeats, and whole training runs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from lorax.config import LoraConfig
+from lorax.lora import apply_lora, set_kernels
+from lorax.models import CausalLM, DecoderConfig
+from lorax.step import make_train_step
+from lorax_kernels import LoraWeights, lora_linear_group, lora_swiglu
+from lorax_kernels.device import runs_kernels
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        jax.default_backend() != "gpu" or not runs_kernels(), reason="needs a Hopper GPU"
+    ),
+]
+UNIT = {"bfloat16": 3.9e-3, "float16": 4.9e-4}
+CEILING = {"bfloat16": 2e-2, "float16": 4e-3}
+
+
+def draw(seed, shape, deviation, dtype):
+    values = jax.random.normal(jax.random.key(seed), shape, jnp.float32) * deviation
+    return values.astype(dtype)
+
+
+def operands(m, k, ns, ranks, dtype):
+    x = draw(0, (m, k), 1.0, dtype)
+    w = [draw(10 + i, (k, n), k**-0.5, dtype) for i, n in enumerate(ns)]
+    adapters = [
+        None
+        if r is None
+        else (draw(20 + i, (k, r), k**-0.5, jnp.float32), draw(30 + i, (r, n), 0.3, jnp.float32))
+        for i, (r, n) in enumerate(zip(ranks, ns, strict=True))
+    ]
+    return x, w, adapters, [draw(40 + i, (m, n), 1.0, dtype) for i, n in enumerate(ns)]
+
+
+def run(x, w, adapters, dys, **options):
+    def function(x, adapters):
+        members = [
+            LoraWeights(w, scale=2.0) if ab is None else LoraWeights(w, *ab, scale=2.0)
+            for w, ab in zip(w, adapters, strict=True)
+        ]
+        return lora_linear_group(x, members, **options)
+
+    y, pull = jax.vjp(function, x, adapters)
+    return y, pull(dys)
+
+
+def distance(got, want):
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    return np.linalg.norm(got - want) / np.linalg.norm(want)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "m, k, ns, ranks",
+    [
+        (8192, 4096, (4096,), (16,)),
+        (8192, 4096, (4096, 1024, 1024), (16, None, 8)),
+        (2056, 2048, (2048,), (1,)),
+        (1000, 4096, (1024, 256), (64, 100)),
+        (16, 128, (128,), (256,)),
+    ],
+)
+def test_values_and_gradients_at_real_sizes_follow_rule_k(m, k, ns, ranks, dtype):
+    inputs = operands(m, k, ns, ranks, dtype)
+    got = jax.jit(lambda *a: run(*a, kernels="pallas"))(*inputs)
+    base = jax.jit(lambda *a: run(*a, kernels="xla"))(*inputs)
+    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), inputs)
+    with jax.default_matmul_precision("highest"):
+        want = jax.jit(lambda *a: run(*a, kernels="xla"))(*wide)
+    for ours, theirs, exact in zip(*map(jax.tree.leaves, (got, base, want)), strict=True):
+        bound = 2 * distance(theirs, exact) + 4 * UNIT[dtype]
+        assert distance(ours, exact) <= min(bound, CEILING[dtype])
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_swiglu_at_a_real_size(recompute):
+    x, w, adapters, dys = operands(4096, 2048, (8192, 8192), (16, 16), "bfloat16")
+
+    def function(x, adapters, kernels):
+        gate, up = (LoraWeights(w, *ab, scale=2.0) for w, ab in zip(w, adapters, strict=True))
+        return lora_swiglu(x, gate, up, kernels=kernels, recompute=recompute)
+
+    def results(kernels):
+        y, pull = jax.vjp(lambda x, a: function(x, a, kernels), x, adapters)
+        return y, pull(dys[0])
+
+    got, want = jax.jit(lambda: results("pallas"))(), jax.jit(lambda: results("xla"))()
+    for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert distance(ours, theirs) <= 1.5e-2
+
+
+def test_a_hundred_repeats_are_equal_bit_for_bit():
+    inputs = operands(4096, 2048, (2048, 512, 512), (16, 16, 16), "bfloat16")
+    options = {"kernels": "pallas", "dropout_rate": 0.1, "dropout_key": jax.random.key(3)}
+    for extra in ({}, options):
+        call = jax.jit(lambda *a, extra=extra: run(*a, **{"kernels": "pallas", **extra}))
+        first = jax.tree.leaves(call(*inputs))
+        same = jax.jit(lambda p, q: jnp.stack([(u == v).all() for u, v in zip(p, q, strict=True)]))
+        for _ in range(100):
+            assert same(first, jax.tree.leaves(call(*inputs))).all()
+
+
+def test_dropout_is_the_same_on_both_paths():
+    inputs = operands(4096, 2048, (2048,), (16,), "bfloat16")
+    options = {"dropout_rate": 0.1, "dropout_key": jax.random.key(3)}
+    ours = jax.jit(lambda *a: run(*a, kernels="pallas", **options))(*inputs)
+    theirs = jax.jit(lambda *a: run(*a, kernels="xla", **options))(*inputs)
+    for p, q in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert distance(p, q) <= 1e-2
+
+
+def train(kernels: str, micro_batches: int, steps: int = 50):
+    """Returns the losses and the adapters of a small model after some steps."""
+    config = DecoderConfig.from_hf(
+        {
+            "model_type": "llama",
+            "hidden_size": 512,
+            "intermediate_size": 1024,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": 512,
+            "max_position_embeddings": 256,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 10000.0,
+            "hidden_act": "silu",
+            "tie_word_embeddings": False,
+        },
+        "test",
+    )
+    model = CausalLM(config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    model = apply_lora(model, LoraConfig(r=16), rngs=nnx.Rngs(1))
+    set_kernels(model, kernels)
+    step, state = make_train_step(model, optax.sgd(0.5))
+    tokens = np.random.default_rng(0).integers(0, 512, (16, 257)).astype(np.int32)
+    positions = np.broadcast_to(np.arange(256, dtype=np.int32), (16, 256))
+    rows = {"input_ids": tokens[:, :-1], "labels": tokens[:, 1:], "positions": positions}
+    batch = {name: value.reshape(micro_batches, -1, 256) for name, value in rows.items()}
+    losses = []
+    for _ in range(steps):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+    flat = [np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(state.trainable)]
+    return np.array(losses), np.concatenate(flat)
+
+
+def test_the_trained_result_does_not_depend_on_the_path():
+    losses, adapters = train("xla", 1)
+    other_losses, other_adapters = train("xla", 2)  # the same sums in another order
+    our_losses, our_adapters = train("pallas", 1)
+    assert losses[-1] < losses[0] - 0.1
+    noise = distance(other_adapters, adapters)
+    assert 0 < noise and distance(our_adapters, adapters) <= 2 * noise
+    assert np.abs(our_losses - losses).max() <= 2 * np.abs(other_losses - losses).max() + 1e-3
