@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.demo
 	@$(BIN)/lorax train configs/tiny_cpu.yaml save.output_dir=outputs/demo-$$(date +%Y%m%d-%H%M%S)
 
-test: $(VENV)/.test
+test: $(VENV)/.test .aot/.done
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
@@ -42,5 +42,12 @@ $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
 	@touch $@
 
+# The compiler for NVIDIA GPUs, which compiles the kernels without a GPU. In a folder of its own: as
+# an installed plugin it would make jax look for a GPU.
+.aot/.done: constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps \
+		--upgrade --target .aot jax-cuda13-plugin jax-cuda13-pjrt
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache
+	rm -rf $(VENV) .aot .pytest_cache .ruff_cache

@@ -23,6 +23,9 @@ class Races:
 def interpret(cores: int = 3) -> Iterator[Races]:
     """Interprets Mosaic GPU kernels on the CPU, as on a device with `cores` multiprocessors.
 
+    Run one kernel at a time: several in one compiled function run at once and wait for each other's
+    threads for ever. `lora_linear` compiles several together; call what its jitted parts wrap.
+
     What it does not see: products of the matrix units run at once, so a ring slot that is freed
     while its product is still running goes unnoticed.
     """

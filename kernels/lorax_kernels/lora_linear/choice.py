@@ -14,6 +14,7 @@ type Kernels = Literal["auto", "pallas", "xla"]
 
 RANK = 16  # that a group without an update is looked up with
 MAX_RANK = 256  # of a launch; a group of more is launched in parts
+MAX_DROPPED_RANK = 192  # with dropout the update waits in the ring of 3 slots
 
 
 def choose(
@@ -33,6 +34,8 @@ def choose(
     shards = math.prod(axis_sizes(row_axes).values())
     m = x.size // k // shards if x.size else 0
     obstacle = find_obstacle(m, k, ns, ranks, x.dtype)
+    if obstacle is None and rate and ranks and max(ranks) > MAX_DROPPED_RANK:
+        obstacle = f"with dropout the rank must be at most {MAX_DROPPED_RANK}, got {max(ranks)}"
     if obstacle is None and shards > 1:
         if x.shape[0] % shards:
             obstacle = f"x has {x.shape[0]} rows of rows, which {shards} shards do not divide"
@@ -93,13 +96,14 @@ def explain_choice(
     return "xla", f"faster when measured near {m} × {k} × {sum(ns)}, or never measured there"
 
 
-def split(members: Sequence[LoraWeights]) -> list[list[int]]:
+def split(members: Sequence[LoraWeights], rate: float = 0.0) -> list[list[int]]:
     """Divides a group into launches whose ranks fit side by side."""
+    most = MAX_DROPPED_RANK if rate else MAX_RANK
     parts: list[list[int]] = [[]]
     total = 0
     for index, member in enumerate(members):
         r = 0 if member.a is None else -(-member.a.shape[1] // 64) * 64
-        if parts[-1] and total + r > MAX_RANK:
+        if parts[-1] and total + r > most:
             parts.append([])
             total = 0
         parts[-1].append(index)

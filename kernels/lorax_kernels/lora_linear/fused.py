@@ -180,8 +180,6 @@ def backward(x, saved: Saved | None, group: Group, dropout: Dropout | None, dys)
     (m, k), n = x.shape, sum(w.shape[1] for w in group.w)
     layout = lay_out(group)
     config = matmul_config(m, n, k, transposed=True, short=layout.is_short)
-    if dropout and layout.size > config.stages * STEP:
-        config = MatmulConfig()  # the dropped term waits in the ring, all of it
     terms = [Term(dy, (w,)) for dy, w in zip(dys, group.w, strict=True)]
     if saved is None:
         return grouped_matmul([terms], config=config, transposed=True)[0], [], []

@@ -8,6 +8,7 @@ The gradient is defined once for every implementation, with ``dy`` the cotangent
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -113,7 +114,7 @@ def lora_linear_group(
     implementation = choice.choose(x, members, rate, kernels, row_axes)
     if implementation == "pallas":
         outputs = []
-        for part in choice.split(members):
+        for part in choice.split(members, rate):
             outputs += run(part, _group, "pallas")
         return outputs
     return run(range(len(members)), _group, "xla")
@@ -162,7 +163,7 @@ def lora_swiglu(
         raise ValueError("lora_swiglu takes layers without biases: use lora_linear_group")
     rate = float(dropout_rate) if any(m.a is not None for m in members) else 0.0
     implementation = choice.choose(x, members, rate, kernels, row_axes)
-    if len(choice.split(members)) > 1:
+    if len(choice.split(members, rate)) > 1:
         implementation = "xla" if implementation == "xla" else "apart"
     if implementation == "apart":
         gated, upped = lora_linear_group(
@@ -241,12 +242,12 @@ def _run_group(
     )
 
     def local(x, *operands):
-        rows = x.reshape(-1, x.shape[-1])
-        m = rows.shape[0]
+        m = math.prod(x.shape[:-1])
+        rows = x.reshape(m, x.shape[-1])
         if implementation == "pallas" and (m % 8 or m < KERNEL_ROWS):
             rows = jnp.pad(rows, ((0, -m % KERNEL_ROWS), (0, 0)))
         outputs = function(static, rows, *operands)
-        return [y[:m].reshape(*x.shape[:-1], -1) for y in outputs]
+        return [y[:m].reshape(*x.shape[:-1], y.shape[1]) for y in outputs]
 
     if not axes:
         return local(x, *operands)

@@ -30,7 +30,7 @@ def forward(x, group: Group, rate: float, key):
             # the second one instead of writing a float32 copy of y.
             y += jnp.dot(group.scales[group.adapter(member)] * h[:, columns], b)
         if (bias := group.biases[member]) is not None:
-            y += bias.astype(dtype)
+            y += bias.astype(dtype)[None, :]
         outputs.append(y)
     return outputs, h
 
