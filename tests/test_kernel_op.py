@@ -189,11 +189,11 @@ def test_a_group_without_any_update(inline):
     check(group, exact_group, x, members)
 
 
-@pytest.mark.parametrize("sizes", [[(192, 16)], [(128, 64), (192, 100), (128, 40)]])
+@pytest.mark.parametrize("sizes", [[(192, 16)], [(128, 40), (128, 100)]])
 def test_dropout_draws_xla_s_mask_in_both_passes(sizes):
     options = {"dropout_rate": RATE, "dropout_key": jax.random.key(7)}
     function = single if len(sizes) == 1 else group
-    check(function, exact_group, draw(0, 136, 128), draw_members(128, sizes), **options)
+    check(function, exact_group, draw(0, 72, 128), draw_members(128, sizes), **options)
 
 
 def test_members_share_one_dropout_and_results_repeat_bit_for_bit():
@@ -394,7 +394,7 @@ def test_every_rank_has_tiles_on_the_h200(ranks, rate, monkeypatch):
     function = lambda x, members: group("pallas", x, members, **options)
     x = draw(0, 256, 256)
     if rate and max(ranks) > 192:
-        with interpreted(132), pytest.raises(ValueError, match="with dropout the rank .* 192"):
+        with interpreted(132), pytest.raises(ValueError, match=r"with dropout the rank .* 192"):
             function(x, members)
         return
     with interpreted(132):
