@@ -1,12 +1,12 @@
 """What computes each group of adapted layers in a run, and why."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 from flax import nnx
 
 from lorax.config import RunConfig
-from lorax.lora import lora_layers
+from lorax.lora import LoraLinear, is_adaptable, named_modules
 from lorax_kernels import explain_choice
 
 # Layers of one module that read one input, and so run as one operation.
@@ -37,12 +37,12 @@ def kernel_choices(config: RunConfig, model: nnx.Module) -> list[KernelChoice]:
     """
     m = config.train.per_device_train_batch_size * config.data.max_seq_length
     choices: dict[KernelChoice, None] = {}
-    for names, layers in _groups(lora_layers(model)).items():
+    for names, sizes in _groups(named_modules(model)):
         kernel, reason = explain_choice(
             m,
-            layers[0].in_features,
-            [layer.out_features for layer in layers],
-            [layer.r for layer in layers],
+            sizes[0].k,
+            [size.n for size in sizes],
+            [size.r for size in sizes if size.r],
             config.model.dtype,
             config.model.kernels,
         )
@@ -50,29 +50,37 @@ def kernel_choices(config: RunConfig, model: nnx.Module) -> list[KernelChoice]:
     return list(choices)
 
 
-def _groups(layers: dict[str, Any]) -> dict[str, list[Any]]:
-    """Maps the joined names of every group, without its layer's number, to the group's layers."""
-    groups: dict[tuple, list[Any]] = {}
-    for name, layer in layers.items():
+class _Size(NamedTuple):
+    k: int
+    n: int
+    r: int  # 0 for a layer that takes part without an update
+
+
+def _groups(modules: dict[str, Any]) -> list[tuple[str, list[_Size]]]:
+    """Returns (names, sizes) of every group with an update, the same in all decoder layers once."""
+    found: dict[tuple[str, tuple[_Size, ...]], None] = {}
+    done: set[str] = set()
+    for name, module in modules.items():
+        if not isinstance(module, LoraLinear) or name in done:
+            continue
         parent, _, last = name.rpartition(".")
-        family = next((i for i, names in enumerate(TOGETHER) if last in names), None)
-        groups.setdefault((parent, last if family is None else family), []).append((last, layer))
-    found: dict[str, list[Any]] = {}
-    for (parent, family), members in groups.items():
-        if isinstance(family, int):
-            members.sort(key=lambda member: TOGETHER[family].index(member[0]))
+        family = next((names for names in TOGETHER if last in names), (last,))
+        path = lambda member, parent=parent: f"{parent}.{member}" if parent else member
+        members = [member for member in family if _size(modules.get(path(member))) is not None]
+        done.update(map(path, members))
+        sizes = tuple(size for member in members if (size := _size(modules[path(member)])))
         kind = parent.rpartition(".")[2]
-        joined = "+".join(last for last, _ in members)
-        sizes = {(layer.in_features, layer.out_features, layer.r) for _, layer in members}
-        key = f"{kind}.{joined}" if kind else joined
-        if key in found and len({*sizes, *_sizes(found[key])}) > len(sizes):
-            key = f"{parent}.{joined}"
-        found.setdefault(key, [layer for _, layer in members])
-    return found
+        names = "+".join(members)
+        found[f"{kind}.{names}" if kind else names, sizes] = None
+    return [(names, list(sizes)) for names, sizes in found]
 
 
-def _sizes(layers: list[Any]) -> set[tuple[int, int, int]]:
-    return {(layer.in_features, layer.out_features, layer.r) for layer in layers}
+def _size(module: Any) -> _Size | None:
+    if isinstance(module, LoraLinear):
+        return _Size(module.in_features, module.out_features, module.r)
+    if is_adaptable(module):
+        return _Size(module.in_features, module.out_features, 0)
+    return None
 
 
 def check_kernels(config: RunConfig, model: nnx.Module) -> None:

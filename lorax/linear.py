@@ -9,11 +9,11 @@ from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 from jaxtyping import Array, Float
 
+from lorax.sharding import DATA_AXIS
 from lorax.targets import Target
 from lorax_kernels import Kernels, LoraWeights, lora_linear, lora_linear_group, lora_swiglu
 
-# Mesh axes that divide the rows of a batch; see `lorax.sharding`.
-ROW_AXES = ("data",)
+ROW_AXES = (DATA_AXIS,)  # mesh axes that divide the rows of a batch
 
 
 class Frozen(nnx.Variable):
@@ -121,8 +121,8 @@ class LoraLinear(nnx.Module):
     def apply_swiglu(self, gate: nnx.Module, up: nnx.Module, x) -> Array | None:
         """Returns ``silu(gate(x)) · up(x)`` in one operation, or None if the layers forbid it."""
         group = _group((gate, up), x)
-        plain = all(getattr(layer, "bias", None) is None for layer in (gate, up))
-        plain &= all(getattr(layer, "output_dtype", None) is None for layer in (gate, up))
+        extras = ("bias", "output_dtype", "preferred_element_type")
+        plain = all(getattr(layer, name, None) is None for layer in (gate, up) for name in extras)
         if group is None or not plain:
             return None
         members, options = group

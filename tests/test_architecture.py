@@ -15,7 +15,7 @@ ALLOWED = {
     "lorax.config_types": {"lorax.config_file"},
     "lorax.config_file": set(),
     "lorax.targets": {"lorax.config"},
-    "lorax.linear": {"lorax.targets", "lorax_kernels"},
+    "lorax.linear": {"lorax.sharding", "lorax.targets", "lorax_kernels"},
     "lorax.lora": {"lorax.config", "lorax.linear", "lorax.targets", "lorax_kernels"},
     "lorax.kernel_choice": {"lorax.config", "lorax.lora", "lorax_kernels"},
     "lorax.merge": {"lorax.lora"},

@@ -477,12 +477,12 @@ def main(folder, *names):
 
     assert Path(lorax_kernels.__file__).is_relative_to(folder), "not the copy"
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-    try:
-        for name in names:
+    for name in names:
+        try:
             globals()[f"check_{name}"]()
-    except (AssertionError, jax.errors.JaxRuntimeError) as error:
-        print(f"{name}: {error!r}"[:500])
-        os._exit(NOTICED)  # threads of a kernel may still be waiting for each other
+        except (AssertionError, jax.errors.JaxRuntimeError) as error:
+            print(f"{name}: {error!r}"[:500])
+            os._exit(NOTICED)  # threads of a kernel may still be waiting for each other
 
 
 if __name__ == "__main__":

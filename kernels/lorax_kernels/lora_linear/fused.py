@@ -233,17 +233,16 @@ def _through_b(saved: Saved, group: Group, index: int, layout: Layout, dy):
     (m, n), r = dy.shape, group.ranks[index]
     first, rows = layout.block(index)
     start, column = layout.starts[index], layout.columns[group.members[index]]
-    if len(group.w) == 1 and rows == layout.size:
-        b, at = saved.b, 0
-    else:
-        b = saved.b[start : start + r, column : column + n]
-        b, at = jnp.pad(b, ((0, padded_rank(r) - r), (0, 0))), 0
+    b = saved.b
+    if len(group.w) > 1 or rows < layout.size:
+        own = b[start : start + r, column : column + n]
+        b = jnp.pad(own, ((0, padded_rank(r) - r), (0, 0)))
     if b.shape[0] > ONE_PASS_RANK:
         parts = project(dy, b, config=project_config(m, n, b.shape[0]))
-        return _gradient_of_b(saved.h, group, index, layout, dy), _add(parts)[:, at : at + r]
+        return _gradient_of_b(saved.h, group, index, layout, dy), _add(parts)[:, :r]
     config = gradient_config(m, n, rows, b.shape[0])
     sums, parts = gradient(dy, saved.h, b, config=config, columns=(first, rows))
-    return _own_rows(sums, group, index, layout), _add(parts)[:, at : at + r]
+    return _own_rows(sums, group, index, layout), _add(parts)[:, :r]
 
 
 def swiglu(
