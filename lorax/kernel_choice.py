@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from flax import nnx
 
 from lorax.config import RunConfig
-from lorax.lora import LoraLinear, is_adaptable, named_modules
+from lorax.lora import LoraLinear, is_adaptable, lora_layers, named_modules
 from lorax_kernels import explain_choice
 
 # Layers of one module that read one input, and so run as one operation.
@@ -45,6 +45,7 @@ def kernel_choices(config: RunConfig, model: nnx.Module) -> list[KernelChoice]:
             [size.r for size in sizes if size.r],
             config.model.dtype,
             config.model.kernels,
+            max(layer.dropout for layer in lora_layers(model).values()),
         )
         choices[KernelChoice(names, kernel, reason)] = None
     return list(choices)

@@ -55,7 +55,7 @@ class LoraLinear(nnx.Module):
         self.in_features, self.out_features = base.in_features, base.out_features
         self.kernel = Frozen(base.kernel.get_value())
         self.bias = None if base.bias is None else Frozen(base.bias.get_value())
-        self.dtype, self.output_dtype = base.dtype, base.preferred_element_type
+        self.dtype, self.preferred_element_type = base.dtype, base.preferred_element_type
         self.r, self.lora_alpha, self.scale = target.r, target.lora_alpha, target.scale
         shape, key = (base.in_features, target.r), rngs.params()
         if init_lora_weights == "gaussian":
@@ -74,7 +74,7 @@ class LoraLinear(nnx.Module):
         dtype = self.compute_dtype(x.dtype)
         x = x.astype(dtype)
         if self.merged:
-            return self._finish(x @ self.kernel[...].astype(dtype))
+            return _finish(self, x @ self.kernel[...].astype(dtype))
         rate = self.dropout_rate
         y = lora_linear(
             x,
@@ -87,7 +87,7 @@ class LoraLinear(nnx.Module):
             kernels=self.kernels,
             row_axes=ROW_AXES,
         )
-        return self._finish(y)
+        return _finish(self, y)
 
     @property
     def dropout_rate(self) -> float:
@@ -97,11 +97,6 @@ class LoraLinear(nnx.Module):
     def compute_dtype(self, dtype):
         """Returns the dtype in which inputs of `dtype` are multiplied."""
         return self.dtype or jnp.promote_types(dtype, self.kernel.dtype)
-
-    def _finish(self, y):
-        if self.bias is not None:
-            y += self.bias[...].astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
-        return y if self.output_dtype is None else y.astype(self.output_dtype)
 
     def apply_together(self, layers: Sequence[Any], x) -> list[Array]:
         """Returns the outputs of layers that read one input, of which this is one.
@@ -113,15 +108,12 @@ class LoraLinear(nnx.Module):
             return [layer(x) for layer in layers]
         members, options = group
         outputs = lora_linear_group(x.astype(self.compute_dtype(x.dtype)), members, **options)
-        return [
-            layer._finish(y) if isinstance(layer, LoraLinear) else _add_bias(layer, y)
-            for layer, y in zip(layers, outputs, strict=True)
-        ]
+        return [_finish(layer, y) for layer, y in zip(layers, outputs, strict=True)]
 
     def apply_swiglu(self, gate: nnx.Module, up: nnx.Module, x) -> Array | None:
         """Returns ``silu(gate(x)) · up(x)`` in one operation, or None if the layers forbid it."""
         group = _group((gate, up), x)
-        extras = ("bias", "output_dtype", "preferred_element_type")
+        extras = ("bias", "preferred_element_type")
         plain = all(getattr(layer, name, None) is None for layer in (gate, up) for name in extras)
         if group is None or not plain:
             return None
@@ -182,8 +174,8 @@ def _group(layers: Sequence[Any], x) -> tuple[list[LoraWeights], dict[str, Any]]
     }
 
 
-def _add_bias(layer, y: Array) -> Array:
-    """Finishes a plain layer's output as `nnx.Linear` does."""
+def _finish(layer: Any, y: Array) -> Array:
+    """Adds the bias of an adapted or plain layer and gives the dtype that it promises."""
     if layer.bias is not None:
         y += layer.bias[...].astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
     wanted = layer.preferred_element_type

@@ -82,7 +82,7 @@ def _plain_linear(layer: LoraLinear, kernel: jax.Array) -> nnx.Linear:
             use_bias=layer.bias is not None,
             dtype=layer.dtype,
             param_dtype=kernel.dtype,
-            preferred_element_type=layer.output_dtype,
+            preferred_element_type=layer.preferred_element_type,
             rngs=nnx.Rngs(0),
         )
     )

@@ -22,9 +22,10 @@ import jax
 import jax.numpy as jnp
 
 from lorax_kernels import LoraWeights, lora_linear_group, lora_swiglu
+from lorax_kernels.device import CUBLAS_ONLY
 from lorax_kernels.lora_linear.reference import lora_linear_reference
-from lorax_kernels.timing import CUBLAS_ONLY, compile_all, time_interleaved
-from lorax_kernels.workloads import SIZES, Workload, model_workloads
+from lorax_kernels.timing import compile_all, time_interleaved
+from lorax_kernels.workloads import SIZES, Workload, draw, model_workloads
 
 SCALE = 2.0
 ERROR_ROWS = 256
@@ -40,12 +41,6 @@ class Cell:
     r: int
     what: str
     dropout: float = 0.0
-
-
-def draw(seed, shape: tuple[int, ...], deviation: float, dtype) -> jax.Array:
-    """Returns normal numbers."""
-    values = jax.random.normal(jax.random.key(seed), shape, jnp.float32) * deviation
-    return values.astype(dtype)
 
 
 def operand_sets(workload: Workload, m: int, r: int) -> list[tuple]:

@@ -15,14 +15,14 @@ import time
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 
+from lorax_kernels.device import CUBLAS_ONLY
 from lorax_kernels.lora_linear.kernel import grouped_matmul
 from lorax_kernels.lora_linear.plan import Epilogue, MatmulConfig, Term, Update
 from lorax_kernels.lora_linear.skinny import padded_rank
-from lorax_kernels.timing import CUBLAS_ONLY, compile_all, time_interleaved
+from lorax_kernels.timing import compile_all, time_interleaved
 from lorax_kernels.tuning import TUNED
-from lorax_kernels.workloads import SIZES, Workload, model_workloads
+from lorax_kernels.workloads import SIZES, Workload, draw, model_workloads
 
 RANK = 16
 CANDIDATES = [
@@ -35,12 +35,6 @@ CANDIDATES = [
     MatmulConfig(stages=3, block_m=256, block_n=128, cluster=2),
 ]
 SWIGLU_CANDIDATES = CANDIDATES[:5]
-
-
-def draw(seed: int, shape: tuple[int, ...], deviation: float) -> jax.Array:
-    """Returns normal numbers in bfloat16."""
-    values = jax.random.normal(jax.random.key(seed), shape, jnp.float32) * deviation
-    return values.astype(jnp.bfloat16)
 
 
 def operand_sets(workload: Workload, m: int, transposed: bool, count: int = 3):

@@ -8,6 +8,10 @@ import jax
 
 HOPPERS = ("H100", "H200", "H800", "GH200", "H20")
 
+# Products through cuBLAS, which folds a sum into the product; and no merging of products that share
+# an operand, which copies their weights side by side in every call.
+CUBLAS_ONLY = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
+
 _interpreted_cores: contextvars.ContextVar[int] = contextvars.ContextVar("cores", default=0)
 
 
@@ -50,12 +54,5 @@ def runs_kernels() -> bool:
 
 
 def xla_options() -> dict[str, bool | int] | None:
-    """Returns compiler options with which XLA's own products are at their best, None for default.
-
-    On NVIDIA GPUs: products go through cuBLAS, which folds a sum into the product; and products
-    that share an operand stay apart, because merging them copies their weights side by side in
-    every call.
-    """
-    if jax.default_backend() != "gpu":
-        return None
-    return {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
+    """Returns compiler options with which XLA's products are at their best, or None."""
+    return dict(CUBLAS_ONLY) if jax.default_backend() == "gpu" else None

@@ -15,10 +15,6 @@ from typing import Any
 
 import jax
 
-# Products through cuBLAS, which folds a sum into the product; and no merging of products that share
-# an operand, which copies their weights side by side in every call.
-CUBLAS_ONLY = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
-
 
 @dataclasses.dataclass(frozen=True)
 class Timing:

@@ -137,7 +137,6 @@ def gradient_config(
 INLINE_COST = {16: 0.16, 64: 0.25}  # of a tile's time, by rank: measured, and by the arithmetic
 TILE_SECONDS_PER_K = 128 * 256 * 2 / 5.3e12  # per step of the contraction, at 700 TFLOP/s
 STREAM_BYTES_PER_S = 3.6e12
-LAUNCH_SECONDS = 4e-6
 
 
 def inline_width(m: int, k: int, n: int, n0: int, r: int, sms: int | None = None) -> int:

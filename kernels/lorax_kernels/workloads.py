@@ -2,6 +2,9 @@
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
+
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
@@ -46,3 +49,9 @@ def model_workloads(model: str) -> list[Workload]:
     members = [("q_proj", q), ("k_proj", kv), ("v_proj", kv), ("gate_proj", inner)]
     alone = [Workload(f"{model}/{name}", hidden, (n,)) for name, n in members]
     return [*groups, *alone, Workload(f"{model}/up_proj", hidden, (inner,))]
+
+
+def draw(seed, shape: tuple[int, ...], deviation: float, dtype=jnp.bfloat16) -> jax.Array:
+    """Returns normal numbers."""
+    values = jax.random.normal(jax.random.key(seed), shape, jnp.float32) * deviation
+    return values.astype(dtype)

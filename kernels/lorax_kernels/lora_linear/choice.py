@@ -27,36 +27,27 @@ def choose(
     """
     if kernels not in ("auto", "pallas", "xla"):
         raise ValueError(f"kernels must be auto, pallas or xla, got {kernels!r}")
-    if kernels == "xla":
-        return "xla"
     k, ns = members[0].w.shape[0], [member.w.shape[1] for member in members]
     ranks = [member.a.shape[1] for member in members if member.a is not None]
     shards = math.prod(axis_sizes(row_axes).values())
     m = x.size // k // shards if x.size else 0
-    obstacle = find_obstacle(m, k, ns, ranks, x.dtype)
-    if obstacle is None and rate and ranks and max(ranks) > MAX_DROPPED_RANK:
-        obstacle = f"with dropout the rank must be at most {MAX_DROPPED_RANK}, got {max(ranks)}"
-    if obstacle is None and shards > 1:
+    chosen, reason = explain_choice(m, k, ns, ranks, x.dtype, kernels, rate)
+    if chosen == "pallas" and shards > 1:
         if x.shape[0] % shards:
-            obstacle = f"x has {x.shape[0]} rows of rows, which {shards} shards do not divide"
+            chosen = "xla"
+            reason = f"x has {x.shape[0]} rows of rows, which {shards} shards do not divide"
         elif rate and m % 16:
-            obstacle = f"with dropout a shard needs a multiple of 16 rows, got {m}"
-    if kernels == "pallas":
-        if obstacle is not None:
-            raise ValueError(f"kernels is pallas, but {obstacle}; use auto or xla")
-        return "pallas"
-    if obstacle is not None:
-        return "xla"
-    from lorax_kernels.tuning import is_faster
-
-    return "pallas" if is_faster(m, k, sum(ns), max(ranks, default=RANK)) else "xla"
+            chosen, reason = "xla", f"with dropout a shard needs a multiple of 16 rows, got {m}"
+    if kernels == "pallas" and chosen == "xla":
+        raise ValueError(f"kernels is pallas, but {reason}; use auto or xla")
+    return chosen
 
 
 def find_obstacle(
-    m: int, k: int, ns: Sequence[int], ranks: Sequence[int], dtype, *, device: bool = True
+    m: int, k: int, ns: Sequence[int], ranks: Sequence[int], dtype, rate: float
 ) -> str | None:
     """Returns why the kernel cannot run these sizes on this device, or None if it can."""
-    if device and not runs_kernels():
+    if not runs_kernels():
         return f"the kernel needs a Hopper GPU (H100, H200), and this is {device_kind()}"
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         return f"the kernel takes bfloat16 and float16, got {jnp.dtype(dtype)}"
@@ -67,11 +58,19 @@ def find_obstacle(
             return f"{name} must be a multiple of 64 and at least 128, got {size}"
     if ranks and max(ranks) > MAX_RANK:
         return f"the rank must be at most {MAX_RANK}, got {max(ranks)}"
+    if rate and ranks and max(ranks) > MAX_DROPPED_RANK:
+        return f"with dropout the rank must be at most {MAX_DROPPED_RANK}, got {max(ranks)}"
     return None
 
 
 def explain_choice(
-    m: int, k: int, ns: Sequence[int], ranks: Sequence[int], dtype, kernels: Kernels
+    m: int,
+    k: int,
+    ns: Sequence[int],
+    ranks: Sequence[int],
+    dtype,
+    kernels: Kernels,
+    rate: float = 0.0,
 ) -> tuple[Literal["pallas", "xla"], str]:
     """Returns what runs at these sizes on one device, and why not the other.
 
@@ -82,10 +81,11 @@ def explain_choice(
         ranks: Of the updates.
         dtype: Of the operands.
         kernels: What is asked for.
+        rate: Of the dropout.
     """
     if kernels == "xla":
         return "xla", "as asked"
-    if (obstacle := find_obstacle(m, k, ns, ranks, dtype)) is not None:
+    if (obstacle := find_obstacle(m, k, ns, ranks, dtype, rate)) is not None:
         return "xla", obstacle
     if kernels == "pallas":
         return "pallas", "as asked"
@@ -117,8 +117,3 @@ def axis_sizes(row_axes: Sequence[str]) -> dict[str, int]:
     if mesh.empty:
         return {}
     return {a: mesh.shape[a] for a in row_axes if mesh.shape.get(a, 1) > 1}
-
-
-def axes_in_mesh(row_axes: Sequence[str]) -> tuple[str, ...]:
-    """Returns the axes over which the rows are divided in the current mesh."""
-    return tuple(axis_sizes(row_axes))

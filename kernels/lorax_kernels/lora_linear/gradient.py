@@ -12,18 +12,8 @@ from jax import lax
 from lorax_kernels.lora_linear.dropout import keep_probability
 from lorax_kernels.lora_linear.memory import swizzled_memory
 from lorax_kernels.lora_linear.plan import STEP, Dropout
-from lorax_kernels.lora_linear.skinny import (
-    COLUMNS,
-    FEED_REGISTERS,
-    REGISTERS,
-    ROWS,
-    SkinnyConfig,
-    blocks,
-    drain,
-    drop,
-    launch,
-    write,
-)
+from lorax_kernels.lora_linear.skinny import COLUMNS, ROWS, SkinnyConfig, blocks, drop, write
+from lorax_kernels.lora_linear.warpgroups import divide, drain, launch
 
 
 def gradient(
@@ -69,8 +59,6 @@ def gradient(
         v_slot_of = lambda count: lax.rem(count, jnp.int32(v_slots))
 
         def feed():
-            plgpu.set_max_registers(FEED_REGISTERS, action="decrease")
-
             def block(info, count):
                 i, j = info.index
                 begin, own = first_chunk(i), first_chunk(i + 1) - first_chunk(i)
@@ -106,17 +94,10 @@ def gradient(
                 return count + own
 
             total = blocks(row_blocks, column_blocks, block)
-            left = jnp.minimum(total, v_slots)
-
-            @pl.loop(0, left)
-            def _drain_v(k):
-                plgpu.barrier_wait(v_empty.at[v_slot_of(total - left + k)])
-
+            drain(total, v_slots, v_empty, v_slot_of)
             drain(total * tiles, stages, empty, slot_of)
 
         def multiply():
-            plgpu.set_max_registers(REGISTERS, action="increase")
-
             def step(it, v_slot, place, gradient_sum, project_sum):
                 slot = slot_of(it)
                 plgpu.barrier_wait(full.at[slot])
@@ -177,7 +158,7 @@ def gradient(
             blocks(row_blocks, column_blocks, block)
             plgpu.wait_smem_to_gmem(0)
 
-        lax.cond(warpgroup == 2, feed, multiply)
+        divide(feed, multiply)
 
     memory = functools.partial(swizzled_memory, dtype=dtype)
     outputs = [jax.ShapeDtypeStruct((row_blocks, c, r), jnp.float32)]

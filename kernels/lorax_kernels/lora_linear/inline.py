@@ -15,9 +15,8 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-from jax import lax
 
-from lorax_kernels.lora_linear.kernel import launch
+from lorax_kernels.lora_linear.kernel import launch_roles
 from lorax_kernels.lora_linear.memory import swizzled_memory
 from lorax_kernels.lora_linear.plan import STEP, MatmulConfig, PlacedTerm, Plan, place
 from lorax_kernels.lora_linear.roles import Feeder, Multiplier
@@ -110,12 +109,13 @@ def inline_matmul(
     dtype, c = terms[0].lhs.dtype, config
     # The matrix unit wants both operands of h·b in one swizzle, that of h's short rows.
     rows = functools.partial(swizzled_memory, dtype=dtype, minor=min(r, STEP))
-    y, h = launch(
-        _kernel,
+    y, h = launch_roles(
+        _InlineFeeder,
+        _InlineMultiplier,
         plan,
         dtype,
         [jax.ShapeDtypeStruct((m, n), dtype), jax.ShapeDtypeStruct((m, r), dtype)],
-        sms,
+        sms=sms,
         u_ring=swizzled_memory((c.stages, r, STEP), dtype),
         h_box=rows((2, c.block_m // 2, r)),
         b_box=rows((r, c.block_n)),
@@ -125,20 +125,6 @@ def inline_matmul(
     return y, h
 
 
-def _kernel(plan: _InlinePlan, *refs, **scratch) -> None:
-    multiplying, feeding = plan.registers
-
-    def feed():
-        plgpu.set_max_registers(feeding, action="decrease")
-        _InlineFeeder(plan, refs, **scratch).run()
-
-    def multiply():
-        plgpu.set_max_registers(multiplying, action="increase")
-        _InlineMultiplier(plan, refs, **scratch).run()
-
-    lax.cond(lax.axis_index("warpgroup") == 2, feed, multiply)
-
-
 class _InlineFeeder(Feeder):
     plan: _InlinePlan
     u_ring: Any
@@ -146,14 +132,9 @@ class _InlineFeeder(Feeder):
     b_full: Any
     b_empty: Any
 
-    def run(self) -> None:
-        super().run()
-        rows, columns = self.plan.tiles
-        mine = lax.axis_index("sm") < rows // self.config.cluster * columns
-
-        @pl.when(mine)
-        def _():
-            plgpu.barrier_wait(self.b_empty)
+    @property
+    def single_empty(self):
+        return self.b_empty
 
     def feed_tile(self, row, column, count):
         plan = self.plan

@@ -19,9 +19,7 @@ from typing import Any
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-from jax import lax
 
-from lorax_kernels.device import core_count
 from lorax_kernels.lora_linear.memory import swizzled_memory
 from lorax_kernels.lora_linear.plan import (
     RANK,
@@ -37,6 +35,7 @@ from lorax_kernels.lora_linear.plan import (
     place,
 )
 from lorax_kernels.lora_linear.roles import Feeder, Multiplier
+from lorax_kernels.lora_linear.warpgroups import divide, launch
 
 
 def grouped_matmul(
@@ -106,9 +105,10 @@ def grouped_matmul(
         widths *= plan.outputs
     outputs = [jax.ShapeDtypeStruct((plan.m, n), dtype) for n in widths]
     scratch = _short_step_memory(config, dtype) if update else {}
+    run = functools.partial(launch_roles, Feeder, Multiplier, plan, dtype, sms=sms, **scratch)
     if begun is None:
-        return list(launch(_kernel, plan, dtype, outputs, sms, **scratch)(*arrays))
-    return list(launch(_kernel, plan, dtype, outputs[1:], sms, **scratch)(*arrays, begun[0]))
+        return list(run(outputs)(*arrays))
+    return list(run(outputs[1:])(*arrays, begun[0]))
 
 
 def _short_step_memory(config: MatmulConfig, dtype) -> dict[str, Any]:
@@ -135,19 +135,28 @@ def _check(plan: Plan, dtype) -> None:
         raise ValueError(f"rank over {c.stages * STEP} with dropout does not fit the ring")
 
 
-def launch(kernel, plan: Plan, dtype, outputs, sms: int | None, **scratch):
-    """Returns a function that runs a kernel of three warpgroups, with a ring and staging buffers.
+def launch_roles(
+    feeder: type[Feeder],
+    multiplier: type[Multiplier],
+    plan: Plan,
+    dtype,
+    outputs,
+    *,
+    sms: int | None,
+    **scratch,
+):
+    """Returns a function that runs the two roles, with a ring and staging buffers.
 
     Args:
-        kernel: ``kernel(plan, *refs, **scratch)``.
-        plan: What it knows.
+        feeder: What the feeding warpgroup is.
+        multiplier: What the multiplying ones are.
+        plan: What they know.
         dtype: Of the operands.
         outputs: Types of the results.
         sms: CTAs; None asks the device.
         **scratch: More shared memory and barriers.
     """
     c = plan.config
-    sms = sms or core_count()
     rhs_tile = (plan.tile_n, STEP) if plan.transposed else (STEP, plan.tile_n)
     swizzled = functools.partial(swizzled_memory, dtype=dtype)
     empty: Any = plgpu.Barrier(num_arrivals=2, num_barriers=c.stages)
@@ -156,38 +165,18 @@ def launch(kernel, plan: Plan, dtype, outputs, sms: int | None, **scratch):
         empty = plgpu.ClusterBarrier(
             collective_axes=("cluster",), num_arrivals=2, num_barriers=c.stages
         )
-    body = functools.partial(kernel, plan)
-    body.__name__ = plan.name  # type: ignore[attr-defined]  # the name in profiles
-    return plgpu.kernel(
-        body,
-        out_type=outputs,
-        grid=(sms // c.cluster,),
-        grid_names=("sm",),
-        cluster=(c.cluster,) if c.cluster > 1 else (),
-        cluster_names=("cluster",) if c.cluster > 1 else (),
-        num_threads=3,
-        thread_name="warpgroup",
-        scratch_types={
-            "lhs": swizzled((c.stages, c.block_m, STEP)),
-            "rhs": swizzled((plan.halves, c.stages, *rhs_tile)),
-            "staging": swizzled((2, c.store_slots, 64, c.store_n)),
-            "full": plgpu.Barrier(num_arrivals=plan.copies, num_barriers=c.stages),
-            "empty": empty,
-            **scratch,
-        },
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-    )
 
+    def body(*refs, **memory):
+        feed = lambda: feeder(plan, refs, **memory).run()
+        multiply = lambda: multiplier(plan, refs, **memory).run()
+        divide(feed, multiply, plan.registers)
 
-def _kernel(plan: Plan, *refs, **scratch) -> None:
-    multiplying, feeding = plan.registers
-
-    def feed():
-        plgpu.set_max_registers(feeding, action="decrease")
-        Feeder(plan, refs, **scratch).run()
-
-    def multiply():
-        plgpu.set_max_registers(multiplying, action="increase")
-        Multiplier(plan, refs, **scratch).run()
-
-    lax.cond(lax.axis_index("warpgroup") == 2, feed, multiply)
+    memory = {
+        "lhs": swizzled((c.stages, c.block_m, STEP)),
+        "rhs": swizzled((plan.halves, c.stages, *rhs_tile)),
+        "staging": swizzled((2, c.store_slots, 64, c.store_n)),
+        "full": plgpu.Barrier(num_arrivals=plan.copies, num_barriers=c.stages),
+        "empty": empty,
+        **scratch,
+    }
+    return launch(body, plan.name, outputs, memory, sms, c.cluster)

@@ -163,18 +163,13 @@ def lora_swiglu(
         raise ValueError("lora_swiglu takes layers without biases: use lora_linear_group")
     rate = float(dropout_rate) if any(m.a is not None for m in members) else 0.0
     implementation = choice.choose(x, members, rate, kernels, row_axes)
-    if len(choice.split(members, rate)) > 1:
-        implementation = "xla" if implementation == "xla" else "apart"
-    if implementation == "apart":
-        gated, upped = lora_linear_group(
-            x, members, dropout_rate=rate, dropout_key=dropout_key, kernels="pallas",
-            row_axes=row_axes,
-        )  # fmt: skip
-        return xla.swiglu(gated, upped)
+    if implementation == "pallas" and len(choice.split(members, rate)) > 1:
+        options: dict[str, Any] = {"dropout_rate": rate, "dropout_key": dropout_key}
+        options |= {"kernels": "pallas", "row_axes": row_axes}
+        return xla.swiglu(*lora_linear_group(x, members, **options))
     function = functools.partial(_swiglu, recompute)
-    (act,) = _run_group(
-        x, members, rate, dropout_key, row_axes, range(2), function, implementation
-    )  # fmt: skip
+    run = functools.partial(_run_group, x, members, rate, dropout_key, row_axes)
+    (act,) = run(range(2), function, implementation)
     return act
 
 
@@ -225,7 +220,7 @@ def _run_group(
     """Calls `function` on the chosen members, under a mesh once per shard of the rows."""
     chosen = [members[i] for i in which]
     updated = [i for i, member in enumerate(chosen) if member.a is not None]
-    axes = choice.axes_in_mesh(row_axes) if implementation == "pallas" else ()
+    axes = tuple(choice.axis_sizes(row_axes)) if implementation == "pallas" else ()
     static = _Static(
         tuple(updated),
         tuple(float(chosen[i].scale) for i in updated),
@@ -281,10 +276,10 @@ def _group(static: _Static, x, w, biases, a, b, key) -> list[jax.Array]:
 
 
 def _forward(static: _Static, x, w, biases, a, b, key):
-    group = _bundle(static, w, biases, a, b)
     if static.implementation == "pallas":
         outputs, saved = _kernel_forward(static, x, w, biases, a, b, key)
     else:
+        group = _bundle(static, w, biases, a, b)
         outputs, saved = xla.forward(x, group, static.rate, key)
     return outputs, (x, w, biases, a, b, key, saved)
 
@@ -308,10 +303,10 @@ def _kernel_backward(static: _Static, x, w, biases, a, b, key, saved, dys):
 
 def _backward(static: _Static, residuals, dys):
     x, w, biases, a, b, key, saved = residuals
-    group = _bundle(static, w, biases, a, b)
     if static.implementation == "pallas":
         dx, da, db = _kernel_backward(static, x, w, biases, a, b, key, saved, dys)
     else:
+        group = _bundle(static, w, biases, a, b)
         dx, da, db = xla.backward(x, saved, group, static.rate, key, dys)
     da = [gradient.astype(leaf.dtype) for gradient, leaf in zip(da, a, strict=True)]
     db = [gradient.astype(leaf.dtype) for gradient, leaf in zip(db, b, strict=True)]

@@ -9,6 +9,8 @@ import jax
 import jax.experimental.pallas as pl
 import jax.numpy as jnp
 
+from lorax_kernels.lora_linear.warpgroups import REGISTERS
+
 RANK = 16  # of an update that fits one short step
 STEP = 64  # contraction per ring slot: 64 elements of 2 bytes are one 128-byte swizzled row
 SHARED_MEMORY_BYTES = 227 * 1024  # per block on sm_90, less a little for barriers below
@@ -120,7 +122,7 @@ class Plan:
     rate: float
     m: int
     columns: tuple[int, ...]  # per group
-    terms: tuple[tuple["PlacedTerm", ...], ...]
+    terms: tuple[tuple[PlacedTerm, ...], ...]
     masked_steps: int  # ring steps of the dropped term, multiplied in the epilogue
     seed: int | None
     bias: int | None
@@ -151,8 +153,8 @@ class Plan:
 
     @property
     def registers(self) -> tuple[int, int]:
-        """Per thread of the multiplying and the feeding warpgroups: 2·m + f fit 64 Ki registers."""
-        return (240, 24) if self.epilogue == "swiglu_grad" else (232, 40)
+        """Per thread of the multiplying and the feeding warpgroups."""
+        return (240, 24) if self.epilogue == "swiglu_grad" else REGISTERS
 
     @property
     def warpgroup_m(self) -> int:

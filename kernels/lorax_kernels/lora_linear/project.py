@@ -11,15 +11,8 @@ from jax import lax
 from lorax_kernels.lora_linear.dropout import keep_probability
 from lorax_kernels.lora_linear.memory import swizzled_memory
 from lorax_kernels.lora_linear.plan import STEP, Dropout
-from lorax_kernels.lora_linear.skinny import (
-    FEED_REGISTERS,
-    REGISTERS,
-    SkinnyConfig,
-    blocks,
-    drain,
-    drop,
-    launch,
-)
+from lorax_kernels.lora_linear.skinny import SkinnyConfig, blocks, drop
+from lorax_kernels.lora_linear.warpgroups import divide, drain, launch
 
 
 def project(
@@ -53,8 +46,6 @@ def project(
         column = lambda part, s, box: part * config.block_c + (s * boxes + box) * STEP
 
         def feed():
-            plgpu.set_max_registers(FEED_REGISTERS, action="decrease")
-
             def block(info, count):
                 row, part = info.index
 
@@ -98,8 +89,6 @@ def project(
             return accumulator[...]
 
         def multiply():
-            plgpu.set_max_registers(REGISTERS, action="increase")
-
             def block(info, count):
                 row, part = info.index
                 total = pl.run_scoped(
@@ -136,7 +125,7 @@ def project(
             blocks(rows, parts, block)
             plgpu.wait_smem_to_gmem(0)
 
-        lax.cond(warpgroup == 2, feed, multiply)
+        divide(feed, multiply)
 
     memory = functools.partial(swizzled_memory, dtype=dtype)
     return launch(

@@ -15,6 +15,7 @@ from jax import lax
 from lorax_kernels.lora_linear.dropout import keep_probability
 from lorax_kernels.lora_linear.memory import tile_mask
 from lorax_kernels.lora_linear.plan import STEP, PlacedTerm, Plan
+from lorax_kernels.lora_linear.warpgroups import drain
 
 
 class Role:
@@ -60,14 +61,14 @@ class Feeder(Role):
     def run(self) -> None:
         """Feeds this CTA's tiles and waits until all that it copied is read."""
         total = self.for_each_tile(self.feed_tile)
-        left = jnp.minimum(total, self.config.stages)
+        drain(total, self.config.stages, self.empty, self.slot)
+        if (single := self.single_empty) is not None:
+            pl.when(total > 0)(lambda: plgpu.barrier_wait(single))
 
-        @pl.loop(0, left)
-        def _drain(i):  # so that every barrier ends in a phase that somebody has seen
-            plgpu.barrier_wait(self.empty.at[self.slot(total - left + i)])
-
-        if self.plan.update is not None:
-            pl.when(total > 0)(lambda: plgpu.barrier_wait(self.short_empty))
+    @property
+    def single_empty(self):
+        """Barrier of the operand that has one buffer instead of a ring, or None."""
+        return self.short_empty if self.plan.update is not None else None
 
     def feed_tile(self, row, column, count):
         """Copies what one output tile needs and returns the ring count after it."""

@@ -16,13 +16,11 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from lorax_kernels.device import core_count
 from lorax_kernels.lora_linear.memory import tile_mask
 from lorax_kernels.lora_linear.plan import STEP
 
 ROWS = 128  # rows of a tile of `gradient`: 64 per warpgroup where t·u is formed
 COLUMNS = 128  # columns of a tile: two boxes of one swizzled row each
-REGISTERS, FEED_REGISTERS = 232, 40  # per thread: 2 · 232 + 40 fit 64 Ki registers
 
 
 def padded_rank(r: int) -> int:
@@ -50,34 +48,10 @@ class SkinnyConfig:
     v_slots: int = 2
 
 
-def launch(body, name: str, outputs, scratch, sms: int | None):
-    """Returns a function that runs a kernel of three warpgroups; `sms` None asks the device."""
-    body.__name__ = name
-    return plgpu.kernel(
-        body,
-        out_type=outputs,
-        grid=(sms or core_count(),),
-        grid_names=("sm",),
-        num_threads=3,
-        thread_name="warpgroup",
-        scratch_types=scratch,
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-    )
-
-
 def blocks(rows: int, columns: int, body):
     """Runs ``body(info, count) -> count`` over this CTA's blocks and returns the last count."""
     loop = plgpu.nd_loop((rows, columns), collective_axes="sm", init_carry=jnp.int32(0))
     return loop(lambda info, carry: body(info, carry))
-
-
-def drain(total, stages: int, empty, slot_of) -> None:
-    """Waits until the ring's last slots are read, so that every barrier ends in a phase seen."""
-    left = jnp.minimum(total, stages)
-
-    @pl.loop(0, left)
-    def _(i):
-        plgpu.barrier_wait(empty.at[slot_of(total - left + i)])
 
 
 def drop(box, at, seed, rate: float) -> None:
