@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from lorax.interop.files import open_tensors, read_headers, refuse_occupied
 from lorax.interop.huggingface import load_model, model_tensors, save_model
 from lorax.interop.peft import TENSOR_FILE, adapter_tensors, load_adapter, save_adapter
-from lorax.lora import lora_layers
+from lorax.lora import lora_layers, set_kernels
 from lorax.merge import merge_lora, unload_lora
 
 type ExportFormat = Literal["peft", "peft-portable", "merged"]
@@ -176,4 +176,5 @@ def logit_distance(model: Any, other: Any) -> float:
 def _logits(model, tokens):
     evaluated = nnx.clone(model)
     evaluated.eval()
+    set_kernels(evaluated, "xla")  # what is compared are weights, so both sides sum in one order
     return evaluated(tokens)

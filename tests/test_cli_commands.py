@@ -17,6 +17,7 @@ from lorax.data import load_tokenizer
 from lorax.export import LOGIT_BOUNDS, ExportError, logit_distance, verify_adapter
 from lorax.interop.huggingface import load_model
 from lorax.interop.peft import load_adapter
+from lorax.lora import lora_layers, set_kernels
 
 TINY = Path(__file__).parents[1] / "examples" / "tiny"
 MODEL = TINY / "model"
@@ -341,6 +342,14 @@ def test_verification_sees_a_missing_tensor_and_another_scale(trained, tmp_path)
     save_file(tensors, folder / TENSORS)
     with pytest.raises(ExportError, match=rf"lacks {name}"):
         verify_adapter(model, folder)
+
+
+@pytest.mark.slow
+def test_verification_does_not_depend_on_what_computed_the_training(trained):
+    model = load_adapter(load_model(MODEL, dtype=jnp.float32), trained / "adapter")
+    set_kernels(model, "pallas")  # which no CPU can run
+    assert verify_adapter(model, trained / "adapter").logit_error == 0.0
+    assert {layer.kernels for layer in lora_layers(model).values()} == {"pallas"}
 
 
 # --- generate ----------------------------------------------------------------------------------
