@@ -22,11 +22,16 @@ def token_nll(
     logits: Float[Array, "*batch v"], labels: Int[Array, "*batch"]
 ) -> Float[Array, "*batch"]:
     """Returns ``logsumexp(logits) - logits[label]`` per token, in float32; 0 where ignored."""
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    logits = logits.astype(_wide(logits.dtype))
     supervised = labels != IGNORED
     picked = jnp.take_along_axis(logits, jnp.where(supervised, labels, 0)[..., None], axis=-1)
     nll = jax.nn.logsumexp(logits, axis=-1) - picked[..., 0]
     return jnp.where(supervised, nll, jnp.zeros((), nll.dtype))
+
+
+def _wide(dtype) -> type:
+    """Returns the dtype of sums: float32, or float64 for float64."""
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
 def causal_lm_loss(model: Any, batch: Batch) -> tuple[Float[Array, ""], Int[Array, ""]]:
@@ -52,7 +57,7 @@ def causal_lm_loss(model: Any, batch: Batch) -> tuple[Float[Array, ""], Int[Arra
         return total + token_nll(head(states), targets).sum(), None
 
     split = lambda x: jnp.moveaxis(x.reshape(rows, length // chunk, chunk, *x.shape[2:]), 1, 0)
-    zero = jnp.zeros((), jnp.promote_types(hidden.dtype, jnp.float32))
+    zero = jnp.zeros((), _wide(hidden.dtype))
     if chunk == length:
         total, _ = add_chunk(zero, (hidden, labels))
     else:
@@ -91,7 +96,7 @@ def accumulate(
     value_and_grad = jax.value_and_grad(_checked(loss_fn), has_aux=True)
 
     def accumulated(parameters, micro_batches, *rest):
-        wide = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        wide = lambda x: x.astype(_wide(x.dtype))
 
         def one(inputs):
             (total, count), gradients = value_and_grad(parameters, *inputs)

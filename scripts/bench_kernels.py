@@ -12,6 +12,7 @@ and dB.
 import argparse
 import dataclasses
 import datetime
+import itertools
 import json
 import time
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ from lorax_kernels.timing import compile_all, time_interleaved
 from lorax_kernels.workloads import SIZES, Workload, draw, model_workloads
 
 SCALE = 2.0
+WHAT = ("fwd", "fwd_bwd")
 ERROR_ROWS = 256
 SET_BYTES = 24e9  # operand sets in memory at a time
 
@@ -148,14 +150,15 @@ def worst_error(cell: Cell, operands, results) -> float:
     return float(max(jax.tree.leaves(jax.tree.map(distance, got, want))))
 
 
-def cells(models: list[str], rows: list[int], ranks: list[int], dropout: float) -> Iterator[Cell]:
+def cells(parsed: argparse.Namespace) -> Iterator[Cell]:
     """Yields what to measure, the widest interest first."""
-    for m in rows:
-        for r in ranks:
-            for model in models:
-                for workload in model_workloads(model):
-                    for what in ("fwd",) if workload.swiglu else ("fwd", "fwd_bwd"):
-                        yield Cell(workload, m, r, what, dropout)
+    for m, r, model in itertools.product(parsed.rows, parsed.ranks, parsed.models):
+        for workload in model_workloads(model):
+            if parsed.layers and workload.name.split("/")[1] not in parsed.layers:
+                continue
+            for what in parsed.what:
+                if what == "fwd" or not workload.swiglu:
+                    yield Cell(workload, m, r, what, parsed.dropout)
 
 
 def measure(cell: Cell, turns: int, turn_ms: float, errors: bool) -> dict:
@@ -187,6 +190,8 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=list(SIZES), default=list(SIZES))
     parser.add_argument("--rows", nargs="+", type=int, default=[8192, 2048, 16384])
     parser.add_argument("--ranks", nargs="+", type=int, default=[16, 64, 8, 128])
+    parser.add_argument("--layers", nargs="+", help="such as qkv o_proj; all if not given")
+    parser.add_argument("--what", nargs="+", choices=WHAT, default=WHAT)
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--turns", type=int, default=9)
     parser.add_argument("--turn-ms", type=float, default=12.0)
@@ -197,7 +202,7 @@ def main() -> None:
     parsed = parser.parse_args()
     begin = time.monotonic()
     parsed.out.parent.mkdir(parents=True, exist_ok=True)
-    for cell in cells(parsed.models, parsed.rows, parsed.ranks, parsed.dropout):
+    for cell in cells(parsed):
         if time.monotonic() - begin > parsed.seconds:
             print(f"out of time before {cell}")
             break

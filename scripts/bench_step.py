@@ -1,0 +1,224 @@
+"""Times whole training steps on random weights, variants in turns, and prints their kernels.
+
+    python scripts/bench_step.py --model llama-8b --batch 4 --seq 2048 --policies none \
+        --kernels pallas xla --commit abc1234 --out docs/measurements/step_h200.jsonl
+
+Every variant is compiled for the same weights and the same tokens, rows without padding. Speed is
+the median over the turns; the ratio is to the first variant within the same turn. Memory is what
+the compiler planned (arguments, temporaries and results), for one process holds all variants.
+"""
+
+import argparse
+import collections
+import dataclasses
+import datetime
+import glob
+import json
+import random
+import statistics
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from make_random_checkpoint import SHAPES
+
+from lorax.config import LoraConfig
+from lorax.lora import apply_lora, set_kernels
+from lorax.metrics import library_versions
+from lorax.models import CausalLM, DecoderConfig
+from lorax.step import make_train_step
+from lorax_kernels import xla_options
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One way to run the step."""
+
+    kernels: str
+    policy: str
+    options: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Says what is particular about it."""
+        return " ".join([self.kernels, self.policy, *(f"{k}={v}" for k, v in self.options)])
+
+
+@dataclasses.dataclass
+class Compiled:
+    """A compiled step, and the state it has come to."""
+
+    step: Any
+    frozen: Any
+    state: Any
+    compile_seconds: float
+
+    @property
+    def planned_gib(self) -> float:
+        """Returns the memory that the compiler planned."""
+        m = self.step.memory_analysis()
+        held = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
+        return (held + m.temp_size_in_bytes) / 2**30
+
+    def run(self, batch, times: int = 1) -> float:
+        """Runs some steps and returns the last loss."""
+        metrics: Any = None
+        for _ in range(times):
+            self.state, metrics = self.step(self.state, self.frozen, batch)
+        return float(metrics["loss"])
+
+
+def build_model(shape: str, r: int) -> CausalLM:
+    """Returns a model with random weights and adapters on all linear layers."""
+    config = DecoderConfig.from_hf(SHAPES[shape], shape)
+    bf16 = jnp.bfloat16
+    model = CausalLM(config, dtype=bf16, param_dtype=bf16, rngs=nnx.Rngs(0))
+    settings = LoraConfig(r=r, lora_alpha=2.0 * r, target_modules="all-linear")
+    return apply_lora(model, settings, rngs=nnx.Rngs(1))
+
+
+def draw_batch(vocabulary: int, accumulation: int, batch: int, seq: int) -> dict[str, Any]:
+    """Returns micro-batches of random tokens, all supervised."""
+    tokens = np.random.default_rng(0).integers(0, vocabulary, (accumulation, batch, seq + 1))
+    positions = np.broadcast_to(np.arange(seq, dtype=np.int32), (accumulation, batch, seq))
+    return {
+        "input_ids": jnp.asarray(tokens[..., :-1], jnp.int32),
+        "labels": jnp.asarray(tokens[..., 1:], jnp.int32),
+        "positions": jnp.asarray(positions),
+    }
+
+
+def compile_variant(model: CausalLM, variant: Variant, batch) -> Compiled:
+    """Lowers here, so that the model's settings hold, and returns what compiles in a thread."""
+    set_kernels(model, variant.kernels)  # type: ignore[arg-type]
+    model.gradient_checkpointing = variant.policy  # type: ignore[assignment]
+    step, state = make_train_step(model, optax.adamw(2e-4))
+    begin = time.perf_counter()
+    lowered = step.compiled.lower(state, step.frozen, batch)
+    options = {**(xla_options() or {}), **dict(variant.options)}
+    compiled = lowered.compile(compiler_options=options)
+    return Compiled(compiled, step.frozen, state, time.perf_counter() - begin)
+
+
+def time_in_turns(variants: dict[str, Compiled], batch, turns: int, steps: int):
+    """Returns name → seconds per step, a list over the turns."""
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    order = random.Random(0)
+    for compiled in variants.values():
+        compiled.run(batch, 2)
+    for _ in range(turns):
+        for name in order.sample(list(variants), len(variants)):
+            begin = time.perf_counter()
+            variants[name].run(batch, steps)
+            times[name].append((time.perf_counter() - begin) / steps)
+    return times
+
+
+def kernel_table(compiled: Compiled, batch, steps: int = 2) -> list[tuple[str, float, float]]:
+    """Returns (kernel, calls per step, milliseconds per step), the longest first."""
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            compiled.run(batch, steps)
+        (file,) = glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)
+        planes = jax.profiler.ProfileData.from_file(file).planes
+        lines = [line for plane in planes if "GPU:0" in plane.name for line in plane.lines]
+        events = [e for line in lines if line.name.startswith("Stream") for e in line.events]
+        total, calls = collections.Counter(), collections.Counter()
+        for event in events:
+            total[event.name] += event.duration_ns / 1e6 / steps
+            calls[event.name] += 1
+    return [(name, calls[name] / steps, ms) for name, ms in total.most_common()]
+
+
+def main() -> None:
+    """Measures one model, batch and length."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", choices=list(SHAPES), default="llama-8b")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--seq", type=int, default=2048)
+    parser.add_argument("--accumulation", type=int, default=1)
+    parser.add_argument("--r", type=int, default=16)
+    parser.add_argument("--policies", nargs="+", default=["none"])
+    parser.add_argument("--kernels", nargs="+", default=["pallas", "xla"])
+    parser.add_argument(
+        "--options", nargs="*", default=["{}"], help="JSON: XLA's, one variant each"
+    )
+    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=4, help="per turn")
+    parser.add_argument("--profile", action="store_true", help="print each variant's kernels")
+    parser.add_argument("--commit", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parsed = parser.parse_args()
+    variants = [
+        Variant(kernels, policy, tuple(json.loads(options).items()))
+        for policy in parsed.policies
+        for kernels in parsed.kernels
+        for options in parsed.options
+    ]
+    model = build_model(parsed.model, parsed.r)
+    batch = draw_batch(model.config.vocab_size, parsed.accumulation, parsed.batch, parsed.seq)
+    compiled: dict[str, Compiled] = {}
+    with ThreadPoolExecutor(len(variants)) as pool:
+        clones = [nnx.clone(model) for _ in variants]
+        jobs = [
+            pool.submit(compile_variant, *pair, batch)
+            for pair in zip(clones, variants, strict=True)
+        ]
+        for variant, job in zip(variants, jobs, strict=True):
+            try:
+                compiled[variant.name] = job.result()
+            except Exception as error:  # one that does not compile must not end the rest
+                print(f"{variant.name}: {type(error).__name__}: {str(error)[:300]}", flush=True)
+    times = time_in_turns(compiled, batch, parsed.turns, parsed.steps)
+    first = next(iter(times.values()))
+    tokens = parsed.accumulation * parsed.batch * parsed.seq
+    for variant in variants:
+        if variant.name not in times:
+            continue
+        series, one = times[variant.name], compiled[variant.name]
+        row = {
+            "system": "lorax",
+            "model": parsed.model,
+            "base_dtype": "bfloat16",
+            "r": parsed.r,
+            "batch": parsed.batch,
+            "accumulation": parsed.accumulation,
+            "seq": parsed.seq,
+            "policy": variant.policy,
+            "kernels": variant.kernels,
+            "options": dict(variant.options),
+            "tokens_per_s": round(tokens / statistics.median(series), 1),
+            "step_ms": round(statistics.median(series) * 1e3, 2),
+            "ratio": round(statistics.median(t / u for t, u in zip(series, first, strict=True)), 4),
+            "planned_gib": round(one.planned_gib, 3),
+            "compile_s": round(one.compile_seconds, 1),
+            "device": jax.devices()[0].device_kind,
+            "versions": library_versions(),
+            "commit": parsed.commit,
+            "date": datetime.date.today().isoformat(),
+        }
+        parsed.out.parent.mkdir(parents=True, exist_ok=True)
+        with parsed.out.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        print(
+            f"{variant.name:40s} {row['tokens_per_s']:9.1f} tokens/s {row['step_ms']:8.2f} ms "
+            f"ratio {row['ratio']:.4f} planned {row['planned_gib']:.2f} GiB "
+            f"compiled in {row['compile_s']} s",
+            flush=True,
+        )
+    if parsed.profile:
+        for name, one in compiled.items():
+            print(f"--- {name}")
+            for kernel, calls, ms in kernel_table(one, batch)[:40]:
+                print(f"{ms:9.3f} ms {calls:7.1f} x {kernel[:90]}")
+
+
+if __name__ == "__main__":
+    main()
