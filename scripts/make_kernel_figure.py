@@ -26,7 +26,10 @@ def arithmetic(row: dict) -> tuple[float, float]:
 def draw_ratios(axes, rows: list[dict], what: str) -> None:
     """Draws one group of bars per workload."""
     chosen = [row for row in rows if row["what"] == what and not row["dropout"]]
-    names = [f"{row['workload'].split('/')[1]}\nr {row['r']}" for row in chosen]
+    names = [
+        f"{row['workload'].replace('/', ' ').replace('_proj', '')}, m {row['m']}, r {row['r']}"
+        for row in chosen
+    ]
     places = range(len(chosen))
     width = 0.38
     axes.bar([p - width / 2 for p in places], [row["ratio_xla"] for row in chosen], width,
@@ -34,7 +37,7 @@ def draw_ratios(axes, rows: list[dict], what: str) -> None:
     axes.bar([p + width / 2 for p in places], [row["ratio_ours"] for row in chosen], width,
              label="fused kernels", color="#2f6db5")  # fmt: skip
     axes.axhline(1.0, color="black", linewidth=0.8)
-    axes.set_xticks(list(places), names, fontsize=7)
+    axes.set_xticks(list(places), names, fontsize=6, rotation=60, ha="right")
     axes.set_ylim(0.9, None)
     title = "forward" if what == "fwd" else "forward and backward"
     axes.set_title(f"{title}: time over the frozen products' (cuBLAS)")
@@ -65,14 +68,12 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parsed = parser.parse_args()
     rows = [json.loads(line) for line in parsed.rows.read_text(encoding="utf-8").splitlines()]
-    figure, axes = plt.subplots(3, 1, figsize=(9, 11), layout="constrained")
+    figure, axes = plt.subplots(3, 1, figsize=(11, 13), layout="constrained")
     draw_ratios(axes[0], rows, "fwd")
     draw_ratios(axes[1], rows, "fwd_bwd")
     draw_roofline(axes[2], rows)
     first = rows[0]
-    figure.suptitle(
-        f"{first['device']}, jax {first['jax']}, M = {first['m']}, {first['date']}", fontsize=10
-    )
+    figure.suptitle(f"{first['device']}, jax {first['jax']}, {first['date']}", fontsize=10)
     figure.savefig(parsed.out, dpi=130)
     print(f"wrote {parsed.out}")
 
