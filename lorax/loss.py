@@ -19,14 +19,153 @@ type LossFunction = Callable[[nnx.Module, Batch], tuple[jax.Array, jax.Array]]
 
 
 def token_nll(
-    logits: Float[Array, "*batch v"], labels: Int[Array, "*batch"]
+    logits: Float[Array, "*batch v"],
+    labels: Int[Array, "*batch"],
+    *,
+    soft_cap: float | None = None,
+    z_loss: float = 0.0,
 ) -> Float[Array, "*batch"]:
-    """Returns ``logsumexp(logits) - logits[label]`` per token, in float32; 0 where ignored."""
-    logits = logits.astype(_wide(logits.dtype))
-    supervised = labels != IGNORED
-    picked = jnp.take_along_axis(logits, jnp.where(supervised, labels, 0)[..., None], axis=-1)
-    nll = jax.nn.logsumexp(logits, axis=-1) - picked[..., 0]
-    return jnp.where(supervised, nll, jnp.zeros((), nll.dtype))
+    """Returns ``lse - l[label] + z_loss·lse²`` per token, with ``lse = logsumexp(l)``.
+
+    In float32; 0 where the label is `IGNORED`, NaN where it is no other token's id either.
+
+    Args:
+        logits: Scores, of which l is made: ``l = soft_cap·tanh(logits / soft_cap)``, or they are l.
+        labels: The next tokens' ids.
+        soft_cap: Bound of the scores' size.
+        z_loss: Weight of the squared normaliser.
+
+    Source: z-loss: Chowdhery et al. 2022, PaLM, §5, https://arxiv.org/abs/2204.02311; soft cap:
+    Gemma Team 2024, Gemma 2, §2, https://arxiv.org/abs/2408.00118
+    """
+    capped, lse, _, weight = _scores(logits, labels, soft_cap)
+    chosen = jnp.where(_is_label(capped, labels), capped, 0).sum(axis=-1)
+    return _where_supervised(weight, lse - chosen + z_loss * jnp.square(lse))
+
+
+def _scores(logits, labels, soft_cap: float | None):
+    """Returns the capped scores, their logsumexp, the cap's slope, and each token's weight."""
+    wide = logits.astype(_wide(logits.dtype))
+    slope = None
+    if soft_cap is not None:
+        bent = jnp.tanh(wide / soft_cap)
+        wide, slope = soft_cap * bent, 1.0 - jnp.square(bent)
+    valid = (labels >= 0) & (labels < logits.shape[-1])
+    nan = jnp.asarray(jnp.nan, wide.dtype)
+    weight = jnp.where(labels == IGNORED, 0, jnp.where(valid, 1, nan)).astype(wide.dtype)
+    return wide, jax.nn.logsumexp(wide, axis=-1), slope, weight
+
+
+def _is_label(scores, labels):
+    # Comparing keeps to one pass over the scores; gathering would be another, and its gradient a
+    # scatter into as many zeros.
+    return (
+        jax.lax.broadcasted_iota(labels.dtype, scores.shape, scores.ndim - 1) == labels[..., None]
+    )
+
+
+def _where_supervised(weight, values):
+    return jnp.where(weight == 0, 0, weight * values).astype(values.dtype)
+
+
+def _gradient_of_logits(logits, labels, soft_cap: float | None, z_loss: float):
+    """Returns the gradient of the summed `token_nll`, in the dtype of `logits`."""
+    scores, lse, slope, weight = _scores(logits, labels, soft_cap)
+    lse, weight = lse[..., None], weight[..., None]
+    gradient = jnp.exp(scores - lse) * (1.0 + 2.0 * z_loss * lse)
+    gradient -= _is_label(scores, labels).astype(gradient.dtype)
+    if slope is not None:
+        gradient *= slope
+    return _where_supervised(weight, gradient).astype(logits.dtype)
+
+
+def linear_cross_entropy(
+    head: nnx.Module,
+    hidden: Float[Array, "b t d"],
+    labels: Int[Array, "b t"],
+    *,
+    soft_cap: float | None = None,
+    z_loss: float = 0.0,
+) -> Float[Array, ""]:
+    """Returns the sum of `token_nll` over ``head(hidden)``, which never stands in memory whole.
+
+    The logits are made and used chunk by chunk along the sequence, at most `LOGIT_CHUNK_BYTES` of
+    them at a time. Where a gradient is wanted, each chunk's is made while its logits are there:
+    for `hidden`, and for what trains in `head`. So the head's product runs once, not again in the
+    backward pass.
+
+    Args:
+        head: Called like a linear layer; its `nnx.Param` variables get gradients.
+        hidden: What it is called with.
+        labels: Token ids or `IGNORED`.
+        soft_cap: As in `token_nll`.
+        z_loss: As in `token_nll`.
+    """
+    graph, trainable, rest = nnx.split(head, nnx.Param, ...)
+    length = labels.shape[1]
+    zero = jnp.zeros((), _wide(hidden.dtype))
+
+    def split(x):
+        x = jnp.pad(x, ((0, 0), (0, chunks * chunk - length)) + ((0, 0),) * (x.ndim - 2),
+                    constant_values=IGNORED if x.ndim == 2 else 0)  # fmt: skip
+        return jnp.moveaxis(x.reshape(x.shape[0], chunks, chunk, *x.shape[2:]), 1, 0)
+
+    def join(x):
+        x = jnp.moveaxis(x, 0, 1)
+        return x.reshape(x.shape[0], chunks * chunk, *x.shape[3:])[:, :length]
+
+    def logits_of(trainable, rest, states):
+        return nnx.merge(graph, trainable, rest)(states)
+
+    vocabulary = jax.eval_shape(logits_of, trainable, rest, hidden).shape[-1]
+    chunks, chunk = _chunks(labels.shape[0], length, vocabulary)
+
+    def loss_of(logits, targets):
+        return token_nll(logits, targets, soft_cap=soft_cap, z_loss=z_loss).sum()
+
+    @jax.custom_vjp
+    def loss(trainable, rest, hidden, labels):
+        def add(total, inputs):
+            states, targets = inputs
+            return total + loss_of(logits_of(trainable, rest, states), targets), None
+
+        return _scan(add, zero, (split(hidden), split(labels)))[0]
+
+    def forward(trainable, rest, hidden, labels):
+        def add(sums, inputs):
+            states, targets = inputs
+            logits, pull = jax.vjp(lambda t, s: logits_of(t, rest, s), trainable, states)
+            of_head, of_states = pull(_gradient_of_logits(logits, targets, soft_cap, z_loss))
+            total, of_head_so_far = sums
+            of_head = jax.tree.map(jnp.add, of_head_so_far, of_head)
+            return (total + loss_of(logits, targets), of_head), of_states
+
+        start = zero, jax.tree.map(jnp.zeros_like, trainable)
+        (total, of_head), of_hidden = _scan(add, start, (split(hidden), split(labels)))
+        return total, (of_head, join(of_hidden))
+
+    def backward(gradients, cotangent):
+        scale = lambda leaf: (leaf * cotangent.astype(leaf.dtype)).astype(leaf.dtype)
+        of_head, of_hidden = jax.tree.map(scale, gradients)
+        return of_head, None, of_hidden, None
+
+    loss.defvjp(forward, backward)
+    return loss(trainable, rest, hidden, labels)
+
+
+def _scan(body, carry, inputs):
+    """Runs `jax.lax.scan`, or the body alone if there is one chunk."""
+    if jax.tree.leaves(inputs)[0].shape[0] > 1:
+        return jax.lax.scan(body, carry, inputs)
+    carry, output = body(carry, jax.tree.map(lambda x: x[0], inputs))
+    return carry, jax.tree.map(lambda x: x[None], output)
+
+
+def _chunks(rows: int, length: int, vocabulary: int) -> tuple[int, int]:
+    """Returns (number, length) of the chunks: as few as keep to the budget, all the same."""
+    most = max(1, LOGIT_CHUNK_BYTES // (4 * rows * vocabulary))
+    chunks = -(-length // most)
+    return chunks, -(-length // chunks)
 
 
 def _wide(dtype) -> type:
@@ -37,9 +176,6 @@ def _wide(dtype) -> type:
 def causal_lm_loss(model: Any, batch: Batch) -> tuple[Float[Array, ""], Int[Array, ""]]:
     """Returns (Σ nll, supervised tokens) of a micro-batch under one of `lorax.models`.
 
-    The logits are made, used and forgotten chunk by chunk along the sequence, in the backward
-    pass again, so that rows × sequence × vocabulary never stands in memory.
-
     Args:
         model: A `lorax.models.CausalLM`.
         batch: ``input_ids``, ``labels`` (already shifted: the label at t is token t + 1, or
@@ -49,26 +185,7 @@ def causal_lm_loss(model: Any, batch: Batch) -> tuple[Float[Array, ""], Int[Arra
     hidden = model.hidden_states(
         batch["input_ids"], batch.get("positions"), batch.get("segment_ids")
     )
-    rows, length = labels.shape
-    chunk = _chunk_length(rows, length, model.config.vocab_size)
-
-    def add_chunk(total, inputs):
-        head, states, targets = model.logits, *inputs
-        return total + token_nll(head(states), targets).sum(), None
-
-    split = lambda x: jnp.moveaxis(x.reshape(rows, length // chunk, chunk, *x.shape[2:]), 1, 0)
-    zero = jnp.zeros((), _wide(hidden.dtype))
-    if chunk == length:
-        total, _ = add_chunk(zero, (hidden, labels))
-    else:
-        total, _ = jax.lax.scan(jax.checkpoint(add_chunk), zero, (split(hidden), split(labels)))
-    return total, (labels != IGNORED).sum()
-
-
-def _chunk_length(rows: int, length: int, vocabulary: int) -> int:
-    """Returns the longest divisor of `length` whose logits keep to the budget."""
-    budget = max(1, LOGIT_CHUNK_BYTES // (4 * rows * vocabulary))
-    return max(d for d in range(1, length + 1) if length % d == 0 and (d <= budget or d == 1))
+    return linear_cross_entropy(model.lm_head, hidden, labels), (labels != IGNORED).sum()
 
 
 def accumulate(

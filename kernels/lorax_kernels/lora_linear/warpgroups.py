@@ -35,7 +35,9 @@ def launch(body, name: str, outputs, scratch, sms: int | None, cluster: int = 1)
         num_threads=3,
         thread_name="warpgroup",
         scratch_types=scratch,
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Warpgroup, approx_math=True
+        ),
     )
 
 

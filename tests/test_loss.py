@@ -1,0 +1,148 @@
+"""The head and its cross-entropy in one: PyTorch is the oracle, in float64."""
+
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+
+import lorax.loss
+from lorax.config import LoraConfig
+from lorax.linear import Frozen
+from lorax.lora import apply_lora
+from lorax.loss import IGNORED, linear_cross_entropy, token_nll
+
+ROWS, LENGTH, WIDTH, VOCABULARY = 3, 13, 8, 29
+
+
+class Model(nnx.Module):
+    """Only a head, for `apply_lora`."""
+
+    def __init__(self, dtype):
+        self.lm_head = nnx.Linear(
+            WIDTH, VOCABULARY, use_bias=True, param_dtype=dtype, dtype=dtype, rngs=nnx.Rngs(0)
+        )
+
+
+@pytest.fixture
+def wide():
+    with jax.enable_x64(True):
+        yield jnp.float64
+
+
+@pytest.fixture
+def inputs(wide):
+    draw = np.random.default_rng(0)
+    hidden = draw.normal(size=(ROWS, LENGTH, WIDTH)) * 3
+    labels = draw.integers(0, VOCABULARY, (ROWS, LENGTH)).astype(np.int32)
+    labels[0, :5] = labels[2, 11:] = IGNORED
+    return jnp.asarray(hidden, wide), jnp.asarray(labels)
+
+
+def torch_loss(head, hidden, labels, soft_cap, z_loss):
+    """Returns PyTorch's sum and its gradients: of the weight, the bias and the input."""
+    tensors = [
+        torch.tensor(np.array(a, np.float64), requires_grad=True)
+        for a in (head.kernel[...], head.bias[...], hidden)
+    ]
+    weight, bias, states = tensors
+    logits = states @ weight + bias
+    if soft_cap is not None:
+        logits = soft_cap * torch.tanh(logits / soft_cap)
+    flat, targets = logits.flatten(0, 1), torch.tensor(np.array(labels)).flatten().long()
+    loss = torch.nn.functional.cross_entropy(flat, targets, ignore_index=IGNORED, reduction="sum")
+    lse = torch.logsumexp(flat, dim=-1)
+    loss = loss + z_loss * (lse[targets != IGNORED] ** 2).sum()
+    loss.backward()
+    return loss.item(), [t.grad.numpy() for t in tensors]
+
+
+def loss_and_gradients(head, hidden, labels, **options):
+    graph, trainable, rest = nnx.split(head, nnx.Param, ...)
+
+    def loss(trainable, hidden):
+        return linear_cross_entropy(nnx.merge(graph, trainable, rest), hidden, labels, **options)
+
+    return jax.jit(jax.value_and_grad(loss, (0, 1)))(trainable, hidden)
+
+
+@pytest.mark.parametrize(
+    "soft_cap, z_loss, chunk",
+    [*itertools.product((None, 5.0), (0.0, 0.1), (LENGTH,)), (None, 0.0, 5), (5.0, 0.1, 1)],
+)
+def test_loss_and_gradients_are_those_of_pytorch(inputs, monkeypatch, soft_cap, z_loss, chunk):
+    monkeypatch.setattr(lorax.loss, "LOGIT_CHUNK_BYTES", 4 * VOCABULARY * ROWS * chunk)
+    (hidden, labels), head = inputs, Model(jnp.float64).lm_head
+    want, (of_weight, of_bias, of_hidden) = torch_loss(head, hidden, labels, soft_cap, z_loss)
+    loss, (of_head, got_hidden) = loss_and_gradients(
+        head, hidden, labels, soft_cap=soft_cap, z_loss=z_loss
+    )
+    assert float(loss) == pytest.approx(want, rel=1e-12)
+    for ours, theirs in (
+        (of_head["kernel"][...], of_weight),
+        (of_head["bias"][...], of_bias),
+        (got_hidden, of_hidden),
+    ):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-10, atol=1e-12)
+    alone = token_nll(head(hidden), labels, soft_cap=soft_cap, z_loss=z_loss)
+    assert float(alone.sum()) == pytest.approx(want, rel=1e-12)
+    assert (np.asarray(alone)[np.asarray(labels) == IGNORED] == 0).all()
+
+
+def test_a_head_with_an_adapter_trains_the_adapter_alone(inputs, monkeypatch):
+    monkeypatch.setattr(lorax.loss, "LOGIT_CHUNK_BYTES", 4 * VOCABULARY * ROWS * 4)
+    hidden, labels = inputs
+    settings = LoraConfig(r=2, target_modules=["lm_head"])
+    head = apply_lora(Model(jnp.float64), settings, rngs=nnx.Rngs(1)).lm_head
+    a, b = (np.random.default_rng(i).normal(size=s) for i, s in ((1, (WIDTH, 2)), (2, (2, 29))))
+    head.lora_a.set_value(jnp.asarray(a))
+    head.lora_b.set_value(jnp.asarray(b))
+    loss, (of_head, of_hidden) = loss_and_gradients(head, hidden, labels)
+    merged = nnx.Linear(WIDTH, VOCABULARY, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+    merged.kernel.set_value(head.kernel[...] + head.scale * (a @ b))
+    merged.bias.set_value(head.bias[...])
+    want, (of_weight, _, want_hidden) = torch_loss(merged, hidden, labels, None, 0.0)
+    assert float(loss) == pytest.approx(want, rel=1e-12)
+    assert set(of_head) == {"lora_a", "lora_b"}
+    np.testing.assert_allclose(of_hidden, want_hidden, rtol=1e-10, atol=1e-12)
+    for name, theirs in (("lora_a", of_weight @ b.T), ("lora_b", a.T @ of_weight)):
+        np.testing.assert_allclose(of_head[name][...], head.scale * theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_a_label_that_is_no_token_makes_the_loss_nan(inputs):
+    hidden, labels = inputs
+    head = Model(jnp.float64).lm_head
+    for wrong in (VOCABULARY, -1, -101):
+        loss, (_, of_hidden) = loss_and_gradients(head, hidden, labels.at[1, 4].set(wrong))
+        assert np.isnan(float(loss))
+        assert np.isnan(of_hidden[1, 4]).all() and np.isfinite(of_hidden[1, 5]).all()
+
+
+def equations(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=is_jaxpr):
+            if is_jaxpr(inner):
+                yield from equations(getattr(inner, "jaxpr", inner))
+
+
+def is_jaxpr(value):
+    return hasattr(value, "eqns") or hasattr(value, "jaxpr")
+
+
+def test_a_frozen_head_is_multiplied_twice_and_its_logits_never_stand_in_memory(monkeypatch):
+    monkeypatch.setattr(lorax.loss, "LOGIT_CHUNK_BYTES", 4 * VOCABULARY * ROWS * 4)
+    head = Model(jnp.float32).lm_head
+    head.kernel, head.bias = Frozen(head.kernel[...]), Frozen(head.bias[...])
+    hidden, labels = jnp.ones((ROWS, LENGTH, WIDTH)), jnp.zeros((ROWS, LENGTH), jnp.int32)
+    loss = lambda hidden: linear_cross_entropy(head, hidden, labels)
+    found = list(equations(jax.make_jaxpr(jax.value_and_grad(loss))(hidden).jaxpr))
+    products = [e for e in found if e.primitive.name == "dot_general"]
+    assert len(products) == 2  # logits and the gradient of the states, once per chunk
+    shapes = {v.aval.shape for e in found for v in e.outvars if hasattr(v.aval, "shape")}
+    of_logits = {shape for shape in shapes if shape[-1:] == (VOCABULARY,)}
+    assert max(map(math.prod, of_logits)) == ROWS * 4 * VOCABULARY
