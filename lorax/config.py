@@ -164,7 +164,8 @@ class TrainConfig(Section):
         adam_beta2: Decay of the second moment (adamw, lion).
         adam_epsilon: Added to the root of the second moment (adamw).
         max_grad_norm: Gradients are scaled down to this norm; 0 leaves them.
-        gradient_checkpointing: `full` recomputes each layer in the backward pass.
+        gradient_checkpointing: What the backward pass computes again instead of keeping it in
+            memory: `none`, `selective` (norms and activations, no product), `full` (each layer).
         seed: Of everything random in the run.
     """
 
@@ -193,7 +194,7 @@ class TrainConfig(Section):
     adam_beta2: BelowOne = 0.999
     adam_epsilon: Positive = 1e-8
     max_grad_norm: NotNegative = 1.0
-    gradient_checkpointing: Literal["none", "full"] = "full"
+    gradient_checkpointing: Literal["none", "selective", "full"] = "full"
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 3407
 
     # What each schedule reads of `lr_scheduler_kwargs`, and what it cannot do without.

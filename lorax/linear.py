@@ -11,7 +11,14 @@ from jaxtyping import Array, Float
 
 from lorax.sharding import DATA_AXIS
 from lorax.targets import Target
-from lorax_kernels import Kernels, LoraWeights, lora_linear, lora_linear_group, lora_swiglu
+from lorax_kernels import (
+    Kernels,
+    LoraWeights,
+    lora_linear,
+    lora_linear_group,
+    lora_swiglu,
+    lora_swiglu_again,
+)
 
 ROW_AXES = (DATA_AXIS,)  # mesh axes that divide the rows of a batch
 
@@ -69,8 +76,15 @@ class LoraLinear(nnx.Module):
         self.kernels: Kernels = kernels
         self.dropout_key = DropoutKey(None)
 
-    def __call__(self, x: Float[Array, "*batch k"]) -> Float[Array, "*batch n"]:
-        """Returns the adapted output, in the dtype that the base layer would give."""
+    def __call__(
+        self, x: Float[Array, "*batch k"], again: Float[Array, "*batch k"] | None = None
+    ) -> Float[Array, "*batch n"]:
+        """Returns the adapted output, in the dtype that the base layer would give.
+
+        Args:
+            x: The input.
+            again: The input by another route, for the backward pass: see `lora_linear`.
+        """
         dtype = self.compute_dtype(x.dtype)
         x = x.astype(dtype)
         if self.merged:
@@ -86,6 +100,7 @@ class LoraLinear(nnx.Module):
             dropout_key=self._key() if rate else None,
             kernels=self.kernels,
             row_axes=ROW_AXES,
+            again=None if again is None else again.astype(dtype),
         )
         return _finish(self, y)
 
@@ -110,15 +125,24 @@ class LoraLinear(nnx.Module):
         outputs = lora_linear_group(x.astype(self.compute_dtype(x.dtype)), members, **options)
         return [_finish(layer, y) for layer, y in zip(layers, outputs, strict=True)]
 
-    def apply_swiglu(self, gate: nnx.Module, up: nnx.Module, x) -> Array | None:
-        """Returns ``silu(gate(x)) · up(x)`` in one operation, or None if the layers forbid it."""
+    def apply_swiglu(
+        self, gate: nnx.Module, up: nnx.Module, x, *, again: bool = False
+    ) -> tuple[Array, Array | None] | None:
+        """Returns ``silu(gate(x)) · up(x)`` from one operation, or None if the layers forbid it.
+
+        With `again`, returns beside it the same product made from gate(x) and up(x), for the
+        backward pass of the layer that reads it.
+        """
         group = _group((gate, up), x)
         extras = ("bias", "preferred_element_type")
         plain = all(getattr(layer, name, None) is None for layer in (gate, up) for name in extras)
         if group is None or not plain:
             return None
         members, options = group
-        return lora_swiglu(x.astype(self.compute_dtype(x.dtype)), *members, **options)
+        x = x.astype(self.compute_dtype(x.dtype))
+        if again:
+            return lora_swiglu_again(x, *members, **options)
+        return lora_swiglu(x, *members, **options), None
 
     def _key(self):
         key = self.dropout_key.get_value()

@@ -130,7 +130,7 @@ FAULTS = [
     ),
     (
         "the backward pass draws another mask",
-        "op.py",
+        "calls.py",
         "fused.backward(x, saved, group, _kernel_dropout(static, x, key), dys)",
         "fused.backward(x, saved, group, (lambda d: d and d._replace("
         "seed=d.seed[jnp.array([1, 0, 2])]))(_kernel_dropout(static, x, key)), dys)",
@@ -383,13 +383,13 @@ def check_gradient():
 def compare_layers(ranks, m, **options):
     """Values and gradients of a group, kernels against plain XLA."""
     from lorax_kernels import LoraWeights, lora_linear_group
-    from lorax_kernels.lora_linear import fused, op
+    from lorax_kernels.lora_linear import calls, fused
 
     fused.inline_width = lambda *sizes: 0
     # Interpreted kernels of one compiled function would run side by side, and wait for each other.
-    for name, value in list(vars(op).items()):
+    for name, value in list(vars(calls).items()):
         if hasattr(value, "lower") and hasattr(value, "__wrapped__"):
-            setattr(op, name, value.__wrapped__)
+            setattr(calls, name, value.__wrapped__)
     x, k, n = draw(0, m, 128), 128, 128
     ws = [draw(10 * i + 1, k, n, scale=0.1) for i in range(len(ranks))]
     adapters = [

@@ -13,7 +13,7 @@ import pytest
 from lorax.sharding import DATA_AXIS, make_mesh
 from lorax_kernels import LoraWeights, lora_linear, lora_linear_group, lora_swiglu, tuning
 from lorax_kernels.device import interpreted
-from lorax_kernels.lora_linear import choice, fused, op, project, reference
+from lorax_kernels.lora_linear import calls, choice, fused, project, reference
 from lorax_kernels.lora_linear import gradient as gradient_module
 from lorax_kernels.lora_linear.dropout import keep_mask, keep_probability, random_bits, seed_words
 from lorax_kernels.lora_linear.plan import SHARED_MEMORY_BYTES, Dropout, MatmulConfig
@@ -31,9 +31,9 @@ RATE = 0.3
 @pytest.fixture(autouse=True)
 def one_kernel_at_a_time(monkeypatch):
     # Interpreted kernels of one compiled function would run side by side, and wait for each other.
-    for name, value in list(vars(op).items()):
+    for name, value in list(vars(calls).items()):
         if hasattr(value, "lower") and hasattr(value, "__wrapped__"):
-            monkeypatch.setattr(op, name, value.__wrapped__)
+            monkeypatch.setattr(calls, name, value.__wrapped__)
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     yield
     jax.config.update("jax_cpu_enable_async_dispatch", True)

@@ -150,7 +150,7 @@ class Doubled(nnx.Module):
         return self.inner(x) * self.factor[...]
 
 
-@pytest.mark.parametrize("gradient_checkpointing", ["none", "full"])
+@pytest.mark.parametrize("gradient_checkpointing", ["none", "selective", "full"])
 def test_linear_layers_may_be_replaced(gradient_checkpointing):
     model, ids = make(gradient_checkpointing), jnp.arange(8, dtype=jnp.int32)[None]
     expected = make()
@@ -165,7 +165,7 @@ def test_linear_layers_may_be_replaced(gradient_checkpointing):
     assert float(jnp.abs(gradient["model"]["layers"][2]["mlp"]["down_proj"]["factor"][...])) > 0
 
 
-@pytest.mark.parametrize("gradient_checkpointing", ["none", "full"])
+@pytest.mark.parametrize("gradient_checkpointing", ["none", "selective", "full"])
 def test_no_weight_is_a_constant_of_the_compiled_program(gradient_checkpointing):
     model, ids = make(gradient_checkpointing), jnp.zeros((1, 4), jnp.int32)
     graph, state = nnx.split(model)
@@ -247,7 +247,7 @@ def test_packed_rows_on_cudnn_need_the_number_of_documents(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(gradient_checkpointing=True), "must be none or full, got True"),
+        (dict(gradient_checkpointing=True), "must be none, selective or full, got True"),
         (dict(attn_impl="flash"), "attn_impl must be auto, xla or cudnn"),
         (dict(attn_impl="cudnn"), "cannot run here: it needs an NVIDIA GPU"),
     ],
@@ -268,7 +268,7 @@ def test_activations_have_the_compute_dtype_and_logits_are_float32():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("gradient_checkpointing", ["none", "full"])
+@pytest.mark.parametrize("gradient_checkpointing", ["none", "selective", "full"])
 def test_packed_training_on_cudnn_equals_xla(gradient_checkpointing):
     settings = SMALL | dict(hidden_size=256, num_attention_heads=4, head_dim=64)
     config = DecoderConfig.from_hf(settings, "here")

@@ -50,12 +50,26 @@ def apply_together(layers: tuple[Any, ...], x: Float[Array, "b t d"]) -> list[Ar
     return [layer(x) for layer in layers]
 
 
-def apply_swiglu(gate: Any, up: Any, x: Float[Array, "b t d"]) -> Float[Array, "b t f"]:
-    """Returns ``silu(gate(x)) · up(x)``, in one operation where one of the layers knows how."""
+def apply_mlp(
+    gate: Any, up: Any, down: Any, x: Float[Array, "b t d"], *, recompute: bool
+) -> Float[Array, "b t d"]:
+    """Returns ``down(silu(gate(x)) · up(x))``, gate and up in one operation where one knows how.
+
+    Args:
+        gate: The layer under ``silu``.
+        up: The layer that it multiplies.
+        down: The layer that reads the product.
+        x: The input.
+        recompute: Whether a policy of `jax.checkpoint` is to make the product again.
+    """
     for layer in (gate, up):
         if hasattr(layer, "apply_swiglu"):
-            product = layer.apply_swiglu(gate, up, x)
-            if product is not None:
-                return product
+            # The operation's result cannot be made again without the operation, so what is made
+            # again comes from its parts.
+            apart = recompute and hasattr(down, "apply_swiglu")
+            found = layer.apply_swiglu(gate, up, x, again=apart)
+            if found is not None:
+                product, again = found
+                return down(product) if again is None else down(product, again)
     gated, upped = apply_together((gate, up), x)
-    return jax.nn.silu(gated) * upped
+    return down(jax.nn.silu(gated) * upped)

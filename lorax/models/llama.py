@@ -1,7 +1,7 @@
 """Llama, Mistral, Qwen2 and Qwen3: one decoder, top to bottom, under Hugging Face's names."""
 
 import dataclasses
-from typing import Any, Literal, overload
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -27,13 +27,13 @@ from lorax.models.config import DecoderConfig
 from lorax.models.linear import (
     INITIAL_DEVIATION,
     Execution,
-    apply_swiglu,
+    apply_mlp,
     apply_together,
     make_linear,
 )
+from lorax.models.recompute import GradientCheckpointing, check_policy, checkpointed, kept
 from lorax.models.rope import rotary_tables, rotate
 
-type GradientCheckpointing = Literal["none", "full"]
 type Rotary = tuple[Float[Array, "b t half"], Float[Array, "b t half"]]
 
 
@@ -46,11 +46,13 @@ class Context:
         rotary: cos and sin of each token.
         positions: Position of each token in its document.
         documents: Documents of packed rows, or None.
+        selective: Elementwise work is done again in the backward pass.
     """
 
     rotary: Rotary
     positions: Int[Array, "b t"]
     documents: Documents | None
+    selective: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 class RMSNorm(nnx.Module):
@@ -97,7 +99,7 @@ class Attention(nnx.Module):
         q, k, v = map(heads, apply_together((self.q_proj, self.k_proj, self.v_proj), x))
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, *context.rotary), rotate(k, *context.rotary)
+        q, k = kept(rotate(q, *context.rotary)), kept(rotate(k, *context.rotary))
         if cache is not None:
             cache = store(cache, k, v, context.positions, empty=empty)
         window = self.sliding_window
@@ -121,9 +123,12 @@ class MLP(nnx.Module):
         self.up_proj = make_linear(width, inner, bias, execution, rngs)
         self.down_proj = make_linear(inner, width, bias, execution, rngs)
 
-    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+    def __call__(
+        self, x: Float[Array, "b t d"], *, recompute: bool = False
+    ) -> Float[Array, "b t d"]:
         """Returns the MLP's output."""
-        return self.down_proj(apply_swiglu(self.gate_proj, self.up_proj, x))
+        layers = self.gate_proj, self.up_proj, self.down_proj
+        return apply_mlp(*layers, x, recompute=recompute)
 
 
 class DecoderLayer(nnx.Module):
@@ -145,8 +150,8 @@ class DecoderLayer(nnx.Module):
     ) -> tuple[Float[Array, "b t d"], LayerCache | None]:
         """Returns the layer's output and its cache."""
         attended, cache = self.self_attn(self.input_layernorm(x), context, cache, empty)
-        x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x)), cache
+        x = kept(x + attended)
+        return x + self.mlp(self.post_attention_layernorm(x), recompute=context.selective), cache
 
 
 class Decoder(nnx.Module):
@@ -190,8 +195,9 @@ class CausalLM(nnx.Module):
         dtype: Of activations and products.
         param_dtype: Of the weights that are made here.
         attn_impl: What runs attention: see `lorax.models.attention.resolve_implementation`.
-        gradient_checkpointing: "full" keeps only each layer's input for the backward pass and
-            computes the layer again; "none" keeps everything.
+        gradient_checkpointing: What the backward pass computes again instead of keeping: "none";
+            "selective" elementwise work, never a product or attention (the norms' outputs and the
+            MLP's inner activation); "full" each layer, of which only the input is kept.
         rngs: Source of the weights (stream ``params``): normal with deviation 0.02, biases 0.
 
     Attributes:
@@ -212,16 +218,12 @@ class CausalLM(nnx.Module):
         gradient_checkpointing: GradientCheckpointing = "none",
         rngs: nnx.Rngs,
     ):
-        if gradient_checkpointing not in ("none", "full"):
-            raise ValueError(
-                f"gradient_checkpointing must be none or full, got {gradient_checkpointing!r}"
-            )
         # Checked here, so that cuDNN where it cannot run is an error before anything is loaded.
         resolve_implementation(attn_impl, jnp.dtype(dtype), config.head_dim, packed=False)
         execution = Execution(dtype, param_dtype, attn_impl)
         self.config, self.dtype = config, dtype
         self.attn_impl: AttentionImplementation = attn_impl
-        self.gradient_checkpointing = gradient_checkpointing
+        self.gradient_checkpointing: GradientCheckpointing = check_policy(gradient_checkpointing)
         self.document_layout: DocumentLayout | None = None
         self.model = Decoder(config, execution, rngs)
         if not config.tie_word_embeddings:
@@ -297,10 +299,12 @@ class CausalLM(nnx.Module):
         documents = None
         if segment_ids is not None:
             documents, hidden = self._find_documents(segment_ids, hidden)
-        context = Context(self._rotary(positions, segment_ids), positions, documents)
+        policy = self.gradient_checkpointing
+        rotary = self._rotary(positions, segment_ids)
+        context = Context(rotary, positions, documents, policy == "selective" and cache is None)
         if cache is not None:
             return self._run_with_cache(hidden, context, cache)
-        run = jax.checkpoint(_run_layer) if self.gradient_checkpointing == "full" else _run_layer
+        run = checkpointed(_run_layer, policy)
         for layer in self.model.layers:
             hidden = run(layer, hidden, context)
         return self.model.norm(hidden)

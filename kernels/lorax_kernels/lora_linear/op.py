@@ -1,28 +1,17 @@
-"""`lora_linear` and its groups: argument checks, the choice of implementation, the gradient.
+"""`lora_linear`, its groups and its SwiGLU pair: argument checks, the choice of implementation."""
 
-The gradient is defined once for every implementation, with ``dy`` the cotangent of the result,
-``d`` the dropout and ``g = scale · dy·bᵀ``::
-
-    dx = dy·wᵀ + d'(g·aᵀ)      da = d(x)ᵀ·g      db = scale · (d(x)·a)ᵀ·dy
-"""
-
-import dataclasses
 import functools
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Key
 
 from lorax_kernels.lora_linear import choice, xla
+from lorax_kernels.lora_linear.calls import apply_group, apply_swiglu, run
 from lorax_kernels.lora_linear.choice import Kernels
-from lorax_kernels.lora_linear.dropout import seed_words
-from lorax_kernels.lora_linear.weights import Group, LoraWeights
-
-KERNEL_ROWS = 16  # fewer rows, or a number that is no multiple of 8, are padded to this multiple
+from lorax_kernels.lora_linear.weights import LoraWeights
 
 
 def lora_linear(
@@ -37,6 +26,7 @@ def lora_linear(
     dropout_key: Key[Array, ""] | None = None,
     kernels: Kernels = "auto",
     row_axes: Sequence[str] = (),
+    again: Float[Array, "*batch k"] | None = None,
 ) -> Float[Array, "*batch n"]:
     """Applies a frozen linear map and its low-rank update: ``x·w + scale·(dropout(x)·a)·b + bias``.
 
@@ -58,6 +48,8 @@ def lora_linear(
             faster when measured at such a shape.
         row_axes: Mesh axes that divide the first dimension of `x`. The kernel cannot be divided by
             the compiler, so under a mesh it runs once per shard of these axes.
+        again: `x` by another route, for the backward pass to read instead. Under `jax.checkpoint`,
+            where that route is cheap to run again, neither is kept. It gets no gradient.
 
     Returns:
         The adapted output, in `x`'s dtype.
@@ -76,6 +68,7 @@ def lora_linear(
         dropout_key=dropout_key,
         kernels=kernels,
         row_axes=row_axes,
+        again=again,
     )
     return y
 
@@ -88,6 +81,7 @@ def lora_linear_group(
     dropout_key: Key[Array, ""] | None = None,
     kernels: Kernels = "auto",
     row_axes: Sequence[str] = (),
+    again: Float[Array, "*batch k"] | None = None,
 ) -> list[Float[Array, "*batch n"]]:
     """Applies several linear layers to one input, as `lora_linear` each: q, k and v; gate and up.
 
@@ -101,6 +95,7 @@ def lora_linear_group(
         dropout_key: As in `lora_linear`.
         kernels: As in `lora_linear`.
         row_axes: As in `lora_linear`.
+        again: As in `lora_linear`.
 
     Returns:
         One output per member, in `x`'s dtype.
@@ -110,14 +105,18 @@ def lora_linear_group(
     """
     _validate(x, members, dropout_rate, dropout_key)
     rate = float(dropout_rate) if any(m.a is not None for m in members) else 0.0
-    run = functools.partial(_run_group, x, members, rate, dropout_key, row_axes)
+    if again is not None and (again.shape, again.dtype) != (x.shape, x.dtype):
+        raise ValueError(
+            f"again must be like x, {x.dtype}{x.shape}; got {again.dtype}{again.shape}"
+        )
+    call = functools.partial(run, (x, again), members, rate, dropout_key, row_axes)
     implementation = choice.choose(x, members, rate, kernels, row_axes)
     if implementation == "pallas":
         outputs = []
         for part in choice.split(members, rate):
-            outputs += run(part, _group, "pallas")
+            outputs += call(part, apply_group, "pallas")
         return outputs
-    return run(range(len(members)), _group, "xla")
+    return call(range(len(members)), apply_group, "xla")
 
 
 def lora_swiglu(
@@ -155,7 +154,41 @@ def lora_swiglu(
 
     Source: Shazeer 2020, eq. 6, https://arxiv.org/abs/2002.05202
     """
-    members = [gate, up]
+    mode = "recompute" if recompute else "keep"
+    options = {"dropout_rate": dropout_rate, "dropout_key": dropout_key}
+    return _run_swiglu(mode, x, [gate, up], kernels=kernels, row_axes=row_axes, **options)[0]
+
+
+def lora_swiglu_again(
+    x: Float[Array, "*batch k"], gate: LoraWeights, up: LoraWeights, **options: Any
+) -> tuple[Float[Array, "*batch n"], Float[Array, "*batch n"]]:
+    """Returns `lora_swiglu`, and the same product made from gate(x) and up(x): see `again`.
+
+    The second is for the layer that reads the first. It has no gradient, and is made from rounded
+    operands, so the two are equal to rounding.
+
+    Args:
+        x: Input rows.
+        gate: The layer whose output passes through ``silu``.
+        up: The layer that it multiplies.
+        **options: Those of `lora_swiglu` but `recompute`.
+    """
+    act, *parts = _run_swiglu("show", x, [gate, up], **options)
+    return act, xla.swiglu(*map(jax.lax.stop_gradient, parts))
+
+
+def _run_swiglu(
+    mode: str,
+    x,
+    members: Sequence[LoraWeights],
+    *,
+    dropout_rate: float = 0.0,
+    dropout_key=None,
+    kernels: Kernels = "auto",
+    row_axes: Sequence[str] = (),
+) -> list[jax.Array]:
+    """Returns the product and, in the mode ``show``, gate(x) and up(x)."""
+    gate, up = members
     _validate(x, members, dropout_rate, dropout_key)
     if gate.w.shape != up.w.shape:
         raise ValueError(f"gate and up must have one shape, got {gate.w.shape} and {up.w.shape}")
@@ -166,11 +199,11 @@ def lora_swiglu(
     if implementation == "pallas" and len(choice.split(members, rate)) > 1:
         options: dict[str, Any] = {"dropout_rate": rate, "dropout_key": dropout_key}
         options |= {"kernels": "pallas", "row_axes": row_axes}
-        return xla.swiglu(*lora_linear_group(x, members, **options))
-    function = functools.partial(_swiglu, recompute)
-    run = functools.partial(_run_group, x, members, rate, dropout_key, row_axes)
-    (act,) = run(range(2), function, implementation)
-    return act
+        parts = lora_linear_group(x, members, **options)
+        return [xla.swiglu(*parts), *parts]
+    function = functools.partial(apply_swiglu, mode)
+    call = functools.partial(run, (x, None), members, rate, dropout_key, row_axes)
+    return call(range(2), function, implementation)
 
 
 def _validate(x, members: Sequence[LoraWeights], dropout_rate, dropout_key):
@@ -194,180 +227,3 @@ def _validate(x, members: Sequence[LoraWeights], dropout_rate, dropout_key):
         raise ValueError(f"dropout_rate must be in [0, 1), got {dropout_rate}")
     if dropout_rate > 0.0 and dropout_key is None:
         raise ValueError(f"dropout_rate is {dropout_rate} but no dropout_key was given")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Static:
-    """What `_group` and `_swiglu` know at trace time."""
-
-    members: tuple[int, ...]
-    scales: tuple[float, ...]
-    rate: float
-    implementation: str
-    axes: tuple[str, ...]  # of the mesh, where the kernel runs inside shard_map
-
-
-def _run_group(
-    x,
-    members: Sequence[LoraWeights],
-    rate: float,
-    key,
-    row_axes,
-    which: Sequence[int],
-    function: Callable[..., Any],
-    implementation: str,
-) -> list[jax.Array]:
-    """Calls `function` on the chosen members, under a mesh once per shard of the rows."""
-    chosen = [members[i] for i in which]
-    updated = [i for i, member in enumerate(chosen) if member.a is not None]
-    axes = tuple(choice.axis_sizes(row_axes)) if implementation == "pallas" else ()
-    static = _Static(
-        tuple(updated),
-        tuple(float(chosen[i].scale) for i in updated),
-        rate,
-        implementation,
-        axes,
-    )
-    operands = (
-        [member.w for member in chosen],
-        [member.bias for member in chosen],
-        [chosen[i].a for i in updated],
-        [chosen[i].b for i in updated],
-        key if rate else None,
-    )
-
-    def local(x, *operands):
-        m = math.prod(x.shape[:-1])
-        rows = x.reshape(m, x.shape[-1])
-        if implementation == "pallas" and (m % 8 or m < KERNEL_ROWS):
-            rows = jnp.pad(rows, ((0, -m % KERNEL_ROWS), (0, 0)))
-        outputs = function(static, rows, *operands)
-        return [y[:m].reshape(*x.shape[:-1], y.shape[1]) for y in outputs]
-
-    if not axes:
-        return local(x, *operands)
-    rows = PartitionSpec(axes)
-    # Without shard_map the compiler would gather every operand and run the kernel whole on each
-    # device. The gradients of a and b are summed over the shards, as they enter unsharded.
-    specs = jax.tree.map(lambda _: PartitionSpec(), operands)
-    sharded = jax.shard_map(local, in_specs=(rows, *specs), out_specs=rows, check_vma=False)
-    return sharded(x, *operands)
-
-
-def _bundle(static: _Static, w, biases, a, b) -> Group:
-    return Group(w, biases, static.members, a, b, static.scales)
-
-
-def _kernel_dropout(static: _Static, x, key):
-    """Returns the dropout as the kernels take it; rows are numbered across the shards."""
-    from lorax_kernels.lora_linear.plan import Dropout
-
-    if not static.rate:
-        return None
-    row = jnp.uint32(0)
-    if static.axes:
-        row = jax.lax.axis_index(static.axes).astype(jnp.uint32) * jnp.uint32(x.shape[0])
-    return Dropout(jnp.concatenate([seed_words(key), row[None]]), static.rate)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _group(static: _Static, x, w, biases, a, b, key) -> list[jax.Array]:
-    return _forward(static, x, w, biases, a, b, key)[0]
-
-
-def _forward(static: _Static, x, w, biases, a, b, key):
-    if static.implementation == "pallas":
-        outputs, saved = _kernel_forward(static, x, w, biases, a, b, key)
-    else:
-        group = _bundle(static, w, biases, a, b)
-        outputs, saved = xla.forward(x, group, static.rate, key)
-    return outputs, (x, w, biases, a, b, key, saved)
-
-
-# Compiled functions of their own, so that equal layers are lowered and compiled once.
-@functools.partial(jax.jit, static_argnums=0)
-def _kernel_forward(static: _Static, x, w, biases, a, b, key):
-    from lorax_kernels.lora_linear import fused
-
-    group = _bundle(static, w, biases, a, b)
-    return fused.forward(x, group, _kernel_dropout(static, x, key))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _kernel_backward(static: _Static, x, w, biases, a, b, key, saved, dys):
-    from lorax_kernels.lora_linear import fused
-
-    group = _bundle(static, w, biases, a, b)
-    return fused.backward(x, saved, group, _kernel_dropout(static, x, key), dys)
-
-
-def _backward(static: _Static, residuals, dys):
-    x, w, biases, a, b, key, saved = residuals
-    if static.implementation == "pallas":
-        dx, da, db = _kernel_backward(static, x, w, biases, a, b, key, saved, dys)
-    else:
-        group = _bundle(static, w, biases, a, b)
-        dx, da, db = xla.backward(x, saved, group, static.rate, key, dys)
-    da = [gradient.astype(leaf.dtype) for gradient, leaf in zip(da, a, strict=True)]
-    db = [gradient.astype(leaf.dtype) for gradient, leaf in zip(db, b, strict=True)]
-    return dx, None, None, da, db, None
-
-
-_group.defvjp(_forward, _backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _swiglu(recompute: bool, static: _Static, x, w, biases, a, b, key) -> list[jax.Array]:
-    group = _bundle(static, w, biases, a, b)
-    if static.implementation == "xla":
-        outputs, _ = xla.forward(x, group, static.rate, key)
-        return [xla.swiglu(*outputs)]
-    return _swiglu_kernel(static, "swiglu", x, w, biases, a, b, key)[0]
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _swiglu_kernel(static: _Static, epilogue, x, w, biases, a, b, key):
-    from lorax_kernels.lora_linear import fused
-
-    group = _bundle(static, w, biases, a, b)
-    if not group.ranks:
-        return fused.swiglu(x, None, None, group, epilogue), None
-    packed = fused.pack(group, fused.lay_out(group), x.dtype)
-    h = fused.down_project(x, packed[0], _kernel_dropout(static, x, key))
-    return fused.swiglu(x, h, packed[1], group, epilogue), fused.Saved(h, *packed)
-
-
-def _swiglu_forward(recompute: bool, static: _Static, x, w, biases, a, b, key):
-    group = _bundle(static, w, biases, a, b)
-    if static.implementation == "xla":
-        kept, saved = xla.forward(x, group, static.rate, key)
-        act = xla.swiglu(*kept)
-    else:
-        epilogue = "swiglu" if recompute else "swiglu_keep"
-        (act, *kept), saved = _swiglu_kernel(static, epilogue, x, w, biases, a, b, key)
-    return [act], (x, w, biases, a, b, key, saved, None if recompute else kept)
-
-
-def _swiglu_backward(recompute: bool, static: _Static, residuals, cotangents):
-    x, w, biases, a, b, key, saved, kept = residuals
-    (d_act,) = cotangents
-    group = _bundle(static, w, biases, a, b)
-    if recompute and static.implementation == "pallas":
-        dys = _swiglu_gradients(static, x, w, biases, a, b, saved, d_act)
-    else:
-        if kept is None:
-            kept, _ = xla.forward(x, group, static.rate, key)
-        dys = jax.vjp(xla.swiglu, *kept)[1](d_act)
-    return _backward(static, (x, w, biases, a, b, key, saved), list(dys))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _swiglu_gradients(static: _Static, x, w, biases, a, b, saved, d_act):
-    from lorax_kernels.lora_linear import fused
-
-    group = _bundle(static, w, biases, a, b)
-    h, packed_b = (saved.h, saved.b) if saved else (None, None)
-    return fused.swiglu(x, h, packed_b, group, "swiglu_grad", d_act)
-
-
-_swiglu.defvjp(_swiglu_forward, _swiglu_backward)

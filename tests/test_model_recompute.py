@@ -1,0 +1,95 @@
+"""What the backward pass keeps and what it makes again, policy by policy."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from lorax.config import LoraConfig
+from lorax.lora import apply_lora, split_trainable
+from lorax.loss import causal_lm_loss
+from lorax.models import CausalLM, DecoderConfig
+
+LAYERS, WIDTH, INNER, ROWS, LENGTH = 2, 64, 192, 2, 24
+CONFIG = DecoderConfig.from_hf(
+    {
+        "model_type": "llama",
+        "hidden_size": WIDTH,
+        "intermediate_size": INNER,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 96,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": False,
+    },
+    "here",
+)
+POLICIES = ("none", "selective", "full")
+
+
+def pullback_of(policy, targets: Any = "all-linear"):
+    """Returns the loss, its pullback with respect to the adapters, and the function itself."""
+    options: dict[str, Any] = {"gradient_checkpointing": policy}
+    model = CausalLM(CONFIG, rngs=nnx.Rngs(0), **options)
+    # Larger than at birth, so that attention is far from uniform and its gradient not tiny.
+    model = jax.tree.map(lambda x: x if x.ndim == 1 else 5 * x, model)
+    settings = LoraConfig(r=4, target_modules=targets, init_lora_weights="gaussian")
+    model = apply_lora(model, settings, rngs=nnx.Rngs(1))
+    graph, trainable, frozen = split_trainable(model)
+    # B begins at zero, where most gradients are zero too.
+    trainable = jax.tree.map(lambda leaf: leaf + 0.05, trainable)
+    draw = np.random.default_rng(0)
+    tokens = jnp.asarray(draw.integers(0, 96, (ROWS, LENGTH)), jnp.int32)
+    batch = {"input_ids": tokens, "labels": tokens}
+
+    def loss(trainable):
+        return causal_lm_loss(nnx.merge(graph, trainable, frozen, copy=True), batch)[0]
+
+    value, pull = jax.vjp(loss, trainable)
+    return value, pull, jax.jit(jax.value_and_grad(loss)), trainable
+
+
+def kept_shapes(pull):
+    return [leaf.shape for leaf in jax.tree.leaves(pull) if hasattr(leaf, "shape")]
+
+
+def count_products(function, argument):
+    text = str(jax.make_jaxpr(function)(argument))
+    return text.count("dot_general[")
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "up_proj"], ["down_proj"]])
+@pytest.mark.parametrize("policy", ["selective", "full"])
+def test_every_policy_computes_the_same(policy, targets):
+    _, _, plain, trainable = pullback_of("none", targets)
+    _, _, other, _ = pullback_of(policy, targets)
+    (value, gradient), (other_value, other_gradient) = plain(trainable), other(trainable)
+    assert float(value) == pytest.approx(float(other_value), rel=1e-6)
+    for ours, theirs in zip(*map(jax.tree.leaves, (other_gradient, gradient)), strict=True):
+        size = np.linalg.norm(theirs)
+        assert size > 0 and np.linalg.norm(ours - theirs) <= 1e-4 * size
+
+
+def test_selective_keeps_neither_the_norms_outputs_nor_the_inner_activation():
+    counts = {p: kept_shapes(pullback_of(p)[1]) for p in POLICIES}
+    inner = {p: sum(np.prod(s) == ROWS * LENGTH * INNER for s in counts[p]) for p in POLICIES}
+    # gate(x), up(x), and the product of both, per layer
+    assert inner == {"none": 3 * LAYERS, "selective": 2 * LAYERS, "full": 0}
+    size = lambda p: sum(int(np.prod(s)) for s in counts[p])
+    tokens = ROWS * LENGTH
+    saved = LAYERS * tokens * (2 * WIDTH + INNER)
+    assert size("none") - size("selective") >= saved
+    assert size("full") < size("selective") - LAYERS * tokens * 2 * INNER
+
+
+def test_selective_repeats_no_product_and_full_repeats_them():
+    counts = {}
+    for policy in POLICIES:
+        _, _, function, trainable = pullback_of(policy)
+        counts[policy] = count_products(function, trainable)
+    assert counts["selective"] == counts["none"]
+    assert counts["full"] > counts["none"] + 6 * LAYERS
