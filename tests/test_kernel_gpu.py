@@ -175,3 +175,21 @@ def test_the_trained_result_does_not_depend_on_the_path():
     assert found["pallas and xla"] < found["xla and float32"]
     assert found["pallas and float32"] <= 1.25 * found["xla and float32"]
     assert np.abs(our_losses - exact_losses).max() <= 1.5 * np.abs(losses - exact_losses).max()
+
+
+@pytest.mark.parametrize("policy", [None, "lora_h"])
+def test_layers_made_again_in_the_backward_pass_have_the_same_gradients(policy):
+    x, (w,), (ab,), (dy,) = operands(8192, 4096, (4096,), (16,), "bfloat16")
+
+    def layers(x, ab):
+        for _ in range(2):
+            x = jnp.square(lora_linear_group(x, [LoraWeights(w, *ab)], kernels="pallas")[0])
+        return x
+
+    def gradients(function):
+        return jax.jit(lambda: jax.vjp(function, x, ab)[1](dy))()
+
+    saves = policy and jax.checkpoint_policies.save_only_these_names(policy)
+    want, got = gradients(layers), gradients(jax.checkpoint(layers, policy=saves))
+    for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_array_equal(ours, theirs)

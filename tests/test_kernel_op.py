@@ -1,5 +1,6 @@
 """`lora_linear` and its groups on interpreted kernels: values, gradients, refusals, and choices."""
 
+import collections
 import functools
 import itertools
 import json
@@ -11,7 +12,14 @@ import numpy as np
 import pytest
 
 from lorax.sharding import DATA_AXIS, make_mesh
-from lorax_kernels import LoraWeights, lora_linear, lora_linear_group, lora_swiglu, tuning
+from lorax_kernels import (
+    LoraWeights,
+    lora_linear,
+    lora_linear_group,
+    lora_swiglu,
+    lora_swiglu_again,
+    tuning,
+)
 from lorax_kernels.device import interpreted
 from lorax_kernels.lora_linear import calls, choice, fused, project, reference
 from lorax_kernels.lora_linear import gradient as gradient_module
@@ -223,6 +231,92 @@ def test_swiglu_s_values_and_gradients(recompute, sizes, rate):
     options = {"recompute": recompute, "dropout_rate": rate, "dropout_key": jax.random.key(2)}
     exact = functools.partial(exact_swiglu)
     check(swiglu, exact, draw(0, 72, 128), draw_members(128, sizes), **options)
+
+
+def count_kernels(jaxpr) -> collections.Counter:
+    """Counts the kernels that a function calls, by name."""
+    found = collections.Counter()
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "mpmd_map":
+            found[str(equation.params["name"])] += 1
+            continue
+        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=is_jaxpr):
+            if is_jaxpr(value):
+                found += count_kernels(getattr(value, "jaxpr", value))
+    return found
+
+
+def is_jaxpr(value):
+    return hasattr(value, "eqns") or hasattr(value, "jaxpr")
+
+
+@pytest.mark.parametrize("policy", [None, "lora_h"])
+def test_no_kernel_is_missing_where_layers_are_made_again(policy):
+    # The interpreter cannot run under jax.checkpoint, so the kernels are counted.
+    shape = lambda *sizes, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(sizes, dtype)
+    wide = functools.partial(shape, dtype=jnp.float32)
+    x, w, a, b = shape(8192, 4096), shape(4096, 4096), wide(4096, 16), wide(16, 4096)
+
+    def layers(x, w, a, b):
+        for _ in range(2):
+            x = jnp.square(lora_linear(x, w, a, b, scale=1.0, kernels="pallas"))
+        return x.astype(jnp.float32).sum()
+
+    saves = policy and jax.checkpoint_policies.save_only_these_names(policy)
+    again = jax.checkpoint(layers, policy=saves)
+    device = jax.sharding.AbstractDevice("NVIDIA H200", 132, "cuda")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+        once, more = (
+            count_kernels(jax.make_jaxpr(jax.grad(f, (0, 2, 3)))(x, w, a, b).jaxpr)
+            for f in (layers, again)
+        )
+    begun, rest = "lora_inline_nn", "lora_matmul_nn_store"
+    assert once[begun] == once[rest] == 2
+    # Both layers' outputs are squared, and what is squared is wanted again.
+    assert more - once == {begun: 2, rest: 2}
+    assert not once - more
+
+
+@pytest.mark.parametrize("kernels", ["xla", "pallas"])
+def test_the_backward_pass_reads_the_input_that_it_is_given(kernels, inline):
+    inline(0)
+    x, (m,) = draw(0, 72, 128), draw_members(128, [(128, 16)])
+
+    def gradients(again):
+        def run(x, a, b):
+            options = {"scale": 2.0, "kernels": kernels, "again": again}
+            return lora_linear(x, m["w"], a, b, **options)
+
+        y, pull = jax.vjp(run, x, m["a"], m["b"])
+        return y, *pull(draw(9, *y.shape).astype(y.dtype))
+
+    with interpret(3):
+        y, dx, da, db = gradients(None)
+        other_y, other_dx, other_da, other_db = gradients(2 * x)
+    for same, other in ((y, other_y), (dx, other_dx), (db, other_db), (2 * da, other_da)):
+        np.testing.assert_array_equal(same, other)
+    with pytest.raises(ValueError, match=r"again must be like x, bfloat16\(72, 128\); got"):
+        gradients(x[:8])
+
+
+@pytest.mark.parametrize("kernels", ["xla", "pallas"])
+def test_the_product_of_gate_and_up_comes_again_without_a_gradient(kernels):
+    x, members = draw(0, 72, 128), draw_members(128, [(192, 16), (192, 8)])
+    with interpret(3):
+        (act,) = swiglu(kernels, x, members)
+        run = lambda x: lora_swiglu_again(x, *weights(members), kernels=kernels)
+        (first, again), pull = jax.vjp(run, x)
+        ones, zeros = jnp.ones_like(act), jnp.zeros_like(act)
+        (of_first,), (of_again,), (of_both,) = (
+            pull((ones, zeros)),
+            pull((zeros, ones)),
+            pull((ones, ones)),
+        )
+    np.testing.assert_array_equal(first, act)
+    difference = np.float64(again) - np.float64(act)
+    assert np.linalg.norm(difference) <= 2 * UNIT["bfloat16"] * np.linalg.norm(np.float64(act))
+    assert (np.asarray(of_again) == 0).all()
+    np.testing.assert_array_equal(of_first, of_both)
 
 
 def bundle(members):

@@ -35,7 +35,9 @@ def checkpointed(function: Any, policy: GradientCheckpointing) -> Any:
     """Returns `function` with what `policy` says about its backward pass."""
     if policy == "none":
         return function
-    return jax.checkpoint(function, policy=save_products if policy == "selective" else None)
+    # With x·A of each layer, which is small, the last product of `function` need not be repeated.
+    full = jax.checkpoint_policies.save_only_these_names("lora_h")
+    return jax.checkpoint(function, policy=save_products if policy == "selective" else full)
 
 
 def check_policy(policy: Any) -> GradientCheckpointing:

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from lorax_kernels.lora_linear import choice, xla
@@ -123,7 +124,14 @@ def _forward(static: _Static, inputs, w, biases, a, b, key):
     else:
         group = _bundle(static, w, biases, a, b)
         outputs, saved = xla.forward(x, group, static.rate, key)
-    return outputs, (x if again is None else again, w, biases, a, b, key, saved)
+    return outputs, (x if again is None else again, w, biases, a, b, key, _named(saved))
+
+
+def _named(saved):
+    """Names h for a policy of `jax.checkpoint`: it is small, and saves what it came from."""
+    if isinstance(saved, jax.Array):
+        return checkpoint_name(saved, "lora_h")
+    return saved and saved._replace(h=checkpoint_name(saved.h, "lora_h"))
 
 
 # Compiled functions of their own, so that equal layers are lowered and compiled once.
@@ -195,7 +203,8 @@ def _swiglu_forward(mode: str, static: _Static, inputs, w, biases, a, b, key):
         epilogue = "swiglu" if mode == "recompute" else "swiglu_keep"
         (act, *kept), saved = _swiglu_kernel(static, epilogue, x, w, biases, a, b, key)
     outputs = [act, *kept] if mode == "show" else [act]
-    return outputs, (x, w, biases, a, b, key, saved, None if mode == "recompute" else kept)
+    kept = None if mode == "recompute" else kept
+    return outputs, (x, w, biases, a, b, key, _named(saved), kept)
 
 
 def _swiglu_backward(mode: str, static: _Static, residuals, cotangents):

@@ -150,7 +150,7 @@ def forward(x, group: Group, dropout: Dropout | None) -> tuple[list[jax.Array], 
             config=inline_config(layout.size),
             bias=bias,
         )
-        begun = (jax.new_ref(y), width)
+        begun = (y, width)
     else:
         h = down_project(x, a, dropout)
     update = Update(h, b) if layout.is_short else None
@@ -160,7 +160,7 @@ def forward(x, group: Group, dropout: Dropout | None) -> tuple[list[jax.Array], 
             columns = (layout.columns[member],)
             groups[member].append(Term(h, (b,), rows, first, first, columns))
     outputs = grouped_matmul(groups, config=config, bias=bias, update=update, begun=begun)
-    return ([jax.freeze(begun[0]), *outputs] if begun else outputs), Saved(h, a, b)
+    return outputs, Saved(h, a, b)
 
 
 def _padded_biases(group: Group, config: MatmulConfig) -> jax.Array | None:
@@ -196,7 +196,7 @@ def backward(x, saved: Saved | None, group: Group, dropout: Dropout | None, dys)
         dx, g = inline_matmul(
             inline, a, n=k, width=width, config=inline_config(layout.size), transposed=True
         )
-        begun = (jax.new_ref(dx), width)
+        begun = (dx, width)
         db = [_gradient_of_b(h, group, i, layout, dys[j]) for i, j in enumerate(group.members)]
     else:
         pairs = [_through_b(saved, group, i, layout, dys[j]) for i, j in enumerate(group.members)]
@@ -205,10 +205,9 @@ def backward(x, saved: Saved | None, group: Group, dropout: Dropout | None, dys)
     update = Update(g, a) if layout.is_short else None
     if update is None:
         terms.append(Term(g, (a.T,)))
-    outputs = grouped_matmul(
+    (dx,) = grouped_matmul(
         [terms], config=config, transposed=True, update=update, dropout=dropout, begun=begun
     )
-    dx = jax.freeze(begun[0]) if begun else outputs[0]
     (parts,) = gradient(x, g, config=gradient_config(m, k, layout.size), mask=dropout)
     spans = zip(layout.starts, layout.ranks, strict=True)
     return dx, [_add(parts[:, :, start : start + r]) for start, r in spans], db

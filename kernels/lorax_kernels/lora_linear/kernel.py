@@ -48,7 +48,7 @@ def grouped_matmul(
     d_act: jax.Array | None = None,
     update: Update | None = None,
     dropout: Dropout | None = None,
-    begun: tuple[Any, int] | None = None,
+    begun: tuple[jax.Array, int] | None = None,
     sms: int | None = None,
 ) -> list[jax.Array]:
     """Computes ``y_g = Σ_t lhs_t · rhs_t (+ bias_g)`` for every group in one launch.
@@ -65,12 +65,12 @@ def grouped_matmul(
         update: A product of rank 16 to add to all groups.
         dropout: Drops the update, or without one the last term, of a transposed product of one
             group.
-        begun: A `jax.Ref` to the first group's result, and how many of its first columns are there
-            already, in whole tiles; the rest is written into it.
+        begun: The first group's result, and how many of its first columns are there already, in
+            whole tiles; the rest is written into it.
         sms: CTAs to launch; None asks the device.
 
     Returns:
-        One (m, n) array per group but one that was begun, or the epilogue's arrays.
+        One (m, n) array per group, or the epilogue's arrays.
     """
     arrays: list[jax.Array] = []
     number = functools.partial(place, arrays)
@@ -108,7 +108,25 @@ def grouped_matmul(
     run = functools.partial(launch_roles, Feeder, Multiplier, plan, dtype, sms=sms, **scratch)
     if begun is None:
         return list(run(outputs)(*arrays))
-    return list(run(outputs[1:])(*arrays, begun[0]))
+    return _continue(run(outputs[1:]), begun[0], arrays)
+
+
+def _continue(kernel, y: jax.Array, arrays: list[jax.Array]) -> list[jax.Array]:
+    """Runs a kernel that writes into `y` and returns `y` before what it returns."""
+
+    # `jax.checkpoint` drops a kernel whose only result is written into a reference. It does not
+    # look into this function, whose results are plain arrays.
+    @jax.custom_batching.custom_vmap
+    def whole(y, *arrays):
+        ref = jax.new_ref(y)
+        rest = kernel(*arrays, ref)
+        return [jax.freeze(ref), *rest]
+
+    @whole.def_vmap
+    def _refuse(*_):
+        raise NotImplementedError("lora_linear's kernels cannot be vmapped: put rows side by side")
+
+    return whole(y, *arrays)
 
 
 def _short_step_memory(config: MatmulConfig, dtype) -> dict[str, Any]:
