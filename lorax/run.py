@@ -8,11 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from rich.console import Console
 
 from lorax.card import write_card
+from lorax.compilation_cache import use_compilation_cache
 from lorax.config import RunConfig, dump_config
 from lorax.data import (
     BatchPlan,
@@ -188,6 +190,8 @@ def run_training(config: RunConfig, console: Console) -> RunSummary:
     check_reporters(config.log.report_to)
     console.rule("Settings")
     print_config(console, config)
+    if jax.default_backend() == "gpu":
+        console.print(use_compilation_cache()[1], highlight=False, soft_wrap=True)
     inputs = load_inputs(config)
     check_targets(config, inputs.base)
     check_plan(config, inputs)

@@ -26,6 +26,7 @@ ALLOWED = {
     "lorax.report": {"lorax.config", "lorax.metrics"},
     "lorax.card": {"lorax.config"},
     "lorax.checkpoint": set(),
+    "lorax.compilation_cache": set(),
     "lorax.data": {"lorax.config", "lorax.data"},
     "lorax.models": {"lorax.models"},
     "lorax.interop": {

@@ -1,0 +1,50 @@
+"""Compiled programs kept between runs, so that the second start need not compile."""
+
+import os
+import stat
+from pathlib import Path
+
+import jax
+
+
+def default_directory() -> Path:
+    """Returns the folder of the user's compiled programs, ``$XDG_CACHE_HOME/lorax/xla``."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "lorax" / "xla"
+
+
+def use_compilation_cache(directory: str | Path | None = None) -> tuple[Path | None, str]:
+    """Keeps compiled programs in a folder that only the user can write, and reads them from there.
+
+    What somebody else could write is never used: a program in it would run as this user. A folder
+    that JAX was told of, by ``JAX_COMPILATION_CACHE_DIR`` or in Python, stays as it is.
+
+    Args:
+        directory: The folder; None is `default_directory`.
+
+    Returns:
+        The folder, or None where nothing is kept, and in words what is kept or why not.
+    """
+    if configured := jax.config.jax_compilation_cache_dir:
+        return Path(configured), f"compiled programs are kept in {configured}, as JAX was told"
+    path = default_directory() if directory is None else Path(directory)
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if problem := _problem(path):
+            return None, f"compiled programs are not kept: {problem}"
+    except OSError as error:
+        return None, f"compiled programs are not kept: {path}: {error.strerror}"
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    return path, f"compiled programs are kept in {path}"
+
+
+def _problem(path: Path) -> str | None:
+    """Returns why nothing in `path` may be trusted, or None."""
+    status = path.stat()
+    if hasattr(os, "getuid") and status.st_uid != os.getuid():
+        return f"{path} belongs to another user"
+    if stat.S_IMODE(status.st_mode) & 0o022:
+        return f"others can write to {path}; chmod 700 it"
+    if not os.access(path, os.W_OK):
+        return f"{path} cannot be written to"
+    return None
