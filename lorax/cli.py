@@ -17,7 +17,7 @@ from lorax.interop.checkpoint import read_config, resolve_checkpoint
 from lorax.interop.files import read_json, refuse_occupied
 from lorax.interop.huggingface import load_hf_config, load_model
 from lorax.interop.peft import CONFIG_FILE, load_adapter
-from lorax.overview import module_rows, report_data, report_kernels
+from lorax.overview import module_rows, report_data, report_kernels, report_plan
 from lorax.report import print_config, print_modules
 from lorax.run import (
     CHAT_TEMPLATE_FILE,
@@ -25,6 +25,7 @@ from lorax.run import (
     check_plan,
     check_targets,
     load_inputs,
+    make_planner,
     run_training,
 )
 
@@ -65,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         ("train", _train, "Fine-tune a model, export it, verify the export."),
         ("validate", _validate, "Check a config, its data and its targets; loads no weights."),
         ("inspect", _inspect, "Show the adapted modules and rendered rows with their loss mask."),
+        ("plan", _plan, "Say what memory and time a step will need; reads no weights and no data."),
     ):
         command = add(name, run, text)
         command.add_argument("config", help="a YAML file, such as configs/tiny_cpu.yaml")
@@ -138,6 +140,11 @@ def _inspect(parsed, console: Console) -> None:
         console.rule("Modules")
         report_kernels(console, config, adapted)
         print_modules(console, module_rows(adapted), None)
+
+
+def _plan(parsed, console: Console) -> None:
+    config = load_config(parsed.config, parsed.overrides)
+    report_plan(console, config, make_planner(config))
 
 
 def _generate(parsed, console: Console) -> None:

@@ -165,7 +165,9 @@ class TrainConfig(Section):
         adam_epsilon: Added to the root of the second moment (adamw).
         max_grad_norm: Gradients are scaled down to this norm; 0 leaves them.
         gradient_checkpointing: What the backward pass computes again instead of keeping it in
-            memory: `none`, `selective` (norms and activations, no product), `full` (each layer).
+            memory: `none`, `selective` (norms and activations, no product), `full` (each layer);
+            `auto` takes the fastest that fits.
+        memory_gib: What `auto` may use on one device; null is what the device has.
         seed: Of everything random in the run.
     """
 
@@ -194,7 +196,8 @@ class TrainConfig(Section):
     adam_beta2: BelowOne = 0.999
     adam_epsilon: Positive = 1e-8
     max_grad_norm: NotNegative = 1.0
-    gradient_checkpointing: Literal["none", "selective", "full"] = "full"
+    gradient_checkpointing: Literal["auto", "none", "selective", "full"] = "full"
+    memory_gib: Positive | None = None
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 3407
 
     # What each schedule reads of `lr_scheduler_kwargs`, and what it cannot do without.

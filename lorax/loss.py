@@ -118,7 +118,7 @@ def linear_cross_entropy(
         return nnx.merge(graph, trainable, rest)(states)
 
     vocabulary = jax.eval_shape(logits_of, trainable, rest, hidden).shape[-1]
-    chunks, chunk = _chunks(labels.shape[0], length, vocabulary)
+    chunks, chunk = logit_chunks(labels.shape[0], length, vocabulary)
 
     def loss_of(logits, targets):
         return token_nll(logits, targets, soft_cap=soft_cap, z_loss=z_loss).sum()
@@ -161,7 +161,7 @@ def _scan(body, carry, inputs):
     return carry, jax.tree.map(lambda x: x[None], output)
 
 
-def _chunks(rows: int, length: int, vocabulary: int) -> tuple[int, int]:
+def logit_chunks(rows: int, length: int, vocabulary: int) -> tuple[int, int]:
     """Returns (number, length) of the chunks: as few as keep to the budget, all the same."""
     most = max(1, LOGIT_CHUNK_BYTES // (4 * rows * vocabulary))
     chunks = -(-length // most)

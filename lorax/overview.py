@@ -6,7 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from rich import box
 from rich.console import Console
+from rich.table import Table
 
 from lorax.config import RunConfig
 from lorax.data import EncodedDataset, Tokenizer, render_example
@@ -14,6 +16,7 @@ from lorax.kernel_choice import kernel_choices
 from lorax.lora import lora_layers
 from lorax.models import CausalLM
 from lorax.models.attention import cudnn_obstacle, resolve_implementation
+from lorax.plan import DEVICES, GIB, POLICIES, USABLE, Planner, row_length
 from lorax.report import ModuleRow, print_example, print_modules
 
 
@@ -75,6 +78,49 @@ def report_kernels(console: Console, config: RunConfig, model: nnx.Module) -> No
         where = "all adapted layers" if len(ways) == 1 else ", ".join(layers)
         because = f": {reason}" if reason else ""
         console.print(f"kernels: {kernel} for {where}{because}", highlight=False, soft_wrap=True)
+
+
+def report_plan(console: Console, config: RunConfig, planner: Planner) -> None:
+    """Prints the memory and the time of a step for every policy, and what would fit devices."""
+    rows, length = config.train.per_device_train_batch_size, row_length(config)
+    accumulation = config.train.gradient_accumulation_steps
+    console.print(
+        f"one device, {rows} × {length:,} tokens, {accumulation} micro-batches per step",
+        highlight=False,
+    )
+    header = ["recompute", "weights", "trained", "activations", "working", "peak GiB", "tokens/s"]
+    table = []
+    for policy in POLICIES:
+        m = planner.memory(policy, rows, length)
+        speed = rows * length / planner.seconds(policy, rows, length)
+        parts = m.weights, m.trained + m.optimizer + m.gradients, m.activations, m.working, m.peak
+        table.append([policy, *(f"{part / GIB:,.2f}" for part in parts), f"{speed:,.0f}"])
+    _print_table(console, header, table)
+    console.print(
+        "trained: what trains, its optimizer state and gradients; tokens/s: estimated for an H200",
+        style="dim",
+        highlight=False,
+    )
+    header = ["recompute", *(f"{size} GB" for size in DEVICES)]
+    for title, fits, given in (
+        (f"largest batch of rows of {length:,} tokens", planner.largest_batch, length),
+        (f"longest sequence in a batch of {rows}", planner.longest_sequence, rows),
+    ):
+        console.print(title, highlight=False)
+        table = [
+            [policy, *(f"{fits(policy, given, size * USABLE):,}" for size in DEVICES)]
+            for policy in POLICIES
+        ]
+        _print_table(console, header, table)
+
+
+def _print_table(console: Console, header: list[str], rows: list[list[str]]) -> None:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for index, title in enumerate(header):
+        table.add_column(title, justify="right" if index else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
 
 
 def _attention(config: RunConfig, model: Any) -> str:

@@ -32,9 +32,10 @@ from lorax.interop.peft import load_adapter, read_adapter_config, trains_base_we
 from lorax.kernel_choice import check_kernels
 from lorax.lora import apply_lora, set_kernels
 from lorax.metrics import RunLog, check_reporters, library_versions, memory_gib
-from lorax.models import CausalLM
+from lorax.models import CausalLM, GradientCheckpointing
 from lorax.optimizer import make_schedule
 from lorax.overview import report_data, report_model
+from lorax.plan import GIB, Planner, device_gib, row_length
 from lorax.report import (
     RunSummary,
     StepLine,
@@ -101,6 +102,41 @@ def _own_template(config: RunConfig) -> str | None:
     return Path(config.data.chat_template).read_text(encoding="utf-8-sig")
 
 
+def model_shapes(config: RunConfig, base: Path) -> nnx.Module:
+    """Returns the model that trains, adapters included, with shapes instead of weights.
+
+    Raises:
+        TargetError: If the adapter's settings do not fit the model.
+    """
+    full = config.train.method == "full"
+    adapter, dtype = config.model.adapter, jnp.dtype(config.model.dtype)
+    settings = read_adapter_config(adapter) if adapter else config.lora
+    architecture = load_hf_config(base)
+
+    def build():
+        model = CausalLM(
+            architecture,
+            dtype=dtype,
+            param_dtype=jnp.float32 if full else dtype,
+            attn_impl=config.model.attn_impl,
+            rngs=nnx.Rngs(0),
+        )
+        return model if full else apply_lora(model, settings, rngs=nnx.Rngs(0))
+
+    try:
+        return nnx.eval_shape(build)
+    except TargetError as error:
+        place = f"{adapter} does not fit {base}: " if adapter else ""
+        raise TargetError(f"{place}{error}") from None
+
+
+def make_planner(config: RunConfig) -> Planner:
+    """Returns the planner of a run, from the checkpoint's config.json: it reads no weights."""
+    model = config.model
+    base = resolve_checkpoint(model.name_or_path, model.revision, weights=False)
+    return Planner(config, load_hf_config(base), model_shapes(config, base))
+
+
 def check_targets(config: RunConfig, base: Path) -> nnx.Module | None:
     """Matches the adapter's settings against the model's names, without any weights.
 
@@ -113,25 +149,7 @@ def check_targets(config: RunConfig, base: Path) -> nnx.Module | None:
     """
     if config.train.method == "full":
         return None
-    adapter, dtype = config.model.adapter, jnp.dtype(config.model.dtype)
-    settings = read_adapter_config(adapter) if adapter else config.lora
-    architecture = load_hf_config(base)
-
-    def adapt():
-        model = CausalLM(
-            architecture,
-            dtype=dtype,
-            param_dtype=dtype,
-            attn_impl=config.model.attn_impl,
-            rngs=nnx.Rngs(0),
-        )
-        return apply_lora(model, settings, rngs=nnx.Rngs(0))
-
-    try:
-        adapted = nnx.eval_shape(adapt)
-    except TargetError as error:
-        place = f"{adapter} does not fit {base}: " if adapter else ""
-        raise TargetError(f"{place}{error}") from None
+    adapted = model_shapes(config, base)
     if "peft-portable" in config.save.export and trains_base_weights(adapted):
         raise ValueError(
             "save.export: peft-portable holds A and B only, but lora.bias or lora.modules_to_save "
@@ -152,8 +170,29 @@ def check_plan(config: RunConfig, inputs: Inputs) -> BatchPlan:
     return plan
 
 
-def build_model(config: RunConfig) -> CausalLM:
-    """Loads the base model and puts fresh or loaded adapters on it, as the config says."""
+def choose_policy(config: RunConfig) -> tuple[GradientCheckpointing, str]:
+    """Returns what the backward pass will recompute, and why: `auto` is the fastest that fits."""
+    train = config.train
+    if train.gradient_checkpointing != "auto":
+        return train.gradient_checkpointing, "as asked"
+    gib = train.memory_gib or device_gib()
+    if gib is None:
+        return "none", f"{jax.devices()[0].device_kind} does not tell its memory"
+    planner, shape = make_planner(config), (train.per_device_train_batch_size, row_length(config))
+    policy = planner.fastest(*shape, gib)
+    peak = planner.memory(policy, *shape).peak / GIB
+    if peak > gib:
+        return policy, f"about {peak:.1f} GiB, and there are {gib:.1f}: see `lorax plan`"
+    return policy, f"about {peak:.1f} of {gib:.1f} GiB, the fastest that fits"
+
+
+def build_model(config: RunConfig, policy: GradientCheckpointing | None = None) -> CausalLM:
+    """Loads the base model and puts fresh or loaded adapters on it, as the config says.
+
+    Args:
+        config: The run's settings.
+        policy: What `choose_policy` returned, if it was asked before.
+    """
     full = config.train.method == "full"
     model = load_model(
         config.model.name_or_path,
@@ -162,7 +201,7 @@ def build_model(config: RunConfig) -> CausalLM:
         # Weights that train are float32: in bfloat16 small updates would be rounded away.
         param_dtype=jnp.float32 if full else None,
         attn_impl=config.model.attn_impl,
-        gradient_checkpointing=config.train.gradient_checkpointing,
+        gradient_checkpointing=policy or choose_policy(config)[0],
     )
     if full:
         return model
@@ -198,7 +237,9 @@ def run_training(config: RunConfig, console: Console) -> RunSummary:
     console.rule("Data")
     report_data(console, config, inputs.datasets, inputs.tokenizer)
     console.rule("Model")
-    model = build_model(config)
+    policy, reason = choose_policy(config)
+    console.print(f"gradient checkpointing: {policy}, {reason}", highlight=False, soft_wrap=True)
+    model = build_model(config, policy)
     report_model(console, config, model)
     recorder = _Recorder(console, config.log.logging_steps)
     trainer = Trainer(model, config, inputs.train, inputs.eval, listeners=(recorder,))

@@ -352,6 +352,18 @@ def test_verification_does_not_depend_on_what_computed_the_training(trained):
     assert {layer.kernels for layer in lora_layers(model).values()} == {"pallas"}
 
 
+# --- plan --------------------------------------------------------------------------------------
+
+
+def test_plan_shows_every_policy_and_needs_no_data(here, lorax_prints):
+    printed = lorax_prints("plan", "run.yaml", "data.train=absent.jsonl")
+    lines = [line.split() for line in printed.splitlines()]
+    first = {line[0]: line for line in lines[2:6] if line}
+    peaks = {policy: float(first[policy][5]) for policy in ("none", "selective", "full")}
+    assert peaks["none"] >= peaks["selective"] >= peaks["full"]
+    assert "largest batch of rows of" in printed and "141 GB" in printed
+
+
 # --- generate ----------------------------------------------------------------------------------
 
 

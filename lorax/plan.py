@@ -1,0 +1,198 @@
+"""What a training step will need, from shapes alone: bytes by purpose, and what fits a device.
+
+The model counts what the backward pass finds in memory, per token and layer, for each policy of
+`lorax.models.recompute`, the working set of the layer or of the loss that stands at the peak, and
+the arithmetic. Its rates are those measured on one H200 (docs/measurements/step_h200.jsonl).
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lorax.config import RunConfig
+from lorax.lora import lora_layers, split_trainable
+from lorax.loss import logit_chunks
+from lorax.models import DecoderConfig, GradientCheckpointing
+from lorax.optimizer import make_optimizer
+
+GIB = 2.0**30
+POLICIES: tuple[GradientCheckpointing, ...] = ("none", "selective", "full")
+DEVICES = (24, 48, 80, 141)
+"""Nominal sizes of devices, as in their names."""
+USABLE = 0.95
+"""Of a device's nominal GiB: the rest is CUDA's own, and what lies between arrays."""
+
+PRODUCT_FLOPS = 690e12  # per second, bfloat16, sustained at the power limit
+ATTENTION_FLOPS = 380e12
+STREAM_BYTES = 3.3e12
+SKINNY_PASSES = 2.2  # reads of an adapted layer's input and output, for x·A, g, dA and dB
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes on one device at the peak of a training step.
+
+    Attributes:
+        weights: Frozen.
+        trained: What trains.
+        optimizer: Its state.
+        gradients: Of what trains, and their sum over micro-batches.
+        activations: What the layers keep for the backward pass.
+        working: What one layer's backward pass, or the loss, needs besides.
+    """
+
+    weights: float
+    trained: float
+    optimizer: float
+    gradients: float
+    activations: float
+    working: float
+
+    @property
+    def peak(self) -> float:
+        """Returns the sum."""
+        return sum(dataclasses.astuple(self))
+
+
+class Planner:
+    """Predicts memory and time of a run's training step on one device.
+
+    Args:
+        config: The run's settings.
+        architecture: Of the base model.
+        model: The model that trains, or its shapes.
+    """
+
+    def __init__(self, config: RunConfig, architecture: DecoderConfig, model: nnx.Module):
+        self.config, self.architecture = config, architecture
+        _, trainable, frozen = split_trainable(model)
+        self.weights, self.trained = _bytes(frozen), _bytes(trainable)
+        self.trained_elements = sum(math.prod(x.shape) for x in jax.tree.leaves(trainable))
+        init = make_optimizer(config.train, 1_000_000).init
+        self.optimizer = _bytes(jax.eval_shape(init, trainable))
+        layers = lora_layers(model)
+        self.adapted = {name.rpartition(".")[2] for name in layers}
+        self.adapters = [(layer.in_features, layer.out_features) for layer in layers.values()]
+        self.full = not layers
+        self.element = jnp.dtype(config.model.dtype).itemsize
+
+    def memory(self, policy: GradientCheckpointing, rows: int, length: int) -> MemoryPlan:
+        """Returns what a micro-batch of `rows` × `length` tokens needs.
+
+        Args:
+            policy: What is made again in the backward pass.
+            rows: Of the micro-batch, on one device.
+            length: Tokens of a row.
+        """
+        c, a = self.element, self.architecture
+        tokens = rows * length
+        everything = tokens * self._kept_per_token("none")
+        kept = tokens * self._kept_per_token(policy) * a.num_hidden_layers
+        again = everything - tokens * a.hidden_size * c if policy == "full" else 0.0
+        # Of the layer at hand: the gradients of gate and up take their places, the product's does
+        # not; and those of two residual-sized arrays.
+        layer = again + tokens * c * (a.intermediate_size + 2 * a.hidden_size)
+        if self._writes_scores:
+            layer += rows * a.num_attention_heads * length**2 * (c + 8.0)
+        _, chunk = logit_chunks(rows, length, a.vocab_size)
+        # Logits and their gradient, float32 and rounded, and the states' gradient, stacked.
+        loss = rows * chunk * a.vocab_size * (4.0 + 2 * c) + 3 * tokens * a.hidden_size * c
+        sums = 2 if self.config.train.gradient_accumulation_steps > 1 else 1
+        gradients = 4.0 * self.trained_elements * sums
+        return MemoryPlan(
+            self.weights, self.trained, self.optimizer, gradients, kept, max(layer, loss)
+        )
+
+    @property
+    def _writes_scores(self) -> bool:
+        return self.config.model.attn_impl == "xla" or self.element == 4
+
+    def _kept_per_token(self, policy: GradientCheckpointing) -> float:
+        """Returns the bytes that one layer keeps per token."""
+        a, c = self.architecture, self.element
+        d, f = a.hidden_size, a.intermediate_size
+        q, kv = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
+        if policy == "full":
+            return d * c
+        reads = lambda *names: self.full or any(name in self.adapted for name in names)
+        # The layer's input and the sum after attention; q, k, v and attention's output with its
+        # normaliser; gate and up.
+        elements = 2 * d + 2 * q + 2 * kv + 2 * f
+        if a.model_type == "qwen3":
+            elements += q + kv  # before their norms
+        if policy == "none":
+            elements += d * reads("q_proj", "k_proj", "v_proj")
+            elements += d * reads("gate_proj", "up_proj") + f * reads("down_proj")
+        return elements * c + 4.0 * a.num_attention_heads
+
+    def seconds(self, policy: GradientCheckpointing, rows: int, length: int) -> float:
+        """Returns the estimated time of a micro-batch on an H200."""
+        a, c, tokens = self.architecture, self.element, rows * length
+        d, f, layers = a.hidden_size, a.intermediate_size, a.num_hidden_layers
+        q, kv = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
+        down = f * d
+        products = layers * (d * (2 * q + 2 * kv) + 3 * down)
+        passes = 3.0 if self.full else 2.0
+        flops = 2.0 * tokens * (passes * products + 2.0 * d * a.vocab_size)
+        attention = 2.0 * tokens * length * q * layers * 3.5  # causal: half of 4·t²·q, and 2.5 back
+        streamed = tokens * c * layers * (10.0 * f + 22.0 * d)
+        streamed += SKINNY_PASSES * tokens * c * sum(k + n for k, n in self.adapters)
+        if policy == "selective":
+            streamed += tokens * c * layers * (f + 2.0 * d)
+        if policy == "full":
+            flops += 2.0 * tokens * (products - layers * down)
+            attention += 2.0 * tokens * length * q * layers
+            streamed += tokens * c * layers * (f + 8.0 * d)
+        return flops / PRODUCT_FLOPS + attention / ATTENTION_FLOPS + streamed / STREAM_BYTES
+
+    def largest_batch(self, policy: GradientCheckpointing, length: int, gib: float) -> int:
+        """Returns the most rows of `length` tokens that fit `gib`, 0 if not even one does."""
+        return _last(lambda rows: self.memory(policy, rows, length).peak <= gib * GIB)
+
+    def longest_sequence(self, policy: GradientCheckpointing, rows: int, gib: float) -> int:
+        """Returns the most tokens per row that fit `gib`, in steps of 128; 0 if none do."""
+        return 128 * _last(lambda n: self.memory(policy, rows, 128 * n).peak <= gib * GIB)
+
+    def fastest(self, rows: int, length: int, gib: float) -> GradientCheckpointing:
+        """Returns the policy that is fastest among those that fit, else the smallest."""
+        best: GradientCheckpointing = "full"
+        for policy in POLICIES:
+            fits = self.memory(policy, rows, length).peak <= gib * GIB
+            if fits and self.seconds(policy, rows, length) < self.seconds(best, rows, length):
+                best = policy
+        return best
+
+
+def row_length(config: RunConfig) -> int:
+    """Returns the tokens of the longest rows that the run may bring."""
+    return config.data.max_seq_length
+
+
+def device_gib() -> float | None:
+    """Returns the memory that this process may use on its first device, or None if untold."""
+    statistics = jax.local_devices()[0].memory_stats() or {}
+    limit = statistics.get("bytes_limit")
+    return limit / GIB * USABLE if limit else None
+
+
+def _bytes(tree: Any) -> float:
+    leaves = jax.tree.leaves(tree)
+    return float(sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in leaves))
+
+
+def _last(fits) -> int:
+    """Returns the largest n ≥ 0 for which ``fits(n)``, which holds up to there and not beyond."""
+    if not fits(1):
+        return 0
+    high = 1
+    while fits(2 * high):
+        high *= 2
+    low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

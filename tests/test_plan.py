@@ -1,0 +1,115 @@
+"""The planner beside what was measured, and at its edges."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from lorax.config import LoraConfig, load_config
+from lorax.lora import apply_lora
+from lorax.models import CausalLM, DecoderConfig
+from lorax.plan import GIB, POLICIES, Planner
+from lorax.run import choose_policy
+
+ROOT = Path(__file__).parents[1]
+LLAMA_8B: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+}
+
+
+def make_planner(targets: Any = "all-linear", *overrides, **sizes) -> Planner:
+    architecture = DecoderConfig.from_hf(LLAMA_8B | sizes, "here")
+    bf16, settings = jnp.bfloat16, LoraConfig(r=16, target_modules=targets)
+
+    def build():
+        model = CausalLM(architecture, dtype=bf16, param_dtype=bf16, rngs=nnx.Rngs(0))
+        return apply_lora(model, settings, rngs=nnx.Rngs(0))
+
+    settings_of_run = ["train.gradient_accumulation_steps=1", *overrides]
+    config = load_config(ROOT / "configs" / "llama3_8b_lora.yaml", settings_of_run)
+    return Planner(config, architecture, nnx.eval_shape(build))
+
+
+@pytest.fixture(scope="module")
+def planner():
+    return make_planner()
+
+
+def measured_steps():
+    """The newest measurement of each cell that the compiler's memory is known of."""
+    path = ROOT / "docs" / "measurements" / "step_h200.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    chosen = [r for r in rows if r.get("kernels") == "pallas" and not r["options"]]
+    cells = {(r["model"], r["batch"], r["seq"], r["policy"]): r for r in chosen}
+    return [pytest.param(row, id="-".join(map(str, cell))) for cell, row in cells.items()]
+
+
+@pytest.mark.parametrize("row", measured_steps())
+def test_memory_and_time_are_those_measured_within_five_per_cent(planner, row):
+    assert (row["model"], row["r"], row["accumulation"]) == ("llama-8b", 16, 1)
+    cell = row["policy"], row["batch"], row["seq"]
+    assert planner.memory(*cell).peak / GIB == pytest.approx(row["planned_gib"], rel=0.05)
+    assert planner.seconds(*cell) * 1e3 == pytest.approx(row["step_ms"], rel=0.05)
+
+
+def test_what_is_held_all_the_time_is_counted_to_the_byte(planner):
+    memory = planner.memory("full", 1, 128)
+    adapter = 41_943_040
+    assert memory.weights == 2 * (8_030_261_248)
+    assert memory.trained == memory.gradients == 4 * adapter
+    assert memory.optimizer == pytest.approx(2 * memory.trained, abs=64)
+    twice = make_planner("all-linear", "train.gradient_accumulation_steps=2")
+    assert twice.memory("full", 1, 128).gradients == 2 * memory.gradients
+
+
+def test_only_adapted_layers_keep_their_inputs():
+    every, some = make_planner(num_hidden_layers=1), make_planner(["q_proj"], num_hidden_layers=1)
+    kept = lambda planner, policy: planner.memory(policy, 1, 1024).activations
+    assert kept(every, "none") - kept(some, "none") == 2 * 1024 * (4096 + 14336)
+    assert kept(every, "selective") == kept(some, "selective")
+
+
+def test_the_largest_batch_fits_and_one_more_does_not(planner):
+    for policy in POLICIES:
+        most = planner.largest_batch(policy, 2048, 80)
+        assert planner.memory(policy, most, 2048).peak <= 80 * GIB
+        assert planner.memory(policy, most + 1, 2048).peak > 80 * GIB
+        longest = planner.longest_sequence(policy, 1, 80)
+        assert planner.memory(policy, 1, longest).peak <= 80 * GIB
+        assert planner.memory(policy, 1, longest + 128).peak > 80 * GIB
+    assert planner.largest_batch("full", 2048, 10) == 0
+
+
+@pytest.mark.parametrize(
+    "gib, policy", [(100, "none"), (45, "selective"), (24, "full"), (3, "full")]
+)
+def test_the_fastest_policy_that_fits_is_picked(planner, gib, policy):
+    assert planner.fastest(4, 2048, gib) == policy
+
+
+def test_auto_says_what_it_picked_and_why():
+    def choose(*overrides):
+        settings = [f"model.name_or_path={ROOT / 'examples' / 'tiny' / 'model'}", *overrides]
+        return choose_policy(load_config(ROOT / "configs" / "tiny_cpu.yaml", settings))
+
+    auto = "train.gradient_checkpointing=auto"
+    assert choose("train.gradient_checkpointing=full") == ("full", "as asked")
+    assert choose(auto)[0] == "none" and "does not tell its memory" in choose(auto)[1]
+    policy, reason = choose(auto, "train.memory_gib=100")
+    assert policy == "none" and reason.endswith("of 100.0 GiB, the fastest that fits")
+    policy, reason = choose(auto, "train.memory_gib=0.0001")
+    assert policy == "full" and "and there are 0.0: see `lorax plan`" in reason
