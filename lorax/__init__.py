@@ -15,11 +15,14 @@ from lorax.interop.peft import load_adapter as load_adapter
 from lorax.interop.peft import save_adapter as save_adapter
 from lorax.lora import apply_lora as apply_lora
 from lorax.lora import set_dropout_key as set_dropout_key
+from lorax.lora import set_kernels as set_kernels
 from lorax.lora import split_trainable as split_trainable
 from lorax.loss import accumulate as accumulate
+from lorax.loss import linear_cross_entropy as linear_cross_entropy
 from lorax.merge import merge_lora as merge_lora
 from lorax.merge import unload_lora as unload_lora
 from lorax.merge import unmerge_lora as unmerge_lora
+from lorax.run import build_model as build_model
 from lorax.step import make_train_step as make_train_step
 from lorax.step import merge_state as merge_state
 from lorax.train import Trainer as Trainer

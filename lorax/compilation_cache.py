@@ -16,8 +16,9 @@ def default_directory() -> Path:
 def use_compilation_cache(directory: str | Path | None = None) -> tuple[Path | None, str]:
     """Keeps compiled programs in a folder that only the user can write, and reads them from there.
 
-    What somebody else could write is never used: a program in it would run as this user. A folder
-    that JAX was told of, by ``JAX_COMPILATION_CACHE_DIR`` or in Python, stays as it is.
+    A folder, or one right above it, that others can write to is not used: a program put there would
+    run as this user. What JAX was told of, by ``JAX_COMPILATION_CACHE_DIR`` or in Python, stays as
+    it is.
 
     Args:
         directory: The folder; None is `default_directory`.
@@ -29,9 +30,10 @@ def use_compilation_cache(directory: str | Path | None = None) -> tuple[Path | N
         return Path(configured), f"compiled programs are kept in {configured}, as JAX was told"
     path = default_directory() if directory is None else Path(directory)
     try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if problem := _problem(path):
-            return None, f"compiled programs are not kept: {problem}"
+        for folder in (path.parent, path):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if problem := _problem(folder):
+                return None, f"compiled programs are not kept: {problem}"
     except OSError as error:
         return None, f"compiled programs are not kept: {path}: {error.strerror}"
     jax.config.update("jax_compilation_cache_dir", str(path))

@@ -1,5 +1,6 @@
 """LoRA on any Flax NNX model: adapted layers, what trains and what is frozen, merge and unmerge."""
 
+import warnings
 from collections.abc import Iterable
 
 import jax
@@ -16,6 +17,7 @@ from lorax.linear import obstacle
 from lorax.targets import (
     Target,
     TargetError,
+    is_all_linear,
     is_excluded,
     is_saved,
     is_target,
@@ -25,7 +27,13 @@ from lorax_kernels import Kernels
 
 
 def set_kernels(model: nnx.Module, kernels: Kernels) -> None:
-    """Sets what computes every adapted layer, in place: ``auto``, ``pallas`` or ``xla``."""
+    """Sets what computes every adapted layer, in place: ``auto``, ``pallas`` or ``xla``.
+
+    Raises:
+        ValueError: If `kernels` is none of these.
+    """
+    if kernels not in ("auto", "pallas", "xla"):
+        raise ValueError(f"kernels must be auto, pallas or xla, got {kernels!r}")
     for layer in lora_layers(model).values():
         layer.kernels = kernels
 
@@ -92,6 +100,7 @@ def targets_of(model: nnx.Module, config: LoraConfig) -> list[Target]:
     modules, tied = named_modules(model), tied_modules(model)
     _refuse_odd_layers(model, modules, config)
     linear = [n for n, m in modules.items() if is_adaptable(m)]
+    _name_what_is_left_out(modules, config)
     head = "lm_head" if "lm_head" in linear else None
     try:
         others = (modules.keys() | tied.keys()) - set(linear)
@@ -101,6 +110,20 @@ def targets_of(model: nnx.Module, config: LoraConfig) -> list[Target]:
             f"{name} is tied to {source}" for name, source in tied.items() if name in str(error)
         ]
         raise TargetError("; ".join([str(error), *names])) from None
+
+
+def _name_what_is_left_out(modules: dict[str, nnx.Module], config: LoraConfig) -> None:
+    """Warns of layers that multiply by a weight and that ``all-linear`` does not take."""
+    if not is_all_linear(config):
+        return
+    kinds = (nnx.LinearGeneral, nnx.Einsum)
+    left = [n for n, m in modules.items() if isinstance(m, kinds) and not is_excluded(n, config)]
+    if left:
+        warnings.warn(
+            f"all-linear leaves out {', '.join(left)}: only nnx.Linear can carry an adapter, not "
+            "nnx.LinearGeneral or nnx.Einsum. Name them in lora.exclude_modules if that is meant",
+            stacklevel=4,
+        )
 
 
 def _refuse_odd_layers(model, modules: dict[str, nnx.Module], config: LoraConfig) -> None:

@@ -38,6 +38,7 @@ def token_nll(
     Source: z-loss: Chowdhery et al. 2022, PaLM, §5, https://arxiv.org/abs/2204.02311; soft cap:
     Gemma Team 2024, Gemma 2, §2, https://arxiv.org/abs/2408.00118
     """
+    labels = labels.astype(jnp.int32)
     capped, lse, _, weight = _scores(logits, labels, soft_cap)
     chosen = jnp.where(_is_label(capped, labels), capped, 0).sum(axis=-1)
     return _where_supervised(weight, lse - chosen + z_loss * jnp.square(lse))
@@ -92,7 +93,8 @@ def linear_cross_entropy(
     The logits are made and used chunk by chunk along the sequence, at most `LOGIT_CHUNK_BYTES` of
     them at a time. Where a gradient is wanted, each chunk's is made while its logits are there:
     for `hidden`, and for what trains in `head`. So the head's product runs once, not again in the
-    backward pass.
+    backward pass. The gradient takes the dtype of `hidden` before it is scaled: scaling the loss
+    does not save float16 gradients from underflow.
 
     Args:
         head: Called like a linear layer; its `nnx.Param` variables get gradients.
@@ -100,9 +102,21 @@ def linear_cross_entropy(
         labels: Token ids or `IGNORED`.
         soft_cap: As in `token_nll`.
         z_loss: As in `token_nll`.
+
+    Raises:
+        ValueError: If shapes disagree, labels are no integers, or a setting has the wrong sign.
     """
+    if hidden.ndim != 3 or labels.shape != hidden.shape[:2]:
+        got = f"{hidden.shape} and {labels.shape}"
+        raise ValueError(f"need hidden (b, t, d) and labels (b, t), got {got}")
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise ValueError(f"labels are token ids, got {labels.dtype}")
+    if soft_cap is not None and soft_cap <= 0:
+        raise ValueError(f"soft_cap must be positive or None, got {soft_cap}")
+    if z_loss < 0:
+        raise ValueError(f"z_loss must not be negative, got {z_loss}")
     graph, trainable, rest = nnx.split(head, nnx.Param, ...)
-    length = labels.shape[1]
+    labels, length = labels.astype(jnp.int32), labels.shape[1]
     zero = jnp.zeros((), _wide(hidden.dtype))
 
     def split(x):
@@ -114,7 +128,12 @@ def linear_cross_entropy(
         x = jnp.moveaxis(x, 0, 1)
         return x.reshape(x.shape[0], chunks * chunk, *x.shape[3:])[:, :length]
 
-    def logits_of(trainable, rest, states):
+    def logits_of(trainable, rest, states, index=0):
+        # Dropout in the head numbers its rows from 0: without a key of its own each chunk would
+        # draw the first one's mask again.
+        rest = jax.tree.map(
+            lambda leaf: jax.random.fold_in(leaf, index) if _is_key(leaf) else leaf, rest
+        )
         return nnx.merge(graph, trainable, rest)(states)
 
     vocabulary = jax.eval_shape(logits_of, trainable, rest, hidden).shape[-1]
@@ -126,31 +145,37 @@ def linear_cross_entropy(
     @jax.custom_vjp
     def loss(trainable, rest, hidden, labels):
         def add(total, inputs):
-            states, targets = inputs
-            return total + loss_of(logits_of(trainable, rest, states), targets), None
+            states, targets, index = inputs
+            return total + loss_of(logits_of(trainable, rest, states, index), targets), None
 
-        return _scan(add, zero, (split(hidden), split(labels)))[0]
+        return _scan(add, zero, (split(hidden), split(labels), jnp.arange(chunks)))[0]
 
     def forward(trainable, rest, hidden, labels):
         def add(sums, inputs):
-            states, targets = inputs
-            logits, pull = jax.vjp(lambda t, s: logits_of(t, rest, s), trainable, states)
+            states, targets, index = inputs
+            logits, pull = jax.vjp(lambda t, s: logits_of(t, rest, s, index), trainable, states)
             of_head, of_states = pull(_gradient_of_logits(logits, targets, soft_cap, z_loss))
             total, of_head_so_far = sums
-            of_head = jax.tree.map(jnp.add, of_head_so_far, of_head)
+            of_head = jax.tree.map(lambda p, q: p + q.astype(p.dtype), of_head_so_far, of_head)
             return (total + loss_of(logits, targets), of_head), of_states
 
-        start = zero, jax.tree.map(jnp.zeros_like, trainable)
-        (total, of_head), of_hidden = _scan(add, start, (split(hidden), split(labels)))
+        start = zero, jax.tree.map(lambda x: jnp.zeros(x.shape, _wide(x.dtype)), trainable)
+        inputs = split(hidden), split(labels), jnp.arange(chunks)
+        (total, of_head), of_hidden = _scan(add, start, inputs)
         return total, (of_head, join(of_hidden))
 
     def backward(gradients, cotangent):
-        scale = lambda leaf: (leaf * cotangent.astype(leaf.dtype)).astype(leaf.dtype)
-        of_head, of_hidden = jax.tree.map(scale, gradients)
-        return of_head, None, of_hidden, None
+        scale = lambda leaf, like: (leaf.astype(zero.dtype) * cotangent).astype(like.dtype)
+        of_head, of_hidden = gradients
+        of_head = jax.tree.map(scale, of_head, trainable)
+        return of_head, None, scale(of_hidden, hidden), None
 
     loss.defvjp(forward, backward)
     return loss(trainable, rest, hidden, labels)
+
+
+def _is_key(leaf) -> bool:
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _scan(body, carry, inputs):
@@ -164,7 +189,7 @@ def _scan(body, carry, inputs):
 def logit_chunks(rows: int, length: int, vocabulary: int) -> tuple[int, int]:
     """Returns (number, length) of the chunks: as few as keep to the budget, all the same."""
     most = max(1, LOGIT_CHUNK_BYTES // (4 * rows * vocabulary))
-    chunks = -(-length // most)
+    chunks = max(1, -(-length // most))
     return chunks, -(-length // chunks)
 
 

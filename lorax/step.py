@@ -1,5 +1,6 @@
 """One optimizer step as a pure, compiled function: accumulate, divide once, clip, update."""
 
+import contextlib
 import dataclasses
 from typing import Any
 
@@ -38,18 +39,26 @@ class TrainStep:
     Attributes:
         compiled: The jitted or compiled function of (state, frozen, batch).
         frozen: The weights that no step changes, passed to every call.
+        mesh: Where the arrays are; the kernels are divided along its axes.
     """
 
     compiled: Any
     frozen: nnx.State
+    mesh: Mesh | None = None
 
     def __call__(self, state: TrainState, batch: Batch):
         """Returns the next state and ``{"loss", "grad_norm", "tokens"}``; `state` is consumed."""
-        return self.compiled(state, self.frozen, batch)
+        with self._on_mesh():
+            return self.compiled(state, self.frozen, batch)
 
     def compile(self, state: TrainState, batch: Batch) -> "TrainStep":
         """Returns the step compiled for the shapes of `batch`, before it is needed."""
-        return TrainStep(self.compiled.lower(state, self.frozen, batch).compile(), self.frozen)
+        with self._on_mesh():
+            compiled = self.compiled.lower(state, self.frozen, batch).compile()
+        return dataclasses.replace(self, compiled=compiled)
+
+    def _on_mesh(self):
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
 
 def make_train_step(
@@ -107,7 +116,7 @@ def make_train_step(
         return TrainState(state.step + 1, trainable, opt_state), metrics
 
     compiled = jax.jit(step, donate_argnums=0, compiler_options=xla_options())
-    return TrainStep(compiled, frozen), state
+    return TrainStep(compiled, frozen, mesh), state
 
 
 def merge_state(model: nnx.Module, state: TrainState) -> nnx.Module:

@@ -165,7 +165,11 @@ def measure(cell: Cell, turns: int, turn_ms: float, errors: bool) -> dict:
     """Returns the cell's row."""
     sets = operand_sets(cell.workload, cell.m, cell.r)
     compiled, failed = compile_all(programs_of(cell), sets)
+    if missing := {"base", "ours"} & failed.keys():
+        raise SystemExit(f"{cell}: {', '.join(sorted(missing))} did not compile: {failed}")
     timings = time_interleaved(compiled, sets, turns=turns, turn_ms=turn_ms)
+    # Errors are measured without dropout: the reference here has none.
+    errors = errors and not cell.dropout
     error = worst_error(cell, sets[0], compiled["ours"](sets)[0]) if errors else None
     row = {
         "workload": cell.workload.name,

@@ -1,7 +1,7 @@
 """Times whole training steps on random weights, variants in turns, and prints their kernels.
 
     python scripts/bench_step.py --model llama-8b --batch 4 --seq 2048 --policies none \
-        --kernels pallas xla --commit abc1234 --out docs/measurements/step_h200.jsonl
+        --kernels pallas xla --call h200-1 --commit abc1234 --out docs/measurements/step_h200.jsonl
 
 Every variant is compiled for the same weights and the same tokens, rows without padding. Speed is
 the median over the turns; the ratio is to the first variant within the same turn. Memory is what
@@ -153,6 +153,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--steps", type=int, default=4, help="per turn")
     parser.add_argument("--profile", action="store_true", help="print each variant's kernels")
+    parser.add_argument("--call", required=True, help="names this run on this machine")
     parser.add_argument("--commit", required=True)
     parser.add_argument("--out", type=Path, required=True)
     parsed = parser.parse_args()
@@ -184,6 +185,7 @@ def main() -> None:
             continue
         series, one = times[variant.name], compiled[variant.name]
         row = {
+            "call": parsed.call,
             "system": "lorax",
             "model": parsed.model,
             "base_dtype": "bfloat16",

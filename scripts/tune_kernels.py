@@ -4,8 +4,8 @@
     python scripts/tune_kernels.py --adopt docs/measurements/kernels_h200.jsonl   # anywhere
 
 The first form times every candidate against cuBLAS in turns and writes the product's rows of
-``kernels/lorax_kernels/tuned/<device>.json``. The second copies in, from a benchmark's rows, where
-the whole operation beat XLA: only there does ``kernels: auto`` run the kernel.
+``kernels/lorax_kernels/tuned/<device>.json``. The second copies in what a benchmark found
+of the whole operation and XLA's: ``kernels: auto`` runs the kernel where it was the faster one.
 """
 
 import argparse

@@ -84,13 +84,15 @@ def matmul_cases(shape):
 
         return run, (x, w, h64, shape(64, 2 * N), shape(2 * N, dtype=jnp.float32))
 
-    def appended(config, rank, drops):
-        def run(dy, w, g, a, seed):
+    def appended(config, rank, drops, transposed=True, width=0):
+        def run(dy, w, g, a, seed, y):
             dropout = Dropout(seed, 0.1) if drops else None
+            options = {"config": config, "transposed": transposed, "dropout": dropout}
             terms = [Term(dy, (w,)), Term(g, (a,))]
-            return grouped_matmul([terms], config=config, transposed=True, dropout=dropout)
+            return grouped_matmul([terms], begun=(y, width) if width else None, **options)
 
-        return run, (x, w, shape(ROWS, rank), shape(K, rank), seed)
+        a = shape(N, rank) if transposed else shape(rank, N)
+        return run, (x, w, shape(ROWS, rank), a, seed, shape(ROWS, N))
 
     for transposed, epilogue, config in measured_products():
         name = f"{'nt' if transposed else 'nn'} {epilogue} {config}"
@@ -98,6 +100,8 @@ def matmul_cases(shape):
             yield name, *gated(config, epilogue)
             continue
         yield f"short step, {name}", *short(config, transposed)
+        continued = {"transposed": transposed, "width": 512}
+        yield f"appended rank 64, continued, {name}", *appended(config, 64, False, **continued)
         if transposed:
             yield f"dropped short step, {name}", *short(config, transposed, drops=True)
         elif config.cluster == 1:
@@ -166,7 +170,7 @@ def gradient_cases(shape):
         (1024, 14336), (16, 64, 128, 256), ((0, False), (16, False), (0, True))
     ):
         config = gradient_config(ROWS, c, r, u_rank)
-        if (config, r, u_rank, drops) in seen or (drops and c != 4096):
+        if (config, r, u_rank, drops) in seen or (drops and c != 1024):
             continue
         seen.add((config, r, u_rank, drops))
         kind = ", both" if u_rank else ", dropped" if drops else ""

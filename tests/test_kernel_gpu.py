@@ -193,3 +193,19 @@ def test_layers_made_again_in_the_backward_pass_have_the_same_gradients(policy):
     want, got = gradients(layers), gradients(jax.checkpoint(layers, policy=saves))
     for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1])
+def test_biases_at_a_real_size_are_added_before_the_rounding(rate):
+    x, w, adapters, _ = operands(8192, 4096, (4096, 1024), (16, 8), "bfloat16")
+    biases = [draw(50 + i, (v.shape[1],), 1.0, "bfloat16") for i, v in enumerate(w)]
+    members = [
+        LoraWeights(v, *ab, bias, scale=2.0)
+        for v, ab, bias in zip(w, adapters, biases, strict=True)
+    ]
+    options = {"dropout_rate": rate, "dropout_key": jax.random.key(3)}
+    call = lambda kernels: jax.jit(
+        lambda: lora_linear_group(x, members, kernels=kernels, **options)
+    )
+    for ours, theirs in zip(call("pallas")(), call("xla")(), strict=True):
+        assert distance(ours, theirs) <= 4 * UNIT["bfloat16"]

@@ -233,6 +233,16 @@ def test_swiglu_s_values_and_gradients(recompute, sizes, rate):
     check(swiglu, exact, draw(0, 72, 128), draw_members(128, sizes), **options)
 
 
+def test_a_weight_of_another_dtype_takes_the_inputs(inline):
+    inline(0)
+    x, (m,) = draw(0, 72, 128), draw_members(128, [(128, 16)])
+    wide = m | {"w": m["w"].astype(np.float32)}
+    with interpret(3):
+        got = value_and_gradients(functools.partial(group, "pallas"), x, [wide])
+        want = value_and_gradients(functools.partial(group, "pallas"), x, [m])
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
 def count_kernels(jaxpr) -> collections.Counter:
     """Counts the kernels that a function calls, by name."""
     found = collections.Counter()

@@ -13,7 +13,7 @@ from flax import nnx
 import lorax.loss
 from lorax.config import LoraConfig
 from lorax.linear import Frozen
-from lorax.lora import apply_lora
+from lorax.lora import apply_lora, set_dropout_key
 from lorax.loss import IGNORED, linear_cross_entropy, token_nll
 
 ROWS, LENGTH, WIDTH, VOCABULARY = 3, 13, 8, 29
@@ -146,3 +146,59 @@ def test_a_frozen_head_is_multiplied_twice_and_its_logits_never_stand_in_memory(
     shapes = {v.aval.shape for e in found for v in e.outvars if hasattr(v.aval, "shape")}
     of_logits = {shape for shape in shapes if shape[-1:] == (VOCABULARY,)}
     assert max(map(math.prod, of_logits)) == ROWS * 4 * VOCABULARY
+
+
+def test_a_scaled_loss_scales_half_precision_gradients_without_overflow():
+    draw = np.random.default_rng(0)
+    hidden = jnp.asarray(draw.normal(size=(1, 4, WIDTH)) * 0.1, jnp.float16)
+    labels, head = jnp.zeros((1, 4), jnp.int8), Model(jnp.float16).lm_head
+    gradient = jax.grad(lambda h, s: linear_cross_entropy(head, h, labels) * s)
+    scaled, plain = gradient(hidden, jnp.float32(7e4)), gradient(hidden, jnp.float32(1.0))
+    np.testing.assert_allclose(np.float32(scaled), np.float32(plain) * 7e4, rtol=2e-3)
+
+
+def test_the_sum_over_chunks_of_a_half_precision_head_is_float32(monkeypatch):
+    draw = np.random.default_rng(0)
+    hidden = jnp.asarray(draw.normal(size=(1, 512, WIDTH)), jnp.bfloat16)
+    labels = jnp.asarray(draw.integers(0, VOCABULARY, (1, 512)), jnp.int32)
+    head = Model(jnp.bfloat16).lm_head
+    _, (want, _, _) = torch_loss(head, hidden, labels, None, 0.0)
+    monkeypatch.setattr(lorax.loss, "LOGIT_CHUNK_BYTES", 4 * VOCABULARY)
+    got = np.float64(loss_and_gradients(head, hidden, labels)[1][0]["kernel"][...])
+    assert np.linalg.norm(got - want) <= 4e-3 * np.linalg.norm(want)  # added in bfloat16: 2e-2
+
+
+def test_narrow_labels_mean_what_wide_ones_mean():
+    head = nnx.Linear(WIDTH, 300, rngs=nnx.Rngs(0))
+    hidden, labels = jnp.ones((1, 4, WIDTH)), jnp.array([[0, 1, 99, IGNORED]])
+    want = linear_cross_entropy(head, hidden, labels)
+    assert float(linear_cross_entropy(head, hidden, labels.astype(jnp.int8))) == float(want)
+    assert float(linear_cross_entropy(head, hidden[:, :0], labels[:, :0])) == 0.0
+
+
+def test_dropout_in_the_head_draws_another_mask_in_every_chunk(monkeypatch):
+    monkeypatch.setattr(lorax.loss, "LOGIT_CHUNK_BYTES", 4 * VOCABULARY * 8)
+    settings = LoraConfig(r=2, target_modules=["lm_head"], lora_dropout=0.5)
+    model = apply_lora(Model(jnp.float32), settings, rngs=nnx.Rngs(1))
+    set_dropout_key(model, jax.random.key(0))
+    model.lm_head.lora_b.set_value(jax.random.normal(jax.random.key(2), (2, VOCABULARY)))
+    rows = jnp.asarray(np.random.default_rng(0).normal(size=(1, 8, WIDTH)), jnp.float32)
+    twice, labels = jnp.concatenate([rows, rows], axis=1), jnp.zeros((1, 16), jnp.int32)
+    gradient = jax.grad(lambda h: linear_cross_entropy(model.lm_head, h, labels))(twice)
+    assert float(jnp.abs(gradient[:, :8] - gradient[:, 8:]).max()) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"labels": jnp.zeros((1, 5), jnp.int32)}, r"hidden \(b, t, d\) and labels \(b, t\)"),
+        ({"hidden": jnp.zeros((5, WIDTH))}, r"hidden \(b, t, d\) and labels \(b, t\)"),
+        ({"labels": jnp.zeros((2, 5))}, "labels are token ids, got float32"),
+        ({"soft_cap": 0.0}, "soft_cap must be positive or None, got 0.0"),
+        ({"z_loss": -1.0}, "z_loss must not be negative, got -1.0"),
+    ],
+)
+def test_refuses_what_it_would_misread(changes, message):
+    given = {"hidden": jnp.zeros((2, 5, WIDTH)), "labels": jnp.zeros((2, 5), jnp.int32)}
+    with pytest.raises(ValueError, match=message):
+        linear_cross_entropy(Model(jnp.float32).lm_head, **(given | changes))

@@ -197,7 +197,7 @@ class CausalLM(nnx.Module):
         attn_impl: What runs attention: see `lorax.models.attention.resolve_implementation`.
         gradient_checkpointing: What the backward pass computes again instead of keeping: "none";
             "selective" elementwise work, never a product or attention (the norms' outputs and the
-            MLP's inner activation); "full" each layer, of which only the input is kept.
+            MLP's inner activation); "full" each layer, of which only the input is kept, and x·A.
         rngs: Source of the weights (stream ``params``): normal with deviation 0.02, biases 0.
 
     Attributes:

@@ -95,7 +95,8 @@ def run(
     return sharded(inputs, *operands)
 
 
-def _bundle(static: _Static, w, biases, a, b) -> Group:
+def _bundle(static: _Static, dtype, w, biases, a, b) -> Group:
+    w = [weight.astype(dtype) for weight in w]
     return Group(w, biases, static.members, a, b, static.scales)
 
 
@@ -122,7 +123,7 @@ def _forward(static: _Static, inputs, w, biases, a, b, key):
     if static.implementation == "pallas":
         outputs, saved = _kernel_forward(static, x, w, biases, a, b, key)
     else:
-        group = _bundle(static, w, biases, a, b)
+        group = _bundle(static, x.dtype, w, biases, a, b)
         outputs, saved = xla.forward(x, group, static.rate, key)
     return outputs, (x if again is None else again, w, biases, a, b, key, _named(saved))
 
@@ -139,7 +140,7 @@ def _named(saved):
 def _kernel_forward(static: _Static, x, w, biases, a, b, key):
     from lorax_kernels.lora_linear import fused
 
-    group = _bundle(static, w, biases, a, b)
+    group = _bundle(static, x.dtype, w, biases, a, b)
     return fused.forward(x, group, _kernel_dropout(static, x, key))
 
 
@@ -147,7 +148,7 @@ def _kernel_forward(static: _Static, x, w, biases, a, b, key):
 def _kernel_backward(static: _Static, x, w, biases, a, b, key, saved, dys):
     from lorax_kernels.lora_linear import fused
 
-    group = _bundle(static, w, biases, a, b)
+    group = _bundle(static, x.dtype, w, biases, a, b)
     return fused.backward(x, saved, group, _kernel_dropout(static, x, key), dys)
 
 
@@ -156,7 +157,7 @@ def _backward(static: _Static, residuals, dys):
     if static.implementation == "pallas":
         dx, da, db = _kernel_backward(static, x, w, biases, a, b, key, saved, dys)
     else:
-        group = _bundle(static, w, biases, a, b)
+        group = _bundle(static, x.dtype, w, biases, a, b)
         dx, da, db = xla.backward(x, saved, group, static.rate, key, dys)
     da = [gradient.astype(leaf.dtype) for gradient, leaf in zip(da, a, strict=True)]
     db = [gradient.astype(leaf.dtype) for gradient, leaf in zip(db, b, strict=True)]
@@ -174,7 +175,8 @@ def apply_swiglu(mode: str, static: _Static, inputs, w, biases, a, b, key) -> li
     """
     if mode == "show":
         return _swiglu_forward(mode, static, inputs, w, biases, a, b, key)[0]
-    x, group = inputs[0], _bundle(static, w, biases, a, b)
+    x = inputs[0]
+    group = _bundle(static, x.dtype, w, biases, a, b)
     if static.implementation == "xla":
         outputs, _ = xla.forward(x, group, static.rate, key)
         return [xla.swiglu(*outputs)]
@@ -185,7 +187,7 @@ def apply_swiglu(mode: str, static: _Static, inputs, w, biases, a, b, key) -> li
 def _swiglu_kernel(static: _Static, epilogue, x, w, biases, a, b, key):
     from lorax_kernels.lora_linear import fused
 
-    group = _bundle(static, w, biases, a, b)
+    group = _bundle(static, x.dtype, w, biases, a, b)
     if not group.ranks:
         return fused.swiglu(x, None, None, group, epilogue), None
     packed = fused.pack(group, fused.lay_out(group), x.dtype)
@@ -196,7 +198,7 @@ def _swiglu_kernel(static: _Static, epilogue, x, w, biases, a, b, key):
 def _swiglu_forward(mode: str, static: _Static, inputs, w, biases, a, b, key):
     x = inputs[0]
     if static.implementation == "xla":
-        group = _bundle(static, w, biases, a, b)
+        group = _bundle(static, x.dtype, w, biases, a, b)
         kept, saved = xla.forward(x, group, static.rate, key)
         act = xla.swiglu(*kept)
     else:
@@ -210,7 +212,7 @@ def _swiglu_forward(mode: str, static: _Static, inputs, w, biases, a, b, key):
 def _swiglu_backward(mode: str, static: _Static, residuals, cotangents):
     x, w, biases, a, b, key, saved, kept = residuals
     d_act = cotangents[0]  # what is shown beside it has no gradient
-    group = _bundle(static, w, biases, a, b)
+    group = _bundle(static, x.dtype, w, biases, a, b)
     if mode == "recompute" and static.implementation == "pallas":
         dys = _swiglu_gradients(static, x, w, biases, a, b, saved, d_act)
     else:
@@ -224,7 +226,7 @@ def _swiglu_backward(mode: str, static: _Static, residuals, cotangents):
 def _swiglu_gradients(static: _Static, x, w, biases, a, b, saved, d_act):
     from lorax_kernels.lora_linear import fused
 
-    group = _bundle(static, w, biases, a, b)
+    group = _bundle(static, x.dtype, w, biases, a, b)
     h, packed_b = (saved.h, saved.b) if saved else (None, None)
     return fused.swiglu(x, h, packed_b, group, "swiglu_grad", d_act)
 

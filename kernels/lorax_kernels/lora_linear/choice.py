@@ -25,8 +25,6 @@ def choose(
     Raises:
         ValueError: If ``pallas`` is asked for where the kernel cannot run.
     """
-    if kernels not in ("auto", "pallas", "xla"):
-        raise ValueError(f"kernels must be auto, pallas or xla, got {kernels!r}")
     k, ns = members[0].w.shape[0], [member.w.shape[1] for member in members]
     ranks = [member.a.shape[1] for member in members if member.a is not None]
     shards = math.prod(axis_sizes(row_axes).values())
@@ -83,6 +81,8 @@ def explain_choice(
         kernels: What is asked for.
         rate: Of the dropout.
     """
+    if kernels not in ("auto", "pallas", "xla"):
+        raise ValueError(f"kernels must be auto, pallas or xla, got {kernels!r}")
     if kernels == "xla":
         return "xla", "as asked"
     if (obstacle := find_obstacle(m, k, ns, ranks, dtype, rate)) is not None:

@@ -199,8 +199,12 @@ def _run_swiglu(
     if implementation == "pallas" and len(choice.split(members, rate)) > 1:
         options: dict[str, Any] = {"dropout_rate": rate, "dropout_key": dropout_key}
         options |= {"kernels": "pallas", "row_axes": row_axes}
-        parts = lora_linear_group(x, members, **options)
-        return [xla.swiglu(*parts), *parts]
+
+        def apart(x):
+            parts = lora_linear_group(x, members, **options)
+            return [xla.swiglu(*parts), *parts]
+
+        return (jax.checkpoint(apart) if mode == "recompute" else apart)(x)
     function = functools.partial(apply_swiglu, mode)
     call = functools.partial(run, (x, None), members, rate, dropout_key, row_axes)
     return call(range(2), function, implementation)

@@ -1,15 +1,21 @@
 """The operands of a group of linear layers that read one input."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax
 from jaxtyping import Array, Float
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["w", "a", "b", "bias"], meta_fields=["scale"]
+)
 @dataclasses.dataclass(frozen=True)
 class LoraWeights:
     """One linear layer: frozen weight and bias, and its low-rank update if it has one.
+
+    A pytree of its arrays; the scale is static.
 
     Attributes:
         w: Frozen weight.
