@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lorax_kernels import lora_linear
+from lorax_kernels import LoraWeights, lora_linear, lora_linear_group
 from lorax_kernels.lora_linear.reference import lora_linear_reference
 
 SCALE = 2.0
@@ -106,3 +106,12 @@ def test_refuses_a_dropout_without_a_key_and_integer_rows():
         lora_linear(x, w, a, b, scale=1.0, dropout_rate=1.0, dropout_key=jax.random.key(0))
     with pytest.raises(ValueError, match="floating point, got int32"):
         lora_linear(x.astype(jnp.int32), w, a, b, scale=1.0)
+
+
+def test_members_go_through_jit_and_grad_as_pytrees():
+    x, w, a, b = (jnp.ones(shape) for shape in ((3, 8), (8, 6), (8, 2), (2, 6)))
+    loss = lambda x, members: lora_linear_group(x, members)[0].sum()
+    member = LoraWeights(w, a, b, scale=0.5)
+    gradient = jax.jit(jax.grad(loss, argnums=1))(x, [member])[0]
+    assert gradient.scale == 0.5 and float(jnp.abs(gradient.a).min()) > 0
+    assert float(jnp.abs(gradient.w).max()) == 0.0  # frozen

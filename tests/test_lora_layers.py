@@ -1,5 +1,7 @@
 """`apply_lora` on any NNX model: identity at first, what trains, dropout, merge and unmerge."""
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from flax import nnx
 import lorax
 from lorax import LoraConfig, apply_lora, merge_lora, unmerge_lora
 from lorax.lora import Frozen, LoraLinear, lora_layers, set_dropout_key, split_trainable
+from lorax.sharding import make_mesh
 
 
 class Block(nnx.Module):
@@ -231,6 +234,44 @@ def test_dropout_masks_differ_between_steps_and_repeat_with_the_seed(net, x):
     first = losses(0)
     assert len(set(first)) == 3
     assert first == losses(0) != losses(1)
+
+
+def test_a_step_on_a_mesh_runs_under_that_mesh(net, x):
+    # The kernels ask which axes divide the rows; without the mesh they would take all of them.
+    mesh, seen = make_mesh(4), []
+
+    def loss_fn(model, batch):
+        seen.append(jax.sharding.get_abstract_mesh().shape)
+        return model(batch).sum(), jnp.float32(4.0)
+
+    step, state = lorax.make_train_step(adapt(net), optax.sgd(0.0), loss_fn, mesh=mesh)
+    batch = jnp.stack([x[:4]])
+    step(state, batch)
+    step, state = lorax.make_train_step(adapt(net), optax.sgd(0.0), loss_fn, mesh=mesh)
+    step.compile(state, batch)(state, batch)
+    assert len(seen) >= 2 and all(shape == {"data": 4} for shape in seen)
+
+
+def test_all_linear_names_the_layers_that_it_cannot_take():
+    class Attending(nnx.Module):
+        def __init__(self, rngs):
+            self.fc = nnx.Linear(16, 16, rngs=rngs)
+            self.attention = nnx.MultiHeadAttention(2, 16, rngs=rngs)
+
+    with pytest.warns(UserWarning, match=r"leaves out attention\.\w+, .*LinearGeneral"):
+        apply_lora(Attending(nnx.Rngs(0)), LoraConfig(r=2), rngs=nnx.Rngs(1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        settings = LoraConfig(r=2, exclude_modules=r"attention\..*")
+        apply_lora(Attending(nnx.Rngs(0)), settings, rngs=nnx.Rngs(1))
+
+
+def test_kernels_are_chosen_by_name(net):
+    adapted = adapt(net)
+    lorax.set_kernels(adapted, "xla")
+    assert {layer.kernels for layer in lora_layers(adapted).values()} == {"xla"}
+    with pytest.raises(ValueError, match="kernels must be auto, pallas or xla, got 'palas'"):
+        lorax.set_kernels(adapted, "palas")  # type: ignore[arg-type]
 
 
 def test_the_models_own_dropout_gets_a_fresh_mask_every_step(x):
