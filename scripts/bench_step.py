@@ -5,7 +5,7 @@
 
 Every variant is compiled for the same weights and the same tokens, rows without padding. Speed is
 the median over the turns; the ratio is to the first variant within the same turn. Memory is what
-the compiler planned (arguments, temporaries and results), for one process holds all variants.
+the compiler planned (arguments, temporaries, results) and, with one variant, the allocator's peak.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from make_random_checkpoint import SHAPES
 
 from lorax.config import LoraConfig
 from lorax.lora import apply_lora, set_kernels
-from lorax.metrics import library_versions
+from lorax.metrics import library_versions, memory_gib
 from lorax.models import CausalLM, DecoderConfig
 from lorax.step import make_train_step
 from lorax_kernels import xla_options
@@ -200,6 +200,8 @@ def main() -> None:
             "step_ms": round(statistics.median(series) * 1e3, 2),
             "ratio": round(statistics.median(t / u for t, u in zip(series, first, strict=True)), 4),
             "planned_gib": round(one.planned_gib, 3),
+            # The allocator's, of the whole process: of one step only where there is one variant.
+            "peak_gib": round(memory_gib().gib, 3) if len(variants) == 1 else None,
             "compile_s": round(one.compile_seconds, 1),
             "device": jax.devices()[0].device_kind,
             "versions": library_versions(),
