@@ -43,7 +43,7 @@ class LoraLinear(nnx.Module):
         target: Rank and scale of the update.
         dropout: Probability of zeroing an element of `x` on the update's path in training.
         init_lora_weights: How `A` is drawn.
-        kernels: What computes: see `lorax_kernels.lora_linear`.
+        kernels: What computes: see `lorax_kernels.lora_linear` and `kernels_now`.
         rngs: Source of `A` (stream ``params``).
 
     Source: Hu et al. 2021, "LoRA", §4.1, https://arxiv.org/abs/2106.09685
@@ -98,7 +98,7 @@ class LoraLinear(nnx.Module):
             scale=self.scale,
             dropout_rate=rate,
             dropout_key=self._key() if rate else None,
-            kernels=self.kernels,
+            kernels=self.kernels_now,
             row_axes=ROW_AXES,
             again=None if again is None else again.astype(dtype),
         )
@@ -108,6 +108,15 @@ class LoraLinear(nnx.Module):
     def dropout_rate(self) -> float:
         """Probability of dropping an input now: 0 unless training."""
         return 0.0 if self.deterministic else self.dropout
+
+    @property
+    def kernels_now(self) -> Kernels:
+        """What computes now: where the choice is free, XLA unless training.
+
+        The rows of evaluation and generation differ from call to call, and the kernels take longer
+        to compile for each new number than they save.
+        """
+        return "xla" if self.kernels == "auto" and self.deterministic else self.kernels
 
     def compute_dtype(self, dtype):
         """Returns the dtype in which inputs of `dtype` are multiplied."""
@@ -181,7 +190,7 @@ def _group(layers: Sequence[Any], x) -> tuple[list[LoraWeights], dict[str, Any]]
         else:
             return None
     first = adapted[0]
-    ways = {(layer.dropout_rate, layer.kernels) for layer in adapted}
+    ways = {(layer.dropout_rate, layer.kernels_now) for layer in adapted}
     dtypes = {
         jnp.dtype(layer.dtype or jnp.promote_types(x.dtype, member.w.dtype))
         for layer, member in zip(layers, members, strict=True)
@@ -193,7 +202,7 @@ def _group(layers: Sequence[Any], x) -> tuple[list[LoraWeights], dict[str, Any]]
     return members, {
         "dropout_rate": rate,
         "dropout_key": key,
-        "kernels": first.kernels,
+        "kernels": first.kernels_now,
         "row_axes": ROW_AXES,
     }
 

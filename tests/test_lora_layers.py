@@ -13,6 +13,7 @@ import lorax
 from lorax import LoraConfig, apply_lora, merge_lora, unmerge_lora
 from lorax.lora import Frozen, LoraLinear, lora_layers, set_dropout_key, split_trainable
 from lorax.sharding import make_mesh
+from lorax_kernels import lora_linear
 
 
 class Block(nnx.Module):
@@ -264,6 +265,27 @@ def test_all_linear_names_the_layers_that_it_cannot_take():
         warnings.simplefilter("error")
         settings = LoraConfig(r=2, exclude_modules=r"attention\..*")
         apply_lora(Attending(nnx.Rngs(0)), settings, rngs=nnx.Rngs(1))
+
+
+def test_a_free_choice_of_kernels_is_xla_unless_training(net, x, monkeypatch):
+    asked = []
+
+    def record(x, *operands, kernels, **options):
+        asked.append(kernels)
+        return lora_linear(x, *operands, kernels="xla", **options)
+
+    monkeypatch.setattr("lorax.linear.lora_linear", record)
+    adapted = adapt(net)
+    for kernels, training, wanted in (
+        ("auto", True, "auto"),
+        ("auto", False, "xla"),
+        ("pallas", False, "pallas"),
+    ):
+        lorax.set_kernels(adapted, kernels)
+        adapted.train() if training else adapted.eval()
+        asked.clear()
+        adapted(x)
+        assert set(asked) == {wanted}
 
 
 def test_kernels_are_chosen_by_name(net):
