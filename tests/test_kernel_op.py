@@ -653,6 +653,26 @@ def test_under_a_mesh_every_kernel_sees_its_shard_of_the_rows_and_nothing_is_gat
     assert ("partition_id" in text) == drops  # rows are numbered across the shards
 
 
+@pytest.mark.parametrize("drops", [False, True])
+def test_plain_xla_under_a_mesh_gathers_nothing(drops):
+    options = {"dropout_rate": RATE, "dropout_key": jax.random.key(0)} if drops else {}
+    (member,), mesh = draw_members(256, [(384, 16)]), make_mesh(4)
+
+    def loss(x, a, b):
+        y = lora_linear(
+            x, member["w"], a, b, scale=2.0, kernels="xla", row_axes=(DATA_AXIS,), **options
+        )
+        return y.astype(jnp.float32).sum()
+
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(DATA_AXIS))
+    with jax.set_mesh(mesh):
+        x = jax.device_put(draw(0, 8, 64, 256), rows)
+        gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
+        text = gradients.lower(x, member["a"], member["b"]).compile().as_text()
+    assert "all-gather" not in text and "all-to-all" not in text
+    assert "all-reduce" in text
+
+
 @pytest.mark.parametrize(
     "shape, rate, message",
     [
