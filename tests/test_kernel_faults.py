@@ -17,7 +17,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "kernels" / "lorax_kernels"
 NOTICED = 3  # exit status of a check that found something wrong
-SECONDS = 40  # after which a check counts as a deadlock
+SECONDS = 160  # after which a check failed, whatever it would have found
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
 # name, file in lora_linear/, text, its replacement, check that notices it
@@ -429,15 +429,15 @@ CHECKS = [
 
 
 def run_checks(folder, *names):
-    """Runs checks on the package in `folder`; a deadlock counts as noticed."""
+    """Runs checks on the package in `folder`; returns the exit status and what was printed."""
     environment = {**os.environ, "PYTHONPATH": str(folder), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, __file__, str(folder), *names]
     try:
         done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=SECONDS * len(names)
+            command, env=environment, capture_output=True, text=True, timeout=SECONDS
         )
     except subprocess.TimeoutExpired:
-        return NOTICED, "deadlock"
+        return None, f"not done after {SECONDS} s: a deadlock, or a slow machine"
     return done.returncode, done.stdout[-2000:] + done.stderr[-2000:]
 
 
