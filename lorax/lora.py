@@ -23,7 +23,7 @@ from lorax.targets import (
     is_target,
     match_targets,
 )
-from lorax_kernels import Kernels
+from lorax_kernels import Kernels, check_kernels_name
 
 
 def set_kernels(model: nnx.Module, kernels: Kernels) -> None:
@@ -32,8 +32,7 @@ def set_kernels(model: nnx.Module, kernels: Kernels) -> None:
     Raises:
         ValueError: If `kernels` is none of these.
     """
-    if kernels not in ("auto", "pallas", "xla"):
-        raise ValueError(f"kernels must be auto, pallas or xla, got {kernels!r}")
+    check_kernels_name(kernels)
     for layer in lora_layers(model).values():
         layer.kernels = kernels
 

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from lorax_kernels import accumulation_dtype
+
 IGNORED = -100
 """The label of a position without supervision, as in Hugging Face's data."""
 
@@ -46,7 +48,7 @@ def token_nll(
 
 def _scores(logits, labels, soft_cap: float | None):
     """Returns the capped scores, their logsumexp, the cap's slope, and each token's weight."""
-    wide = logits.astype(_wide(logits.dtype))
+    wide = logits.astype(accumulation_dtype(logits.dtype))
     slope = None
     if soft_cap is not None:
         bent = jnp.tanh(wide / soft_cap)
@@ -117,7 +119,7 @@ def linear_cross_entropy(
         raise ValueError(f"z_loss must not be negative, got {z_loss}")
     graph, trainable, rest = nnx.split(head, nnx.Param, ...)
     labels, length = labels.astype(jnp.int32), labels.shape[1]
-    zero = jnp.zeros((), _wide(hidden.dtype))
+    zero = jnp.zeros((), accumulation_dtype(hidden.dtype))
 
     def split(x):
         x = jnp.pad(x, ((0, 0), (0, chunks * chunk - length)) + ((0, 0),) * (x.ndim - 2),
@@ -159,7 +161,10 @@ def linear_cross_entropy(
             of_head = jax.tree.map(lambda p, q: p + q.astype(p.dtype), of_head_so_far, of_head)
             return (total + loss_of(logits, targets), of_head), of_states
 
-        start = zero, jax.tree.map(lambda x: jnp.zeros(x.shape, _wide(x.dtype)), trainable)
+        start = (
+            zero,
+            jax.tree.map(lambda x: jnp.zeros(x.shape, accumulation_dtype(x.dtype)), trainable),
+        )
         inputs = split(hidden), split(labels), jnp.arange(chunks)
         (total, of_head), of_hidden = _scan(add, start, inputs)
         return total, (of_head, join(of_hidden))
@@ -191,11 +196,6 @@ def logit_chunks(rows: int, length: int, vocabulary: int) -> tuple[int, int]:
     most = max(1, LOGIT_CHUNK_BYTES // (4 * rows * vocabulary))
     chunks = max(1, -(-length // most))
     return chunks, -(-length // chunks)
-
-
-def _wide(dtype) -> type:
-    """Returns the dtype of sums: float32, or float64 for float64."""
-    return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
 def causal_lm_loss(model: Any, batch: Batch) -> tuple[Float[Array, ""], Int[Array, ""]]:
@@ -238,7 +238,7 @@ def accumulate(
     value_and_grad = jax.value_and_grad(_checked(loss_fn), has_aux=True)
 
     def accumulated(parameters, micro_batches, *rest):
-        wide = lambda x: x.astype(_wide(x.dtype))
+        wide = lambda x: x.astype(accumulation_dtype(x.dtype))
 
         def one(inputs):
             (total, count), gradients = value_and_grad(parameters, *inputs)

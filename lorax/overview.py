@@ -16,7 +16,7 @@ from lorax.kernel_choice import kernel_choices
 from lorax.lora import lora_layers
 from lorax.models import CausalLM
 from lorax.models.attention import cudnn_obstacle, resolve_implementation
-from lorax.plan import DEVICES, GIB, POLICIES, USABLE, Planner, row_length
+from lorax.plan import DEVICES, GIB, POLICIES, USABLE, Planner
 from lorax.report import ModuleRow, print_example, print_modules
 
 
@@ -82,7 +82,7 @@ def report_kernels(console: Console, config: RunConfig, model: nnx.Module) -> No
 
 def report_plan(console: Console, config: RunConfig, planner: Planner) -> None:
     """Prints the memory and the time of a step for every policy, and what would fit devices."""
-    rows, length = config.train.per_device_train_batch_size, row_length(config)
+    rows, length = config.train.per_device_train_batch_size, config.data.max_seq_length
     accumulation = config.train.gradient_accumulation_steps
     console.print(
         f"one device, {rows} × {length:,} tokens, {accumulation} micro-batches per step",

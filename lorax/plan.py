@@ -167,11 +167,6 @@ class Planner:
         return best
 
 
-def row_length(config: RunConfig) -> int:
-    """Returns the tokens of the longest rows that the run may bring."""
-    return config.data.max_seq_length
-
-
 def device_gib() -> float | None:
     """Returns the memory that this process may use on its first device, or None if untold."""
     statistics = jax.local_devices()[0].memory_stats() or {}

@@ -35,7 +35,7 @@ from lorax.metrics import RunLog, check_reporters, library_versions, memory_gib
 from lorax.models import CausalLM, GradientCheckpointing
 from lorax.optimizer import make_schedule
 from lorax.overview import report_data, report_model
-from lorax.plan import GIB, Planner, device_gib, row_length
+from lorax.plan import GIB, Planner, device_gib
 from lorax.report import (
     RunSummary,
     StepLine,
@@ -178,7 +178,8 @@ def choose_policy(config: RunConfig) -> tuple[GradientCheckpointing, str]:
     gib = train.memory_gib or device_gib()
     if gib is None:
         return "none", f"{jax.devices()[0].device_kind} does not tell its memory"
-    planner, shape = make_planner(config), (train.per_device_train_batch_size, row_length(config))
+    planner = make_planner(config)
+    shape = train.per_device_train_batch_size, config.data.max_seq_length
     policy = planner.fastest(*shape, gib)
     peak = planner.memory(policy, *shape).peak / GIB
     if peak > gib:

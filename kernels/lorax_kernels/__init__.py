@@ -3,6 +3,8 @@
 from lorax_kernels.device import xla_options as xla_options
 from lorax_kernels.lora_linear import Kernels as Kernels
 from lorax_kernels.lora_linear import LoraWeights as LoraWeights
+from lorax_kernels.lora_linear import accumulation_dtype as accumulation_dtype
+from lorax_kernels.lora_linear import check_kernels_name as check_kernels_name
 from lorax_kernels.lora_linear import explain_choice as explain_choice
 from lorax_kernels.lora_linear import lora_linear as lora_linear
 from lorax_kernels.lora_linear import lora_linear_group as lora_linear_group

@@ -17,6 +17,16 @@ MAX_RANK = 256  # of a launch; a group of more is launched in parts
 MAX_DROPPED_RANK = 192  # with dropout the update waits in the ring of 3 slots
 
 
+def check_kernels_name(kernels: str) -> None:
+    """Refuses what is none of `Kernels`.
+
+    Raises:
+        ValueError: Saying what was given.
+    """
+    if kernels not in ("auto", "pallas", "xla"):
+        raise ValueError(f"kernels must be auto, pallas or xla, got {kernels!r}")
+
+
 def choose(
     x, members: Sequence[LoraWeights], rate: float, kernels: Kernels, row_axes: Sequence[str]
 ) -> Literal["pallas", "xla"]:
@@ -81,8 +91,7 @@ def explain_choice(
         kernels: What is asked for.
         rate: Of the dropout.
     """
-    if kernels not in ("auto", "pallas", "xla"):
-        raise ValueError(f"kernels must be auto, pallas or xla, got {kernels!r}")
+    check_kernels_name(kernels)
     if kernels == "xla":
         return "xla", "as asked"
     if (obstacle := find_obstacle(m, k, ns, ranks, dtype, rate)) is not None:
