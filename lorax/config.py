@@ -196,7 +196,7 @@ class TrainConfig(Section):
     adam_beta2: BelowOne = 0.999
     adam_epsilon: Positive = 1e-8
     max_grad_norm: NotNegative = 1.0
-    gradient_checkpointing: Literal["auto", "none", "selective", "full"] = "full"
+    gradient_checkpointing: Literal["auto", "none", "selective", "full", "offload"] = "full"
     memory_gib: Positive | None = None
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 3407
 

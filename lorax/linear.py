@@ -1,7 +1,7 @@
 """The adapted linear layer: one alone, or several that read one input in one operation."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,8 @@ from lorax_kernels import (
     LoraWeights,
     lora_linear,
     lora_linear_group,
+    lora_mlp,
     lora_swiglu,
-    lora_swiglu_again,
 )
 
 ROW_AXES = (DATA_AXIS,)  # mesh axes that divide the rows of a batch
@@ -76,15 +76,8 @@ class LoraLinear(nnx.Module):
         self.kernels: Kernels = kernels
         self.dropout_key = DropoutKey(None)
 
-    def __call__(
-        self, x: Float[Array, "*batch k"], again: Float[Array, "*batch k"] | None = None
-    ) -> Float[Array, "*batch n"]:
-        """Returns the adapted output, in the dtype that the base layer would give.
-
-        Args:
-            x: The input.
-            again: The input by another route, for the backward pass: see `lora_linear`.
-        """
+    def __call__(self, x: Float[Array, "*batch k"]) -> Float[Array, "*batch n"]:
+        """Returns the adapted output, in the dtype that the base layer would give."""
         dtype = self.compute_dtype(x.dtype)
         x = x.astype(dtype)
         if self.merged:
@@ -100,7 +93,6 @@ class LoraLinear(nnx.Module):
             dropout_key=self._key() if rate else None,
             kernels=self.kernels_now,
             row_axes=ROW_AXES,
-            again=None if again is None else again.astype(dtype),
         )
         return _finish(self, y)
 
@@ -127,31 +119,55 @@ class LoraLinear(nnx.Module):
 
         They share one read of x, one launch where the kernel runs, and one dropout of x.
         """
-        group = _group(layers, x)
+        group = self._group(layers, x.dtype)
         if group is None:
             return [layer(x) for layer in layers]
-        members, options = group
-        outputs = lora_linear_group(x.astype(self.compute_dtype(x.dtype)), members, **options)
+        options = self._options(dropout_key=group.key)
+        outputs = lora_linear_group(x.astype(group.dtype), group.members, **options)
         return [_finish(layer, y) for layer, y in zip(layers, outputs, strict=True)]
 
-    def apply_swiglu(
-        self, gate: nnx.Module, up: nnx.Module, x, *, again: bool = False
-    ) -> tuple[Array, Array | None] | None:
-        """Returns ``silu(gate(x)) · up(x)`` from one operation, or None if the layers forbid it.
+    def apply_mlp(self, gate: Any, up: Any, down: Any, x, *, again: bool) -> Array | None:
+        """Returns ``down(silu(gate(x)) · up(x))``, of which this is one layer.
 
-        With `again`, returns beside it the same product made from gate(x) and up(x), for the
-        backward pass of the layer that reads it.
+        None if gate and up cannot run as one operation. See `lora_mlp` for `again`.
         """
-        group = _group((gate, up), x)
+        pair = self._group((gate, up), x.dtype)
         extras = ("bias", "preferred_element_type")
         plain = all(getattr(layer, name, None) is None for layer in (gate, up) for name in extras)
-        if group is None or not plain:
+        if pair is None or not plain:
             return None
-        members, options = group
-        x = x.astype(self.compute_dtype(x.dtype))
-        if again:
-            return lora_swiglu_again(x, *members, **options)
-        return lora_swiglu(x, *members, **options), None
+        x, single = x.astype(pair.dtype), self._group((down,), pair.dtype)
+        if single is None or single.dtype != pair.dtype:
+            return down(lora_swiglu(x, *pair.members, **self._options(dropout_key=pair.key)))
+        members, options = pair.members + single.members, self._options(again=again)
+        y = lora_mlp(x, *members, dropout_keys=(pair.key, single.key), **options)
+        return _finish(down, y)
+
+    def _options(self, **more: Any) -> dict[str, Any]:
+        common = {"dropout_rate": self.dropout_rate, "kernels": self.kernels_now}
+        return {**common, "row_axes": ROW_AXES, **more}
+
+    def _group(self, layers: Sequence[Any], dtype) -> "_Group | None":
+        """Returns the operands of one call for all layers, or None if they differ from this one.
+
+        Plain layers take part while they are frozen: the operation gives no gradient of a base
+        weight.
+        """
+        members, dtypes, key = [], set(), None
+        for layer in layers:
+            if isinstance(layer, LoraLinear) and not layer.merged:
+                same = (layer.dropout_rate, layer.kernels_now)
+                if same != (self.dropout_rate, self.kernels_now):
+                    return None
+                a, b = layer.lora_a[...], layer.lora_b[...]
+                members.append(LoraWeights(layer.kernel[...], a, b, scale=layer.scale))
+                key = layer._key() if layer.dropout_rate and key is None else key
+            elif is_adaptable(layer) and isinstance(layer.kernel, Frozen):
+                members.append(LoraWeights(layer.kernel.get_value()))
+            else:
+                return None
+            dtypes.add(jnp.dtype(layer.dtype or jnp.promote_types(dtype, members[-1].w.dtype)))
+        return _Group(members, dtypes.pop(), key) if len(dtypes) == 1 else None
 
     def _key(self):
         key = self.dropout_key.get_value()
@@ -175,36 +191,12 @@ class LoraLinear(nnx.Module):
         return (kernel.astype(jnp.float32) + self.update()).astype(kernel.dtype)
 
 
-def _group(layers: Sequence[Any], x) -> tuple[list[LoraWeights], dict[str, Any]] | None:
-    """Returns the operands and options of one call for all layers, or None if they differ.
+class _Group(NamedTuple):
+    """Operands of one call for several layers: their common dtype, and the first one's key."""
 
-    Plain layers take part while they are frozen: the operation gives no gradient of a base weight.
-    """
-    members, adapted = [], [layer for layer in layers if isinstance(layer, LoraLinear)]
-    for layer in layers:
-        if isinstance(layer, LoraLinear) and not layer.merged:
-            a, b = layer.lora_a[...], layer.lora_b[...]
-            members.append(LoraWeights(layer.kernel[...], a, b, scale=layer.scale))
-        elif is_adaptable(layer) and isinstance(layer.kernel, Frozen):
-            members.append(LoraWeights(layer.kernel.get_value()))
-        else:
-            return None
-    first = adapted[0]
-    ways = {(layer.dropout_rate, layer.kernels_now) for layer in adapted}
-    dtypes = {
-        jnp.dtype(layer.dtype or jnp.promote_types(x.dtype, member.w.dtype))
-        for layer, member in zip(layers, members, strict=True)
-    }
-    if len(ways) > 1 or len(dtypes) > 1:
-        return None
-    rate = first.dropout_rate
-    key = first._key() if rate else None
-    return members, {
-        "dropout_rate": rate,
-        "dropout_key": key,
-        "kernels": first.kernels_now,
-        "row_axes": ROW_AXES,
-    }
+    members: list[LoraWeights]
+    dtype: Any
+    key: Array | None
 
 
 def _finish(layer: Any, y: Array) -> Array:

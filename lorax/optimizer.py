@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Callable
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, ArrayLike, Float, Int, PyTree
 
 from lorax.config import TrainConfig
@@ -103,14 +105,17 @@ def make_optimizer(train: TrainConfig, total_steps: int) -> optax.GradientTransf
     Raises:
         ValueError: As `make_schedule`.
     """
+    whole = train.optim == "adafactor"  # which looks at rows and columns of each matrix
+    is_matrix = lambda leaf: leaf.ndim >= (2 if whole else 3)
     stages = [
         _choose_direction(train),
-        optax.add_decayed_weights(train.weight_decay, mask=_is_matrix),
+        optax.add_decayed_weights(train.weight_decay, mask=lambda p: jax.tree.map(is_matrix, p)),
         optax.scale_by_learning_rate(make_schedule(train, total_steps)),
     ]
     if train.max_grad_norm > 0:
         stages.insert(0, optax.clip_by_global_norm(train.max_grad_norm))
-    return _compute_in_float32(optax.chain(*stages))
+    chain = optax.chain(*stages)
+    return _compute_in_float32(chain if whole else _stack_alike(chain))
 
 
 def _choose_direction(train: TrainConfig) -> optax.GradientTransformation:
@@ -170,8 +175,53 @@ def _one_minus_power(decay: float, count: Int[Array, ""]) -> Float[Array, ""]:
     return -jnp.expm1(count.astype(jnp.float32) * log_decay)
 
 
-def _is_matrix(params: PyTree) -> PyTree:
-    return jax.tree.map(lambda leaf: leaf.ndim >= 2, params)
+def _stack_alike(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Runs `inner` on the leaves of each shape stacked, as one array with one more dimension.
+
+    Adapters are hundreds of small leaves of a few shapes: an update of its own for each costs more
+    in launches than in arithmetic. `inner` must treat every element by itself.
+    """
+
+    def init(params: PyTree) -> optax.OptState:
+        return inner.init(stack_alike(params))
+
+    def update(
+        updates: PyTree, state: optax.OptState, params: PyTree = None
+    ) -> tuple[PyTree, optax.OptState]:
+        found = inner.update(stack_alike(updates), state, stack_alike(params))
+        stacks, state = cast(tuple[dict[str, jax.Array], optax.OptState], found)
+        return unstack(stacks, updates), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def stack_alike(tree: PyTree) -> dict[str, jax.Array]:
+    """Returns the leaves of each shape as one array, by shape."""
+    leaves = jax.tree.leaves(tree)
+
+    def stack(where: list[int]) -> jax.Array:
+        stacked = jnp.stack([leaves[i] for i in where])
+        # Else XLA keeps each leaf in the layout of the product it comes from, often transposed,
+        # and copies what is made of it.
+        return with_layout_constraint(stacked, Layout(tuple(range(stacked.ndim))))
+
+    return {shape: stack(where) for shape, where in _alike(tree).items()}
+
+
+def unstack(stacks: dict[str, jax.Array], like: PyTree) -> PyTree:
+    """Undoes `stack_alike` for a tree of the structure and the shapes of `like`."""
+    leaves, structure = jax.tree.flatten(like)
+    for shape, where in _alike(like).items():
+        for index, leaf in zip(where, stacks[shape], strict=True):
+            leaves[index] = leaf
+    return structure.unflatten(leaves)
+
+
+def _alike(tree: PyTree) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for index, leaf in enumerate(jax.tree.leaves(tree)):
+        found.setdefault("×".join(map(str, leaf.shape)), []).append(index)
+    return found
 
 
 def _compute_in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from lorax.lora import named_modules, set_dropout_key, split_trainable
 from lorax.loss import Batch, LossFunction, accumulate, causal_lm_loss
+from lorax.optimizer import stack_alike
 from lorax.sharding import place_parameters
 from lorax_kernels import xla_options
 
@@ -109,7 +110,7 @@ def make_train_step(
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(size))
         total = accumulate(lambda t, b, k: loss_of(t, b, k, frozen))
         loss, count, gradients = total(state.trainable, batch, keys)
-        norm = optax.tree.norm(gradients)
+        norm = optax.tree.norm(stack_alike(gradients))
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
         metrics = {"loss": loss, "grad_norm": norm, "tokens": count}

@@ -25,14 +25,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from make_random_checkpoint import SHAPES
 
-from lorax.config import LoraConfig
+from lorax.config import LoraConfig, TrainConfig
 from lorax.lora import apply_lora, set_kernels
 from lorax.metrics import library_versions, memory_gib
 from lorax.models import CausalLM, DecoderConfig
+from lorax.optimizer import make_optimizer
 from lorax.step import make_train_step
 from lorax_kernels import xla_options
 
@@ -99,7 +99,7 @@ def compile_variant(model: CausalLM, variant: Variant, batch) -> Compiled:
     """Lowers here, so that the model's settings hold, and returns what compiles in a thread."""
     set_kernels(model, variant.kernels)  # type: ignore[arg-type]
     model.gradient_checkpointing = variant.policy  # type: ignore[assignment]
-    step, state = make_train_step(model, optax.adamw(2e-4))
+    step, state = make_train_step(model, make_optimizer(TrainConfig(learning_rate=2e-4), 1_000_000))
     begin = time.perf_counter()
     lowered = step.compiled.lower(state, step.frozen, batch)
     options = {**(xla_options() or {}), **dict(variant.options)}
@@ -122,7 +122,11 @@ def time_in_turns(variants: dict[str, Compiled], batch, turns: int, steps: int):
 
 
 def kernel_table(compiled: Compiled, batch, steps: int = 2) -> list[tuple[str, float, float]]:
-    """Returns (kernel, calls per step, milliseconds per step), the longest first."""
+    """Returns (kernel, calls per step, milliseconds per step), the longest first.
+
+    The first row is the time in which no kernel ran, between the first one's begin and the last
+    one's end.
+    """
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             compiled.run(batch, steps)
@@ -134,7 +138,12 @@ def kernel_table(compiled: Compiled, batch, steps: int = 2) -> list[tuple[str, f
         for event in events:
             total[event.name] += event.duration_ns / 1e6 / steps
             calls[event.name] += 1
-    return [(name, calls[name] / steps, ms) for name, ms in total.most_common()]
+    idle, until = 0.0, min(event.start_ns for event in events)
+    for event in sorted(events, key=lambda event: event.start_ns):
+        idle += max(0.0, event.start_ns - until)
+        until = max(until, event.start_ns + event.duration_ns)
+    rows = [(name, calls[name] / steps, ms) for name, ms in total.most_common()]
+    return [("(no kernel)", sum(calls.values()) / steps, idle / 1e6 / steps), *rows]
 
 
 def main() -> None:

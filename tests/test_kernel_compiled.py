@@ -72,10 +72,22 @@ def matmul_cases(shape):
     def gated(config, epilogue):
         def run(x, gate, up, h, b, d_act):
             terms = [Term(x, (gate, up)), Term(h, (b, b), 64, columns=(0, N))]
-            tail = d_act if epilogue == "swiglu_grad" else None
-            return grouped_matmul([terms], config=config, epilogue=epilogue, d_act=tail)
+            tail = [d_act] if epilogue == "swiglu_grad" else []
+            return grouped_matmul([terms], config=config, epilogue=epilogue, tail=tail)
 
         return run, (x, w, w, h64, shape(64, 2 * N), shape(ROWS, N))
+
+    def gated_back(config, rank, drops):
+        def run(dy, w, g, a, seed, gate, up):
+            dropout = Dropout(seed, 0.1) if drops else None
+            terms, update = [Term(dy, (w,))], Update(g, a.T) if rank == 16 else None
+            if update is None:
+                terms.append(Term(g, (a,)))
+            options = {"transposed": True, "epilogue": "swiglu_back", "dropout": dropout}
+            return grouped_matmul([terms], config=config, update=update, tail=[gate, up], **options)
+
+        rows, g, a = shape(ROWS, N), shape(ROWS, rank), shape(N, rank)
+        return run, (x, w, g, a, seed, rows, rows)
 
     def grouped(config):
         def run(x, w, h, b, bias):
@@ -114,6 +126,10 @@ def matmul_cases(shape):
     default = MatmulConfig()
     for epilogue in ("swiglu", "swiglu_keep", "swiglu_grad"):
         yield f"{epilogue} {default}", *gated(default, epilogue)
+    for rank, drops in ((16, False), (16, True), (64, False)):
+        config = dataclasses.replace(default, stages=3) if rank == 16 else default
+        name = f"swiglu_back, rank {rank}, {'dropped, ' if drops else ''}{config}"
+        yield name, *gated_back(config, rank, drops)
     yield f"groups and bias, {default}", *grouped(default)
     yield f"appended rank 64, {default}", *appended(default, 64, drops=False)
     for rank in (64, 128, 192):

@@ -39,7 +39,7 @@ FAULTS = [
     (
         "a staging buffer is used again without waiting",
         "roles.py",
-        "        plgpu.wait_smem_to_gmem(c.store_slots - 1, wait_read_only=True)\n",
+        "        plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)\n",
         "",
         "matmul",
     ),
@@ -131,9 +131,9 @@ FAULTS = [
     (
         "the backward pass draws another mask",
         "calls.py",
-        "fused.backward(x, saved, group, _kernel_dropout(static, x, key), dys)",
-        "fused.backward(x, saved, group, (lambda d: d and d._replace("
-        "seed=d.seed[jnp.array([1, 0, 2])]))(_kernel_dropout(static, x, key)), dys)",
+        "fused.backward(x, saved, group, _kernel_dropout(static, x, operands), dys, gate_up)",
+        "fused.backward(x, saved, group, (lambda d: d and d._replace(seed=d.seed["
+        "jnp.array([1, 0, 2])]))(_kernel_dropout(static, x, operands)), dys, gate_up)",
         "layer_dropout",
     ),
     (
@@ -305,7 +305,7 @@ def check_swiglu_grad():
     d_act = draw(3, 64, 128)
     (d64,) = wide(d_act)
     d_gate = d64 * upped * sigmoid * (1.0 + gated * (1.0 - sigmoid))
-    matmul(groups, [d_gate, d64 * gated * sigmoid], epilogue="swiglu_grad", d_act=d_act)
+    matmul(groups, [d_gate, d64 * gated * sigmoid], epilogue="swiglu_grad", tail=[d_act])
 
 
 def check_dropout():

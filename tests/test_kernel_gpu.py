@@ -13,7 +13,7 @@ from lorax.config import LoraConfig
 from lorax.lora import apply_lora, set_kernels
 from lorax.models import CausalLM, DecoderConfig
 from lorax.step import make_train_step
-from lorax_kernels import LoraWeights, lora_linear_group, lora_swiglu
+from lorax_kernels import LoraWeights, lora_linear_group, lora_mlp, lora_swiglu
 from lorax_kernels.device import runs_kernels
 
 pytestmark = [
@@ -93,6 +93,28 @@ def test_swiglu_at_a_real_size(recompute):
 
     def results(kernels):
         y, pull = jax.vjp(lambda x, a: function(x, a, kernels), x, adapters)
+        return y, pull(dys[0])
+
+    got, want = jax.jit(lambda: results("pallas"))(), jax.jit(lambda: results("xla"))()
+    for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert distance(ours, theirs) <= 1.5e-2
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1])
+def test_an_mlp_at_a_real_size(rate):
+    x, w, adapters, _ = operands(4096, 2048, (8192, 8192), (16, 16), "bfloat16")
+    inner, w_down, down, dys = operands(4096, 8192, (2048,), (16,), "bfloat16")
+    del inner
+
+    def function(x, adapters, kernels):
+        members = [
+            LoraWeights(v, *ab, scale=2.0) for v, ab in zip([*w, *w_down], adapters, strict=True)
+        ]
+        keys = jax.random.key(3), jax.random.key(4)
+        return lora_mlp(x, *members, kernels=kernels, dropout_rate=rate, dropout_keys=keys)
+
+    def results(kernels):
+        y, pull = jax.vjp(lambda x, a: function(x, a, kernels), x, [*adapters, *down])
         return y, pull(dys[0])
 
     got, want = jax.jit(lambda: results("pallas"))(), jax.jit(lambda: results("xla"))()

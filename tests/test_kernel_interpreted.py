@@ -1,5 +1,6 @@
 """Every kernel in every mode, interpreted on the CPU: exact to one rounding, and without races."""
 
+import dataclasses
 import functools
 
 import jax
@@ -218,9 +219,35 @@ def test_swiglu_is_formed_from_the_sums(epilogue, m):
             return [d_gated, d_act * gated * sigmoid]
         return [gated * sigmoid * upped, gated, upped][: 1 if epilogue == "swiglu" else 3]
 
-    tail = d_act if epilogue == "swiglu_grad" else None
-    kernel = lambda: grouped_matmul([terms], config=SMALL, epilogue=epilogue, d_act=tail)
+    tail = [d_act] if epilogue == "swiglu_grad" else []
+    kernel = lambda: grouped_matmul([terms], config=SMALL, epilogue=epilogue, tail=tail)
     check(kernel, formula, (x, h, d_act, gate, up, b[:, :n], b[:, n:]))
+
+
+@pytest.mark.parametrize("r, m, rate", [(16, 200, 0.0), (64, 72, 0.0), (16, 72, RATE)])
+def test_gradients_of_gate_and_up_are_formed_from_the_sum(r, m, rate):
+    # More columns than a tile has, and more pieces of a tile than the ring has slots.
+    k, n = 320, 128
+    dy, g, gate, up = draw(0, m, n), draw(1, m, r), draw(2, m, k), draw(3, m, k)
+    w, a = draw(4, k, n, scale=n**-0.5), draw(5, k, r, scale=r**-0.5)
+    terms = [Term(dy, (w,))] if r == 16 else [Term(dy, (w,)), Term(g, (a,))]
+    kernel = lambda: grouped_matmul(
+        [terms],
+        config=dataclasses.replace(SMALL, block_n=256),
+        transposed=True,
+        epilogue="swiglu_back",
+        update=Update(g, a.T) if r == 16 else None,
+        dropout=Dropout(SEED, RATE) if rate else None,
+        tail=[gate, up],
+    )
+
+    def formula(xp, dy, w, g, a, gate, up, factors):
+        d_act = dy @ w.T + factors * (g @ a.T)
+        sigmoid = 1.0 / (1.0 + xp.exp(-gate))
+        return [d_act * up * sigmoid * (1.0 + gate * (1.0 - sigmoid)), d_act * gate * sigmoid]
+
+    factors = dropout_factors(m, k) if rate else np.ones((m, k))
+    check(kernel, formula, (dy, w, g, a, gate, up, factors))
 
 
 @pytest.mark.parametrize("transposed, width", [(False, 128), (True, 256)])

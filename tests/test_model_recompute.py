@@ -29,6 +29,7 @@ CONFIG = DecoderConfig.from_hf(
     "here",
 )
 POLICIES = ("none", "selective", "full")
+REPEATING = ("selective", "full", "offload")
 
 
 def pullback_of(policy, targets: Any = "all-linear"):
@@ -63,7 +64,7 @@ def count_products(function, argument):
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "up_proj"], ["down_proj"]])
-@pytest.mark.parametrize("policy", ["selective", "full"])
+@pytest.mark.parametrize("policy", REPEATING)
 def test_every_policy_computes_the_same(policy, targets):
     _, _, plain, trainable = pullback_of("none", targets)
     _, _, other, _ = pullback_of(policy, targets)

@@ -8,5 +8,5 @@ from lorax_kernels.lora_linear import check_kernels_name as check_kernels_name
 from lorax_kernels.lora_linear import explain_choice as explain_choice
 from lorax_kernels.lora_linear import lora_linear as lora_linear
 from lorax_kernels.lora_linear import lora_linear_group as lora_linear_group
+from lorax_kernels.lora_linear import lora_mlp as lora_mlp
 from lorax_kernels.lora_linear import lora_swiglu as lora_swiglu
-from lorax_kernels.lora_linear import lora_swiglu_again as lora_swiglu_again

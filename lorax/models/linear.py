@@ -53,7 +53,7 @@ def apply_together(layers: tuple[Any, ...], x: Float[Array, "b t d"]) -> list[Ar
 def apply_mlp(
     gate: Any, up: Any, down: Any, x: Float[Array, "b t d"], *, recompute: bool
 ) -> Float[Array, "b t d"]:
-    """Returns ``down(silu(gate(x)) · up(x))``, gate and up in one operation where one knows how.
+    """Returns ``down(silu(gate(x)) · up(x))``, in one operation where a layer knows how.
 
     Args:
         gate: The layer under ``silu``.
@@ -62,14 +62,10 @@ def apply_mlp(
         x: The input.
         recompute: Whether a policy of `jax.checkpoint` is to make the product again.
     """
-    for layer in (gate, up):
-        if hasattr(layer, "apply_swiglu"):
-            # The operation's result cannot be made again without the operation, so what is made
-            # again comes from its parts.
-            apart = recompute and hasattr(down, "apply_swiglu")
-            found = layer.apply_swiglu(gate, up, x, again=apart)
+    for layer in (gate, up, down):
+        if hasattr(layer, "apply_mlp"):
+            found = layer.apply_mlp(gate, up, down, x, again=recompute)
             if found is not None:
-                product, again = found
-                return down(product) if again is None else down(product, again)
+                return found
     gated, upped = apply_together((gate, up), x)
     return down(jax.nn.silu(gated) * upped)

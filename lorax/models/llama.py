@@ -31,6 +31,7 @@ from lorax.models.linear import (
     apply_together,
     make_linear,
 )
+from lorax.models.offload import run_offloaded
 from lorax.models.recompute import GradientCheckpointing, check_policy, checkpointed, kept
 from lorax.models.rope import rotary_tables, rotate
 
@@ -197,7 +198,8 @@ class CausalLM(nnx.Module):
         attn_impl: What runs attention: see `lorax.models.attention.resolve_implementation`.
         gradient_checkpointing: What the backward pass computes again instead of keeping: "none";
             "selective" elementwise work, never a product or attention (the norms' outputs and the
-            MLP's inner activation); "full" each layer, of which only the input is kept, and x·A.
+            MLP's inner activation); "full" each layer, of which only the input is kept, and x·A;
+            "offload" as much, the input kept in the host's memory.
         rngs: Source of the weights (stream ``params``): normal with deviation 0.02, biases 0.
 
     Attributes:
@@ -305,8 +307,11 @@ class CausalLM(nnx.Module):
         if cache is not None:
             return self._run_with_cache(hidden, context, cache)
         run = checkpointed(_run_layer, policy)
-        for layer in self.model.layers:
-            hidden = run(layer, hidden, context)
+        if policy == "offload":
+            hidden = run_offloaded(run, list(self.model.layers), hidden, context)
+        else:
+            for layer in self.model.layers:
+                hidden = run(layer, hidden, context)
         return self.model.norm(hidden)
 
     def _find_documents(self, segment_ids, hidden):

@@ -6,7 +6,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
-type GradientCheckpointing = Literal["none", "selective", "full"]
+type GradientCheckpointing = Literal["none", "selective", "full", "offload"]
 
 # Elementwise work, and what only moves elements: one pass over memory, fused with its neighbours.
 _CHEAP = frozenset(
@@ -47,5 +47,7 @@ def check_policy(policy: Any) -> GradientCheckpointing:
         ValueError: If there is none of that name.
     """
     if policy not in get_args(GradientCheckpointing.__value__):
-        raise ValueError(f"gradient_checkpointing must be none, selective or full, got {policy!r}")
+        raise ValueError(
+            f"gradient_checkpointing must be none, selective, full or offload, got {policy!r}"
+        )
     return policy

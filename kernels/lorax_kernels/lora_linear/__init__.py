@@ -5,7 +5,7 @@ from lorax_kernels.lora_linear.choice import check_kernels_name as check_kernels
 from lorax_kernels.lora_linear.choice import explain_choice as explain_choice
 from lorax_kernels.lora_linear.op import lora_linear as lora_linear
 from lorax_kernels.lora_linear.op import lora_linear_group as lora_linear_group
+from lorax_kernels.lora_linear.op import lora_mlp as lora_mlp
 from lorax_kernels.lora_linear.op import lora_swiglu as lora_swiglu
-from lorax_kernels.lora_linear.op import lora_swiglu_again as lora_swiglu_again
 from lorax_kernels.lora_linear.reference import accumulation_dtype as accumulation_dtype
 from lorax_kernels.lora_linear.weights import LoraWeights as LoraWeights

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +25,8 @@ KERNEL_ROWS = 16  # fewer rows, or a number that is no multiple of 8, are padded
 
 
 @dataclasses.dataclass(frozen=True)
-class _Static:
-    """What `apply_group` and `apply_swiglu` know at trace time."""
+class Static:
+    """What an operation knows of a group at trace time."""
 
     members: tuple[int, ...]
     scales: tuple[float, ...]
@@ -34,73 +34,83 @@ class _Static:
     implementation: str
     axes: tuple[str, ...]  # of the mesh, where the kernel runs inside shard_map
 
+    @property
+    def is_kernel(self) -> bool:
+        """Says whether the kernels run, instead of XLA."""
+        return self.implementation == "pallas"
+
+
+class Operands(NamedTuple):
+    """The arrays of a group: see `weights.Group`, and the key of its dropout."""
+
+    w: Any
+    biases: Any
+    a: Any
+    b: Any
+    key: Any
+
 
 def run(
-    inputs: tuple[jax.Array, jax.Array | None],
-    members: Sequence[LoraWeights],
+    x: jax.Array,
+    groups: Sequence[Sequence[LoraWeights]],
     rate: float,
-    key,
-    row_axes,
-    which: Sequence[int],
+    keys: Sequence[Any],
+    row_axes: Sequence[str],
     function: Callable[..., Any],
     implementation: str,
 ) -> list[jax.Array]:
-    """Calls `function` on the chosen members, under a mesh once per shard of the rows.
+    """Calls `function` on rows, under a mesh once per shard of them.
 
     Args:
-        inputs: x, and x for the backward pass if it is to read another.
-        members: Those of the whole call.
+        x: Input.
+        groups: The layers that read `x`, and those that read what these make.
         rate: Of the dropout.
-        key: Of the dropout.
+        keys: Of each group's dropout.
         row_axes: Mesh axes that divide the rows.
-        which: The members to call with.
-        function: `apply_group`, or `apply_swiglu` with its mode.
+        function: ``function(one Static per group, x, one Operands per group)``.
         implementation: ``pallas`` or ``xla``.
     """
-    chosen = [members[i] for i in which]
-    updated = [i for i, member in enumerate(chosen) if member.a is not None]
     axes = tuple(choice.axis_sizes(row_axes)) if implementation == "pallas" else ()
-    static = _Static(
-        tuple(updated),
-        tuple(float(chosen[i].scale) for i in updated),
-        rate,
-        implementation,
-        axes,
-    )
-    operands = (
-        [member.w for member in chosen],
-        [member.bias for member in chosen],
-        [chosen[i].a for i in updated],
-        [chosen[i].b for i in updated],
-        key if rate else None,
-    )
+    statics, operands = [], []
+    for members, key in zip(groups, keys, strict=True):
+        updated = tuple(i for i, member in enumerate(members) if member.a is not None)
+        scales = tuple(float(members[i].scale) for i in updated)
+        own_rate = rate if updated else 0.0
+        statics.append(Static(updated, scales, own_rate, implementation, axes))
+        of = lambda name, which, members=members: [getattr(members[i], name) for i in which]
+        everyone = range(len(members))
+        a, b = of("a", updated), of("b", updated)
+        operands.append(
+            Operands(of("w", everyone), of("bias", everyone), a, b, key if own_rate else None)
+        )
 
-    def local(inputs, *operands):
-        *batch, k = inputs[0].shape
+    def local(x, *operands):
+        *batch, k = x.shape
         m = math.prod(batch)
         padding = (
             -m % KERNEL_ROWS if implementation == "pallas" and (m % 8 or m < KERNEL_ROWS) else 0
         )
-        rows = lambda x: jnp.pad(x.reshape(m, k), ((0, padding), (0, 0)))
-        outputs = function(static, jax.tree.map(rows, inputs), *operands)
+        rows = jnp.pad(x.reshape(m, k), ((0, padding), (0, 0)))
+        outputs = function(tuple(statics), rows, *operands)
         return [y[:m].reshape(*batch, y.shape[1]) for y in outputs]
 
     if not axes:
-        return local(inputs, *operands)
+        return local(x, *operands)
     rows = PartitionSpec(axes)
     # Without shard_map the compiler would gather every operand and run the kernel whole on each
     # device. The gradients of a and b are summed over the shards, as they enter unsharded.
     specs = jax.tree.map(lambda _: PartitionSpec(), operands)
     sharded = jax.shard_map(local, in_specs=(rows, *specs), out_specs=rows, check_vma=False)
-    return sharded(inputs, *operands)
+    return sharded(x, *operands)
 
 
-def _bundle(static: _Static, dtype, w, biases, a, b) -> Group:
+def _bundle(static: Static, dtype, operands: Operands) -> Group:
+    w, biases, a, b, _ = operands
     w = [weight.astype(dtype) for weight in w]
     return Group(w, biases, static.members, a, b, static.scales)
 
 
-def _kernel_dropout(static: _Static, x, key):
+def _kernel_dropout(static: Static, x, operands: Operands):
     """Returns the dropout as the kernels take it; rows are numbered across the shards."""
     from lorax_kernels.lora_linear.plan import Dropout
 
@@ -109,23 +119,7 @@ def _kernel_dropout(static: _Static, x, key):
     row = jnp.uint32(0)
     if static.axes:
         row = jax.lax.axis_index(static.axes).astype(jnp.uint32) * jnp.uint32(x.shape[0])
-    return Dropout(jnp.concatenate([seed_words(key), row[None]]), static.rate)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def apply_group(static: _Static, inputs, w, biases, a, b, key) -> list[jax.Array]:
-    """Returns the outputs of a group's members on rows."""
-    return _forward(static, inputs, w, biases, a, b, key)[0]
-
-
-def _forward(static: _Static, inputs, w, biases, a, b, key):
-    x, again = inputs
-    if static.implementation == "pallas":
-        outputs, saved = _kernel_forward(static, x, w, biases, a, b, key)
-    else:
-        group = _bundle(static, x.dtype, w, biases, a, b)
-        outputs, saved = xla.forward(x, group, static.rate, key)
-    return outputs, (x if again is None else again, w, biases, a, b, key, _named(saved))
+    return Dropout(jnp.concatenate([seed_words(operands.key), row[None]]), static.rate)
 
 
 def _named(saved):
@@ -135,100 +129,155 @@ def _named(saved):
     return saved and saved._replace(h=checkpoint_name(saved.h, "lora_h"))
 
 
+def _forward(static: Static, x, operands: Operands) -> tuple[list[jax.Array], Any]:
+    """Returns the outputs of a group, and what its backward pass needs besides x."""
+    if static.is_kernel:
+        outputs, saved = _kernel_forward(static, x, operands)
+    else:
+        outputs, saved = xla.forward(
+            x, _bundle(static, x.dtype, operands), static.rate, operands.key
+        )
+    return outputs, _named(saved)
+
+
 # Compiled functions of their own, so that equal layers are lowered and compiled once.
 @functools.partial(jax.jit, static_argnums=0)
-def _kernel_forward(static: _Static, x, w, biases, a, b, key):
+def _kernel_forward(static: Static, x, operands: Operands):
     from lorax_kernels.lora_linear import fused
 
-    group = _bundle(static, x.dtype, w, biases, a, b)
-    return fused.forward(x, group, _kernel_dropout(static, x, key))
+    group = _bundle(static, x.dtype, operands)
+    return fused.forward(x, group, _kernel_dropout(static, x, operands))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _kernel_backward(static: _Static, x, w, biases, a, b, key, saved, dys):
+def _kernel_backward(static: Static, x, operands: Operands, saved, dys, gate_up=()):
     from lorax_kernels.lora_linear import fused
 
-    group = _bundle(static, x.dtype, w, biases, a, b)
-    return fused.backward(x, saved, group, _kernel_dropout(static, x, key), dys)
+    group = _bundle(static, x.dtype, operands)
+    return fused.backward(x, saved, group, _kernel_dropout(static, x, operands), dys, gate_up)
 
 
-def _backward(static: _Static, residuals, dys):
-    x, w, biases, a, b, key, saved = residuals
-    if static.implementation == "pallas":
-        dx, da, db = _kernel_backward(static, x, w, biases, a, b, key, saved, dys)
-    else:
-        group = _bundle(static, x.dtype, w, biases, a, b)
-        dx, da, db = xla.backward(x, saved, group, static.rate, key, dys)
-    da = [gradient.astype(leaf.dtype) for gradient, leaf in zip(da, a, strict=True)]
-    db = [gradient.astype(leaf.dtype) for gradient, leaf in zip(db, b, strict=True)]
-    return (dx, None), None, None, da, db, None
+def _backward(static: Static, x, operands: Operands, saved, dys, gate_up=()):
+    """Returns the gradients of x, and of the operands.
 
-
-apply_group.defvjp(_forward, _backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def apply_swiglu(mode: str, static: _Static, inputs, w, biases, a, b, key) -> list[jax.Array]:
-    """Returns ``silu(gate(x))·up(x)`` and, in the mode ``show``, gate(x) and up(x).
-
-    The backward pass finds gate(x) and up(x) in memory, or in the mode ``recompute`` makes them.
+    Where x is ``silu(gate)·up`` and `gate_up` holds the two, theirs come instead of x's.
     """
-    if mode == "show":
-        return _swiglu_forward(mode, static, inputs, w, biases, a, b, key)[0]
-    x = inputs[0]
-    group = _bundle(static, x.dtype, w, biases, a, b)
-    if static.implementation == "xla":
-        outputs, _ = xla.forward(x, group, static.rate, key)
-        return [xla.swiglu(*outputs)]
-    return _swiglu_kernel(static, "swiglu", x, w, biases, a, b, key)[0]
+    if static.is_kernel:
+        dxs, da, db = _kernel_backward(static, x, operands, saved, dys, gate_up)
+    else:
+        group = _bundle(static, x.dtype, operands)
+        dx, da, db = xla.backward(x, saved, group, static.rate, operands.key, dys)
+        dxs = jax.vjp(xla.swiglu, *gate_up)[1](dx) if gate_up else [dx]
+    like = lambda gradients, leaves: [
+        gradient.astype(leaf.dtype) for gradient, leaf in zip(gradients, leaves, strict=True)
+    ]
+    return list(dxs), Operands(None, None, like(da, operands.a), like(db, operands.b), None)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def apply_group(statics: tuple[Static], x, operands: Operands) -> list[jax.Array]:
+    """Returns the outputs of a group's members on rows."""
+    return _forward(statics[0], x, operands)[0]
+
+
+def _group_forward(statics, x, operands: Operands):
+    outputs, saved = _forward(statics[0], x, operands)
+    return outputs, (x, operands, saved)
+
+
+def _group_backward(statics, residuals, dys):
+    x, operands, saved = residuals
+    (dx,), of_operands = _backward(statics[0], x, operands, saved, dys)
+    return dx, of_operands
+
+
+apply_group.defvjp(_group_forward, _group_backward)
+
+
+def _swiglu(static: Static, x, operands: Operands, *, keep: bool):
+    """Returns ``[silu(gate(x))·up(x)]``, with `keep` gate(x) and up(x) too, and what is saved."""
+    if static.is_kernel:
+        outputs, saved = _swiglu_kernel(static, "swiglu_keep" if keep else "swiglu", x, operands)
+        return outputs, _named(saved)
+    kept, saved = _forward(static, x, operands)
+    return [xla.swiglu(*kept), *(kept if keep else ())], saved
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _swiglu_kernel(static: _Static, epilogue, x, w, biases, a, b, key):
+def _swiglu_kernel(static: Static, epilogue, x, operands: Operands):
     from lorax_kernels.lora_linear import fused
 
-    group = _bundle(static, x.dtype, w, biases, a, b)
+    group = _bundle(static, x.dtype, operands)
     if not group.ranks:
         return fused.swiglu(x, None, None, group, epilogue), None
     packed = fused.pack(group, fused.lay_out(group), x.dtype)
-    h = fused.down_project(x, packed[0], _kernel_dropout(static, x, key))
+    h = fused.down_project(x, packed[0], _kernel_dropout(static, x, operands))
     return fused.swiglu(x, h, packed[1], group, epilogue), fused.Saved(h, *packed)
 
 
-def _swiglu_forward(mode: str, static: _Static, inputs, w, biases, a, b, key):
-    x = inputs[0]
-    if static.implementation == "xla":
-        group = _bundle(static, x.dtype, w, biases, a, b)
-        kept, saved = xla.forward(x, group, static.rate, key)
-        act = xla.swiglu(*kept)
-    else:
-        epilogue = "swiglu" if mode == "recompute" else "swiglu_keep"
-        (act, *kept), saved = _swiglu_kernel(static, epilogue, x, w, biases, a, b, key)
-    outputs = [act, *kept] if mode == "show" else [act]
-    kept = None if mode == "recompute" else kept
-    return outputs, (x, w, biases, a, b, key, _named(saved), kept)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def apply_swiglu(recompute: bool, statics: tuple[Static], x, operands) -> list[jax.Array]:
+    """Returns ``[silu(gate(x))·up(x)]``.
+
+    The backward pass finds gate(x) and up(x) in memory or, to `recompute`, makes them again.
+    """
+    return _swiglu(statics[0], x, operands, keep=False)[0]
 
 
-def _swiglu_backward(mode: str, static: _Static, residuals, cotangents):
-    x, w, biases, a, b, key, saved, kept = residuals
-    d_act = cotangents[0]  # what is shown beside it has no gradient
-    group = _bundle(static, x.dtype, w, biases, a, b)
-    if mode == "recompute" and static.implementation == "pallas":
-        dys = _swiglu_gradients(static, x, w, biases, a, b, saved, d_act)
+def _swiglu_forward(recompute: bool, statics, x, operands: Operands):
+    (act, *kept), saved = _swiglu(statics[0], x, operands, keep=not recompute)
+    return [act], (x, operands, saved, kept)
+
+
+def _swiglu_backward(recompute: bool, statics, residuals, cotangents):
+    (static,), (x, operands, saved, kept), (d_act,) = statics, residuals, cotangents
+    if recompute and static.is_kernel:
+        dys = _swiglu_gradients(static, x, operands, saved, d_act)
     else:
-        if kept is None:
-            kept, _ = xla.forward(x, group, static.rate, key)
+        if recompute:
+            kept, _ = _forward(static, x, operands)
         dys = jax.vjp(xla.swiglu, *kept)[1](d_act)
-    return _backward(static, (x, w, biases, a, b, key, saved), list(dys))
+    (dx,), of_operands = _backward(static, x, operands, saved, list(dys))
+    return dx, of_operands
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _swiglu_gradients(static: _Static, x, w, biases, a, b, saved, d_act):
+def _swiglu_gradients(static: Static, x, operands: Operands, saved, d_act):
     from lorax_kernels.lora_linear import fused
 
-    group = _bundle(static, x.dtype, w, biases, a, b)
+    group = _bundle(static, x.dtype, operands)
     h, packed_b = (saved.h, saved.b) if saved else (None, None)
-    return fused.swiglu(x, h, packed_b, group, "swiglu_grad", d_act)
+    return fused.swiglu(x, h, packed_b, group, "swiglu_grad", [d_act])
 
 
 apply_swiglu.defvjp(_swiglu_forward, _swiglu_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def apply_mlp(
+    again: bool, statics: tuple[Static, Static], x, gate_up: Operands, down: Operands
+) -> list[jax.Array]:
+    """Returns ``[down(silu(gate(x))·up(x))]``.
+
+    `again` saves for the backward pass, in place of the inner product, the same product made from
+    gate(x) and up(x): for a policy of `jax.checkpoint` that makes elementwise work again.
+    """
+    (act,), _ = _swiglu(statics[0], x, gate_up, keep=False)
+    return _forward(statics[1], act, down)[0]
+
+
+def _mlp_forward(again: bool, statics, x, gate_up: Operands, down: Operands):
+    (act, *kept), saved = _swiglu(statics[0], x, gate_up, keep=True)
+    outputs, saved_of_down = _forward(statics[1], act, down)
+    act = xla.swiglu(*kept) if again else act
+    return outputs, (x, gate_up, saved, kept, act, down, saved_of_down)
+
+
+def _mlp_backward(again: bool, statics, residuals, dys):
+    x, gate_up, saved, kept, act, down, saved_of_down = residuals
+    d_kept, of_down = _backward(statics[1], act, down, saved_of_down, dys, tuple(kept))
+    (dx,), of_gate_up = _backward(statics[0], x, gate_up, saved, d_kept)
+    return dx, of_gate_up, of_down
+
+
+apply_mlp.defvjp(_mlp_forward, _mlp_backward)

@@ -6,11 +6,14 @@ The ranks of a group's updates lie side by side in blocks of 64 columns, so that
 """
 
 import dataclasses
+import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from lorax_kernels.lora_linear import xla
 from lorax_kernels.lora_linear.gradient import gradient
 from lorax_kernels.lora_linear.inline import InlineTerm, inline_matmul
 from lorax_kernels.lora_linear.kernel import grouped_matmul
@@ -175,17 +178,34 @@ def _padded_biases(group: Group, config: MatmulConfig) -> jax.Array | None:
     return jnp.concatenate(parts)
 
 
-def backward(x, saved: Saved | None, group: Group, dropout: Dropout | None, dys):
-    """Returns the gradients of x, of every A and of every B, the latter in float32."""
+def backward(
+    x,
+    saved: Saved | None,
+    group: Group,
+    dropout: Dropout | None,
+    dys: Sequence[jax.Array],
+    gate_up: Sequence[jax.Array] = (),
+):
+    """Returns the gradients ``[of x]``, of every A and of every B, the latter in float32.
+
+    Where x is ``silu(gate)·up`` and `gate_up` holds the two, theirs come instead of x's.
+    """
     (m, k), n = x.shape, sum(w.shape[1] for w in group.w)
     layout = lay_out(group)
-    config = matmul_config(m, n, k, transposed=True, short=layout.is_short)
+    if gate_up and dropout is not None and not layout.is_short:
+        (d_act,), da, db = backward(x, saved, group, dropout, dys)
+        return jax.vjp(xla.swiglu, *gate_up)[1](d_act), da, db
+    epilogue: Epilogue = "swiglu_back" if gate_up else "store"
+    config = matmul_config(m, n, k, transposed=True, epilogue=epilogue, short=layout.is_short)
+    multiply = functools.partial(
+        grouped_matmul, config=config, transposed=True, epilogue=epilogue, tail=gate_up
+    )
     terms = [Term(dy, (w,)) for dy, w in zip(dys, group.w, strict=True)]
     if saved is None:
-        return grouped_matmul([terms], config=config, transposed=True)[0], [], []
+        return multiply([terms]), [], []
     h, a, b = saved
     width = 0
-    if dropout is None and layout.size > ONE_PASS_RANK:
+    if dropout is None and layout.size > ONE_PASS_RANK and not gate_up:
         width = inline_width(m, n, k, k, layout.size)
     begun = None
     if width:
@@ -202,15 +222,16 @@ def backward(x, saved: Saved | None, group: Group, dropout: Dropout | None, dys)
         pairs = [_through_b(saved, group, i, layout, dys[j]) for i, j in enumerate(group.members)]
         db = [gradient_of_b for gradient_of_b, _ in pairs]
         g = _stack([projected.T for _, projected in pairs], layout, x.dtype).T
+    (parts,) = gradient(x, g, config=gradient_config(m, k, layout.size), mask=dropout)
+    if gate_up:
+        # x, which may be wanted no more, makes room for what is as large.
+        g, parts = jax.lax.optimization_barrier((g, parts))
     update = Update(g, a) if layout.is_short else None
     if update is None:
         terms.append(Term(g, (a.T,)))
-    (dx,) = grouped_matmul(
-        [terms], config=config, transposed=True, update=update, dropout=dropout, begun=begun
-    )
-    (parts,) = gradient(x, g, config=gradient_config(m, k, layout.size), mask=dropout)
+    dxs = multiply([terms], update=update, dropout=dropout, begun=begun)
     spans = zip(layout.starts, layout.ranks, strict=True)
-    return dx, [_add(parts[:, :, start : start + r]) for start, r in spans], db
+    return dxs, [_add(parts[:, :, start : start + r]) for start, r in spans], db
 
 
 def _gradient_of_b(h, group: Group, index: int, layout: Layout, dy) -> jax.Array:
@@ -245,7 +266,7 @@ def _through_b(saved: Saved, group: Group, index: int, layout: Layout, dy):
 
 
 def swiglu(
-    x, h, b, group: Group, epilogue: Epilogue, d_act: jax.Array | None = None
+    x, h, b, group: Group, epilogue: Epilogue, tail: Sequence[jax.Array] = ()
 ) -> list[jax.Array]:
     """Runs gate and up with a SwiGLU epilogue; see `grouped_matmul`."""
     (m, k), n = x.shape, group.w[0].shape[1]
@@ -253,4 +274,4 @@ def swiglu(
     terms = [Term(x, (group.w[0], group.w[1]))]
     if h is not None:
         terms.append(Term(h, (b, b), b.shape[0], columns=(0, n)))
-    return grouped_matmul([terms], config=config, epilogue=epilogue, d_act=d_act)
+    return grouped_matmul([terms], config=config, epilogue=epilogue, tail=tail)

@@ -99,7 +99,7 @@ def inline_matmul(
         masked_steps=0,
         seed=None,
         bias=None if bias is None else number(bias),
-        tail=None,
+        tail=(),
         outputs=2,
         u=tuple((number(t.u), t.column) for t in terms),
         b=number(b),
@@ -147,7 +147,7 @@ class _InlineFeeder(Feeder):
                 k0 = s * STEP
                 self.copy(count + s, term, row, k0, k0, column * plan.tile_n)
                 slot = self.slot(count + s)
-                source = self.inputs[u].at[:, pl.ds(u_column + k0, STEP)]
+                source = self.refs[u].at[:, pl.ds(u_column + k0, STEP)]
                 plgpu.copy_gmem_to_smem(source, self.u_ring.at[slot], self.full.at[slot])
 
             count += steps
@@ -158,7 +158,7 @@ class _InlineFeeder(Feeder):
             plgpu.barrier_wait(self.b_empty)
 
         ns = pl.ds(column * plan.tile_n, plan.tile_n)
-        plgpu.copy_gmem_to_smem(self.inputs[plan.b].at[:, ns], self.b_box, self.b_full)
+        plgpu.copy_gmem_to_smem(self.refs[plan.b].at[:, ns], self.b_box, self.b_full)
         return count
 
 

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 
 from lorax_kernels.lora_linear.memory import swizzled_memory
 from lorax_kernels.lora_linear.plan import (
+    EPILOGUE_ARRAYS,
     RANK,
     SHARED_MEMORY_BYTES,
     STEP,
@@ -45,7 +46,7 @@ def grouped_matmul(
     transposed: bool = False,
     epilogue: Epilogue = "store",
     bias: jax.Array | None = None,
-    d_act: jax.Array | None = None,
+    tail: Sequence[jax.Array] = (),
     update: Update | None = None,
     dropout: Dropout | None = None,
     begun: tuple[jax.Array, int] | None = None,
@@ -57,11 +58,13 @@ def grouped_matmul(
         groups: The terms of each output.
         config: How the product is cut.
         transposed: Whether each right operand is (n, k) and read as its transpose, in place.
-        epilogue: ``store`` writes the sums. The others take gate and up as two right operands:
+        epilogue: ``store`` writes the sums. Three take gate and up as two right operands:
             ``swiglu`` writes ``silu(gate)·up``; ``swiglu_keep`` writes that, gate and up;
-            ``swiglu_grad`` writes the gradients of gate and up for `d_act`.
+            ``swiglu_grad`` writes the gradients of gate and up. ``swiglu_back`` writes them over
+            gate and up, where the sum, of one group, is the gradient of ``silu(gate)·up``.
         bias: One vector for all groups, each group's part padded to whole tiles.
-        d_act: Gradient of the activation, (m, n), for ``swiglu_grad``.
+        tail: What an epilogue reads, each (m, n): the gradient of ``silu(gate)·up`` for
+            ``swiglu_grad``, gate and up for ``swiglu_back``.
         update: A product of rank 16 to add to all groups.
         dropout: Drops the update, or without one the last term, of a transposed product of one
             group.
@@ -76,6 +79,7 @@ def grouped_matmul(
     number = functools.partial(place, arrays)
     contraction, free = (1, 0) if transposed else (0, 1)
     widths = tuple(group[0].rhs[0].shape[free] for group in groups)
+    in_place = epilogue == "swiglu_back"
 
     def placed(term: Term) -> PlacedTerm:
         k = term.k or term.rhs[0].shape[contraction]
@@ -94,8 +98,8 @@ def grouped_matmul(
         masked_steps=-(-terms[0][-1].k // STEP) if dropout and not update else 0,
         seed=number(dropout.seed) if dropout else None,
         bias=None if bias is None else number(bias),
-        tail=None if d_act is None else number(d_act),
-        outputs={"store": len(groups), "swiglu": 1, "swiglu_keep": 3, "swiglu_grad": 2}[epilogue],
+        tail=(-2, -1) if in_place else tuple(number(array) for array in tail),
+        outputs=len(groups) if epilogue == "store" else EPILOGUE_ARRAYS[epilogue][1],
         update=(number(update.lhs), number(update.rhs)) if update else None,
         skipped=begun[1] // config.block_n if begun else 0,
     )
@@ -106,27 +110,28 @@ def grouped_matmul(
     outputs = [jax.ShapeDtypeStruct((plan.m, n), dtype) for n in widths]
     scratch = _short_step_memory(config, dtype) if update else {}
     run = functools.partial(launch_roles, Feeder, Multiplier, plan, dtype, sms=sms, **scratch)
-    if begun is None:
-        return list(run(outputs)(*arrays))
-    return _continue(run(outputs[1:]), begun[0], arrays)
+    into = [begun[0]] if begun else list(tail) if in_place else []
+    return _write_into(run(outputs[len(into) :]), into, arrays)
 
 
-def _continue(kernel, y: jax.Array, arrays: list[jax.Array]) -> list[jax.Array]:
-    """Runs a kernel that writes into `y` and returns `y` before what it returns."""
+def _write_into(kernel, into: list[jax.Array], arrays: list[jax.Array]) -> list[jax.Array]:
+    """Runs a kernel that writes into some arrays, and returns them before what it returns."""
+    if not into:
+        return list(kernel(*arrays))
 
     # `jax.checkpoint` drops a kernel whose only result is written into a reference. It does not
     # look into this function, whose results are plain arrays.
     @jax.custom_batching.custom_vmap
-    def whole(y, *arrays):
-        ref = jax.new_ref(y)
-        rest = kernel(*arrays, ref)
-        return [jax.freeze(ref), *rest]
+    def whole(into, arrays):
+        refs = [jax.new_ref(array) for array in into]
+        rest = kernel(*arrays, *refs)
+        return [*(jax.freeze(ref) for ref in refs), *rest]
 
     @whole.def_vmap
     def _refuse(*_):
         raise NotImplementedError("lora_linear's kernels cannot be vmapped: put rows side by side")
 
-    return whole(y, *arrays)
+    return whole(into, arrays)
 
 
 def _short_step_memory(config: MatmulConfig, dtype) -> dict[str, Any]:
@@ -149,8 +154,16 @@ def _check(plan: Plan, dtype) -> None:
         raise ValueError(f"{c} has no tile that the matrix units take")
     if size > SHARED_MEMORY_BYTES - 1024:
         raise ValueError(f"{c} needs {size} bytes of shared memory")
+    if plan.tail and plan.masked_steps:
+        raise ValueError(f"{plan.epilogue} leaves no slot of the ring for a dropped term")
     if plan.masked_steps > c.stages:
         raise ValueError(f"rank over {c.stages * STEP} with dropout does not fit the ring")
+    if plan.epilogue != "store" and len(plan.tail) != EPILOGUE_ARRAYS[plan.epilogue][0]:
+        raise ValueError(f"{plan.epilogue} reads {EPILOGUE_ARRAYS[plan.epilogue][0]} arrays")
+    if plan.tail and c.store_n != STEP:
+        raise ValueError(f"{plan.epilogue} stores {STEP} columns at a time, not {c.store_n}")
+    if len(plan.tail) > 1 and not (plan.transposed and c.block_m <= plan.tile_n):
+        raise ValueError(f"{c} has no room for what {plan.epilogue} reads")
 
 
 def launch_roles(

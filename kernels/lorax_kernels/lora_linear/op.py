@@ -1,4 +1,4 @@
-"""`lora_linear`, its groups and its SwiGLU pair: argument checks, the choice of implementation."""
+"""`lora_linear`, its groups, SwiGLU and the MLP: argument checks, the choice of implementation."""
 
 import functools
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from lorax_kernels.lora_linear import choice, xla
-from lorax_kernels.lora_linear.calls import apply_group, apply_swiglu, run
+from lorax_kernels.lora_linear.calls import apply_group, apply_mlp, apply_swiglu, run
 from lorax_kernels.lora_linear.choice import Kernels
 from lorax_kernels.lora_linear.weights import LoraWeights
 
@@ -26,7 +26,6 @@ def lora_linear(
     dropout_key: Key[Array, ""] | None = None,
     kernels: Kernels = "auto",
     row_axes: Sequence[str] = (),
-    again: Float[Array, "*batch k"] | None = None,
 ) -> Float[Array, "*batch n"]:
     """Applies a frozen linear map and its low-rank update: ``x·w + scale·(dropout(x)·a)·b + bias``.
 
@@ -48,8 +47,6 @@ def lora_linear(
             faster when measured at such a shape.
         row_axes: Mesh axes that divide the first dimension of `x`. The kernel cannot be divided by
             the compiler, so under a mesh it runs once per shard of these axes.
-        again: `x` by another route, for the backward pass to read instead. Under `jax.checkpoint`,
-            where that route is cheap to run again, neither is kept. It gets no gradient.
 
     Returns:
         The adapted output, in `x`'s dtype.
@@ -68,7 +65,6 @@ def lora_linear(
         dropout_key=dropout_key,
         kernels=kernels,
         row_axes=row_axes,
-        again=again,
     )
     return y
 
@@ -81,7 +77,6 @@ def lora_linear_group(
     dropout_key: Key[Array, ""] | None = None,
     kernels: Kernels = "auto",
     row_axes: Sequence[str] = (),
-    again: Float[Array, "*batch k"] | None = None,
 ) -> list[Float[Array, "*batch n"]]:
     """Applies several linear layers to one input, as `lora_linear` each: q, k and v; gate and up.
 
@@ -95,7 +90,6 @@ def lora_linear_group(
         dropout_key: As in `lora_linear`.
         kernels: As in `lora_linear`.
         row_axes: As in `lora_linear`.
-        again: As in `lora_linear`.
 
     Returns:
         One output per member, in `x`'s dtype.
@@ -104,19 +98,14 @@ def lora_linear_group(
         ValueError: As `lora_linear`.
     """
     _validate(x, members, dropout_rate, dropout_key)
-    rate = float(dropout_rate) if any(m.a is not None for m in members) else 0.0
-    if again is not None and (again.shape, again.dtype) != (x.shape, x.dtype):
-        raise ValueError(
-            f"again must be like x, {x.dtype}{x.shape}; got {again.dtype}{again.shape}"
-        )
-    call = functools.partial(run, (x, again), members, rate, dropout_key, row_axes)
+    rate = _rate(members, dropout_rate)
     implementation = choice.choose(x, members, rate, kernels, row_axes)
-    if implementation == "pallas":
-        outputs = []
-        for part in choice.split(members, rate):
-            outputs += call(part, apply_group, "pallas")
-        return outputs
-    return call(range(len(members)), apply_group, "xla")
+    parts = choice.split(members, rate) if implementation == "pallas" else [range(len(members))]
+    outputs = []
+    for part in parts:
+        group = [members[i] for i in part]
+        outputs += run(x, [group], rate, [dropout_key], row_axes, apply_group, implementation)
+    return outputs
 
 
 def lora_swiglu(
@@ -154,60 +143,86 @@ def lora_swiglu(
 
     Source: Shazeer 2020, eq. 6, https://arxiv.org/abs/2002.05202
     """
-    mode = "recompute" if recompute else "keep"
-    options = {"dropout_rate": dropout_rate, "dropout_key": dropout_key}
-    return _run_swiglu(mode, x, [gate, up], kernels=kernels, row_axes=row_axes, **options)[0]
+    members = [gate, up]
+    _validate(x, members, dropout_rate, dropout_key)
+    _validate_pair(gate, up)
+    rate = _rate(members, dropout_rate)
+    implementation = choice.choose(x, members, rate, kernels, row_axes)
+    if implementation == "pallas" and len(choice.split(members, rate)) > 1:
+
+        def apart(x):
+            options: dict[str, Any] = {"dropout_rate": rate, "dropout_key": dropout_key}
+            options |= {"kernels": "pallas", "row_axes": row_axes}
+            return xla.swiglu(*lora_linear_group(x, members, **options))
+
+        return (jax.checkpoint(apart) if recompute else apart)(x)
+    function = functools.partial(apply_swiglu, recompute)
+    return run(x, [members], rate, [dropout_key], row_axes, function, implementation)[0]
 
 
-def lora_swiglu_again(
-    x: Float[Array, "*batch k"], gate: LoraWeights, up: LoraWeights, **options: Any
-) -> tuple[Float[Array, "*batch n"], Float[Array, "*batch n"]]:
-    """Returns `lora_swiglu`, and the same product made from gate(x) and up(x): see `again`.
+def lora_mlp(
+    x: Float[Array, "*batch k"],
+    gate: LoraWeights,
+    up: LoraWeights,
+    down: LoraWeights,
+    *,
+    dropout_rate: float = 0.0,
+    dropout_keys: tuple[Key[Array, ""] | None, Key[Array, ""] | None] = (None, None),
+    kernels: Kernels = "auto",
+    row_axes: Sequence[str] = (),
+    again: bool = False,
+) -> Float[Array, "*batch d"]:
+    """Applies a whole SwiGLU layer: ``down(silu(gate(x)) · up(x))``.
 
-    The second is for the layer that reads the first. It has no gradient, and is made from rounded
-    operands, so the two are equal to rounding.
+    It is `lora_linear` of `lora_swiglu`; in the backward pass the kernel turns the gradient of the
+    inner product into those of gate(x) and up(x) while it is in registers.
 
     Args:
         x: Input rows.
         gate: The layer whose output passes through ``silu``.
         up: The layer that it multiplies.
-        **options: Those of `lora_swiglu` but `recompute`.
+        down: The layer that reads the product.
+        dropout_rate: As in `lora_linear`.
+        dropout_keys: Of the inputs of gate and up, and of down.
+        kernels: As in `lora_linear`.
+        row_axes: As in `lora_linear`.
+        again: Whether what is kept of the inner product is made from gate(x) and up(x), so that a
+            policy of `jax.checkpoint` that makes elementwise work again need not keep it.
+
+    Returns:
+        The output, in `x`'s dtype.
+
+    Raises:
+        ValueError: As `lora_linear`, and if the layers do not fit each other, or gate or up has a
+            bias.
     """
-    act, *parts = _run_swiglu("show", x, [gate, up], **options)
-    return act, xla.swiglu(*map(jax.lax.stop_gradient, parts))
+    first, second = [gate, up], [down]
+    _validate_pair(gate, up)
+    _validate(x, first, _rate(first, dropout_rate), dropout_keys[0])
+    inner = jax.ShapeDtypeStruct((*x.shape[:-1], gate.w.shape[1]), x.dtype)
+    _validate(inner, second, _rate(second, dropout_rate), dropout_keys[1])
+    rate = _rate([*first, *second], dropout_rate)
+    choose = functools.partial(choice.choose, rate=rate, kernels=kernels, row_axes=row_axes)
+    implementations = {choose(x, first), choose(inner, second)}
+    if len(implementations) > 1 or len(choice.split(first, rate)) > 1:
+        options: dict[str, Any] = {"kernels": kernels, "row_axes": row_axes}
+        options |= {"dropout_rate": _rate(first, dropout_rate)}
+        product = lora_swiglu(x, gate, up, dropout_key=dropout_keys[0], **options)
+        options |= {"dropout_rate": _rate(second, dropout_rate)}
+        return lora_linear_group(product, second, dropout_key=dropout_keys[1], **options)[0]
+    function, (implementation,) = functools.partial(apply_mlp, again), implementations
+    return run(x, [first, second], rate, dropout_keys, row_axes, function, implementation)[0]
 
 
-def _run_swiglu(
-    mode: str,
-    x,
-    members: Sequence[LoraWeights],
-    *,
-    dropout_rate: float = 0.0,
-    dropout_key=None,
-    kernels: Kernels = "auto",
-    row_axes: Sequence[str] = (),
-) -> list[jax.Array]:
-    """Returns the product and, in the mode ``show``, gate(x) and up(x)."""
-    gate, up = members
-    _validate(x, members, dropout_rate, dropout_key)
+def _rate(members: Sequence[LoraWeights], dropout_rate: float) -> float:
+    return float(dropout_rate) if any(member.a is not None for member in members) else 0.0
+
+
+def _validate_pair(gate: LoraWeights, up: LoraWeights) -> None:
     if gate.w.shape != up.w.shape:
         raise ValueError(f"gate and up must have one shape, got {gate.w.shape} and {up.w.shape}")
     if gate.bias is not None or up.bias is not None:
-        raise ValueError("lora_swiglu takes layers without biases: use lora_linear_group")
-    rate = float(dropout_rate) if any(m.a is not None for m in members) else 0.0
-    implementation = choice.choose(x, members, rate, kernels, row_axes)
-    if implementation == "pallas" and len(choice.split(members, rate)) > 1:
-        options: dict[str, Any] = {"dropout_rate": rate, "dropout_key": dropout_key}
-        options |= {"kernels": "pallas", "row_axes": row_axes}
-
-        def apart(x):
-            parts = lora_linear_group(x, members, **options)
-            return [xla.swiglu(*parts), *parts]
-
-        return (jax.checkpoint(apart) if mode == "recompute" else apart)(x)
-    function = functools.partial(apply_swiglu, mode)
-    call = functools.partial(run, (x, None), members, rate, dropout_key, row_axes)
-    return call(range(2), function, implementation)
+        raise ValueError("gate and up must have no biases: use lora_linear_group")
 
 
 def _validate(x, members: Sequence[LoraWeights], dropout_rate, dropout_key):
@@ -229,5 +244,5 @@ def _validate(x, members: Sequence[LoraWeights], dropout_rate, dropout_key):
             raise ValueError(f"need bias ({w.shape[1]},), got {bias.shape}")
     if not 0.0 <= dropout_rate < 1.0:
         raise ValueError(f"dropout_rate must be in [0, 1), got {dropout_rate}")
-    if dropout_rate > 0.0 and dropout_key is None:
+    if dropout_rate > 0.0 and dropout_key is None and any(m.a is not None for m in members):
         raise ValueError(f"dropout_rate is {dropout_rate} but no dropout_key was given")

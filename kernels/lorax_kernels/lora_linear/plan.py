@@ -15,7 +15,14 @@ RANK = 16  # of an update that fits one short step
 STEP = 64  # contraction per ring slot: 64 elements of 2 bytes are one 128-byte swizzled row
 SHARED_MEMORY_BYTES = 227 * 1024  # per block on sm_90, less a little for barriers below
 
-type Epilogue = Literal["store", "swiglu", "swiglu_keep", "swiglu_grad"]
+type Epilogue = Literal["store", "swiglu", "swiglu_keep", "swiglu_grad", "swiglu_back"]
+EPILOGUE_ARRAYS = {
+    "swiglu": (0, 1),
+    "swiglu_keep": (0, 3),
+    "swiglu_grad": (1, 2),
+    "swiglu_back": (2, 2),
+}
+"""Arrays of the result's shape that an epilogue reads, and writes; ``store`` writes the groups."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +133,7 @@ class Plan:
     masked_steps: int  # ring steps of the dropped term, multiplied in the epilogue
     seed: int | None
     bias: int | None
-    tail: int | None  # d_act, carried by the ring's last steps
+    tail: tuple[int, ...]  # of the result's shape, carried by the last steps; negative: results
     outputs: int
     update: tuple[int, int] | None = None  # lhs and rhs of a short step
     skipped: int = 0  # column tiles of the first group that are there already
@@ -154,7 +161,7 @@ class Plan:
     @property
     def registers(self) -> tuple[int, int]:
         """Per thread of the multiplying and the feeding warpgroups."""
-        return (240, 24) if self.epilogue == "swiglu_grad" else REGISTERS
+        return (240, 24) if self.tail else REGISTERS
 
     @property
     def warpgroup_m(self) -> int:
@@ -163,8 +170,15 @@ class Plan:
 
     @property
     def tail_steps(self) -> int:
-        """Ring steps that carry `d_act`."""
-        return 0 if self.tail is None else self.tile_n // STEP
+        """Ring steps that carry the tail: each the columns that one step of the store needs."""
+        return self.tile_n // STEP if self.tail else 0
+
+    @property
+    def staging_slots(self) -> int:
+        """Staging buffers in use: a divisor of a tile's pieces, so that they go on in turn."""
+        writes = 1 if self.epilogue == "store" else self.outputs
+        pieces = self.warpgroup_m // 64 * self.tile_n // self.config.store_n * writes
+        return max(s for s in range(1, self.config.store_slots + 1) if pieces % s == 0)
 
     @property
     def tiles(self) -> tuple[int, int]:

@@ -29,7 +29,7 @@ class Role:
 
     def __init__(self, plan: Plan, refs, *, lhs, rhs, staging, full, empty, **scratch):
         self.plan, self.config = plan, plan.config
-        self.inputs, self.outputs = refs[: -plan.outputs], refs[-plan.outputs :]
+        self.refs, self.outputs = refs, refs[-plan.outputs :]
         self.lhs, self.rhs, self.staging, self.full, self.empty = lhs, rhs, staging, full, empty
         for name, ref in scratch.items():
             setattr(self, name, ref)
@@ -54,6 +54,10 @@ class Role:
         """Returns the slot of the ring that step `count` uses."""
         return lax.rem(count, jnp.int32(self.config.stages))
 
+    def tail_places(self, slot):
+        """Returns where the tail's arrays lie in a slot."""
+        return self.lhs.at[slot], self.rhs.at[0, slot]
+
 
 class Feeder(Role):
     """Copies the operands into the ring."""
@@ -76,15 +80,12 @@ class Feeder(Role):
         plan.for_each_group(column, functools.partial(self.feed_group, row, column, count))
         steps = [plan.steps(g) + plan.masked_steps for g in range(len(plan.columns))]
         count += plan.select(column, steps)
-        if plan.tail is not None:
-            # The right operand is not used: it completes the slot's barrier.
-            term = plan.terms[0][0]._replace(lhs=plan.tail)
-            for i in range(plan.tail_steps):
-                self.copy(count + i, term, row, column * plan.tile_n + i * STEP, 0, 0)
-            count += plan.tail_steps
         if plan.update is not None:
             pl.when(jnp.logical_not(first_tile))(lambda: plgpu.barrier_wait(self.short_empty))
             plan.for_each_group(column, functools.partial(self.feed_update, row, column))
+        for i in range(plan.tail_steps):
+            self.copy_tail(count + i, row, column * plan.tile_n + i * STEP)
+        count += plan.tail_steps
         return count
 
     def feed_group(self, row, column, count, group: int) -> None:
@@ -105,26 +106,41 @@ class Feeder(Role):
         """Copies the operands of the short step, which has one buffer and is awaited last."""
         plan, c = self.plan, self.config
         assert plan.update is not None
-        lhs, rhs = (self.inputs[index] for index in plan.update)
+        lhs, rhs = (self.refs[index] for index in plan.update)
         n0 = sum(plan.columns[:group]) + (column - plan.first_tiles[group]) * c.block_n
         source = lhs.at[pl.ds(row * c.block_m, c.block_m), :]
         plgpu.copy_gmem_to_smem(source, self.short_lhs, self.short_full)
         source = rhs.at[:, pl.ds(n0, c.block_n)]
         plgpu.copy_gmem_to_smem(source, self.short_rhs, self.short_full)
 
-    def copy(self, count, term: PlacedTerm, row, lhs_k0, k0, n0) -> None:
-        """Copies one step's operands into its slot of the ring, once the slot is free."""
-        c, plan, slot = self.config, self.plan, self.slot(count)
+    def claim(self, count):
+        """Returns the slot of step `count`, once it is free."""
+        slot = self.slot(count)
 
-        @pl.when(count >= c.stages)
+        @pl.when(count >= self.config.stages)
         def _():
             plgpu.barrier_wait(self.empty.at[slot])
 
+        return slot
+
+    def copy_tail(self, count, row, n0) -> None:
+        """Copies some columns of the tail into a slot, as if they were operands."""
+        c, plan, slot = self.config, self.plan, self.claim(count)
+        rows, columns = pl.ds(row * c.block_m, c.block_m), pl.ds(n0, STEP)
+        for index, place in zip(plan.tail, self.tail_places(slot), strict=False):
+            source = self.refs[index].at[rows, columns]
+            plgpu.copy_gmem_to_smem(source, place.at[pl.ds(0, c.block_m)], self.full.at[slot])
+        for _ in range(plan.copies - len(plan.tail)):
+            plgpu.barrier_arrive(self.full.at[slot])
+
+    def copy(self, count, term: PlacedTerm, row, lhs_k0, k0, n0) -> None:
+        """Copies one step's operands into its slot of the ring, once the slot is free."""
+        c, plan, slot = self.config, self.plan, self.claim(count)
         rows, ks = pl.ds(row * c.block_m, c.block_m), pl.ds(k0, STEP)
-        source = self.inputs[term.lhs].at[rows, pl.ds(lhs_k0, STEP)]
+        source = self.refs[term.lhs].at[rows, pl.ds(lhs_k0, STEP)]
         plgpu.copy_gmem_to_smem(source, self.lhs.at[slot], self.full.at[slot])
         for half, index in enumerate(term.rhs):
-            source, ns = self.inputs[index], pl.ds(term.columns[half] + n0, plan.tile_n)
+            source, ns = self.refs[index], pl.ds(term.columns[half] + n0, plan.tile_n)
             plgpu.copy_gmem_to_smem(
                 source.at[ns, ks] if plan.transposed else source.at[ks, ns],
                 self.rhs.at[half, slot],
@@ -151,12 +167,11 @@ class Multiplier(Role):
         sums = pl.run_scoped(functools.partial(self.accumulate, count, steps), *accumulators)
         count += steps
         self.store(sums, row, column, count)
-        held = plan.masked_steps + plan.tail_steps
-        for i in range(held):
+        for i in range(plan.masked_steps):
             plgpu.barrier_arrive(self.empty.at[self.slot(count + i)])
         if plan.update is not None and plan.rate:
             plgpu.barrier_arrive(self.short_empty)
-        return count + held
+        return count + plan.masked_steps + plan.tail_steps
 
     def accumulate(self, count, steps, *accumulators):
         """Returns the sums over `steps` steps of the ring and, without dropout, the short step."""
@@ -204,24 +219,28 @@ class Multiplier(Role):
         m0 = row * c.block_m + self.warpgroup * plan.warpgroup_m
         local = column - plan.select(column, plan.first_tiles)
         piece = 0
-        for i in range(plan.masked_steps + plan.tail_steps):
+        for i in range(plan.masked_steps):
             plgpu.barrier_wait(self.full.at[self.slot(count + i)])
         if plan.update is not None and plan.rate:
             plgpu.barrier_wait(self.short_full)
-        for i in range(plan.warpgroup_m // 64):
-            for j in range(plan.tile_n // c.store_n):
+        for j in range(plan.tile_n // c.store_n):
+            if plan.tail:
+                plgpu.barrier_wait(self.full.at[self.tail_slot(count, j)])
+            for i in range(plan.warpgroup_m // 64):
                 part = [v[i * 64 : (i + 1) * 64, j * c.store_n : (j + 1) * c.store_n] for v in sums]
                 at = (m0 + i * 64, local * plan.tile_n + j * c.store_n)
                 for output, value in enumerate(self.finish(part, at, column, count, i, j)):
                     self.copy_out(value, at, column, output, piece)
                     piece += 1
+            if plan.tail:
+                plgpu.barrier_arrive(self.empty.at[self.tail_slot(count, j)])
 
     def finish(self, part, at, column, count, i: int, j: int):
         """Returns what to store of one piece of the tile, per output."""
         plan, c = self.plan, self.config
         if plan.bias is not None:
             n0 = column * plan.tile_n + j * c.store_n
-            source = self.inputs[plan.bias].at[pl.ds(n0, c.store_n)]
+            source = self.refs[plan.bias].at[pl.ds(n0, c.store_n)]
             bias = plgpu.load(source, optimized=False)
             bias = lax.broadcast_in_dim(bias.astype(jnp.float32), part[0].shape, (1,))
             part = [v + bias for v in part]
@@ -229,6 +248,9 @@ class Multiplier(Role):
             part = [part[0] + self.dropped(at, count, i, j)]
         if plan.epilogue == "store":
             return part
+        tail = self.tail(count, i, j)
+        if plan.epilogue == "swiglu_back":
+            part, tail = tail, part
         gate, up = part
         # One instruction each, good to 2⁻²¹, where an exact quotient takes twenty.
         root = lax.rsqrt(1.0 + jnp.exp(-gate))
@@ -237,14 +259,19 @@ class Multiplier(Role):
             return [gate * sigmoid * up]
         if plan.epilogue == "swiglu_keep":
             return [gate * sigmoid * up, gate, up]
-        d_act = self.lhs_tail(count, i, j).astype(jnp.float32)
+        (d_act,) = tail
         d_gate = d_act * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
         return [d_gate, d_act * gate * sigmoid]
 
-    def lhs_tail(self, count, i: int, j: int):
-        """Returns one piece of `d_act`, which lies where the ring keeps left operands."""
+    def tail_slot(self, count, j: int):
+        """Returns the slot with the tail's part of the piece of columns `j`."""
+        return self.slot(count + j)
+
+    def tail(self, count, i: int, j: int):
+        """Returns one piece of each of the tail's arrays, float32."""
         rows = pl.ds(self.warpgroup * self.plan.warpgroup_m + i * 64, 64)
-        return self.lhs.at[self.slot(count + j)][rows, :]
+        places = self.tail_places(self.tail_slot(count, j))[: len(self.plan.tail)]
+        return [place[rows, :].astype(jnp.float32) for place in places]
 
     def dropped(self, at, count, i: int, j: int):
         """Returns the dropped product's part of one piece, ``mask ∘ (lhs·rhs) / keep``."""
@@ -264,16 +291,17 @@ class Multiplier(Role):
 
         product = pl.run_scoped(multiply, plgpu.ACC((64, width), jnp.float32))
         assert plan.seed is not None
-        seed = self.inputs[plan.seed]
+        seed = self.refs[plan.seed]
         keep = tile_mask(seed, at, product.shape, plan.rate)
         return jnp.where(keep, product * (1.0 / keep_probability(plan.rate)), 0.0)
 
     def copy_out(self, value, at, column, output: int, piece: int) -> None:
         """Stages one piece and copies it to its place in an output."""
         plan, c = self.plan, self.config
-        slot = piece % c.store_slots
+        slots = plan.staging_slots
+        slot = piece % slots
         # The copy that used this buffer last must have read it.
-        plgpu.wait_smem_to_gmem(c.store_slots - 1, wait_read_only=True)
+        plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
         self.staging[self.warpgroup, slot] = value.astype(self.staging.dtype)
         plgpu.commit_smem()
         place = (pl.ds(at[0], 64), pl.ds(at[1], c.store_n))
