@@ -13,7 +13,7 @@ from lorax_kernels import accumulation_dtype
 IGNORED = -100
 """The label of a position without supervision, as in Hugging Face's data."""
 
-LOGIT_CHUNK_BYTES = 512 * 2**20
+LOGIT_CHUNK_BYTES = 256 * 2**20
 """At most this many bytes of float32 logits exist at a time."""
 
 type Batch = dict[str, Any]

@@ -2,9 +2,7 @@
 
 import dataclasses
 import json
-import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +33,12 @@ from lorax.metrics import RunLog, check_reporters, library_versions, memory_gib
 from lorax.models import CausalLM, GradientCheckpointing
 from lorax.optimizer import make_schedule
 from lorax.overview import report_data, report_model
+from lorax.phases import Phases
 from lorax.plan import GIB, Planner, device_gib
+from lorax.preparation import compile_ahead, count_steps, plan_training
+from lorax.recorder import Recorder
 from lorax.report import (
     RunSummary,
-    StepLine,
     draw_loss_curve,
     print_config,
     print_summary,
@@ -46,7 +46,7 @@ from lorax.report import (
 )
 from lorax.sharding import make_mesh
 from lorax.targets import TargetError
-from lorax.train import Event, Trainer, count_steps, plan_training
+from lorax.train import Trainer
 
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 """In a run's folder: the template it was trained with, where that is not the tokenizer's own."""
@@ -102,7 +102,9 @@ def _own_template(config: RunConfig) -> str | None:
     return Path(config.data.chat_template).read_text(encoding="utf-8-sig")
 
 
-def model_shapes(config: RunConfig, base: Path) -> nnx.Module:
+def model_shapes(
+    config: RunConfig, base: Path, policy: GradientCheckpointing = "none"
+) -> nnx.Module:
     """Returns the model that trains, adapters included, with shapes instead of weights.
 
     Raises:
@@ -119,9 +121,14 @@ def model_shapes(config: RunConfig, base: Path) -> nnx.Module:
             dtype=dtype,
             param_dtype=jnp.float32 if full else dtype,
             attn_impl=config.model.attn_impl,
+            gradient_checkpointing=policy,
             rngs=nnx.Rngs(0),
         )
-        return model if full else apply_lora(model, settings, rngs=nnx.Rngs(0))
+        if full:
+            return model
+        model = apply_lora(model, settings, rngs=nnx.Rngs(0))
+        set_kernels(model, config.model.kernels)
+        return model
 
     try:
         return nnx.eval_shape(build)
@@ -228,6 +235,8 @@ def run_training(config: RunConfig, console: Console) -> RunSummary:
     output = Path(config.save.output_dir)
     refuse_occupied(output)
     check_reporters(config.log.report_to)
+    phases = Phases()
+    phases.end("imports")
     console.rule("Settings")
     print_config(console, config)
     if jax.default_backend() == "gpu":
@@ -240,12 +249,18 @@ def run_training(config: RunConfig, console: Console) -> RunSummary:
     console.rule("Model")
     policy, reason = choose_policy(config)
     console.print(f"gradient checkpointing: {policy}, {reason}", highlight=False, soft_wrap=True)
+    phases.end("data")
+    shapes = model_shapes(config, inputs.base, policy)
+    compiled = compile_ahead(shapes, config, inputs.train, inputs.eval)
     model = build_model(config, policy)
+    phases.end("weights")
     report_model(console, config, model)
-    recorder = _Recorder(console, config.log.logging_steps)
-    trainer = Trainer(model, config, inputs.train, inputs.eval, listeners=(recorder,))
+    recorder = Recorder(console, config.log.logging_steps, phases)
+    data = inputs.train, inputs.eval
+    trainer = Trainer(model, config, *data, listeners=(recorder,), compiled=compiled)
     del model
     before = _score(config, trainer.model, inputs, console, "before training")
+    phases.end("first answers" if before is not None else "trainer")
     _make_directory(output, config, inputs)
     console.rule("Training")
     with RunLog(output, config.log.report_to) as log:
@@ -286,48 +301,6 @@ def _make_directory(output: Path, config: RunConfig, inputs: Inputs) -> None:
         (output / CHAT_TEMPLATE_FILE).write_text(inputs.chat_template, encoding="utf-8")
     versions = json.dumps(library_versions(), indent=2)
     (output / "versions.json").write_text(versions + "\n", encoding="utf-8")
-
-
-class _Recorder:
-    """Sends the trainer's events to the log and to the screen."""
-
-    def __init__(self, console: Console, logging_steps: int):
-        self.console, self.logging_steps = console, logging_steps
-        self.log: RunLog | None = None
-        self.show: Callable[[StepLine], object] = lambda _: None
-
-    def __call__(self, event: Event) -> None:
-        event = dict(event)
-        step = event.pop("step", None)
-        if step is None:
-            self.console.print(
-                f"compiled rows of {event['compiled_width']} tokens in {event['seconds']:.1f} s",
-                highlight=False,
-            )
-            return
-        if "eval_loss" in event:
-            self.console.print(
-                f"step {step}: held-out loss {event['eval_loss']:.4f}", highlight=False
-            )
-        elif not self._is_logged(step, event):
-            return
-        if self.log is not None:
-            self.log.write(step, event)
-        if "loss" in event:
-            self.show(
-                StepLine(
-                    step=step,
-                    loss=event["loss"],
-                    learning_rate=event["learning_rate"],
-                    grad_norm=event["grad_norm"],
-                    tokens_per_s=event["tokens_per_s"],
-                )
-            )
-
-    def _is_logged(self, step: int, event: Event) -> bool:
-        finite = math.isfinite(event["loss"]) and math.isfinite(event["grad_norm"])
-        edge = step in (1, event["total_steps"])
-        return edge or not finite or step % self.logging_steps == 0
 
 
 def _score(config: RunConfig, model, inputs: Inputs, console: Console, when: str) -> float | None:

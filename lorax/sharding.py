@@ -46,6 +46,17 @@ def place_parameters[T](tree: T, mesh: Mesh) -> T:
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
+def placed_shapes[T](tree: T, mesh: Mesh) -> T:
+    """Returns shapes in the place of arrays, with the shardings of `place_parameters`."""
+
+    def place(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        sharding = NamedSharding(mesh, parameter_spec(name))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
 def place_batch[T](batch: T, mesh: Mesh) -> T:
     """Puts a host batch of (micro-batches, rows, …) arrays onto the mesh."""
     return jax.device_put(batch, NamedSharding(mesh, BATCH_SPEC))

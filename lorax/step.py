@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 
 from lorax.lora import named_modules, set_dropout_key, split_trainable
 from lorax.loss import Batch, LossFunction, accumulate, causal_lm_loss
-from lorax.optimizer import stack_alike
-from lorax.sharding import place_parameters
+from lorax.sharding import place_parameters, placed_shapes
+from lorax.stacking import stack_alike
 from lorax_kernels import xla_options
 
 
@@ -118,6 +118,27 @@ def make_train_step(
 
     compiled = jax.jit(step, donate_argnums=0, compiler_options=xla_options())
     return TrainStep(compiled, frozen, mesh), state
+
+
+def make_abstract_step(
+    model: nnx.Module,
+    optimizer: optax.GradientTransformation,
+    loss_fn: LossFunction = causal_lm_loss,
+    *,
+    seed: int = 0,
+    mesh: Mesh,
+) -> tuple[TrainStep, TrainState]:
+    """Returns what `make_train_step` would for a model of shapes: it can be compiled, not run."""
+    found: list[TrainStep] = []
+
+    def build(model):
+        step, state = make_train_step(model, optimizer, loss_fn, seed=seed)
+        found.append(step)
+        return state, step.frozen
+
+    state, frozen = jax.eval_shape(build, model)
+    state, frozen = placed_shapes(state, mesh), placed_shapes(frozen, mesh)
+    return TrainStep(found[0].compiled, frozen, mesh), state
 
 
 def merge_state(model: nnx.Module, state: TrainState) -> nnx.Module:

@@ -5,6 +5,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from flax import nnx
 
 from lorax.checkpoint import WeightStore
 from lorax.config import RunConfig
-from lorax.data import BatchPlan, EncodedDataset, prefetch
+from lorax.data import EncodedDataset, prefetch
 from lorax.evaluate import Evaluator
 from lorax.interop.checkpoint import resolve_checkpoint
 from lorax.interop.files import refuse_occupied
@@ -23,8 +24,16 @@ from lorax.interop.peft import save_adapter
 from lorax.lora import named_modules
 from lorax.loss import LossFunction, causal_lm_loss
 from lorax.metrics import ModelSize, Throughput, memory_gib
-from lorax.models import DocumentLayout
 from lorax.optimizer import make_optimizer, make_schedule
+from lorax.preparation import (
+    CompiledStep,
+    compile_widths,
+    count_steps,
+    plan_evaluation,
+    plan_training,
+    prepare_model,
+    run_epochs,
+)
 from lorax.sharding import make_mesh, place_batch
 from lorax.step import TrainState, TrainStep, make_train_step
 
@@ -69,6 +78,7 @@ class Trainer:
         eval_data: Encoded held-out rows.
         loss_fn: ``(model, micro_batch) -> (sum of losses, count)``.
         listeners: Called with each step's and each evaluation's metrics, in order.
+        compiled: From `compile_ahead`, called with the same settings and data.
 
     Raises:
         ValueError: If a step of the run would hold no supervised token, nothing trains, or the
@@ -84,6 +94,7 @@ class Trainer:
         *,
         loss_fn: LossFunction = causal_lm_loss,
         listeners: tuple[Listener, ...] = (),
+        compiled: "Future[dict[int, CompiledStep]] | None" = None,
     ):
         self.config, self.listeners = config, listeners
         self.mesh = make_mesh(config.mesh.data)
@@ -100,10 +111,8 @@ class Trainer:
             if not eval_data.supervised.any():
                 raise ValueError("the held-out rows hold no supervised token: nothing to evaluate")
             plans.append(plan_evaluation(config, eval_data, devices))
-        self.model = nnx.clone(model)
-        self.model.train()
-        if config.data.packing:
-            self.model.document_layout = _common_layout(plans)
+        self.model = prepare_model(model, config, plans)
+        self._compiled_ahead = compiled
         self.schedule = make_schedule(train, self.total_steps)
         self.step, self.state = make_train_step(
             self.model,
@@ -177,16 +186,8 @@ class Trainer:
             stopped_early=stopped,
         )
 
-    def _epochs(self) -> Iterator[tuple[int, int]]:
-        """Yields each epoch and how many of its steps are run."""
-        left, epoch = self.total_steps, 0
-        while left > 0:
-            steps = min(left, self.plan.steps_per_epoch)
-            yield epoch, steps
-            left, epoch = left - steps, epoch + 1
-
     def _refuse_empty_steps(self) -> None:
-        for epoch, steps in self._epochs():
+        for epoch, steps in run_epochs(self.plan, self.total_steps):
             empty = np.flatnonzero(self.plan.supervised_tokens(epoch)[:steps] == 0)
             if len(empty):
                 raise ValueError(
@@ -197,22 +198,21 @@ class Trainer:
 
     def _compile(self) -> dict[int, TrainStep]:
         """Compiles every shape of the run before the first step, so that none stops it later."""
-        widths = {w for e, n in self._epochs() for w in self.plan.step_shapes(e)[:n]}
-        first = next(iter(self.plan.epoch(0)))
+        if self._compiled_ahead is None:
+            found = compile_widths(self.step, self.state, self.plan, self.total_steps)
+        else:
+            found = self._compiled_ahead.result()
         compiled = {}
-        for width in sorted(widths):
-            fill = lambda x, width=width: np.zeros((*x.shape[:-1], width), x.dtype)
-            batch = place_batch(jax.tree.map(fill, first), self.mesh)
-            started = time.perf_counter()
-            compiled[width] = self.step.compile(self.state, batch)
-            self._tell({"compiled_width": width, "seconds": time.perf_counter() - started})
+        for width, (executable, seconds) in found.items():
+            compiled[width] = dataclasses.replace(self.step, compiled=executable)
+            self._tell({"compiled_width": width, "seconds": seconds})
         return compiled
 
     def _batches(self) -> Iterator[tuple[int, int, int, dict[str, jax.Array], bool]]:
         """Yields (step from 1, epoch, tokens, batch on the devices, whether the epoch ends)."""
         done = 0
         place = lambda batch: place_batch(batch, self.mesh)
-        for epoch, steps in self._epochs():
+        for epoch, steps in run_epochs(self.plan, self.total_steps):
             tokens = self.plan.tokens(epoch)
             batches = prefetch(itertools.islice(self.plan.epoch(epoch), steps), place)
             for index, batch in enumerate(batches):
@@ -292,46 +292,6 @@ class Trainer:
     def _tell(self, event: Event) -> None:
         for listener in self.listeners:
             listener(event)
-
-
-def plan_training(config: RunConfig, data: EncodedDataset, devices: int) -> BatchPlan:
-    """Returns the batches of a run: its micro-batches, in an order given by its seed."""
-    return BatchPlan(
-        data,
-        rows_per_micro_batch=config.train.per_device_train_batch_size * devices,
-        micro_batches=config.train.gradient_accumulation_steps,
-        packing=config.data.packing,
-        max_seq_length=config.data.max_seq_length,
-        seed=config.train.seed,
-        shuffle=config.data.shuffle,
-    )
-
-
-def plan_evaluation(config: RunConfig, data: EncodedDataset, devices: int) -> BatchPlan:
-    """Returns the batches of the held-out rows, in the order of the data."""
-    return BatchPlan(
-        data,
-        rows_per_micro_batch=config.eval.per_device_eval_batch_size * devices,
-        micro_batches=1,
-        packing=config.data.packing,
-        max_seq_length=config.data.max_seq_length,
-        seed=config.train.seed,
-        shuffle=False,
-    )
-
-
-def count_steps(config: RunConfig, plan: BatchPlan) -> int:
-    """Returns the optimizer steps of a run: `max_steps` if it is set, else those of its epochs."""
-    if config.train.max_steps > 0:
-        return config.train.max_steps
-    return math.ceil(config.train.num_train_epochs * plan.steps_per_epoch)
-
-
-def _common_layout(plans: list[BatchPlan]) -> DocumentLayout:
-    """Returns a layout that every plan's packed rows fit."""
-    layouts = [plan.document_window() for plan in plans]
-    window = max(width for width, _ in layouts)
-    return DocumentLayout(window, max(count * (window // width) for width, count in layouts))
 
 
 def model_size(model: Any) -> ModelSize:

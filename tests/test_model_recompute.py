@@ -12,6 +12,7 @@ from lorax.config import LoraConfig
 from lorax.lora import apply_lora, split_trainable
 from lorax.loss import causal_lm_loss
 from lorax.models import CausalLM, DecoderConfig
+from lorax.models.offload import run_offloaded
 
 LAYERS, WIDTH, INNER, ROWS, LENGTH = 2, 64, 192, 2, 24
 CONFIG = DecoderConfig.from_hf(
@@ -94,3 +95,25 @@ def test_selective_repeats_no_product_and_full_repeats_them():
         counts[policy] = count_products(function, trainable)
     assert counts["selective"] == counts["none"]
     assert counts["full"] > counts["none"] + 6 * LAYERS
+
+
+def test_offload_keeps_on_the_device_what_full_keeps_but_the_layers_inputs():
+    kinds = {}
+    for policy in ("full", "offload"):
+        leaves = jax.tree.leaves(pullback_of(policy)[1])
+        inputs = [leaf for leaf in leaves if leaf.shape == (ROWS, LENGTH, WIDTH)]
+        kinds[policy] = sorted(leaf.sharding.memory_kind for leaf in inputs)
+    device = jax.devices()[0].default_memory().kind
+    assert set(kinds["full"]) == {device}
+    # Of the layers but the last, whose backward pass comes first.
+    host = [kind for kind in kinds["offload"] if kind == "pinned_host"]
+    assert len(host) == LAYERS - 1
+    assert len(kinds["offload"]) == len(kinds["full"])
+
+
+def test_a_layer_that_does_not_keep_its_input_cannot_be_offloaded():
+    layers = [nnx.Linear(4, 4, rngs=nnx.Rngs(0)) for _ in range(2)]
+    run = lambda layer, x, context: 2 * x
+    x = jnp.ones((1, 2, 4))
+    with pytest.raises(ValueError, match="does not keep its input"):
+        jax.grad(lambda x: run_offloaded(run, layers, x, None).sum())(x)

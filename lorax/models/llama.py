@@ -199,7 +199,7 @@ class CausalLM(nnx.Module):
         gradient_checkpointing: What the backward pass computes again instead of keeping: "none";
             "selective" elementwise work, never a product or attention (the norms' outputs and the
             MLP's inner activation); "full" each layer, of which only the input is kept, and x·A;
-            "offload" as much, the input kept in the host's memory.
+            "offload" as much, but not cuDNN's attention; what is kept lies in the host's memory.
         rngs: Source of the weights (stream ``params``): normal with deviation 0.02, biases 0.
 
     Attributes:

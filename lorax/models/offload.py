@@ -1,4 +1,4 @@
-"""Layer inputs kept in the host's memory from the forward pass to the backward pass."""
+"""What layers keep for the backward pass, in the host's memory meanwhile."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,6 +11,8 @@ type Hidden = Float[Array, "b t d"]
 type RunLayer = Callable[[nnx.Module, Hidden, Any], Hidden]
 
 _HOST, _DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
+_SMALL = 0.25
+"""Of the layer's input: what is smaller stays on the device."""
 
 
 def run_offloaded(
@@ -18,9 +20,9 @@ def run_offloaded(
 ) -> Hidden:
     """Returns what the last of the layers, run one after another, returns.
 
-    The input of every layer but the last leaves the device while that layer runs, and comes back
-    while the backward pass of the next layer runs: the copies need a third of a layer's time at
-    8,192 tokens of an 8B model, over PCIe. What else `run` keeps stays where it is.
+    What each layer but the last keeps, its input and other large arrays, leaves the device while
+    the layer runs, and comes back while the backward pass of the next layer runs. Weights and what
+    is small stay.
 
     Args:
         run: Runs one layer, and keeps its input: a function under `jax.checkpoint`.
@@ -42,33 +44,33 @@ def run_offloaded(
         return hidden
 
     def forward(trainable, rest, hidden, context):
-        pulls, inputs = [], []
+        pulls, kept = [], []
         for index, (own, other) in enumerate(zip(trainable, rest, strict=True)):
             following, pull = jax.vjp(
                 lambda own, x, index=index, other=other: apply(index, own, other, x, context),
                 own,
                 hidden,
             )
-            pulls.append(_without(pull, hidden))
+            pull, large = _take_out(pull, hidden, (own, other, context))
             if index + 1 < len(layers):
-                # Together, so that the copy ends with the layer, and its source can be freed.
-                stored = jax.device_put(hidden, _HOST)
-                stored, following = jax.lax.optimization_barrier((stored, following))
-                inputs.append(stored)
-            else:
-                inputs.append(hidden)
+                # Together, so that the copies end with the layer, and their sources can be freed.
+                large, following = jax.lax.optimization_barrier(
+                    (jax.device_put(large, _HOST), following)
+                )
+            pulls.append(pull)
+            kept.append(large)
             hidden = following
-        return hidden, (pulls, inputs)
+        return hidden, (pulls, kept)
 
     def backward(saved, gradient):
-        pulls, inputs = saved
-        (*inputs, fetched), of_trainable = inputs, []
+        pulls, (*kept, fetched) = saved
+        of_trainable = []
         for pull in reversed(pulls):
-            following = None
-            if inputs:
+            following = []
+            if kept:
                 # Not before this layer's turn, and there by its end.
-                stored, gradient = jax.lax.optimization_barrier((inputs.pop(), gradient))
-                following = jax.device_put(stored, _DEVICE)
+                large, gradient = jax.lax.optimization_barrier((kept.pop(), gradient))
+                following = jax.device_put(large, _DEVICE)
             found = pull(fetched)(gradient)
             # The scheduler, which makes room for the copies, would put off what is only wanted at
             # the end, the gradients of A and B, and keep whole layers for them.
@@ -80,30 +82,37 @@ def run_offloaded(
     return stack(trainable, rest, hidden, context)
 
 
-def _without(pull: Any, hidden: jax.Array) -> Any:
-    """Returns a pytree that is called with `hidden` to become `pull`, and does not hold it."""
+def _take_out(pull: Any, hidden: jax.Array, given: Any) -> tuple["_Pull", list[jax.Array]]:
+    """Returns a pullback without its large arrays, and these; what was `given` it keeps."""
     leaves, structure = jax.tree.flatten(pull)
-    places = tuple(index for index, leaf in enumerate(leaves) if leaf is hidden)
-    if not places:
+    stays = {id(leaf) for leaf in jax.tree.leaves(given)}
+    large: dict[int, jax.Array] = {}
+    for leaf in leaves:
+        is_large = leaf.size >= _SMALL * hidden.size and id(leaf) not in stays
+        if leaf is hidden or is_large:
+            large[id(leaf)] = leaf
+    if id(hidden) not in large:
         raise ValueError("the layer does not keep its input, so there is nothing to offload")
-    return _Pull([leaf for leaf in leaves if leaf is not hidden], places, structure)
+    order = list(large)
+    slots = tuple(order.index(id(leaf)) if id(leaf) in large else None for leaf in leaves)
+    remaining = [leaf for leaf in leaves if id(leaf) not in large]
+    return _Pull(remaining, slots, structure), list(large.values())
 
 
 @jax.tree_util.register_pytree_node_class
 class _Pull:
-    """A pullback of a layer without the layer's input."""
+    """A pullback of a layer without its large arrays, which it is called with to become one."""
 
-    def __init__(self, leaves: Sequence[Any], places: tuple[int, ...], structure: Any):
-        self.leaves, self.places, self.structure = leaves, places, structure
+    def __init__(self, leaves: Sequence[Any], slots: tuple[int | None, ...], structure: Any):
+        self.leaves, self.slots, self.structure = leaves, slots, structure
 
-    def __call__(self, hidden: jax.Array) -> Any:
+    def __call__(self, large: Sequence[jax.Array]) -> Any:
         rest = iter(self.leaves)
-        count = len(self.leaves) + len(self.places)
-        leaves = [hidden if i in self.places else next(rest) for i in range(count)]
+        leaves = [next(rest) if slot is None else large[slot] for slot in self.slots]
         return self.structure.unflatten(leaves)
 
     def tree_flatten(self):
-        return self.leaves, (self.places, self.structure)
+        return self.leaves, (self.slots, self.structure)
 
     @classmethod
     def tree_unflatten(cls, fixed, leaves):

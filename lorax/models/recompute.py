@@ -31,13 +31,25 @@ def save_products(primitive, *_: Any, **__: Any) -> bool:
     return primitive.name not in _CHEAP
 
 
+def save_attention(primitive, *_: Any, **parameters: Any) -> bool:
+    """Says whether "offload" keeps what `primitive` returns: cuDNN's attention, and x·A.
+
+    Attention's output is as large as the layer's input, and takes longer to make again, the longer
+    the sequence.
+    """
+    return "dot_product_attention" in primitive.name or save_lora_h(primitive, *_, **parameters)
+
+
+# x·A of each layer is small, and with it the last product of a layer need not be repeated.
+save_lora_h = jax.checkpoint_policies.save_only_these_names("lora_h")
+
+
 def checkpointed(function: Any, policy: GradientCheckpointing) -> Any:
     """Returns `function` with what `policy` says about its backward pass."""
     if policy == "none":
         return function
-    # With x·A of each layer, which is small, the last product of `function` need not be repeated.
-    full = jax.checkpoint_policies.save_only_these_names("lora_h")
-    return jax.checkpoint(function, policy=save_products if policy == "selective" else full)
+    policies = {"selective": save_products, "full": save_lora_h, "offload": save_attention}
+    return jax.checkpoint(function, policy=policies[policy])
 
 
 def check_policy(policy: Any) -> GradientCheckpointing:

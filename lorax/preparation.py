@@ -1,0 +1,140 @@
+"""What a run trains on, and its steps compiled before the weights are there."""
+
+import math
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+
+from lorax.config import RunConfig
+from lorax.data import BatchPlan, EncodedDataset
+from lorax.loss import LossFunction, causal_lm_loss
+from lorax.models import DocumentLayout
+from lorax.optimizer import make_optimizer
+from lorax.sharding import make_mesh, place_batch
+from lorax.step import TrainState, TrainStep, make_abstract_step
+
+
+class CompiledStep(NamedTuple):
+    """A compiled step, and the seconds that it took to compile."""
+
+    executable: Any
+    seconds: float
+
+
+def compile_ahead(
+    shapes: Any,
+    config: RunConfig,
+    train_data: EncodedDataset,
+    eval_data: EncodedDataset | None = None,
+    *,
+    loss_fn: LossFunction = causal_lm_loss,
+) -> Future[dict[int, CompiledStep]]:
+    """Compiles the steps of a run in a thread, while its weights are still being read.
+
+    Args:
+        shapes: The model with shapes in the place of weights, set up as the one that will train.
+        config: As for `Trainer`.
+        train_data: As for `Trainer`.
+        eval_data: As for `Trainer`.
+        loss_fn: As for `Trainer`.
+    """
+    mesh, train = make_mesh(config.mesh.data), config.train
+    plans = [plan_training(config, train_data, mesh.size)]
+    if eval_data is not None:
+        plans.append(plan_evaluation(config, eval_data, mesh.size))
+    total_steps = count_steps(config, plans[0])
+
+    def compile_steps() -> dict[int, CompiledStep]:
+        step, state = make_abstract_step(
+            prepare_model(shapes, config, plans),
+            make_optimizer(train, total_steps),
+            loss_fn,
+            seed=train.seed,
+            mesh=mesh,
+        )
+        return compile_widths(step, state, plans[0], total_steps)
+
+    pool = ThreadPoolExecutor(1, thread_name_prefix="lorax-compile")
+    future = pool.submit(compile_steps)
+    pool.shutdown(wait=False)
+    return future
+
+
+def prepare_model(model: Any, config: RunConfig, plans: list[BatchPlan]) -> Any:
+    """Returns a copy of the model, set up to train on the batches of some plans."""
+    model = nnx.clone(model)
+    model.train()
+    if config.data.packing:
+        model.document_layout = _common_layout(plans)
+    return model
+
+
+def compile_widths(
+    step: TrainStep, state: TrainState, plan: BatchPlan, total_steps: int
+) -> dict[int, CompiledStep]:
+    """Compiles a step for every width of the run's rows."""
+    assert step.mesh is not None
+    widths = {w for e, n in run_epochs(plan, total_steps) for w in plan.step_shapes(e)[:n]}
+    first = next(iter(plan.epoch(0)))
+    found = {}
+    for width in sorted(widths):
+        fill = lambda x, width=width: np.zeros((*x.shape[:-1], width), x.dtype)
+        batch = place_batch(jax.tree.map(fill, first), step.mesh)
+        started = time.perf_counter()
+        executable = step.compile(state, batch).compiled
+        found[width] = CompiledStep(executable, time.perf_counter() - started)
+    return found
+
+
+def run_epochs(plan: BatchPlan, total_steps: int) -> Iterator[tuple[int, int]]:
+    """Yields each epoch and how many of its steps are run."""
+    left, epoch = total_steps, 0
+    while left > 0:
+        steps = min(left, plan.steps_per_epoch)
+        yield epoch, steps
+        left, epoch = left - steps, epoch + 1
+
+
+def plan_training(config: RunConfig, data: EncodedDataset, devices: int) -> BatchPlan:
+    """Returns the batches of a run: its micro-batches, in an order given by its seed."""
+    return BatchPlan(
+        data,
+        rows_per_micro_batch=config.train.per_device_train_batch_size * devices,
+        micro_batches=config.train.gradient_accumulation_steps,
+        packing=config.data.packing,
+        max_seq_length=config.data.max_seq_length,
+        seed=config.train.seed,
+        shuffle=config.data.shuffle,
+    )
+
+
+def plan_evaluation(config: RunConfig, data: EncodedDataset, devices: int) -> BatchPlan:
+    """Returns the batches of the held-out rows, in the order of the data."""
+    return BatchPlan(
+        data,
+        rows_per_micro_batch=config.eval.per_device_eval_batch_size * devices,
+        micro_batches=1,
+        packing=config.data.packing,
+        max_seq_length=config.data.max_seq_length,
+        seed=config.train.seed,
+        shuffle=False,
+    )
+
+
+def count_steps(config: RunConfig, plan: BatchPlan) -> int:
+    """Returns the optimizer steps of a run: `max_steps` if it is set, else those of its epochs."""
+    if config.train.max_steps > 0:
+        return config.train.max_steps
+    return math.ceil(config.train.num_train_epochs * plan.steps_per_epoch)
+
+
+def _common_layout(plans: list[BatchPlan]) -> DocumentLayout:
+    """Returns a layout that every plan's packed rows fit."""
+    layouts = [plan.document_window() for plan in plans]
+    window = max(width for width, _ in layouts)
+    return DocumentLayout(window, max(count * (window // width) for width, count in layouts))

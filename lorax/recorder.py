@@ -1,0 +1,61 @@
+"""A trainer's events, sent to the log and to the screen."""
+
+import math
+from collections.abc import Callable
+
+from rich.console import Console
+
+from lorax.metrics import RunLog
+from lorax.phases import Phases
+from lorax.report import StepLine
+from lorax.train import Event
+
+
+class Recorder:
+    """Sends the trainer's events to the log and to the screen."""
+
+    def __init__(self, console: Console, logging_steps: int, phases: Phases):
+        self.console, self.logging_steps, self.phases = console, logging_steps, phases
+        self.log: RunLog | None = None
+        self.show: Callable[[StepLine], object] = lambda _: None
+
+    def __call__(self, event: Event) -> None:
+        """Logs and shows one event, if it is due."""
+        event = dict(event)
+        step = event.pop("step", None)
+        if step is None:
+            self.phases.end("compiling")
+            self.console.print(
+                f"compiled rows of {event['compiled_width']} tokens in {event['seconds']:.1f} s, "
+                "beside the weights",
+                highlight=False,
+            )
+            return
+        if step == 0:
+            self.phases.end("held-out loss")
+        if step == 1 and "loss" in event:
+            self.phases.end("first step")
+            self.console.print(f"first step after {self.phases}", highlight=False)
+        if "eval_loss" in event:
+            self.console.print(
+                f"step {step}: held-out loss {event['eval_loss']:.4f}", highlight=False
+            )
+        elif not self._is_logged(step, event):
+            return
+        if self.log is not None:
+            self.log.write(step, event)
+        if "loss" in event:
+            self.show(
+                StepLine(
+                    step=step,
+                    loss=event["loss"],
+                    learning_rate=event["learning_rate"],
+                    grad_norm=event["grad_norm"],
+                    tokens_per_s=event["tokens_per_s"],
+                )
+            )
+
+    def _is_logged(self, step: int, event: Event) -> bool:
+        finite = math.isfinite(event["loss"]) and math.isfinite(event["grad_norm"])
+        edge = step in (1, event["total_steps"])
+        return edge or not finite or step % self.logging_steps == 0
