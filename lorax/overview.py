@@ -96,10 +96,13 @@ def report_plan(console: Console, config: RunConfig, planner: Planner) -> None:
         parts = m.weights, m.trained + m.optimizer + m.gradients, m.activations, m.working, m.peak
         table.append([policy, *(f"{part / GIB:,.2f}" for part in parts), f"{speed:,.0f}"])
     _print_table(console, header, table)
+    host = planner.host_bytes("offload", rows, length) / GIB
     console.print(
-        "trained: what trains, its optimizer state and gradients; tokens/s: estimated for an H200",
+        "trained: what trains, its optimizer state and gradients; tokens/s: estimated for an "
+        f"H200; offload: {host:,.2f} GiB more in the host's memory",
         style="dim",
         highlight=False,
+        soft_wrap=True,
     )
     header = ["recompute", *(f"{size} GB" for size in DEVICES)]
     for title, fits, given in (

@@ -20,15 +20,19 @@ from lorax.models import DecoderConfig, GradientCheckpointing
 from lorax.optimizer import make_optimizer
 
 GIB = 2.0**30
-POLICIES: tuple[GradientCheckpointing, ...] = ("none", "selective", "full")
+POLICIES: tuple[GradientCheckpointing, ...] = ("none", "selective", "full", "offload")
 DEVICES = (24, 48, 80, 141)
 """Nominal sizes of devices, as in their names."""
 USABLE = 0.95
 """Of a device's nominal GiB: the rest is CUDA's own, and what lies between arrays."""
 
-PRODUCT_FLOPS = 690e12  # per second, bfloat16, sustained at the power limit
-ATTENTION_FLOPS = 380e12
+PRODUCT_FLOPS = 705e12  # per second, bfloat16, sustained at the power limit
+ATTENTION_FLOPS = 520e12  # of long sequences
+ATTENTION_HALF = 800  # tokens at which half of it is reached
 STREAM_BYTES = 3.3e12
+COPY_BYTES = 55e9  # each way between device and host
+LAUNCH_SECONDS = 2.4e-6  # of a kernel too small to take longer
+LAUNCHES = 88  # of one layer, forward and backward
 SKINNY_PASSES = 2.2  # reads of an adapted layer's input and output, for x·A, g, dA and dB
 
 
@@ -77,6 +81,11 @@ class Planner:
         layers = lora_layers(model)
         self.adapted = {name.rpartition(".")[2] for name in layers}
         self.adapters = [(layer.in_features, layer.out_features) for layer in layers.values()]
+        # A group of layers keeps h in blocks of 64 columns, a single layer of up to 16 in 16.
+        self._ranks = [
+            max(16, -(-layer.r // 16) * 16) * (1 if name.endswith(("o_proj", "down_proj")) else 2)
+            for name, layer in layers.items()
+        ]
         self.full = not layers
         self.element = jnp.dtype(config.model.dtype).itemsize
 
@@ -91,16 +100,23 @@ class Planner:
         c, a = self.element, self.architecture
         tokens = rows * length
         everything = tokens * self._kept_per_token("none")
-        kept = tokens * self._kept_per_token(policy) * a.num_hidden_layers
-        again = everything - tokens * a.hidden_size * c if policy == "full" else 0.0
-        # Of the layer at hand: the gradients of gate and up take their places, the product's does
-        # not; and those of two residual-sized arrays.
-        layer = again + tokens * c * (a.intermediate_size + 2 * a.hidden_size)
+        # Of what is offloaded, the layer at hand has its part on the device, and the next one.
+        layers = 2 if policy == "offload" else a.num_hidden_layers
+        kept = tokens * self._kept_per_token(policy) * layers
+        if policy in ("full", "offload"):
+            kept += tokens * c * sum(self._ranks)
+        # Of the layer at hand: what is made again, and the gradients of two arrays like its input;
+        # those of gate and up take the places of gate and up.
+        layer = 2.0 * tokens * c * a.hidden_size
+        if policy in ("full", "offload"):
+            layer += everything - tokens * a.hidden_size * c
+        elif policy == "selective":
+            layer += tokens * c * a.intermediate_size
         if self._writes_scores:
             layer += rows * a.num_attention_heads * length**2 * (c + 8.0)
         _, chunk = logit_chunks(rows, length, a.vocab_size)
-        # Logits and their gradient, float32 and rounded, and the states' gradient, stacked.
-        loss = rows * chunk * a.vocab_size * (4.0 + 2 * c) + 3 * tokens * a.hidden_size * c
+        # Logits and their gradient, and the states and their gradient, chunk by chunk.
+        loss = rows * chunk * a.vocab_size * 2.0 * c + 3 * tokens * a.hidden_size * c
         sums = 2 if self.config.train.gradient_accumulation_steps > 1 else 1
         gradients = 4.0 * self.trained_elements * sums
         return MemoryPlan(
@@ -118,6 +134,8 @@ class Planner:
         q, kv = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
         if policy == "full":
             return d * c
+        if policy == "offload":
+            return (d + q) * c if not self._writes_scores else d * c
         reads = lambda *names: self.full or any(name in self.adapted for name in names)
         # The layer's input and the sum after attention; q, k, v and attention's output with its
         # normaliser; gate and up.
@@ -143,11 +161,25 @@ class Planner:
         streamed += SKINNY_PASSES * tokens * c * sum(k + n for k, n in self.adapters)
         if policy == "selective":
             streamed += tokens * c * layers * (f + 2.0 * d)
-        if policy == "full":
+        launches = float(LAUNCHES * layers)
+        if policy in ("full", "offload"):
             flops += 2.0 * tokens * (products - layers * down)
-            attention += 2.0 * tokens * length * q * layers
             streamed += tokens * c * layers * (f + 8.0 * d)
-        return flops / PRODUCT_FLOPS + attention / ATTENTION_FLOPS + streamed / STREAM_BYTES
+            launches *= 1.4
+        if policy == "full" or (policy == "offload" and self._writes_scores):
+            attention += 2.0 * tokens * length * q * layers
+        rate = ATTENTION_FLOPS * length / (length + ATTENTION_HALF)
+        seconds = flops / PRODUCT_FLOPS + attention / rate + streamed / STREAM_BYTES
+        copies = 2.0 * self.host_bytes(policy, rows, length) / COPY_BYTES
+        return max(seconds + launches * LAUNCH_SECONDS, copies)
+
+    def host_bytes(self, policy: GradientCheckpointing, rows: int, length: int) -> float:
+        """Returns what "offload" keeps in the host's memory for a micro-batch."""
+        if policy != "offload":
+            return 0.0
+        return (
+            rows * length * self._kept_per_token(policy) * (self.architecture.num_hidden_layers - 1)
+        )
 
     def largest_batch(self, policy: GradientCheckpointing, length: int, gib: float) -> int:
         """Returns the most rows of `length` tokens that fit `gib`, 0 if not even one does."""
@@ -159,7 +191,7 @@ class Planner:
 
     def fastest(self, rows: int, length: int, gib: float) -> GradientCheckpointing:
         """Returns the policy that is fastest among those that fit, else the smallest."""
-        best: GradientCheckpointing = "full"
+        best: GradientCheckpointing = "offload"
         for policy in POLICIES:
             fits = self.memory(policy, rows, length).peak <= gib * GIB
             if fits and self.seconds(policy, rows, length) < self.seconds(best, rows, length):

@@ -40,6 +40,7 @@ def train(model, packing: bool, rows: EncodedDataset, held_out: EncodedDataset, 
     """Returns the step events and the held-out loss before training."""
     settings = {
         "data.train": "in memory",
+        "data.eval": "in memory",
         "data.packing": str(packing).lower(),
         # Four packed rows hold as many tokens as sixteen padded ones of their mean width.
         "train.per_device_train_batch_size": 4 if packing else 16,

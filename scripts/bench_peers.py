@@ -3,17 +3,20 @@
     python scripts/bench_peers.py --call h200-1 --commit abc1234 \
         --out docs/measurements/step_h200.jsonl --plot docs/images/peers_h200.png
 
-Every run is a process of its own, and the systems take turns within a cell, so that all meet the
-same machine. A cell is model:batch:seq:accumulation; a system is name:policy, such as lorax:full,
-unsloth:offload (its default) or peft:none.
+A cell is model:batch:seq:accumulation; a system is name:policy, such as lorax:full,
+unsloth:offload (its default) or peft:none. Within a cell each peer's policy is a process of its
+own, and lorax's policies share one, in turns, as in `bench_step.py`. The plot shows all rows of the
+call in the file, so several runs may share one call. No `--cells` only draws.
 """
 
 import argparse
 import datetime
+import functools
 import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 SCRIPTS = Path(__file__).parent
@@ -21,23 +24,30 @@ CELLS = ["llama-8b:4:2048:1", "llama-8b:2:512:8", "llama-1b:8:2048:1", "llama-1b
 SYSTEMS = ["lorax:none", "lorax:selective", "lorax:full", "unsloth:none", "unsloth:offload"]
 
 
-def run_lorax(model: str, batch: str, seq: str, accumulation: str, policy: str) -> dict:
-    """Returns the row of `bench_step.py` in a process of its own."""
+def run_lorax(
+    model: str, batch: str, seq: str, accumulation: str, policies: list[str]
+) -> list[dict]:
+    """Returns the rows of `bench_step.py`, run in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "rows.jsonl"
         shape = ["--model", model, "--batch", batch, "--seq", seq, "--accumulation", accumulation]
-        names = ["--policies", policy, "--kernels", "auto", "--call", "-", "--commit", "-"]
-        _run([str(SCRIPTS / "bench_step.py"), *shape, *names, "--out", str(out)])
-        return json.loads(out.read_text(encoding="utf-8"))
+        names = ["--policies", *policies, "--kernels", "auto", "--call", "-", "--commit", "-"]
+        # Turns of at least a good part of a second; long steps need no more than one.
+        tokens = int(batch) * int(seq) * int(accumulation)
+        steps = ["--steps", str(max(1, min(40, 32768 // tokens)))]
+        _run([str(SCRIPTS / "bench_step.py"), *shape, *names, *steps, "--out", str(out)])
+        return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
 
 
 def run_peer(
     system: str, checkpoint: Path, batch: str, seq: str, accumulation: str, policy: str
-) -> dict:
+) -> list[dict]:
     """Returns the row of `peer_step.py` in a process of its own."""
     shape = ["--batch", batch, "--seq", seq, "--accumulation", accumulation, "--policy", policy]
+    if int(seq) * int(batch) > 16384 or int(accumulation) > 1:
+        shape += ["--warmup", "4", "--steps", "4"]
     printed = _run([str(SCRIPTS / "peer_step.py"), system, str(checkpoint), *shape])
-    return json.loads(printed.strip().splitlines()[-1])
+    return [json.loads(printed.strip().splitlines()[-1])]
 
 
 def _run(arguments: list[str]) -> str:
@@ -60,10 +70,10 @@ def draw(rows: list[dict], path: Path) -> None:
     """Draws speed against memory, a panel per cell, a curve per system."""
     import matplotlib.pyplot as plt
 
-    cells = sorted({(r["model"], r["batch"], r["seq"], r["accumulation"]) for r in rows})
-    figure, axes = plt.subplots(1, len(cells), figsize=(4.2 * len(cells), 3.8), squeeze=False)
+    cells = sorted({cell_of(row) for row in rows})
+    figure, axes = plt.subplots(1, len(cells), figsize=(3.6 * len(cells), 3.6), squeeze=False)
     for panel, cell in zip(axes[0], cells, strict=True):
-        inside = [r for r in rows if (r["model"], r["batch"], r["seq"], r["accumulation"]) == cell]
+        inside = [row for row in rows if cell_of(row) == cell]
         for system in sorted({r["system"] for r in inside}):
             points = sorted((r["peak_gib"], r["tokens_per_s"], r["policy"])
                             for r in inside if r["system"] == system)  # fmt: skip
@@ -72,7 +82,7 @@ def draw(rows: list[dict], path: Path) -> None:
                 panel.annotate(
                     policy, (x, y), fontsize=7, xytext=(3, 3), textcoords="offset points"
                 )
-        model, batch, seq, accumulation = cell
+        model, accumulation, batch, seq = cell
         panel.set_title(f"{model}, {accumulation} × {batch} × {seq}", fontsize=9)
         panel.set_xlabel("peak memory, GiB")
         panel.set_ylim(0, None)
@@ -85,7 +95,7 @@ def draw(rows: list[dict], path: Path) -> None:
 def main() -> None:
     """Runs the cells and appends a row for each run that came through."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--cells", nargs="+", default=CELLS)
+    parser.add_argument("--cells", nargs="*", default=CELLS)
     parser.add_argument("--systems", nargs="+", default=SYSTEMS)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "peers")
     parser.add_argument("--tokenizer", default="examples/tiny/model")
@@ -94,34 +104,51 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--plot", type=Path)
     parsed = parser.parse_args()
-    rows = []
     for cell in parsed.cells:
         model, batch, seq, accumulation = cell.split(":")
+        shape = batch, seq, accumulation
+        policies = [name.split(":")[1] for name in parsed.systems if name.startswith("lorax:")]
+        jobs: list[tuple[str, Callable[[], list[dict]]]] = []
+        if policies:
+            jobs.append(("lorax", functools.partial(run_lorax, model, *shape, policies)))
         for name in parsed.systems:
             system, policy = name.split(":")
-            shape = batch, seq, accumulation, policy
+            if system != "lorax":
+                checkpoint = find_checkpoint(model, parsed.folder, parsed.tokenizer)
+                jobs.append((name, functools.partial(run_peer, system, checkpoint, *shape, policy)))
+        for name, job in jobs:
             try:
-                if system == "lorax":
-                    row = run_lorax(model, *shape)
-                else:
-                    checkpoint = find_checkpoint(model, parsed.folder, parsed.tokenizer)
-                    row = run_peer(system, checkpoint, *shape)
+                rows = job()
             except RuntimeError as error:  # one that fails must not end the rest
                 print(f"{cell:24s} {name:18s} failed: {error}", flush=True)
                 continue
-            row |= {"call": parsed.call, "model": model, "commit": parsed.commit}
-            row["date"] = datetime.date.today().isoformat()
-            rows.append(row)
+            for row in rows:
+                row |= {"call": parsed.call, "model": model, "commit": parsed.commit}
+                row["date"] = datetime.date.today().isoformat()
+                print(table_line(row), flush=True)
             parsed.out.parent.mkdir(parents=True, exist_ok=True)
             with parsed.out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-            print(
-                f"{cell:24s} {name:18s} {row['tokens_per_s']:10,.0f} tokens/s "
-                f"{row['step_ms']:9.1f} ms {row['peak_gib']:7.2f} GiB",
-                flush=True,
-            )
-    if parsed.plot and rows:
-        draw(rows, parsed.plot)
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+    lines = parsed.out.read_text(encoding="utf-8").splitlines()
+    everything = [row for row in map(json.loads, lines) if row["call"] == parsed.call]
+    if parsed.plot:
+        draw(everything, parsed.plot)
+    for row in sorted(everything, key=cell_of):
+        print(table_line(row))
+
+
+def cell_of(row: dict) -> tuple:
+    """Returns what rows to be compared have in common."""
+    return row["model"], row["accumulation"], row["batch"], row["seq"]
+
+
+def table_line(row: dict) -> str:
+    """Returns one line of the table."""
+    cell = f"{row['model']} {row['accumulation']} x {row['batch']} x {row['seq']}"
+    return (
+        f"{cell:24s} {row['system'] + ' ' + row['policy']:18s} {row['tokens_per_s']:10,.0f} "
+        f"tokens/s {row['step_ms']:9.1f} ms {row['peak_gib']:7.2f} GiB"
+    )
 
 
 if __name__ == "__main__":

@@ -5,7 +5,9 @@
 
 Every variant is compiled for the same weights and the same tokens, rows without padding. Speed is
 the median over the turns; the ratio is to the first variant within the same turn. Memory is what
-the compiler planned (arguments, temporaries, results) and, with one variant, the allocator's peak.
+the compiler planned (arguments, temporaries, results), and the allocator's peak: run it with
+XLA_PYTHON_CLIENT_PREALLOCATE=false. The variants' first steps run from the smallest memory to the
+largest, so that each peak is a variant's own.
 """
 
 import argparse
@@ -59,6 +61,7 @@ class Compiled:
     frozen: Any
     state: Any
     compile_seconds: float
+    peak_gib: float | None = None
 
     @property
     def planned_gib(self) -> float:
@@ -107,17 +110,24 @@ def compile_variant(model: CausalLM, variant: Variant, batch) -> Compiled:
     return Compiled(compiled, step.frozen, state, time.perf_counter() - begin)
 
 
-def time_in_turns(variants: dict[str, Compiled], batch, turns: int, steps: int):
+def time_in_turns(
+    variants: dict[str, Compiled], batch, turns: int, steps: int, warmup: int = 2
+) -> dict[str, list[float]]:
     """Returns name → seconds per step, a list over the turns."""
     times: dict[str, list[float]] = {name: [] for name in variants}
     order = random.Random(0)
-    for compiled in variants.values():
-        compiled.run(batch, 2)
+    for compiled in sorted(variants.values(), key=lambda compiled: compiled.planned_gib):
+        if warmup:
+            compiled.run(batch, warmup)
+        # The allocator's peak only grows, so each is that of the largest so far: of this one.
+        compiled.peak_gib = memory_gib().gib
     for _ in range(turns):
         for name in order.sample(list(variants), len(variants)):
             begin = time.perf_counter()
             variants[name].run(batch, steps)
             times[name].append((time.perf_counter() - begin) / steps)
+    if len(variants) == 1:
+        compiled.peak_gib = memory_gib().gib
     return times
 
 
@@ -161,6 +171,7 @@ def main() -> None:
     )
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--steps", type=int, default=4, help="per turn")
+    parser.add_argument("--warmup", type=int, default=2, help="steps before the first turn")
     parser.add_argument("--profile", action="store_true", help="print each variant's kernels")
     parser.add_argument("--call", required=True, help="names this run on this machine")
     parser.add_argument("--commit", required=True)
@@ -186,7 +197,7 @@ def main() -> None:
                 compiled[variant.name] = job.result()
             except Exception as error:  # one that does not compile must not end the rest
                 print(f"{variant.name}: {type(error).__name__}: {str(error)[:300]}", flush=True)
-    times = time_in_turns(compiled, batch, parsed.turns, parsed.steps)
+    times = time_in_turns(compiled, batch, parsed.turns, parsed.steps, parsed.warmup)
     first = next(iter(times.values()))
     tokens = parsed.accumulation * parsed.batch * parsed.seq
     for variant in variants:
@@ -209,8 +220,7 @@ def main() -> None:
             "step_ms": round(statistics.median(series) * 1e3, 2),
             "ratio": round(statistics.median(t / u for t, u in zip(series, first, strict=True)), 4),
             "planned_gib": round(one.planned_gib, 3),
-            # The allocator's, of the whole process: of one step only where there is one variant.
-            "peak_gib": round(memory_gib().gib, 3) if len(variants) == 1 else None,
+            "peak_gib": one.peak_gib and round(one.peak_gib, 3),
             "compile_s": round(one.compile_seconds, 1),
             "device": jax.devices()[0].device_kind,
             "versions": library_versions(),
