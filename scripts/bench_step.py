@@ -61,7 +61,7 @@ class Compiled:
     frozen: Any
     state: Any
     compile_seconds: float
-    peak_gib: float | None = None
+    peak_gib: float = 0.0
 
     @property
     def planned_gib(self) -> float:
@@ -70,12 +70,17 @@ class Compiled:
         held = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
         return (held + m.temp_size_in_bytes) / 2**30
 
+    @property
+    def state_gib(self) -> float:
+        """Returns what trains, and the optimizer's state."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self.state)) / 2**30
+
     def run(self, batch, times: int = 1) -> float:
         """Runs some steps and returns the last loss."""
         metrics: Any = None
         for _ in range(times):
             self.state, metrics = self.step(self.state, self.frozen, batch)
-        return float(metrics["loss"])
+        return float(metrics["loss"]) if times else float("nan")
 
 
 def build_model(shape: str, r: int) -> CausalLM:
@@ -116,18 +121,18 @@ def time_in_turns(
     """Returns name → seconds per step, a list over the turns."""
     times: dict[str, list[float]] = {name: [] for name in variants}
     order = random.Random(0)
+    states = sum(compiled.state_gib for compiled in variants.values())
     for compiled in sorted(variants.values(), key=lambda compiled: compiled.planned_gib):
-        if warmup:
-            compiled.run(batch, warmup)
-        # The allocator's peak only grows, so each is that of the largest so far: of this one.
-        compiled.peak_gib = memory_gib().gib
+        # A single variant may go without, to be timed from its very first step.
+        compiled.run(batch, warmup or len(variants) > 1)
+        # The allocator's peak only grows, so each is that of the largest so far: of this one. The
+        # others' states lie beside it.
+        compiled.peak_gib = memory_gib().gib - (states - compiled.state_gib)
     for _ in range(turns):
         for name in order.sample(list(variants), len(variants)):
             begin = time.perf_counter()
             variants[name].run(batch, steps)
             times[name].append((time.perf_counter() - begin) / steps)
-    if len(variants) == 1:
-        compiled.peak_gib = memory_gib().gib
     return times
 
 
@@ -197,6 +202,7 @@ def main() -> None:
                 compiled[variant.name] = job.result()
             except Exception as error:  # one that does not compile must not end the rest
                 print(f"{variant.name}: {type(error).__name__}: {str(error)[:300]}", flush=True)
+    del model, clones  # their adapters are not the states'
     times = time_in_turns(compiled, batch, parsed.turns, parsed.steps, parsed.warmup)
     first = next(iter(times.values()))
     tokens = parsed.accumulation * parsed.batch * parsed.seq
@@ -220,7 +226,7 @@ def main() -> None:
             "step_ms": round(statistics.median(series) * 1e3, 2),
             "ratio": round(statistics.median(t / u for t, u in zip(series, first, strict=True)), 4),
             "planned_gib": round(one.planned_gib, 3),
-            "peak_gib": one.peak_gib and round(one.peak_gib, 3),
+            "peak_gib": round(one.peak_gib if parsed.warmup else memory_gib().gib, 3),
             "compile_s": round(one.compile_seconds, 1),
             "device": jax.devices()[0].device_kind,
             "versions": library_versions(),
