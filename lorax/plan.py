@@ -31,6 +31,7 @@ ATTENTION_FLOPS = 520e12  # of long sequences
 ATTENTION_HALF = 800  # tokens at which half of it is reached
 STREAM_BYTES = 3.3e12
 COPY_BYTES = 55e9  # each way between device and host
+COPY_SECONDS = 15e-6  # of a copy, not hidden behind anything
 LAUNCH_SECONDS = 2.4e-6  # of a kernel too small to take longer
 LAUNCHES = 88  # of one layer, forward and backward
 SKINNY_PASSES = 2.2  # reads of an adapted layer's input and output, for x·A, g, dA and dB
@@ -170,6 +171,8 @@ class Planner:
             attention += 2.0 * tokens * length * q * layers
         rate = ATTENTION_FLOPS * length / (length + ATTENTION_HALF)
         seconds = flops / PRODUCT_FLOPS + attention / rate + streamed / STREAM_BYTES
+        if policy == "offload":
+            seconds += 2.0 * layers * COPY_SECONDS
         copies = 2.0 * self.host_bytes(policy, rows, length) / COPY_BYTES
         return max(seconds + launches * LAUNCH_SECONDS, copies)
 

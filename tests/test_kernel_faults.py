@@ -25,7 +25,7 @@ FAULTS = [
     (
         "the feeder does not wait for an empty slot",
         "roles.py",
-        "@pl.when(count >= c.stages)",
+        "@pl.when(count >= self.config.stages)",
         "@pl.when(count < 0)",
         "matmul",
     ),
@@ -106,6 +106,35 @@ FAULTS = [
         "(1.0 + gate * (1.0 - sigmoid))",
         "(1.0 - gate * (1.0 - sigmoid))",
         "swiglu_grad",
+    ),
+    (
+        "a tail's slot is given back before its last piece is stored",
+        "roles.py",
+        "            if plan.tail:\n                plgpu.barrier_wait(self.full.at",
+        "            if plan.tail:\n                plgpu.barrier_arrive(self.empty.at"
+        "[self.tail_slot(count, j)])\n                plgpu.barrier_wait(self.full.at",
+        "swiglu_back",
+    ),
+    (
+        "gate's and up's places in a slot are swapped",
+        "roles.py",
+        "return self.lhs.at[slot], self.rhs.at[0, slot]",
+        "return self.rhs.at[0, slot], self.lhs.at[slot]",
+        "swiglu_grad",
+    ),
+    (
+        "every piece of a tail has the tile's first columns",
+        "roles.py",
+        "self.copy_tail(count + i, row, column * plan.tile_n + i * STEP)",
+        "self.copy_tail(count + i, row, column * plan.tile_n)",
+        "swiglu_back",
+    ),
+    (
+        "the gradients of gate and up are written over each other",
+        "kernel.py",
+        "tail=(-2, -1) if in_place",
+        "tail=(-1, -2) if in_place",
+        "swiglu_back",
     ),
     (
         "dropout is not made up for",
@@ -308,6 +337,23 @@ def check_swiglu_grad():
     matmul(groups, [d_gate, d64 * gated * sigmoid], epilogue="swiglu_grad", tail=[d_act])
 
 
+def check_swiglu_back():
+    from lorax_kernels.lora_linear.kernel import grouped_matmul
+    from lorax_kernels.lora_linear.plan import MatmulConfig, Term, Update
+
+    dy, gate, up = draw(0, 72, 64), draw(1, 72, 320), draw(2, 72, 320)
+    w, g, a = draw(3, 320, 64, scale=0.1), draw(4, 72, 16), draw(5, 16, 320, scale=0.2)
+    dy64, gate64, up64, w64, g64, a64 = wide(dy, gate, up, w, g, a)
+    sigmoid = 1.0 / (1.0 + np.exp(-gate64))
+    d_act = dy64 @ w64.T + g64 @ a64
+    d_gate = d_act * up64 * sigmoid * (1.0 + gate64 * (1.0 - sigmoid))
+    options = {"config": MatmulConfig(stages=3), "transposed": True, "tail": [gate, up]}
+    kernel = lambda: grouped_matmul(
+        [[Term(dy, (w,))]], epilogue="swiglu_back", update=Update(g, a), **options
+    )
+    run(jax.jit(kernel), [d_gate, d_act * gate64 * sigmoid], 1)
+
+
 def check_dropout():
     from lorax_kernels.lora_linear.dropout import keep_mask, keep_probability
     from lorax_kernels.lora_linear.plan import Dropout, Term
@@ -422,8 +468,8 @@ def check_layer_dropout():
 
 
 CHECKS = [
-    check_matmul, check_update, check_swiglu, check_swiglu_grad, check_dropout, check_mask,
-    check_begun, check_inline, check_project, check_gradient, check_layer, check_group,
+    check_matmul, check_update, check_swiglu, check_swiglu_grad, check_swiglu_back, check_dropout,
+    check_mask, check_begun, check_inline, check_project, check_gradient, check_layer, check_group,
     check_layer_dropout,
 ]  # fmt: skip
 

@@ -1,5 +1,6 @@
 """The planner beside what was measured, and at its edges."""
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,17 @@ LLAMA_8B: dict[str, Any] = {
 }
 
 
-def make_planner(targets: Any = "all-linear", *overrides, **sizes) -> Planner:
-    architecture = DecoderConfig.from_hf(LLAMA_8B | sizes, "here")
+LLAMA_1B: dict[str, Any] = LLAMA_8B | {
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "head_dim": 64,
+    "tie_word_embeddings": True,
+}
+
+
+def make_planner(targets: Any = "all-linear", *overrides, base=LLAMA_8B, **sizes) -> Planner:
+    architecture = DecoderConfig.from_hf(base | sizes, "here")
     bf16, settings = jnp.bfloat16, LoraConfig(r=16, target_modules=targets)
 
     def build():
@@ -49,21 +59,54 @@ def planner():
     return make_planner()
 
 
-def measured_steps():
-    """The newest measurement of each cell that the compiler's memory is known of."""
+@functools.cache
+def planner_of(model: str, accumulation: int) -> Planner:
+    base = {"llama-8b": LLAMA_8B, "llama-1b": LLAMA_1B}[model]
+    override = f"train.gradient_accumulation_steps={accumulation}"
+    return make_planner("all-linear", override, base=base)
+
+
+def measured_cells() -> dict[tuple, dict[str, dict[str, Any]]]:
+    """The newest measurement of each policy, by model, accumulation, rows and length."""
     path = ROOT / "docs" / "measurements" / "step_h200.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    chosen = [r for r in rows if r.get("kernels") == "pallas" and not r["options"]]
-    cells = {(r["model"], r["batch"], r["seq"], r["policy"]): r for r in chosen}
-    return [pytest.param(row, id="-".join(map(str, cell))) for cell, row in cells.items()]
+    cells: dict[tuple, dict[str, dict[str, Any]]] = {}
+    for row in map(json.loads, path.read_text().splitlines()):
+        if row.get("kernels") in ("pallas", "auto") and not row["options"]:
+            cell = row["model"], row["accumulation"], row["batch"], row["seq"]
+            cells.setdefault(cell, {})[row["policy"]] = row
+    return cells
 
 
-@pytest.mark.parametrize("row", measured_steps())
-def test_memory_and_time_are_those_measured_within_five_per_cent(planner, row):
-    assert (row["model"], row["r"], row["accumulation"]) == ("llama-8b", 16, 1)
+ROWS = [
+    pytest.param(row, id="-".join(map(str, (*cell, policy))))
+    for cell, policies in measured_cells().items()
+    for policy, row in policies.items()
+]
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_memory_is_that_measured_within_five_per_cent_and_time_within_ten(row):
+    planner = planner_of(row["model"], row["accumulation"])
     cell = row["policy"], row["batch"], row["seq"]
+    assert row["r"] == 16
     assert planner.memory(*cell).peak / GIB == pytest.approx(row["planned_gib"], rel=0.05)
-    assert planner.seconds(*cell) * 1e3 == pytest.approx(row["step_ms"], rel=0.05)
+    seconds = row["accumulation"] * planner.seconds(*cell)
+    assert seconds * 1e3 == pytest.approx(row["step_ms"], rel=0.1)
+
+
+@pytest.mark.parametrize("cell", measured_cells())
+def test_what_is_picked_is_what_was_fastest_among_what_fits(cell):
+    (model, accumulation, rows, length), policies = cell, measured_cells()[cell]
+    planner = planner_of(model, accumulation)
+    for limit in policies.values():
+        gib = 1.05 * limit["planned_gib"]
+        picked = policies.get(planner.fastest(rows, length, gib))
+        fits = [row for row in policies.values() if row["planned_gib"] <= limit["planned_gib"]]
+        best = min(row["step_ms"] for row in fits)
+        if picked is not None:  # what was not measured may be faster still
+            assert picked["planned_gib"] <= gib
+            # Rows of different calls: the chip's speed differs by a few per cent.
+            assert picked["step_ms"] <= 1.05 * best
 
 
 def test_what_is_held_all_the_time_is_counted_to_the_byte(planner):
@@ -95,7 +138,7 @@ def test_the_largest_batch_fits_and_one_more_does_not(planner):
 
 
 @pytest.mark.parametrize(
-    "gib, policy", [(100, "none"), (45, "selective"), (24, "full"), (3, "full")]
+    "gib, policy", [(100, "none"), (45, "selective"), (24, "offload"), (3, "offload")]
 )
 def test_the_fastest_policy_that_fits_is_picked(planner, gib, policy):
     assert planner.fastest(4, 2048, gib) == policy
@@ -112,4 +155,4 @@ def test_auto_says_what_it_picked_and_why():
     policy, reason = choose(auto, "train.memory_gib=100")
     assert policy == "none" and reason.endswith("of 100.0 GiB, the fastest that fits")
     policy, reason = choose(auto, "train.memory_gib=0.0001")
-    assert policy == "full" and "and there are 0.0: see `lorax plan`" in reason
+    assert policy == "offload" and "and there are 0.0: see `lorax plan`" in reason
