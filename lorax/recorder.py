@@ -35,7 +35,8 @@ class Recorder:
             self.phases.end("held-out loss")
         if step == 1 and "loss" in event:
             self.phases.end("first step")
-            self.console.print(f"first step after {self.phases}", highlight=False)
+            line = f"first step after {self.phases}"
+            self.console.print(line, highlight=False, soft_wrap=True)
         if "eval_loss" in event:
             self.console.print(
                 f"step {step}: held-out loss {event['eval_loss']:.4f}", highlight=False
