@@ -18,6 +18,7 @@ from lorax.interop.files import read_json, refuse_occupied
 from lorax.interop.huggingface import load_hf_config, load_model
 from lorax.interop.peft import CONFIG_FILE, load_adapter
 from lorax.overview import module_rows, report_data, report_kernels, report_plan
+from lorax.phases import Phases, process_age
 from lorax.report import print_config, print_modules
 from lorax.run import (
     CHAT_TEMPLATE_FILE,
@@ -104,7 +105,9 @@ def _add_export(add) -> None:
 
 
 def _train(parsed, console: Console) -> None:
-    run_training(load_config(parsed.config, parsed.overrides), console)
+    phases = Phases(process_age() or 0.0)
+    phases.end("imports")
+    run_training(load_config(parsed.config, parsed.overrides), console, phases)
 
 
 def _validate(parsed, console: Console) -> None:

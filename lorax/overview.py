@@ -104,6 +104,11 @@ def report_plan(console: Console, config: RunConfig, planner: Planner) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    if gib := config.train.memory_gib:
+        policy = planner.fastest(rows, length, gib)
+        fits = planner.memory(policy, rows, length).peak <= gib * GIB
+        picked = f"auto takes {policy}" if fits else "nothing fits, auto refuses to train"
+        console.print(f"within train.memory_gib = {gib:g}: {picked}", highlight=False)
     header = ["recompute", *(f"{size} GB" for size in DEVICES)]
     for title, fits, given in (
         (f"largest batch of rows of {length:,} tokens", planner.largest_batch, length),

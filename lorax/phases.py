@@ -6,11 +6,15 @@ from pathlib import Path
 
 
 class Phases:
-    """Names the stretches of time since the process began, one after another."""
+    """Names stretches of time, one after another.
 
-    def __init__(self):
+    Args:
+        age: Seconds that have passed already.
+    """
+
+    def __init__(self, age: float = 0.0):
         self._times: dict[str, float] = {}
-        self._last = time.monotonic() - (process_age() or 0.0)
+        self._last = time.monotonic() - age
 
     def end(self, name: str) -> None:
         """Says that what has happened since the last call was `name`."""

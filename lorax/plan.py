@@ -82,11 +82,7 @@ class Planner:
         layers = lora_layers(model)
         self.adapted = {name.rpartition(".")[2] for name in layers}
         self.adapters = [(layer.in_features, layer.out_features) for layer in layers.values()]
-        # A group of layers keeps h in blocks of 64 columns, a single layer of up to 16 in 16.
-        self._ranks = [
-            max(16, -(-layer.r // 16) * 16) * (1 if name.endswith(("o_proj", "down_proj")) else 2)
-            for name, layer in layers.items()
-        ]
+        self.ranks = _kept_ranks({name: layer.r for name, layer in layers.items()})
         self.full = not layers
         self.element = jnp.dtype(config.model.dtype).itemsize
 
@@ -105,7 +101,7 @@ class Planner:
         layers = 2 if policy == "offload" else a.num_hidden_layers
         kept = tokens * self._kept_per_token(policy) * layers
         if policy in ("full", "offload"):
-            kept += tokens * c * sum(self._ranks)
+            kept += tokens * c * self.ranks
         # Of the layer at hand: what is made again, and the gradients of two arrays like its input;
         # those of gate and up take the places of gate and up.
         layer = 2.0 * tokens * c * a.hidden_size
@@ -194,12 +190,27 @@ class Planner:
 
     def fastest(self, rows: int, length: int, gib: float) -> GradientCheckpointing:
         """Returns the policy that is fastest among those that fit, else the smallest."""
-        best: GradientCheckpointing = "offload"
-        for policy in POLICIES:
-            fits = self.memory(policy, rows, length).peak <= gib * GIB
-            if fits and self.seconds(policy, rows, length) < self.seconds(best, rows, length):
-                best = policy
-        return best
+        peaks: dict[GradientCheckpointing, float] = {
+            policy: self.memory(policy, rows, length).peak for policy in POLICIES
+        }
+        fitting = [policy for policy in POLICIES if peaks[policy] <= gib * GIB]
+        if not fitting:
+            return min(POLICIES, key=peaks.__getitem__)
+        return min(fitting, key=lambda policy: self.seconds(policy, rows, length))
+
+
+def _kept_ranks(ranks: dict[str, int]) -> int:
+    """Returns the columns of x·A that are kept per token, given the rank of every layer by name.
+
+    Layers that read one input share their columns: 16, or blocks of 64.
+    """
+    together: dict[str, int] = {}
+    for name, r in ranks.items():
+        parent, _, last = name.rpartition(".")
+        kind = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}.get(last, last)
+        path = f"{parent}.{kind}"
+        together[path] = together.get(path, 0) + r
+    return sum(16 if r <= 16 else -(-r // 64) * 64 for r in together.values())
 
 
 def device_gib() -> float | None:

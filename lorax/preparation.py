@@ -1,9 +1,10 @@
 """What a run trains on, and its steps compiled before the weights are there."""
 
 import math
+import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import jax
@@ -59,9 +60,16 @@ def compile_ahead(
         )
         return compile_widths(step, state, plans[0], total_steps)
 
-    pool = ThreadPoolExecutor(1, thread_name_prefix="lorax-compile")
-    future = pool.submit(compile_steps)
-    pool.shutdown(wait=False)
+    future: Future[dict[int, CompiledStep]] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(compile_steps())
+        except BaseException as error:
+            future.set_exception(error)
+
+    # A daemon, so that a run that fails while it loads need not wait for the compiler.
+    threading.Thread(target=work, name="lorax-compile", daemon=True).start()
     return future
 
 

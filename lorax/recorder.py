@@ -24,7 +24,7 @@ class Recorder:
         event = dict(event)
         step = event.pop("step", None)
         if step is None:
-            self.phases.end("compiling")
+            self.phases.end("waiting for the compiler")
             self.console.print(
                 f"compiled rows of {event['compiled_width']} tokens in {event['seconds']:.1f} s, "
                 "beside the weights",

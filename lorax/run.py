@@ -190,8 +190,17 @@ def choose_policy(config: RunConfig) -> tuple[GradientCheckpointing, str]:
     policy = planner.fastest(*shape, gib)
     peak = planner.memory(policy, *shape).peak / GIB
     if peak > gib:
-        return policy, f"about {peak:.1f} GiB, and there are {gib:.1f}: see `lorax plan`"
-    return policy, f"about {peak:.1f} of {gib:.1f} GiB, the fastest that fits"
+        found = f"no policy fits: {policy} takes the least, about {peak:.3g} GiB of {gib:.3g}"
+        if train.memory_gib:
+            raise ValueError(
+                f"train.memory_gib: {found}; lower train.per_device_train_batch_size or "
+                "data.max_seq_length (`lorax plan` shows what fits), or raise it"
+            )
+        return policy, f"{found}, by the estimate of `lorax plan`"
+    reason = f"about {peak:.1f} of {gib:.1f} GiB, the fastest that fits"
+    if host := planner.host_bytes(policy, *shape) / GIB:
+        reason += f", and {host:.1f} GiB of the host's memory per device"
+    return policy, reason
 
 
 def build_model(config: RunConfig, policy: GradientCheckpointing | None = None) -> CausalLM:
@@ -221,12 +230,17 @@ def build_model(config: RunConfig, policy: GradientCheckpointing | None = None) 
     return model
 
 
-def run_training(config: RunConfig, console: Console) -> RunSummary:
+def run_training(config: RunConfig, console: Console, phases: Phases | None = None) -> RunSummary:
     """Trains as `config` says, exports, verifies the exports, and reports.
 
     Everything that can be checked is checked before the run directory is made: settings, data,
     targets, the checkpoint. Afterwards the directory holds config.yaml, versions.json,
     metrics.jsonl, loss.png, the weights of some steps, the exports and summary.json.
+
+    Args:
+        config: The run's settings.
+        console: Where it reports.
+        phases: The time up to now, if it belongs to the run.
 
     Raises:
         ValueError: Naming what cannot be used and what to do.
@@ -235,8 +249,7 @@ def run_training(config: RunConfig, console: Console) -> RunSummary:
     output = Path(config.save.output_dir)
     refuse_occupied(output)
     check_reporters(config.log.report_to)
-    phases = Phases()
-    phases.end("imports")
+    phases = phases or Phases()
     console.rule("Settings")
     print_config(console, config)
     if jax.default_backend() == "gpu":
@@ -249,11 +262,11 @@ def run_training(config: RunConfig, console: Console) -> RunSummary:
     console.rule("Model")
     policy, reason = choose_policy(config)
     console.print(f"gradient checkpointing: {policy}, {reason}", highlight=False, soft_wrap=True)
-    phases.end("data")
+    phases.end("data and device")
     shapes = model_shapes(config, inputs.base, policy)
     compiled = compile_ahead(shapes, config, inputs.train, inputs.eval)
     model = build_model(config, policy)
-    phases.end("weights")
+    phases.end("model and weights")
     report_model(console, config, model)
     recorder = Recorder(console, config.log.logging_steps, phases)
     data = inputs.train, inputs.eval
@@ -261,6 +274,8 @@ def run_training(config: RunConfig, console: Console) -> RunSummary:
     del model
     before = _score(config, trainer.model, inputs, console, "before training")
     phases.end("first answers" if before is not None else "trainer")
+    if compiled.done():
+        compiled.result()  # raises what the compiler raised, before anything is written
     _make_directory(output, config, inputs)
     console.rule("Training")
     with RunLog(output, config.log.report_to) as log:

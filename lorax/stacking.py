@@ -5,25 +5,30 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import PyTree
 
+_SMALL = 2**20
+"""Elements. A larger leaf is worth a launch, and its copy in a stack would cost memory."""
+
 
 def stack_alike(tree: PyTree) -> dict[str, jax.Array]:
-    """Returns the leaves of each shape stacked along a new first axis, by shape."""
+    """Returns the small leaves of each shape stacked along a new first axis, large ones alone."""
     leaves = jax.tree.leaves(tree)
 
     def stack(where: list[int]) -> jax.Array:
+        if leaves[where[0]].size > _SMALL:
+            return leaves[where[0]][None]
         stacked = jnp.stack([leaves[i] for i in where])
         # Else XLA keeps each leaf in the layout of the product it comes from, often transposed,
         # and copies what is made of it.
         return with_layout_constraint(stacked, Layout(tuple(range(stacked.ndim))))
 
-    return {shape: stack(where) for shape, where in _alike(tree).items()}
+    return {name: stack(where) for name, where in _alike(tree).items()}
 
 
 def unstack(stacks: dict[str, jax.Array], like: PyTree) -> PyTree:
     """Undoes `stack_alike` for a tree of the structure and the shapes of `like`."""
     leaves, structure = jax.tree.flatten(like)
-    for shape, where in _alike(like).items():
-        for index, leaf in zip(where, stacks[shape], strict=True):
+    for name, where in _alike(like).items():
+        for index, leaf in zip(where, stacks[name], strict=True):
             leaves[index] = leaf
     return structure.unflatten(leaves)
 
@@ -31,5 +36,7 @@ def unstack(stacks: dict[str, jax.Array], like: PyTree) -> PyTree:
 def _alike(tree: PyTree) -> dict[str, list[int]]:
     found: dict[str, list[int]] = {}
     for index, leaf in enumerate(jax.tree.leaves(tree)):
-        found.setdefault("×".join(map(str, leaf.shape)), []).append(index)
+        shape = "×".join(map(str, leaf.shape))
+        name = shape if leaf.size <= _SMALL else f"{shape} at {index}"
+        found.setdefault(name, []).append(index)
     return found

@@ -6,7 +6,7 @@
 A cell is model:batch:seq:accumulation; a system is name:policy, such as lorax:full,
 unsloth:offload (its default) or peft:none. Within a cell each peer's policy is a process of its
 own, and lorax's policies share one, in turns, as in `bench_step.py`. The plot shows all rows of the
-call in the file, so several runs may share one call. No `--cells` only draws.
+call in the file, so several runs may share one call; `--cells` with nothing after it only draws.
 """
 
 import argparse
@@ -75,7 +75,7 @@ def draw(rows: list[dict], path: Path) -> None:
     for panel, cell in zip(axes[0], cells, strict=True):
         inside = [row for row in rows if cell_of(row) == cell]
         for system in sorted({r["system"] for r in inside}):
-            points = sorted((r["peak_gib"], r["tokens_per_s"], r["policy"])
+            points = sorted((memory_of(r), r["tokens_per_s"], r["policy"])
                             for r in inside if r["system"] == system)  # fmt: skip
             panel.plot([p[0] for p in points], [p[1] for p in points], "o-", label=system)
             for x, y, policy in points:
@@ -142,12 +142,17 @@ def cell_of(row: dict) -> tuple:
     return row["model"], row["accumulation"], row["batch"], row["seq"]
 
 
+def memory_of(row: dict) -> float:
+    """Returns the allocator's peak, or what the compiler planned where that is not known."""
+    return row.get("peak_gib") or row["planned_gib"]
+
+
 def table_line(row: dict) -> str:
     """Returns one line of the table."""
     cell = f"{row['model']} {row['accumulation']} x {row['batch']} x {row['seq']}"
     return (
         f"{cell:24s} {row['system'] + ' ' + row['policy']:18s} {row['tokens_per_s']:10,.0f} "
-        f"tokens/s {row['step_ms']:9.1f} ms {row['peak_gib']:7.2f} GiB"
+        f"tokens/s {row['step_ms']:9.1f} ms {memory_of(row):7.2f} GiB"
     )
 
 

@@ -116,11 +116,18 @@ FAULTS = [
         "swiglu_back",
     ),
     (
-        "gate's and up's places in a slot are swapped",
+        "the gradient of gate times up lies where a right operand would",
         "roles.py",
         "return self.lhs.at[slot], self.rhs.at[0, slot]",
         "return self.rhs.at[0, slot], self.lhs.at[slot]",
         "swiglu_grad",
+    ),
+    (
+        "gate is read where up lies",
+        "roles.py",
+        "places = self.tail_places(self.tail_slot(count, j))[: len(self.plan.tail)]",
+        "places = self.tail_places(self.tail_slot(count, j))[: len(self.plan.tail)][::-1]",
+        "swiglu_back",
     ),
     (
         "every piece of a tail has the tile's first columns",

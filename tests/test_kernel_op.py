@@ -293,6 +293,7 @@ def test_no_kernel_is_missing_where_layers_are_made_again(policy):
         ([16, 0, 16], 0.0),
         ([0, 0, 5], RATE),
         ([8, 8, 40], RATE),
+        ([100, 200, 16], 0.0),  # gate and up in two launches
     ],
 )
 def test_an_mlp_s_values_and_gradients(sizes, rate, inline):

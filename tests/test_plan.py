@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
+from lorax import run
 from lorax.config import LoraConfig, load_config
 from lorax.lora import apply_lora
 from lorax.models import CausalLM, DecoderConfig
@@ -144,7 +145,23 @@ def test_the_fastest_policy_that_fits_is_picked(planner, gib, policy):
     assert planner.fastest(4, 2048, gib) == policy
 
 
-def test_auto_says_what_it_picked_and_why():
+def test_a_policy_that_does_not_fit_is_never_picked_while_another_fits():
+    planner = make_planner(num_hidden_layers=2)
+    peaks: Any = {policy: planner.memory(policy, 4, 8192).peak / GIB for policy in POLICIES}
+    assert peaks["full"] < peaks["offload"]  # with so few layers, two of them weigh more
+    between = (peaks["full"] + peaks["offload"]) / 2
+    assert planner.fastest(4, 8192, between) == "full"
+
+
+@pytest.mark.parametrize(
+    "targets, columns",
+    [("all-linear", 64 + 16 + 64 + 16), (["q_proj"], 16), (["gate_proj", "down_proj"], 32)],
+)
+def test_what_is_kept_of_x_a_is_what_the_kernels_lay_out(targets, columns):
+    assert make_planner(targets, num_hidden_layers=2).ranks == 2 * columns
+
+
+def test_auto_says_what_it_picked_and_why(monkeypatch):
     def choose(*overrides):
         settings = [f"model.name_or_path={ROOT / 'examples' / 'tiny' / 'model'}", *overrides]
         return choose_policy(load_config(ROOT / "configs" / "tiny_cpu.yaml", settings))
@@ -154,5 +171,8 @@ def test_auto_says_what_it_picked_and_why():
     assert choose(auto)[0] == "none" and "does not tell its memory" in choose(auto)[1]
     policy, reason = choose(auto, "train.memory_gib=100")
     assert policy == "none" and reason.endswith("of 100.0 GiB, the fastest that fits")
-    policy, reason = choose(auto, "train.memory_gib=0.0001")
-    assert policy == "offload" and "and there are 0.0: see `lorax plan`" in reason
+    with pytest.raises(ValueError, match=r"memory_gib: no policy fits: .*lower train.per_device"):
+        choose(auto, "train.memory_gib=0.0001")
+    monkeypatch.setattr(run, "device_gib", lambda: 0.0001)
+    policy, reason = choose(auto)
+    assert policy == "offload" and "no policy fits: offload takes the least, about" in reason

@@ -17,7 +17,12 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(
-    "policy, overrides", [("none", ["lora.lora_dropout=0.1"]), ("offload", ["data.packing=false"])]
+    "policy, overrides",
+    [
+        ("none", ["lora.lora_dropout=0.1", "lora.use_rslora=true"]),
+        ("offload", ["data.packing=false"]),
+        ("offload", ["train.method=full", "lora=null", "save.export=[merged]"]),
+    ],
 )
 def test_a_step_compiled_from_shapes_trains_as_one_compiled_from_weights(
     policy, overrides, tmp_path, monkeypatch
@@ -27,14 +32,15 @@ def test_a_step_compiled_from_shapes_trains_as_one_compiled_from_weights(
     settings += [f"train.gradient_checkpointing={policy}", f"save.output_dir={tmp_path}/run"]
     config = lorax.load_config("configs/tiny_cpu.yaml", settings)
     inputs = load_inputs(config)
-    ahead = compile_ahead(model_shapes(config, inputs.base, policy), config, inputs.train)
+    data = inputs.train, inputs.eval
+    ahead = compile_ahead(model_shapes(config, inputs.base, policy), config, *data)
     results = []
     for compiled in (ahead, None):
         events = []
         trainer = lorax.Trainer(
             lorax.build_model(config),
             config,
-            inputs.train,
+            *data,
             listeners=(events.append,),
             compiled=compiled,
         )
@@ -65,7 +71,7 @@ def test_an_error_of_the_compiling_thread_reaches_the_trainer(tmp_path, monkeypa
 
 
 def test_phases_add_up_by_name_and_begin_with_the_process():
-    phases = Phases()
+    phases = Phases(process_age() or 0.0)
     for name in ("imports", "weights", "weights"):
         phases.end(name)
     found = re.fullmatch(r"([\d.]+) s: imports ([\d.]+), weights ([\d.]+)", str(phases))

@@ -7,6 +7,16 @@ import numpy as np
 from lorax.stacking import stack_alike, unstack
 
 
+def test_large_leaves_stay_alone_and_are_not_copied():
+    large = {name: jnp.ones((2048, 1024)) for name in "abc"}
+    stacks = stack_alike(large)
+    assert sorted(stack.shape for stack in stacks.values()) == 3 * [(1, 2048, 1024)]
+    update = jax.jit(lambda t: unstack(jax.tree.map(lambda x: 2 * x, stack_alike(t)), t))
+    memory = update.lower(large).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < large["a"].nbytes
+    jax.tree.map(np.testing.assert_array_equal, update(large), jax.tree.map(lambda x: 2 * x, large))
+
+
 def test_leaves_come_back_where_they_were():
     tree = {
         "a": jnp.ones((2, 3)),

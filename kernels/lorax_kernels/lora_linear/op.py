@@ -204,7 +204,8 @@ def lora_mlp(
     rate = _rate([*first, *second], dropout_rate)
     choose = functools.partial(choice.choose, rate=rate, kernels=kernels, row_axes=row_axes)
     implementations = {choose(x, first), choose(inner, second)}
-    if len(implementations) > 1 or len(choice.split(first, rate)) > 1:
+    in_parts = "pallas" in implementations and len(choice.split(first, rate)) > 1
+    if len(implementations) > 1 or in_parts:
         options: dict[str, Any] = {"kernels": kernels, "row_axes": row_axes}
         options |= {"dropout_rate": _rate(first, dropout_rate)}
         product = lora_swiglu(x, gate, up, dropout_key=dropout_keys[0], **options)
