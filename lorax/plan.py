@@ -193,7 +193,7 @@ class Planner:
         peaks: dict[GradientCheckpointing, float] = {
             policy: self.memory(policy, rows, length).peak for policy in POLICIES
         }
-        fitting = [policy for policy in POLICIES if peaks[policy] <= gib * GIB]
+        fitting: list[GradientCheckpointing] = [p for p in POLICIES if peaks[p] <= gib * GIB]
         if not fitting:
             return min(POLICIES, key=peaks.__getitem__)
         return min(fitting, key=lambda policy: self.seconds(policy, rows, length))
