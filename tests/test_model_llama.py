@@ -247,7 +247,7 @@ def test_packed_rows_on_cudnn_need_the_number_of_documents(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(gradient_checkpointing=True), "must be none, selective or full, got True"),
+        (dict(gradient_checkpointing=True), "must be none, selective, full or offload, got True"),
         (dict(attn_impl="flash"), "attn_impl must be auto, xla or cudnn"),
         (dict(attn_impl="cudnn"), "cannot run here: it needs an NVIDIA GPU"),
     ],
