@@ -51,6 +51,11 @@ def kernel_choices(config: RunConfig, model: nnx.Module) -> list[KernelChoice]:
     return list(choices)
 
 
+def family_of(layer: str) -> tuple[str, ...]:
+    """Returns the names of the layers that run together with one, its own name among them."""
+    return next((names for names in TOGETHER if layer in names), (layer,))
+
+
 class _Size(NamedTuple):
     k: int
     n: int
@@ -65,7 +70,7 @@ def _groups(modules: dict[str, Any]) -> list[tuple[str, list[_Size]]]:
         if not isinstance(module, LoraLinear) or name in done:
             continue
         parent, _, last = name.rpartition(".")
-        family = next((names for names in TOGETHER if last in names), (last,))
+        family = family_of(last)
         path = lambda member, parent=parent: f"{parent}.{member}" if parent else member
         members = [member for member in family if _size(modules.get(path(member))) is not None]
         done.update(map(path, members))

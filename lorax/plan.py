@@ -14,10 +14,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lorax.config import RunConfig
+from lorax.kernel_choice import family_of
 from lorax.lora import lora_layers, split_trainable
 from lorax.loss import logit_chunks
 from lorax.models import DecoderConfig, GradientCheckpointing
 from lorax.optimizer import make_optimizer
+from lorax_kernels import padded_rank
 
 GIB = 2.0**30
 POLICIES: tuple[GradientCheckpointing, ...] = ("none", "selective", "full", "offload")
@@ -202,15 +204,14 @@ class Planner:
 def _kept_ranks(ranks: dict[str, int]) -> int:
     """Returns the columns of x·A that are kept per token, given the rank of every layer by name.
 
-    Layers that read one input share their columns: 16, or blocks of 64.
+    Layers that read one input share their columns.
     """
-    together: dict[str, int] = {}
+    together: dict[tuple[str, tuple[str, ...]], int] = {}
     for name, r in ranks.items():
         parent, _, last = name.rpartition(".")
-        kind = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}.get(last, last)
-        path = f"{parent}.{kind}"
-        together[path] = together.get(path, 0) + r
-    return sum(16 if r <= 16 else -(-r // 64) * 64 for r in together.values())
+        group = parent, family_of(last)
+        together[group] = together.get(group, 0) + r
+    return sum(map(padded_rank, together.values()))
 
 
 def device_gib() -> float | None:

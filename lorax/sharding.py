@@ -38,23 +38,21 @@ def parameter_spec(path: str) -> PartitionSpec:
 
 def place_parameters[T](tree: T, mesh: Mesh) -> T:
     """Puts every array of `tree` onto the mesh where the table says."""
-
-    def place(path, leaf):
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
-        return jax.device_put(leaf, NamedSharding(mesh, parameter_spec(name)))
-
-    return jax.tree_util.tree_map_with_path(place, tree)
+    return jax.tree.map(jax.device_put, tree, _parameter_shardings(tree, mesh))
 
 
 def placed_shapes[T](tree: T, mesh: Mesh) -> T:
     """Returns shapes in the place of arrays, with the shardings of `place_parameters`."""
+    place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+    return jax.tree.map(place, tree, _parameter_shardings(tree, mesh))
 
-    def place(path, leaf):
+
+def _parameter_shardings[T](tree: T, mesh: Mesh) -> T:
+    def sharding(path, _):
         name = jax.tree_util.keystr(path, simple=True, separator=".")
-        sharding = NamedSharding(mesh, parameter_spec(name))
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        return NamedSharding(mesh, parameter_spec(name))
 
-    return jax.tree_util.tree_map_with_path(place, tree)
+    return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
 def place_batch[T](batch: T, mesh: Mesh) -> T:

@@ -11,19 +11,17 @@ the same rows, packed and padded; so the two must be equal.
 """
 
 import argparse
-import datetime
 import json
 import statistics
 import tempfile
 from pathlib import Path
 
-import jax
 import numpy as np
 from bench_step import build_model
+from measured_rows import append_rows, origin
 
 from lorax import Trainer, load_config
 from lorax.data import EncodedDataset
-from lorax.metrics import library_versions
 
 LONGEST, SHORTEST = 800, 50
 
@@ -89,14 +87,9 @@ def main() -> None:
                 "tokens_per_s": round(sum(step["tokens"] for step in timed) / seconds, 1),
                 "step_ms": round(statistics.median(s["step_seconds"] for s in timed) * 1e3, 2),
                 "held_out_loss": before,
-                "device": jax.devices()[0].device_kind,
-                "versions": library_versions(),
-                "commit": parsed.commit,
-                "date": datetime.date.today().isoformat(),
+                **origin(parsed.commit),
             }
-    parsed.out.parent.mkdir(parents=True, exist_ok=True)
-    with parsed.out.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in found.values())
+    append_rows(parsed.out, found.values())
     for row in found.values():
         print(json.dumps({k: v for k, v in row.items() if k not in ("versions", "device")}))
     print(f"packed / padded: {found[True]['tokens_per_s'] / found[False]['tokens_per_s']:.2f}")

@@ -19,6 +19,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from measured_rows import append_rows
+
 SCRIPTS = Path(__file__).parent
 CELLS = ["llama-8b:4:2048:1", "llama-8b:2:512:8", "llama-1b:8:2048:1", "llama-1b:1:512:1"]
 SYSTEMS = ["lorax:none", "lorax:selective", "lorax:full", "unsloth:none", "unsloth:offload"]
@@ -84,7 +86,8 @@ def draw(rows: list[dict], path: Path) -> None:
                 )
         model, accumulation, batch, seq = cell
         panel.set_title(f"{model}, {accumulation} × {batch} × {seq}", fontsize=9)
-        panel.set_xlabel("peak memory, GiB")
+        panel.set_xlabel("memory, GiB (the allocator's peak, else planned)")
+        panel.margins(0.12)
         panel.set_ylim(0, None)
         panel.legend(fontsize=8)
     axes[0][0].set_ylabel("tokens/s")
@@ -126,9 +129,7 @@ def main() -> None:
                 row |= {"call": parsed.call, "model": model, "commit": parsed.commit}
                 row["date"] = datetime.date.today().isoformat()
                 print(table_line(row), flush=True)
-            parsed.out.parent.mkdir(parents=True, exist_ok=True)
-            with parsed.out.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
+            append_rows(parsed.out, rows)
     lines = parsed.out.read_text(encoding="utf-8").splitlines()
     everything = [row for row in map(json.loads, lines) if row["call"] == parsed.call]
     if parsed.plot:

@@ -13,7 +13,6 @@ largest, so that each peak is a variant's own.
 import argparse
 import collections
 import dataclasses
-import datetime
 import glob
 import json
 import random
@@ -29,10 +28,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from make_random_checkpoint import SHAPES
+from measured_rows import append_rows, origin
 
 from lorax.config import LoraConfig, TrainConfig
 from lorax.lora import apply_lora, set_kernels
-from lorax.metrics import library_versions, memory_gib
+from lorax.metrics import memory_gib
 from lorax.models import CausalLM, DecoderConfig
 from lorax.optimizer import make_optimizer
 from lorax.step import make_train_step
@@ -228,14 +228,9 @@ def main() -> None:
             "planned_gib": round(one.planned_gib, 3),
             "peak_gib": round(one.peak_gib if parsed.warmup else memory_gib().gib, 3),
             "compile_s": round(one.compile_seconds, 1),
-            "device": jax.devices()[0].device_kind,
-            "versions": library_versions(),
-            "commit": parsed.commit,
-            "date": datetime.date.today().isoformat(),
+            **origin(parsed.commit),
         }
-        parsed.out.parent.mkdir(parents=True, exist_ok=True)
-        with parsed.out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        append_rows(parsed.out, [row])
         print(
             f"{variant.name:40s} {row['tokens_per_s']:9.1f} tokens/s {row['step_ms']:8.2f} ms "
             f"ratio {row['ratio']:.4f} planned {row['planned_gib']:.2f} GiB "

@@ -13,6 +13,8 @@ import json
 import statistics
 from pathlib import Path
 
+from measured_rows import append_rows
+
 from lorax.config import load_config
 from lorax.metrics import METRICS_FILE
 from lorax.report import read_metrics
@@ -64,9 +66,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parsed = parser.parse_args()
     row = describe_run(parsed.run, model=parsed.model, call=parsed.call, commit=parsed.commit)
-    parsed.out.parent.mkdir(parents=True, exist_ok=True)
-    with parsed.out.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    append_rows(parsed.out, [row])
     print(json.dumps(row, indent=2))
 
 

@@ -17,9 +17,9 @@ from pathlib import Path
 import jax
 
 from lorax_kernels.device import CUBLAS_ONLY
+from lorax_kernels.lora_linear.choice import padded_rank
 from lorax_kernels.lora_linear.kernel import grouped_matmul
 from lorax_kernels.lora_linear.plan import Epilogue, MatmulConfig, Term, Update
-from lorax_kernels.lora_linear.skinny import padded_rank
 from lorax_kernels.timing import compile_all, time_interleaved
 from lorax_kernels.tuning import TUNED
 from lorax_kernels.workloads import SIZES, Workload, draw, model_workloads

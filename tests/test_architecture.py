@@ -84,10 +84,12 @@ ALLOWED = {
     },
     "lorax.plan": {
         "lorax.config",
+        "lorax.kernel_choice",
         "lorax.lora",
         "lorax.loss",
         "lorax.models",
         "lorax.optimizer",
+        "lorax_kernels",
     },
     "lorax.run": {"lorax"},
     "lorax.cli": {"lorax"},

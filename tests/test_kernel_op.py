@@ -23,9 +23,9 @@ from lorax_kernels import (
 from lorax_kernels.device import interpreted
 from lorax_kernels.lora_linear import calls, choice, fused, project, reference
 from lorax_kernels.lora_linear import gradient as gradient_module
+from lorax_kernels.lora_linear.choice import padded_rank
 from lorax_kernels.lora_linear.dropout import keep_mask, keep_probability, random_bits, seed_words
 from lorax_kernels.lora_linear.plan import SHARED_MEMORY_BYTES, Dropout, MatmulConfig
-from lorax_kernels.lora_linear.skinny import padded_rank
 from lorax_kernels.testing import interpret
 
 pytestmark = pytest.mark.timeout(120)

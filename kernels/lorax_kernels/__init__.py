@@ -10,3 +10,4 @@ from lorax_kernels.lora_linear import lora_linear as lora_linear
 from lorax_kernels.lora_linear import lora_linear_group as lora_linear_group
 from lorax_kernels.lora_linear import lora_mlp as lora_mlp
 from lorax_kernels.lora_linear import lora_swiglu as lora_swiglu
+from lorax_kernels.lora_linear import padded_rank as padded_rank

@@ -105,6 +105,11 @@ def explain_choice(
     return "xla", f"faster when measured near {m} × {k} × {sum(ns)}, or never measured there"
 
 
+def padded_rank(r: int) -> int:
+    """Returns the rank that the kernels compute with: 16, or a multiple of 64."""
+    return 16 if r <= 16 else -(-r // 64) * 64
+
+
 def split(members: Sequence[LoraWeights], rate: float = 0.0) -> list[list[int]]:
     """Divides a group into launches whose ranks fit side by side."""
     most = MAX_DROPPED_RANK if rate else MAX_RANK

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from lorax_kernels.lora_linear import xla
+from lorax_kernels.lora_linear.choice import padded_rank
 from lorax_kernels.lora_linear.gradient import gradient
 from lorax_kernels.lora_linear.inline import InlineTerm, inline_matmul
 from lorax_kernels.lora_linear.kernel import grouped_matmul
@@ -27,7 +28,6 @@ from lorax_kernels.lora_linear.plan import (
     Update,
 )
 from lorax_kernels.lora_linear.project import project
-from lorax_kernels.lora_linear.skinny import padded_rank
 from lorax_kernels.lora_linear.weights import Group
 from lorax_kernels.tuning import (
     gradient_config,

@@ -23,11 +23,6 @@ ROWS = 128  # rows of a tile of `gradient`: 64 per warpgroup where t·u is forme
 COLUMNS = 128  # columns of a tile: two boxes of one swizzled row each
 
 
-def padded_rank(r: int) -> int:
-    """Returns the rank that the kernels compute with: 16, or a multiple of 64."""
-    return 16 if r <= 16 else -(-r // STEP) * STEP
-
-
 @dataclasses.dataclass(frozen=True)
 class SkinnyConfig:
     """How a pass is cut.
