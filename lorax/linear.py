@@ -126,10 +126,10 @@ class LoraLinear(nnx.Module):
         outputs = lora_linear_group(x.astype(group.dtype), group.members, **options)
         return [_finish(layer, y) for layer, y in zip(layers, outputs, strict=True)]
 
-    def apply_mlp(self, gate: Any, up: Any, down: Any, x, *, again: bool) -> Array | None:
+    def apply_mlp(self, gate: Any, up: Any, down: Any, x) -> Array | None:
         """Returns ``down(silu(gate(x)) · up(x))``, of which this is one layer.
 
-        None if gate and up cannot run as one operation. See `lora_mlp` for `again`.
+        None if gate and up cannot run as one operation.
         """
         pair = self._group((gate, up), x.dtype)
         extras = ("bias", "preferred_element_type")
@@ -139,8 +139,8 @@ class LoraLinear(nnx.Module):
         x, single = x.astype(pair.dtype), self._group((down,), pair.dtype)
         if single is None or single.dtype != pair.dtype:
             return down(lora_swiglu(x, *pair.members, **self._options(dropout_key=pair.key)))
-        members, options = pair.members + single.members, self._options(again=again)
-        y = lora_mlp(x, *members, dropout_keys=(pair.key, single.key), **options)
+        keys, members = (pair.key, single.key), pair.members + single.members
+        y = lora_mlp(x, *members, dropout_keys=keys, **self._options())
         return _finish(down, y)
 
     def _options(self, **more: Any) -> dict[str, Any]:

@@ -104,13 +104,11 @@ class Planner:
         kept = tokens * self._kept_per_token(policy) * layers
         if policy in ("full", "offload"):
             kept += tokens * c * self.ranks
-        # Of the layer at hand: what is made again, and the gradients of two arrays like its input;
-        # those of gate and up take the places of gate and up.
-        layer = 2.0 * tokens * c * a.hidden_size
+        # Of the layer at hand: what is made again, the inner product of the MLP, and the gradients
+        # of two arrays like its input; those of gate and up take the places of gate and up.
+        layer = tokens * c * (2.0 * a.hidden_size + a.intermediate_size)
         if policy in ("full", "offload"):
             layer += everything - tokens * a.hidden_size * c
-        elif policy == "selective":
-            layer += tokens * c * a.intermediate_size
         if self._writes_scores:
             layer += rows * a.num_attention_heads * length**2 * (c + 8.0)
         _, chunk = logit_chunks(rows, length, a.vocab_size)
@@ -143,7 +141,7 @@ class Planner:
             elements += q + kv  # before their norms
         if policy == "none":
             elements += d * reads("q_proj", "k_proj", "v_proj")
-            elements += d * reads("gate_proj", "up_proj") + f * reads("down_proj")
+            elements += d * reads("gate_proj", "up_proj")
         return elements * c + 4.0 * a.num_attention_heads
 
     def seconds(self, policy: GradientCheckpointing, rows: int, length: int) -> float:

@@ -139,8 +139,8 @@ FAULTS = [
     (
         "the gradients of gate and up are written over each other",
         "kernel.py",
-        "tail=(-2, -1) if in_place",
-        "tail=(-1, -2) if in_place",
+        "tail=(-3, -2) if in_place",
+        "tail=(-2, -3) if in_place",
         "swiglu_back",
     ),
     (
@@ -358,7 +358,7 @@ def check_swiglu_back():
     kernel = lambda: grouped_matmul(
         [[Term(dy, (w,))]], epilogue="swiglu_back", update=Update(g, a), **options
     )
-    run(jax.jit(kernel), [d_gate, d_act * gate64 * sigmoid], 1)
+    run(jax.jit(kernel), [d_gate, d_act * gate64 * sigmoid, gate64 * sigmoid * up64], 1)
 
 
 def check_dropout():

@@ -244,7 +244,8 @@ def test_gradients_of_gate_and_up_are_formed_from_the_sum(r, m, rate):
     def formula(xp, dy, w, g, a, gate, up, factors):
         d_act = dy @ w.T + factors * (g @ a.T)
         sigmoid = 1.0 / (1.0 + xp.exp(-gate))
-        return [d_act * up * sigmoid * (1.0 + gate * (1.0 - sigmoid)), d_act * gate * sigmoid]
+        d_gate = d_act * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+        return [d_gate, d_act * gate * sigmoid, gate * sigmoid * up]
 
     factors = dropout_factors(m, k) if rate else np.ones((m, k))
     check(kernel, formula, (dy, w, g, a, gate, up, factors))

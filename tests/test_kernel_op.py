@@ -322,21 +322,13 @@ def test_an_mlp_s_values_and_gradients(sizes, rate, inline):
 
 
 @pytest.mark.parametrize("kernels", ["xla", "pallas"])
-def test_an_mlp_s_inner_product_may_be_made_again(kernels, inline):
+def test_an_mlp_keeps_gate_and_up_and_not_their_product(kernels, inline):
     inline(0)
     members = draw_members(128, [(192, 16), (192, 8)]) + draw_members(192, [(128, 4)])
-    x, dy = draw(0, 16, 128), draw(9, 16, 128)
-    results = []
-    for again in (False, True):
-        with interpret(3):
-            run = lambda x, m, again=again: lora_mlp(x, *m, kernels=kernels, again=again)
-            y, pull = jax.vjp(run, x, weights(members))
-            results.append(jax.tree.leaves((y, pull(dy))))
-    # The product made from rounded operands enters down's A alone.
-    different = [not np.array_equal(p, q) for p, q in zip(*results, strict=True)]
-    assert sum(different) == (kernels == "pallas")
-    for p, q in zip(*map(functools.partial(map, np.float64), results), strict=True):
-        assert np.linalg.norm(p - q) <= 4 * UNIT["bfloat16"] * np.linalg.norm(p)
+    run = lambda x, m: lora_mlp(x, *m, kernels=kernels)
+    kept = lambda: jax.tree.leaves(jax.vjp(run, draw(0, 24, 128), weights(members))[1])
+    with interpret(3):
+        assert [leaf.shape for leaf in jax.eval_shape(kept)].count((24, 192)) == 2
 
 
 def bundle(members):

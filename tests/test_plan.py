@@ -123,7 +123,7 @@ def test_what_is_held_all_the_time_is_counted_to_the_byte(planner):
 def test_only_adapted_layers_keep_their_inputs():
     every, some = make_planner(num_hidden_layers=1), make_planner(["q_proj"], num_hidden_layers=1)
     kept = lambda planner, policy: planner.memory(policy, 1, 1024).activations
-    assert kept(every, "none") - kept(some, "none") == 2 * 1024 * (4096 + 14336)
+    assert kept(every, "none") - kept(some, "none") == 2 * 1024 * 4096
     assert kept(every, "selective") == kept(some, "selective")
 
 
@@ -139,7 +139,7 @@ def test_the_largest_batch_fits_and_one_more_does_not(planner):
 
 
 @pytest.mark.parametrize(
-    "gib, policy", [(100, "none"), (45, "selective"), (24, "offload"), (3, "offload")]
+    "gib, policy", [(100, "none"), (42, "selective"), (24, "offload"), (3, "offload")]
 )
 def test_the_fastest_policy_that_fits_is_picked(planner, gib, policy):
     assert planner.fastest(4, 2048, gib) == policy

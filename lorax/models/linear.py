@@ -50,21 +50,11 @@ def apply_together(layers: tuple[Any, ...], x: Float[Array, "b t d"]) -> list[Ar
     return [layer(x) for layer in layers]
 
 
-def apply_mlp(
-    gate: Any, up: Any, down: Any, x: Float[Array, "b t d"], *, recompute: bool
-) -> Float[Array, "b t d"]:
-    """Returns ``down(silu(gate(x)) · up(x))``, in one operation where a layer knows how.
-
-    Args:
-        gate: The layer under ``silu``.
-        up: The layer that it multiplies.
-        down: The layer that reads the product.
-        x: The input.
-        recompute: Whether a policy of `jax.checkpoint` is to make the product again.
-    """
+def apply_mlp(gate: Any, up: Any, down: Any, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+    """Returns ``down(silu(gate(x)) · up(x))``, in one operation where a layer knows how."""
     for layer in (gate, up, down):
         if hasattr(layer, "apply_mlp"):
-            found = layer.apply_mlp(gate, up, down, x, again=recompute)
+            found = layer.apply_mlp(gate, up, down, x)
             if found is not None:
                 return found
     gated, upped = apply_together((gate, up), x)

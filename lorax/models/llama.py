@@ -47,13 +47,11 @@ class Context:
         rotary: cos and sin of each token.
         positions: Position of each token in its document.
         documents: Documents of packed rows, or None.
-        selective: Elementwise work is done again in the backward pass.
     """
 
     rotary: Rotary
     positions: Int[Array, "b t"]
     documents: Documents | None
-    selective: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 class RMSNorm(nnx.Module):
@@ -124,12 +122,9 @@ class MLP(nnx.Module):
         self.up_proj = make_linear(width, inner, bias, execution, rngs)
         self.down_proj = make_linear(inner, width, bias, execution, rngs)
 
-    def __call__(
-        self, x: Float[Array, "b t d"], *, recompute: bool = False
-    ) -> Float[Array, "b t d"]:
+    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         """Returns the MLP's output."""
-        layers = self.gate_proj, self.up_proj, self.down_proj
-        return apply_mlp(*layers, x, recompute=recompute)
+        return apply_mlp(self.gate_proj, self.up_proj, self.down_proj, x)
 
 
 class DecoderLayer(nnx.Module):
@@ -152,7 +147,7 @@ class DecoderLayer(nnx.Module):
         """Returns the layer's output and its cache."""
         attended, cache = self.self_attn(self.input_layernorm(x), context, cache, empty)
         x = kept(x + attended)
-        return x + self.mlp(self.post_attention_layernorm(x), recompute=context.selective), cache
+        return x + self.mlp(self.post_attention_layernorm(x)), cache
 
 
 class Decoder(nnx.Module):
@@ -303,7 +298,7 @@ class CausalLM(nnx.Module):
             documents, hidden = self._find_documents(segment_ids, hidden)
         policy = self.gradient_checkpointing
         rotary = self._rotary(positions, segment_ids)
-        context = Context(rotary, positions, documents, policy == "selective" and cache is None)
+        context = Context(rotary, positions, documents)
         if cache is not None:
             return self._run_with_cache(hidden, context, cache)
         run = checkpointed(_run_layer, policy)

@@ -153,21 +153,24 @@ def _kernel_forward(static: Static, x, operands: Operands):
 def _kernel_backward(static: Static, x, operands: Operands, saved, dys, gate_up=()):
     from lorax_kernels.lora_linear import fused
 
-    group = _bundle(static, x.dtype, operands)
-    return fused.backward(x, saved, group, _kernel_dropout(static, x, operands), dys, gate_up)
+    group = _bundle(static, dys[0].dtype, operands)
+    return fused.backward(x, saved, group, _kernel_dropout(static, dys[0], operands), dys, gate_up)
 
 
 def _backward(static: Static, x, operands: Operands, saved, dys, gate_up=()):
     """Returns the gradients of x, and of the operands.
 
-    Where x is ``silu(gate)·up`` and `gate_up` holds the two, theirs come instead of x's.
+    Where x is ``silu(gate)·up`` and `gate_up` holds the two, theirs come instead of x's, and x may
+    be None.
     """
     if static.is_kernel:
         dxs, da, db = _kernel_backward(static, x, operands, saved, dys, gate_up)
     else:
-        group = _bundle(static, x.dtype, operands)
+        group, pull = _bundle(static, dys[0].dtype, operands), lambda dx: [dx]
+        if gate_up:
+            x, pull = jax.vjp(xla.swiglu, *gate_up)
         dx, da, db = xla.backward(x, saved, group, static.rate, operands.key, dys)
-        dxs = jax.vjp(xla.swiglu, *gate_up)[1](dx) if gate_up else [dx]
+        dxs = pull(dx)
     like = lambda gradients, leaves: [
         gradient.astype(leaf.dtype) for gradient, leaf in zip(gradients, leaves, strict=True)
     ]
@@ -253,29 +256,27 @@ def _swiglu_gradients(static: Static, x, operands: Operands, saved, d_act):
 apply_swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def apply_mlp(
-    again: bool, statics: tuple[Static, Static], x, gate_up: Operands, down: Operands
+    statics: tuple[Static, Static], x, gate_up: Operands, down: Operands
 ) -> list[jax.Array]:
     """Returns ``[down(silu(gate(x))·up(x))]``.
 
-    `again` saves for the backward pass, in place of the inner product, the same product made from
-    gate(x) and up(x): for a policy of `jax.checkpoint` that makes elementwise work again.
+    The backward pass finds gate(x) and up(x) in memory, and makes the inner product of them.
     """
     (act,), _ = _swiglu(statics[0], x, gate_up, keep=False)
     return _forward(statics[1], act, down)[0]
 
 
-def _mlp_forward(again: bool, statics, x, gate_up: Operands, down: Operands):
+def _mlp_forward(statics, x, gate_up: Operands, down: Operands):
     (act, *kept), saved = _swiglu(statics[0], x, gate_up, keep=True)
     outputs, saved_of_down = _forward(statics[1], act, down)
-    act = xla.swiglu(*kept) if again else act
-    return outputs, (x, gate_up, saved, kept, act, down, saved_of_down)
+    return outputs, (x, gate_up, saved, kept, down, saved_of_down)
 
 
-def _mlp_backward(again: bool, statics, residuals, dys):
-    x, gate_up, saved, kept, act, down, saved_of_down = residuals
-    d_kept, of_down = _backward(statics[1], act, down, saved_of_down, dys, tuple(kept))
+def _mlp_backward(statics, residuals, dys):
+    x, gate_up, saved, kept, down, saved_of_down = residuals
+    d_kept, of_down = _backward(statics[1], None, down, saved_of_down, dys, tuple(kept))
     (dx,), of_gate_up = _backward(statics[0], x, gate_up, saved, d_kept)
     return dx, of_gate_up, of_down
 

@@ -179,7 +179,7 @@ def _padded_biases(group: Group, config: MatmulConfig) -> jax.Array | None:
 
 
 def backward(
-    x,
+    x: jax.Array | None,
     saved: Saved | None,
     group: Group,
     dropout: Dropout | None,
@@ -188,13 +188,15 @@ def backward(
 ):
     """Returns the gradients ``[of x]``, of every A and of every B, the latter in float32.
 
-    Where x is ``silu(gate)·up`` and `gate_up` holds the two, theirs come instead of x's.
+    Where x is ``silu(gate)·up`` and `gate_up` holds the two, theirs come instead of x's, and x is
+    made from them: it may be None.
     """
-    (m, k), n = x.shape, sum(w.shape[1] for w in group.w)
+    m, k, n = dys[0].shape[0], group.w[0].shape[0], sum(w.shape[1] for w in group.w)
     layout = lay_out(group)
     if gate_up and dropout is not None and not layout.is_short:
-        (d_act,), da, db = backward(x, saved, group, dropout, dys)
-        return jax.vjp(xla.swiglu, *gate_up)[1](d_act), da, db
+        act, pull = jax.vjp(xla.swiglu, *gate_up)
+        (d_act,), da, db = backward(act, saved, group, dropout, dys)
+        return pull(d_act), da, db
     epilogue: Epilogue = "swiglu_back" if gate_up else "store"
     config = matmul_config(m, n, k, transposed=True, epilogue=epilogue, short=layout.is_short)
     multiply = functools.partial(
@@ -202,7 +204,7 @@ def backward(
     )
     terms = [Term(dy, (w,)) for dy, w in zip(dys, group.w, strict=True)]
     if saved is None:
-        return multiply([terms]), [], []
+        return multiply([terms])[: len(gate_up) or 1], [], []
     h, a, b = saved
     width = 0
     if dropout is None and layout.size > ONE_PASS_RANK and not gate_up:
@@ -221,15 +223,15 @@ def backward(
     else:
         pairs = [_through_b(saved, group, i, layout, dys[j]) for i, j in enumerate(group.members)]
         db = [gradient_of_b for gradient_of_b, _ in pairs]
-        g = _stack([projected.T for _, projected in pairs], layout, x.dtype).T
-    (parts,) = gradient(x, g, config=gradient_config(m, k, layout.size), mask=dropout)
-    if gate_up:
-        # x, which may be wanted no more, makes room for what is as large.
-        g, parts = jax.lax.optimization_barrier((g, parts))
+        g = _stack([projected.T for _, projected in pairs], layout, dys[0].dtype).T
     update = Update(g, a) if layout.is_short else None
     if update is None:
         terms.append(Term(g, (a.T,)))
     dxs = multiply([terms], update=update, dropout=dropout, begun=begun)
+    if gate_up:
+        *dxs, x = dxs
+    assert x is not None
+    (parts,) = gradient(x, g, config=gradient_config(m, k, layout.size), mask=dropout)
     spans = zip(layout.starts, layout.ranks, strict=True)
     return dxs, [_add(parts[:, :, start : start + r]) for start, r in spans], db
 

@@ -61,7 +61,8 @@ def grouped_matmul(
         epilogue: ``store`` writes the sums. Three take gate and up as two right operands:
             ``swiglu`` writes ``silu(gate)·up``; ``swiglu_keep`` writes that, gate and up;
             ``swiglu_grad`` writes the gradients of gate and up. ``swiglu_back`` writes them over
-            gate and up, where the sum, of one group, is the gradient of ``silu(gate)·up``.
+            gate and up, where the sum, of one group, is the gradient of ``silu(gate)·up``, and
+            then that product.
         bias: One vector for all groups, each group's part padded to whole tiles.
         tail: What an epilogue reads, each (m, n): the gradient of ``silu(gate)·up`` for
             ``swiglu_grad``, gate and up for ``swiglu_back``.
@@ -98,7 +99,7 @@ def grouped_matmul(
         masked_steps=-(-terms[0][-1].k // STEP) if dropout and not update else 0,
         seed=number(dropout.seed) if dropout else None,
         bias=None if bias is None else number(bias),
-        tail=(-2, -1) if in_place else tuple(number(array) for array in tail),
+        tail=(-3, -2) if in_place else tuple(number(array) for array in tail),
         outputs=len(groups) if epilogue == "store" else EPILOGUE_ARRAYS[epilogue][1],
         update=(number(update.lhs), number(update.rhs)) if update else None,
         skipped=begun[1] // config.block_n if begun else 0,

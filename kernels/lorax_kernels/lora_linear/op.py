@@ -170,12 +170,12 @@ def lora_mlp(
     dropout_keys: tuple[Key[Array, ""] | None, Key[Array, ""] | None] = (None, None),
     kernels: Kernels = "auto",
     row_axes: Sequence[str] = (),
-    again: bool = False,
 ) -> Float[Array, "*batch d"]:
     """Applies a whole SwiGLU layer: ``down(silu(gate(x)) · up(x))``.
 
     It is `lora_linear` of `lora_swiglu`; in the backward pass the kernel turns the gradient of the
-    inner product into those of gate(x) and up(x) while it is in registers.
+    inner product into those of gate(x) and up(x) while it is in registers, and makes that product
+    again from these two, which is all that is kept of the layer besides `x`.
 
     Args:
         x: Input rows.
@@ -186,8 +186,6 @@ def lora_mlp(
         dropout_keys: Of the inputs of gate and up, and of down.
         kernels: As in `lora_linear`.
         row_axes: As in `lora_linear`.
-        again: Whether what is kept of the inner product is made from gate(x) and up(x), so that a
-            policy of `jax.checkpoint` that makes elementwise work again need not keep it.
 
     Returns:
         The output, in `x`'s dtype.
@@ -211,8 +209,8 @@ def lora_mlp(
         product = lora_swiglu(x, gate, up, dropout_key=dropout_keys[0], **options)
         options |= {"dropout_rate": _rate(second, dropout_rate)}
         return lora_linear_group(product, second, dropout_key=dropout_keys[1], **options)[0]
-    function, (implementation,) = functools.partial(apply_mlp, again), implementations
-    return run(x, [first, second], rate, dropout_keys, row_axes, function, implementation)[0]
+    (implementation,) = implementations
+    return run(x, [first, second], rate, dropout_keys, row_axes, apply_mlp, implementation)[0]
 
 
 def _rate(members: Sequence[LoraWeights], dropout_rate: float) -> float:

@@ -20,7 +20,7 @@ EPILOGUE_ARRAYS = {
     "swiglu": (0, 1),
     "swiglu_keep": (0, 3),
     "swiglu_grad": (1, 2),
-    "swiglu_back": (2, 2),
+    "swiglu_back": (2, 3),
 }
 """Arrays of the result's shape that an epilogue reads, and writes; ``store`` writes the groups."""
 

@@ -261,7 +261,8 @@ class Multiplier(Role):
             return [gate * sigmoid * up, gate, up]
         (d_act,) = tail
         d_gate = d_act * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
-        return [d_gate, d_act * gate * sigmoid]
+        act = [gate * sigmoid * up] if plan.epilogue == "swiglu_back" else []
+        return [d_gate, d_act * gate * sigmoid, *act]
 
     def tail_slot(self, count, j: int):
         """Returns the slot with the tail's part of the piece of columns `j`."""
