@@ -167,9 +167,9 @@ FAULTS = [
     (
         "the backward pass draws another mask",
         "calls.py",
-        "fused.backward(x, saved, group, _kernel_dropout(static, x, operands), dys, gate_up)",
+        "fused.backward(x, saved, group, _kernel_dropout(static, dys[0], operands), dys, gate_up)",
         "fused.backward(x, saved, group, (lambda d: d and d._replace(seed=d.seed["
-        "jnp.array([1, 0, 2])]))(_kernel_dropout(static, x, operands)), dys, gate_up)",
+        "jnp.array([1, 0, 2])]))(_kernel_dropout(static, dys[0], operands)), dys, gate_up)",
         "layer_dropout",
     ),
     (
@@ -259,8 +259,8 @@ FAULTS = [
     (
         "g is packed without gaps",
         "fused.py",
-        "g = _stack([projected.T for _, projected in pairs], layout, x.dtype).T",
-        "g = jnp.concatenate([projected for _, projected in pairs], 1).astype(x.dtype); "
+        "g = _stack([projected.T for _, projected in pairs], layout, dys[0].dtype).T",
+        "g = jnp.concatenate([projected for _, projected in pairs], 1).astype(dys[0].dtype); "
         "g = jnp.pad(g, ((0, 0), (0, layout.size - g.shape[1])))",
         "group",
     ),

@@ -232,6 +232,9 @@ def backward(
         *dxs, x = dxs
     assert x is not None
     (parts,) = gradient(x, g, config=gradient_config(m, k, layout.size), mask=dropout)
+    if gate_up:
+        # x is as large as either, and done with before their gradients are read.
+        dxs, parts = jax.lax.optimization_barrier((dxs, parts))
     spans = zip(layout.starts, layout.ranks, strict=True)
     return dxs, [_add(parts[:, :, start : start + r]) for start, r in spans], db
 
