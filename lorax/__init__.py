@@ -22,7 +22,7 @@ from lorax.loss import linear_cross_entropy as linear_cross_entropy
 from lorax.merge import merge_lora as merge_lora
 from lorax.merge import unload_lora as unload_lora
 from lorax.merge import unmerge_lora as unmerge_lora
-from lorax.run import build_model as build_model
+from lorax.run_inputs import build_model as build_model
 from lorax.step import make_train_step as make_train_step
 from lorax.step import merge_state as merge_state
 from lorax.train import Trainer as Trainer

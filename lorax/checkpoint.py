@@ -1,69 +1,379 @@
-"""Weights written during a run: whole or not at all, the newest and the best kept."""
+"""Everything a run needs to go on as if it had never stopped, on disk and verified.
 
+Orbax writes the arrays; around it stands what it leaves out: a digest of every array, verified on
+every restore, a commit by one rename after everything is on the disk, and folders of our own.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
 import json
-import math
 import os
+import re
+import secrets
 import shutil
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from lorax.interop.files import CheckpointError, read_json, sync, sync_tree
+
+CHECKPOINT_FOLDER = "checkpoints"
+"""In a run's folder: where its checkpoints are."""
+
+MANIFEST_FILE, MARKER_FILE, LOCK_FILE = "manifest.json", "LORAX", "lock"
+_FORMAT = 1
+_STEP = re.compile(r"step-(\d{9})")
+_MARKER = "Checkpoints of a lorax run. Folders step-*, damaged-* and .partial-* belong to lorax.\n"
+_ROOM = 32 * 2**20
+"""Bytes that must stay free beyond what is written."""
 
 
-class WeightStore:
-    """Writes a run's weights to ``<directory>/step-000123`` and keeps the newest and the best.
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """What was restored.
 
-    A folder appears under its name only when it is complete. Only folders that this store wrote
-    itself are ever removed, and only after a newer one is complete.
-
-    Args:
-        directory: A folder of the run, made when first written to.
-        write: Writes the current weights into a folder that does not exist yet.
+    Attributes:
+        step: Optimizer steps done.
+        arrays: Host arrays, by path.
+        record: Whatever else was saved, as JSON holds it.
+        versions: Of the libraries that saved it.
     """
 
-    def __init__(self, directory: Path, write: Callable[[Path], object]):
-        self.directory, self._write = directory, write
-        self._written: dict[int, Path] = {}
-        self.best_step: int | None = None
-        self.best_loss = math.inf
+    step: int
+    arrays: Mapping[str, np.ndarray]
+    record: Mapping[str, Any]
+    versions: Mapping[str, str]
 
-    def save(self, step: int, eval_loss: float | None = None) -> bool:
-        """Writes the weights of `step`, if not done yet; returns whether they are the best so far.
+
+class CheckpointStore:
+    """Writes and restores the checkpoints of one run in a folder of their own.
+
+    ``<directory>/step-000000120`` appears whole or not at all: written beside, flushed to the disk,
+    renamed. Each holds a manifest with the SHA-256 of every array and of itself. Saving happens in
+    a thread; an error of it is raised by the next call. Older checkpoints go only after the newest
+    one was read back and verified, and only folders of this store's own names are ever touched.
+
+    Args:
+        directory: Made when first written to. If it exists, it must be one of lorax's.
+        keep: Checkpoints to keep.
+        versions: Of the libraries, for the manifest.
+        tell: Is told, in words, what a user should know.
+
+    Raises:
+        CheckpointError: If `directory` is something else, or another process uses it.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        keep: int = 2,
+        versions: Mapping[str, str] | None = None,
+        tell: Callable[[str], object] = print,
+    ):
+        self.directory, self.keep, self.versions = directory, keep, dict(versions or {})
+        self._tell, self._thread = tell, None
+        self._error: BaseException | None = None
+        self._lock: Any = None
+        self.blocked_seconds = 0.0
+
+    def open(self) -> None:
+        """Makes the folder and takes its lock, until `close`."""
+        if self._lock is not None:
+            return
+        marker = self.directory / MARKER_FILE
+        if self.directory.exists() and not marker.is_file() and any(self.directory.iterdir()):
+            raise CheckpointError(
+                f"{self.directory} holds files and no {MARKER_FILE}, so it is not lorax's; choose "
+                "another save.output_dir"
+            )
+        self.directory.mkdir(parents=True, exist_ok=True)
+        marker.write_text(_MARKER, encoding="utf-8")
+        lock = (self.directory / LOCK_FILE).open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.seek(0)
+            owner = lock.read().strip() or "another process"
+            lock.close()
+            raise CheckpointError(
+                f"{self.directory.parent} is in use by {owner}; wait for it, or choose another "
+                "save.output_dir"
+            ) from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()}\n")
+        lock.flush()
+        self._lock = lock
+        for left in self.directory.glob(".partial-*"):
+            shutil.rmtree(left, ignore_errors=True)
+
+    def steps(self) -> list[int]:
+        """Returns the steps of what looks like a checkpoint, in ascending order."""
+        if not self.directory.is_dir():
+            return []
+        names = (p.name for p in self.directory.iterdir() if p.is_dir() and not p.is_symlink())
+        return sorted(int(m[1]) for name in names if (m := _STEP.fullmatch(name)))
+
+    def save(
+        self, step: int, arrays: Mapping[str, Any], record: Mapping[str, Any], *, wait: bool = False
+    ) -> None:
+        """Copies the arrays from the devices and writes them in a thread.
+
+        A step that is there already is not written again.
 
         Args:
             step: Optimizer steps done.
-            eval_loss: Held-out loss of these weights, if it was measured.
+            arrays: By path; device or host arrays.
+            record: Whatever else, as JSON holds it.
+            wait: Whether to return only when the checkpoint is on the disk.
+
+        Raises:
+            CheckpointError: If this save, with `wait`, or one before failed.
         """
-        if step not in self._written:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            folder = self.directory / f"step-{step:06d}"
-            self._write(folder)
-            self._written[step] = folder
-        improved = eval_loss is not None and eval_loss < self.best_loss
-        if improved:
-            assert eval_loss is not None
-            self.best_loss, self.best_step = eval_loss, step
-            self._point_to_best()
-        self._remove_superseded()
-        return improved
+        self.open()
+        self.wait()
+        if step in self.steps():
+            return  # a step of a run is the same whenever it is saved
+        started = time.monotonic()
+        host = {path: np.array(value) for path, value in jax.device_get(dict(arrays)).items()}
+        self.blocked_seconds = time.monotonic() - started
+        record = json.loads(json.dumps(record, allow_nan=False))
 
-    def best_path(self) -> Path | None:
-        """Returns the folder with the lowest held-out loss, if any was measured."""
-        return None if self.best_step is None else self._written[self.best_step]
+        def work() -> None:
+            try:
+                self._write(step, host, record)
+            except BaseException as error:
+                self._error = error
 
-    def describe(self) -> str:
-        """Says which weights are on disk."""
-        if not self._written:
-            return "no weights were saved before it"
-        return f"the last weights saved are in {self._written[max(self._written)]}"
+        self._thread = threading.Thread(target=work, name="lorax-checkpoint", daemon=True)
+        self._thread.start()
+        if wait:
+            self.wait()
 
-    def _point_to_best(self) -> None:
-        path = self.best_path()
-        assert path is not None
-        record = {"step": self.best_step, "eval_loss": self.best_loss, "path": path.name}
-        partial = self.directory / "best.json.partial"
-        partial.write_text(json.dumps(record) + "\n", encoding="utf-8")
-        os.replace(partial, self.directory / "best.json")
+    def check(self) -> None:
+        """Raises what a save in the thread raised."""
+        if self._error is not None:
+            error, self._error = self._error, None
+            if isinstance(error, CheckpointError):
+                raise error
+            found = self.steps()
+            safe = f"; step {found[-1]} is the newest checkpoint" if found else ""
+            raise CheckpointError(f"{self.directory}: saving failed: {error}{safe}") from error
 
-    def _remove_superseded(self) -> None:
-        newest = max(self._written)
-        for step in [s for s in self._written if s not in (newest, self.best_step)]:
-            shutil.rmtree(self._written.pop(step))
+    def wait(self) -> None:
+        """Waits for the thread, and raises what it raised."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.check()
+
+    def close(self) -> None:
+        """Waits for the thread and gives the lock back; more than once does no harm."""
+        try:
+            self.wait()
+        finally:
+            if self._lock is not None:
+                self._lock.close()
+                self._lock = None
+
+    def restore(self) -> Checkpoint | None:
+        """Returns the newest checkpoint that is whole, or None if there never was one.
+
+        One that is not whole is renamed to ``damaged-…``, which is said aloud, and the one before
+        is tried.
+
+        Raises:
+            CheckpointError: If there are checkpoints and none is whole.
+        """
+        self.open()
+        damaged = []
+        for step in reversed(self.steps()):
+            folder = self._folder(step)
+            try:
+                return read_checkpoint(folder)
+            except CheckpointError as error:
+                aside = self.directory / f"damaged-{step:09d}-{time.time_ns()}"
+                folder.rename(aside)
+                sync(self.directory)
+                damaged.append(aside.name)
+                self._tell(f"checkpoint of step {step} is damaged and set aside: {error}")
+        if damaged:
+            raise CheckpointError(
+                f"{self.directory}: none of its checkpoints is whole; they are kept as "
+                f"{', '.join(damaged)}. Start anew in another save.output_dir"
+            )
+        return None
+
+    def _folder(self, step: int) -> Path:
+        return self.directory / f"step-{step:09d}"
+
+    def _write(self, step: int, arrays: Mapping[str, np.ndarray], record: Any) -> None:
+        refuse_nonfinite(arrays, f"step {step}")
+        size = sum(value.nbytes for value in arrays.values())
+        self.directory.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.directory).free
+        if free < size + _ROOM:
+            raise CheckpointError(
+                f"{self.directory}: the checkpoint of step {step} needs "
+                f"{(size + _ROOM) / 2**20:,.0f} MiB and {free / 2**20:,.0f} MiB are free; the "
+                "checkpoints before it are untouched. Make room, or set save.output_dir to another "
+                "disk"
+            )
+        fresh = self.directory / f".partial-{step:09d}-{secrets.token_hex(4)}"
+        try:
+            fresh.mkdir()
+            write_checkpoint(fresh, step, arrays, record, self.versions)
+            os.replace(fresh, self._folder(step))
+            sync(self.directory)
+        except BaseException:
+            shutil.rmtree(fresh, ignore_errors=True)
+            raise
+        self._prune()
+
+    def _prune(self) -> None:
+        """Removes what is too old, once the newest one has been read back."""
+        old = self.steps()[: -self.keep]
+        if not old:
+            return
+        read_checkpoint(self._folder(self.steps()[-1]))
+        for step in old:
+            self._remove(self._folder(step))
+
+    def _remove(self, folder: Path) -> None:
+        # Renamed first, so that no half of a checkpoint is ever seen under its name.
+        doomed = self.directory / f".partial-{folder.name}-{secrets.token_hex(4)}"
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def write_checkpoint(
+    folder: Path,
+    step: int,
+    arrays: Mapping[str, np.ndarray],
+    record: Mapping[str, Any],
+    versions: Mapping[str, str],
+) -> None:
+    """Writes a checkpoint into an empty folder, and waits until it is on the disk."""
+    import orbax.checkpoint as ocp
+
+    names = {path: f"{index:05d}" for index, path in enumerate(arrays)}
+    tree = {names[path]: value for path, value in arrays.items()}
+    with contextlib.closing(ocp.Checkpointer(ocp.PyTreeCheckpointHandler())) as checkpointer:
+        checkpointer.save((folder / "arrays").absolute(), args=ocp.args.PyTreeSave(tree))
+    manifest = {
+        "format": _FORMAT,
+        "step": step,
+        "arrays": {
+            path: _describe(value) | {"name": names[path]} for path, value in arrays.items()
+        },
+        "record": dict(record),
+        "versions": dict(versions),
+    }
+    manifest["digest"] = _digest(manifest)
+    text = json.dumps(manifest, indent=1, sort_keys=True)
+    (folder / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
+    sync_tree(folder)
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Reads a checkpoint and verifies every array of it.
+
+    Raises:
+        CheckpointError: If anything in it is missing, changed or not finite.
+    """
+    manifest = read_json(folder / MANIFEST_FILE)
+    digest = manifest.pop("digest", None)
+    if digest != _digest(manifest):
+        raise CheckpointError(f"{folder / MANIFEST_FILE} is not what was written")
+    if manifest.get("format") != _FORMAT:
+        raise CheckpointError(f"{folder} has format {manifest.get('format')}, not {_FORMAT}")
+    if folder.name != f"step-{manifest['step']:09d}":
+        raise CheckpointError(f"{folder} holds step {manifest['step']}: it was renamed")
+    stored = _read_arrays(folder / "arrays", [e["name"] for e in manifest["arrays"].values()])
+    arrays = {}
+    for path, entry in manifest["arrays"].items():
+        value = stored[entry["name"]]
+        if _describe(value) | {"name": entry["name"]} != entry:
+            raise CheckpointError(f"{folder}: {path} is not what was written")
+        arrays[path] = value
+    refuse_nonfinite(arrays, str(folder))
+    return Checkpoint(manifest["step"], arrays, manifest["record"], manifest["versions"])
+
+
+def _read_arrays(folder: Path, names: list[str]) -> dict[str, np.ndarray]:
+    import orbax.checkpoint as ocp
+
+    wanted = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
+    try:
+        with contextlib.closing(ocp.Checkpointer(ocp.PyTreeCheckpointHandler())) as checkpointer:
+            args = ocp.args.PyTreeRestore(restore_args=wanted)
+            found = checkpointer.restore(folder.absolute(), args=args)
+        return {name: np.asarray(found[name]) for name in names}
+    except MemoryError:
+        raise
+    except Exception as error:
+        # Orbax and TensorStore raise a dozen kinds, most of which do not name the file.
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{folder} cannot be read: {reason[:300]}") from error
+
+
+def refuse_nonfinite(arrays: Mapping[str, np.ndarray], where: str) -> None:
+    """Raises `CheckpointError` naming the first array that holds NaN or infinity."""
+    for path, value in arrays.items():
+        inexact = jax.numpy.issubdtype(value.dtype, jax.numpy.inexact)
+        if inexact and not np.isfinite(np.asarray(value, np.float32)).all():
+            raise CheckpointError(f"{where}: {path} holds numbers that are not finite")
+
+
+def _describe(value: np.ndarray) -> dict[str, Any]:
+    data = np.ascontiguousarray(value).view(np.uint8).reshape(-1) if value.ndim else value.tobytes()
+    return {
+        "dtype": value.dtype.name,
+        "shape": list(value.shape),
+        "sha256": hashlib.sha256(data).hexdigest(),
+    }
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    text = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def flatten_tree(tree: Any) -> dict[str, Any]:
+    """Returns the leaves of a pytree by path."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def fill_tree[T](like: T, arrays: Mapping[str, np.ndarray], where: str) -> T:
+    """Returns a tree of the structure, types and places of `like` with the values of `arrays`.
+
+    Raises:
+        CheckpointError: If names, shapes or dtypes differ.
+    """
+    wanted = flatten_tree(like)
+    for missing, what in (
+        (wanted.keys() - arrays.keys(), "lacks"),
+        (arrays.keys() - wanted.keys(), "has"),
+    ):
+        if missing:
+            raise CheckpointError(
+                f"{where} {what} {min(missing)}: it is of another model or optimizer"
+            )
+    values = []
+    for path, leaf in wanted.items():
+        value = arrays[path]
+        if (value.shape, value.dtype) != (leaf.shape, leaf.dtype):
+            raise CheckpointError(
+                f"{where}: {path} is {value.dtype}{list(value.shape)}, the run needs "
+                f"{leaf.dtype}{list(leaf.shape)}"
+            )
+        values.append(jax.device_put(value, leaf.sharding))
+    return jax.tree.unflatten(jax.tree.structure(like), values)

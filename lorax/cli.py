@@ -20,21 +20,18 @@ from lorax.interop.peft import CONFIG_FILE, load_adapter
 from lorax.overview import module_rows, report_data, report_kernels, report_plan
 from lorax.phases import Phases, process_age
 from lorax.report import print_config, print_modules
-from lorax.run import (
-    CHAT_TEMPLATE_FILE,
-    EXPORT_FOLDERS,
-    check_plan,
-    check_targets,
-    load_inputs,
-    make_planner,
-    run_training,
-)
+from lorax.run import CHAT_TEMPLATE_FILE, EXPORT_FOLDERS, run_training
+from lorax.run_inputs import check_plan, check_targets, load_inputs, make_planner
+from lorax.stopping import STOPPED_STATUS, OutOfMemoryError, RunStopped
 
 WIDTH_IN_LOGS = 100
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns 0, or 2 after printing what is wrong with the input.
+    """Runs one command and returns its exit status.
+
+    0 is success, 2 follows an input that cannot be used, 1 a run that failed, 75 one that was asked
+    to stop and can be resumed.
 
     Args:
         arguments: Words after ``lorax``; those of the process if not given.
@@ -43,13 +40,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(width=None if sys.stdout.isatty() else WIDTH_IN_LOGS)
     try:
         parsed.run(parsed, console)
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"lorax {parsed.command}: error: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        _print_error(parsed.command, error)
         return 2
+    except (FloatingPointError, OutOfMemoryError) as error:
+        _print_error(parsed.command, error)
+        return 1
+    except RunStopped as stopped:
+        print(f"lorax: {stopped}; go on with --resume", file=sys.stderr)
+        return STOPPED_STATUS
     except KeyboardInterrupt:
         print("lorax: stopped", file=sys.stderr)
         return 130
     return 0
+
+
+def _print_error(command: str, error: BaseException) -> None:
+    notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+    print(f"lorax {command}: error: {error}{notes}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -72,6 +80,15 @@ def _parser() -> argparse.ArgumentParser:
         command = add(name, run, text)
         command.add_argument("config", help="a YAML file, such as configs/tiny_cpu.yaml")
         command.add_argument("overrides", nargs="*", metavar="key=value", help="such as lora.r=8")
+        if name == "train":
+            command.add_argument(
+                "--resume",
+                nargs="?",
+                choices=("always", "auto"),
+                const="always",
+                default="never",
+                help="go on with the run in save.output_dir; `auto` begins one if there is none",
+            )
         if name == "inspect":
             command.add_argument("--rows", type=int, default=3, help="rows to show")
     _add_generate(add)
@@ -107,7 +124,8 @@ def _add_export(add) -> None:
 def _train(parsed, console: Console) -> None:
     phases = Phases(process_age() or 0.0)
     phases.end("imports")
-    run_training(load_config(parsed.config, parsed.overrides), console, phases)
+    config = load_config(parsed.config, parsed.overrides)
+    run_training(config, console, phases, resume=parsed.resume)
 
 
 def _validate(parsed, console: Console) -> None:

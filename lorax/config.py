@@ -170,6 +170,10 @@ class TrainConfig(Section):
             `auto` takes the fastest that fits.
         memory_gib: What `auto` may use on one device; null is what the device has.
         seed: Of everything random in the run.
+        skip_nonfinite_steps: Steps whose loss or gradient may be not finite; each is left out and
+            said aloud. With 0 the first one ends the run.
+        stuck_after_seconds: A step that takes longer ends the run, with every thread's stack
+            printed; null waits for ever.
     """
 
     method: Literal["lora", "full"] = "lora"
@@ -200,6 +204,8 @@ class TrainConfig(Section):
     gradient_checkpointing: Literal["auto", "none", "selective", "full", "offload"] = "full"
     memory_gib: Positive | None = None
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 3407
+    skip_nonfinite_steps: Index = 0
+    stuck_after_seconds: Positive | None = 3600.0
 
     # What each schedule reads of `lr_scheduler_kwargs`, and what it cannot do without.
     _reads: ClassVar[dict[str, tuple[str, ...]]] = {
@@ -275,12 +281,17 @@ class SaveConfig(Section):
     Attributes:
         output_dir: Directory of the run.
         save_steps: Steps between two checkpoints.
+        save_total_limit: Checkpoints to keep; older ones go once a newer one is verified.
+        on_save_error: What follows when a checkpoint cannot be written, say to a full disk: `stop`
+            ends the run, `warn` goes on without it.
         load_best_model_at_end: Exports the weights with the lowest held-out loss.
         export: What the run ends with; `("merged",)` when not given and `train.method` is `full`.
     """
 
     output_dir: Text
     save_steps: Count = 100
+    save_total_limit: Count = 2
+    on_save_error: Literal["stop", "warn"] = "stop"
     load_best_model_at_end: bool = False
     export: Annotated[
         tuple[Literal["peft", "peft-portable", "merged"], ...], Field(min_length=1), FromList

@@ -57,6 +57,7 @@ def compile_ahead(
             loss_fn,
             seed=train.seed,
             mesh=mesh,
+            skip_nonfinite=train.skip_nonfinite_steps > 0,
         )
         return compile_widths(step, state, plans[0], total_steps)
 
@@ -139,6 +140,18 @@ def count_steps(config: RunConfig, plan: BatchPlan) -> int:
     if config.train.max_steps > 0:
         return config.train.max_steps
     return math.ceil(config.train.num_train_epochs * plan.steps_per_epoch)
+
+
+def refuse_empty_steps(plan: BatchPlan, total_steps: int) -> None:
+    """Raises ValueError if a step of the run would hold no supervised token."""
+    for epoch, steps in run_epochs(plan, total_steps):
+        empty = np.flatnonzero(plan.supervised_tokens(epoch)[:steps] == 0)
+        if len(empty):
+            raise ValueError(
+                f"step {int(empty[0]) + 1} of epoch {epoch + 1} holds no supervised token, so "
+                "its loss is undefined; raise train.gradient_accumulation_steps or set "
+                "data.unsupervised: drop"
+            )
 
 
 def _common_layout(plans: list[BatchPlan]) -> DocumentLayout:

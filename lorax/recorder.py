@@ -22,6 +22,9 @@ class Recorder:
     def __call__(self, event: Event) -> None:
         """Logs and shows one event, if it is due."""
         event = dict(event)
+        if "note" in event:
+            self.console.print(event["note"], highlight=False, markup=False, soft_wrap=True)
+            return
         step = event.pop("step", None)
         if step is None:
             self.phases.end("waiting for the compiler")

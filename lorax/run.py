@@ -4,7 +4,7 @@ import dataclasses
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,29 +13,17 @@ from rich.console import Console
 
 from lorax.card import write_card
 from lorax.compilation_cache import use_compilation_cache
+from lorax.checkpoint import CHECKPOINT_FOLDER, MARKER_FILE
 from lorax.config import RunConfig, dump_config
-from lorax.data import (
-    BatchPlan,
-    EncodedDataset,
-    load_encoded_dataset,
-    load_tokenizer,
-)
 from lorax.evaluate import answer_rows, exact_match, last_answer
 from lorax.export import export_model
 from lorax.generate import stop_token_ids
 from lorax.interop.checkpoint import resolve_checkpoint
-from lorax.interop.files import refuse_occupied
-from lorax.interop.huggingface import load_hf_config, load_model
-from lorax.interop.peft import load_adapter, read_adapter_config, trains_base_weights
-from lorax.kernel_choice import check_kernels
-from lorax.lora import apply_lora, set_kernels
+from lorax.interop.files import CheckpointError, read_json, refuse_occupied
 from lorax.metrics import RunLog, check_reporters, library_versions, memory_gib
-from lorax.models import CausalLM, GradientCheckpointing
-from lorax.optimizer import make_schedule
 from lorax.overview import report_data, report_model
 from lorax.phases import Phases
-from lorax.plan import GIB, Planner, device_gib
-from lorax.preparation import compile_ahead, count_steps, plan_training
+from lorax.preparation import compile_ahead
 from lorax.recorder import Recorder
 from lorax.report import (
     RunSummary,
@@ -44,210 +32,60 @@ from lorax.report import (
     print_summary,
     show_progress,
 )
-from lorax.sharding import make_mesh
-from lorax.targets import TargetError
-from lorax.train import Trainer
+from lorax.resume import fingerprint_folder
+from lorax.run_inputs import (
+    Inputs,
+    build_model,
+    check_plan,
+    check_targets,
+    choose_policy,
+    explain_memory,
+    load_inputs,
+    model_shapes,
+)
+from lorax.stopping import OutOfMemoryError
+from lorax.train import Trainer, TrainResult
+
+type Resume = Literal["never", "auto", "always"]
 
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 """In a run's folder: the template it was trained with, where that is not the tokenizer's own."""
 
+SUMMARY_FILE = "summary.json"
+
 EXPORT_FOLDERS = {"peft": "adapter", "peft-portable": "adapter-portable", "merged": "merged"}
 
 
-@dataclasses.dataclass(frozen=True)
-class Inputs:
-    """Everything a run reads but the weights.
-
-    Attributes:
-        base: Folder of the base checkpoint's configuration and tokenizer.
-        tokenizer: Its tokenizer.
-        train: Encoded rows to learn from.
-        eval: Encoded held-out rows.
-        chat_template: Text of the run's own template; None where it is the tokenizer's.
-    """
-
-    base: Path
-    tokenizer: Any
-    train: EncodedDataset
-    eval: EncodedDataset | None
-    chat_template: str | None
-
-    @property
-    def datasets(self) -> dict[str, EncodedDataset]:
-        """The data by name, training data first."""
-        return {"train": self.train} | ({} if self.eval is None else {"eval": self.eval})
-
-
-def load_inputs(config: RunConfig) -> Inputs:
-    """Reads the tokenizer and the data of a run.
-
-    Raises:
-        ValueError: Naming the file, the line or the setting that cannot be used.
-    """
-    model = config.model
-    base = resolve_checkpoint(model.name_or_path, model.revision, weights=False)
-    vocab_size = load_hf_config(base).vocab_size
-    tokenizer = load_tokenizer(str(base))
-    encode = lambda sources: load_encoded_dataset(
-        sources, config.data, tokenizer, vocab_size=vocab_size
-    )
-    train = encode(config.data.train)
-    held_out = encode(config.data.eval) if config.data.eval else None
-    return Inputs(base, tokenizer, train, held_out, _own_template(config))
-
-
-def _own_template(config: RunConfig) -> str | None:
-    if config.data.chat_template == "tokenizer":
-        return None
-    return Path(config.data.chat_template).read_text(encoding="utf-8-sig")
-
-
-def model_shapes(
-    config: RunConfig, base: Path, policy: GradientCheckpointing = "none"
-) -> nnx.Module:
-    """Returns the model that trains, adapters included, with shapes instead of weights.
-
-    Raises:
-        TargetError: If the adapter's settings do not fit the model.
-    """
-    full = config.train.method == "full"
-    adapter, dtype = config.model.adapter, jnp.dtype(config.model.dtype)
-    settings = read_adapter_config(adapter) if adapter else config.lora
-    architecture = load_hf_config(base)
-
-    def build():
-        model = CausalLM(
-            architecture,
-            dtype=dtype,
-            param_dtype=jnp.float32 if full else dtype,
-            attn_impl=config.model.attn_impl,
-            gradient_checkpointing=policy,
-            rngs=nnx.Rngs(0),
-        )
-        if full:
-            return model
-        model = apply_lora(model, settings, rngs=nnx.Rngs(0))
-        set_kernels(model, config.model.kernels)
-        return model
-
-    try:
-        return nnx.eval_shape(build)
-    except TargetError as error:
-        place = f"{adapter} does not fit {base}: " if adapter else ""
-        raise TargetError(f"{place}{error}") from None
-
-
-def make_planner(config: RunConfig) -> Planner:
-    """Returns the planner of a run, from the checkpoint's config.json: it reads no weights."""
-    model = config.model
-    base = resolve_checkpoint(model.name_or_path, model.revision, weights=False)
-    return Planner(config, load_hf_config(base), model_shapes(config, base))
-
-
-def check_targets(config: RunConfig, base: Path) -> nnx.Module | None:
-    """Matches the adapter's settings against the model's names, without any weights.
-
-    Returns:
-        The adapted model with shapes instead of weights; None for a full fine-tune.
-
-    Raises:
-        ValueError: If a setting matches nothing, a rank does not fit, or the kernels asked for
-            cannot run here.
-    """
-    if config.train.method == "full":
-        return None
-    adapted = model_shapes(config, base)
-    if "peft-portable" in config.save.export and trains_base_weights(adapted):
-        raise ValueError(
-            "save.export: peft-portable holds A and B only, but lora.bias or lora.modules_to_save "
-            "trains other weights too; export peft or merged"
-        )
-    check_kernels(config, adapted)
-    return adapted
-
-
-def check_plan(config: RunConfig, inputs: Inputs) -> BatchPlan:
-    """Plans the batches as the trainer will, and checks devices and schedule against them.
-
-    Raises:
-        ValueError: If the mesh asks for absent devices, or the schedule does not fit the run.
-    """
-    plan = plan_training(config, inputs.train, make_mesh(config.mesh.data).size)
-    make_schedule(config.train, count_steps(config, plan))
-    return plan
-
-
-def choose_policy(config: RunConfig) -> tuple[GradientCheckpointing, str]:
-    """Returns what the backward pass will recompute, and why: `auto` is the fastest that fits."""
-    train = config.train
-    if train.gradient_checkpointing != "auto":
-        return train.gradient_checkpointing, "as asked"
-    gib = train.memory_gib or device_gib()
-    if gib is None:
-        return "none", f"{jax.devices()[0].device_kind} does not tell its memory"
-    planner = make_planner(config)
-    shape = train.per_device_train_batch_size, config.data.max_seq_length
-    policy = planner.fastest(*shape, gib)
-    peak = planner.memory(policy, *shape).peak / GIB
-    if peak > gib:
-        found = f"no policy fits: {policy} takes the least, about {peak:.3g} GiB of {gib:.3g}"
-        if train.memory_gib:
-            raise ValueError(
-                f"train.memory_gib: {found}; lower train.per_device_train_batch_size or "
-                "data.max_seq_length (`lorax plan` shows what fits), or raise it"
-            )
-        return policy, f"{found}, by the estimate of `lorax plan`"
-    reason = f"about {peak:.1f} of {gib:.1f} GiB, the fastest that fits"
-    if host := planner.host_bytes(policy, *shape) / GIB:
-        reason += f", and {host:.1f} GiB of the host's memory per device"
-    return policy, reason
-
-
-def build_model(config: RunConfig, policy: GradientCheckpointing | None = None) -> CausalLM:
-    """Loads the base model and puts fresh or loaded adapters on it, as the config says.
-
-    Args:
-        config: The run's settings.
-        policy: What `choose_policy` returned, if it was asked before.
-    """
-    full = config.train.method == "full"
-    model = load_model(
-        config.model.name_or_path,
-        revision=config.model.revision,
-        dtype=jnp.dtype(config.model.dtype),
-        # Weights that train are float32: in bfloat16 small updates would be rounded away.
-        param_dtype=jnp.float32 if full else None,
-        attn_impl=config.model.attn_impl,
-        gradient_checkpointing=policy or choose_policy(config)[0],
-    )
-    if full:
-        return model
-    if config.model.adapter:
-        model = load_adapter(model, config.model.adapter)
-    else:
-        model = apply_lora(model, config.lora, rngs=nnx.Rngs(config.train.seed))
-    set_kernels(model, config.model.kernels)
-    return model
-
-
-def run_training(config: RunConfig, console: Console, phases: Phases | None = None) -> RunSummary:
+def run_training(
+    config: RunConfig,
+    console: Console,
+    phases: Phases | None = None,
+    *,
+    resume: Resume = "never",
+) -> RunSummary:
     """Trains as `config` says, exports, verifies the exports, and reports.
 
     Everything that can be checked is checked before the run directory is made: settings, data,
     targets, the checkpoint. Afterwards the directory holds config.yaml, versions.json,
-    metrics.jsonl, loss.png, the weights of some steps, the exports and summary.json.
+    metrics.jsonl, loss.png, the weights of some steps, checkpoints, the exports and summary.json.
 
     Args:
         config: The run's settings.
         console: Where it reports.
         phases: The time up to now, if it belongs to the run.
+        resume: `always` goes on with the run in `save.output_dir`, bit for bit as if it had never
+            stopped; `auto` does so if there is one, and else begins; `never` begins.
 
     Raises:
         ValueError: Naming what cannot be used and what to do.
+        RunStopped: If a signal asked the run to stop, after saving.
     """
     started = time.monotonic()
     output = Path(config.save.output_dir)
-    refuse_occupied(output)
+    resumed = find_run(output, resume)
+    if resumed and (output / SUMMARY_FILE).is_file():
+        console.print(f"{output}: this run has ended; there is nothing to resume")
+        return RunSummary(**read_json(output / SUMMARY_FILE))
     check_reporters(config.log.report_to)
     phases = phases or Phases()
     console.rule("Settings")
@@ -270,19 +108,31 @@ def run_training(config: RunConfig, console: Console, phases: Phases | None = No
     report_model(console, config, model)
     recorder = Recorder(console, config.log.logging_steps, phases)
     data = inputs.train, inputs.eval
-    trainer = Trainer(model, config, *data, listeners=(recorder,), compiled=compiled)
+    trainer = Trainer(
+        model,
+        config,
+        *data,
+        listeners=(recorder,),
+        compiled=compiled,
+        resume=resumed,
+        files=fingerprint_inputs(config, inputs),
+    )
     del model
-    before = _score(config, trainer.model, inputs, console, "before training")
+    notes = trainer.progress.notes
+    if trainer.progress.step == 0:
+        notes["exact match"] = _score(config, trainer.model, inputs, console, "before training")
+    before = notes.get("exact match")
     phases.end("first answers" if before is not None else "trainer")
     if compiled.done():
         compiled.result()  # raises what the compiler raised, before anything is written
+    trainer.checkpoints.open()
     _make_directory(output, config, inputs)
     console.rule("Training")
     with RunLog(output, config.log.report_to) as log:
         recorder.log = log
         with show_progress(console, trainer.total_steps) as show:
             recorder.show = show
-            result = trainer.train()
+            result = _train(trainer, config)
     after = _score(config, trainer.model, inputs, console, "after training")
     console.rule("Export")
     files = _export_all(config, trainer.model, inputs, console, result, (before, after))
@@ -303,10 +153,58 @@ def run_training(config: RunConfig, console: Console, phases: Phases | None = No
         files=files,
     )
     text = json.dumps(dataclasses.asdict(summary), indent=2)
-    (output / "summary.json").write_text(text + "\n", encoding="utf-8")
+    (output / SUMMARY_FILE).write_text(text + "\n", encoding="utf-8")
     console.rule("Result")
     print_summary(console, summary)
     return summary
+
+
+def find_run(output: Path, resume: Resume) -> bool:
+    """Says whether there is a run to go on with.
+
+    Raises:
+        CheckpointError: If the directory holds a run, or something else, and is not to be resumed,
+            or is to be and holds no run.
+    """
+    checkpoints = output / CHECKPOINT_FOLDER
+    # A run that was killed while it made its folder left it empty.
+    is_run = checkpoints.is_dir() and (
+        (checkpoints / MARKER_FILE).is_file() or not any(checkpoints.iterdir())
+    )
+    if resume == "never" and is_run:
+        raise CheckpointError(
+            f"{output} holds a run: go on with --resume, or choose another save.output_dir"
+        )
+    if resume == "always" and not is_run:
+        raise CheckpointError(f"{output} holds no run of lorax to resume; leave out --resume")
+    if not is_run:
+        refuse_occupied(output)
+    return is_run
+
+
+def fingerprint_inputs(config: RunConfig, inputs: Inputs) -> dict[str, str]:
+    """Returns fingerprints of what a run reads besides its rows."""
+    base = resolve_checkpoint(config.model.name_or_path, config.model.revision)
+    found = {
+        "base model": fingerprint_folder(
+            base, ("*.safetensors", "*.safetensors.index.json", "config.json")
+        ),
+        "tokenizer": fingerprint_folder(
+            inputs.base, ("tokenizer*", "chat_template*", "special_tokens_map.json")
+        ),
+    }
+    if config.model.adapter is not None:
+        found["adapter"] = fingerprint_folder(Path(config.model.adapter), ("adapter_*",))
+    return found
+
+
+def _train(trainer: Trainer, config: RunConfig) -> TrainResult:
+    try:
+        return trainer.train()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise OutOfMemoryError(explain_memory(config, error)) from error
 
 
 def _make_directory(output: Path, config: RunConfig, inputs: Inputs) -> None:
@@ -358,6 +256,8 @@ def _export_all(config, model, inputs: Inputs, console, result, scores) -> dict[
         formats.insert(0, "peft")  # what `lorax export` makes the other formats from
     for format in formats:
         folder = Path(config.save.output_dir) / EXPORT_FOLDERS[format]
+        if folder.exists():  # of a run that was stopped while it exported
+            folder.rename(folder.with_name(f".{folder.name}.superseded-{time.time_ns()}"))
         found = export_model(
             model,
             folder,

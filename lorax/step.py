@@ -26,11 +26,13 @@ class TrainState:
         step: Optimizer steps done, int32.
         trainable: The model's `nnx.Param` state.
         opt_state: The optimizer's state.
+        halted: Whether a loss or gradient was not finite; from then on no step changes anything.
     """
 
     step: jax.Array
     trainable: Any
     opt_state: Any
+    halted: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +50,10 @@ class TrainStep:
     mesh: Mesh | None = None
 
     def __call__(self, state: TrainState, batch: Batch):
-        """Returns the next state and ``{"loss", "grad_norm", "tokens"}``; `state` is consumed."""
+        """Returns the next state and ``{"loss", "grad_norm", "tokens", "applied"}``.
+
+        `state` is consumed. What is not `applied` has changed no weight and no moment.
+        """
         with self._on_mesh():
             return self.compiled(state, self.frozen, batch)
 
@@ -69,6 +74,7 @@ def make_train_step(
     *,
     seed: int = 0,
     mesh: Mesh | None = None,
+    skip_nonfinite: bool = False,
 ) -> tuple[TrainStep, TrainState]:
     """Returns a compiled training step for `model` and the state it starts from.
 
@@ -77,6 +83,9 @@ def make_train_step(
     variables, frees the old state, and gives every layer a fresh dropout mask that is a pure
     function of (seed, step, micro-batch).
 
+    Where the loss or the gradient's norm is not finite the update is not applied: weights and
+    optimizer state are those before the step, and stay so in all steps that follow.
+
     Args:
         model: A model from `apply_lora`. Of any other NNX model every `nnx.Param` trains: a full
             fine-tune.
@@ -84,6 +93,7 @@ def make_train_step(
         loss_fn: ``(model, micro_batch) -> (sum of losses, count)``.
         seed: Seed of the dropout masks.
         mesh: Where to put the arrays; None leaves them where they are.
+        skip_nonfinite: Whether steps that follow one without an update are applied.
 
     Raises:
         ValueError: If nothing trains, or a batch norm would update its statistics.
@@ -94,7 +104,7 @@ def make_train_step(
         raise ValueError("the model has no nnx.Param: nothing would train. apply_lora it first")
     # The state is donated to the step, so each leaf must be an array of its own.
     trainable, opt_state = jax.tree.map(jnp.copy, (trainable, optimizer.init(trainable)))
-    state = TrainState(jnp.zeros((), jnp.int32), trainable, opt_state)
+    state = TrainState(jnp.zeros((), jnp.int32), trainable, opt_state, jnp.zeros((), bool))
     if mesh is not None:
         state, frozen = place_parameters(state, mesh), place_parameters(frozen, mesh)
 
@@ -113,8 +123,17 @@ def make_train_step(
         norm = optax.tree.norm(stack_alike(gradients))
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
-        metrics = {"loss": loss, "grad_norm": norm, "tokens": count}
-        return TrainState(state.step + 1, trainable, opt_state), metrics
+        applied = jnp.isfinite(loss) & jnp.isfinite(norm) & ~state.halted
+        trainable, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(applied, new, old),
+            (trainable, opt_state),
+            (state.trainable, state.opt_state),
+        )
+        halted = jnp.zeros((), bool) if skip_nonfinite else ~applied
+        # Where no step follows one without an update, the count is that of updates.
+        done = state.step + (1 if skip_nonfinite else applied.astype(jnp.int32))
+        metrics = {"loss": loss, "grad_norm": norm, "tokens": count, "applied": applied}
+        return TrainState(done, trainable, opt_state, halted), metrics
 
     compiled = jax.jit(step, donate_argnums=0, compiler_options=xla_options())
     return TrainStep(compiled, frozen, mesh), state
@@ -127,12 +146,15 @@ def make_abstract_step(
     *,
     seed: int = 0,
     mesh: Mesh,
+    skip_nonfinite: bool = False,
 ) -> tuple[TrainStep, TrainState]:
     """Returns what `make_train_step` would for a model of shapes: it can be compiled, not run."""
     found: list[TrainStep] = []
 
     def build(model):
-        step, state = make_train_step(model, optimizer, loss_fn, seed=seed)
+        step, state = make_train_step(
+            model, optimizer, loss_fn, seed=seed, skip_nonfinite=skip_nonfinite
+        )
         found.append(step)
         return state, step.frozen
 

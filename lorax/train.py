@@ -1,29 +1,31 @@
-"""The trainer: batches in, one compiled step each, held-out loss, and the weights on disk."""
+"""The trainer: batches in, one compiled step each, held-out loss, weights and checkpoints."""
 
+import contextlib
 import dataclasses
+import functools
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from flax import nnx
 
-from lorax.checkpoint import WeightStore
+from lorax.checkpoint import CHECKPOINT_FOLDER, CheckpointStore
 from lorax.config import RunConfig
 from lorax.data import EncodedDataset, prefetch
 from lorax.evaluate import Evaluator
 from lorax.interop.checkpoint import resolve_checkpoint
-from lorax.interop.files import refuse_occupied
+from lorax.interop.files import CheckpointError, refuse_occupied
 from lorax.interop.huggingface import save_model
 from lorax.interop.peft import save_adapter
-from lorax.lora import named_modules
 from lorax.loss import LossFunction, causal_lm_loss
-from lorax.metrics import ModelSize, Throughput, memory_gib
+from lorax.metrics import LossSpikes, Throughput, library_versions, memory_gib
+from lorax.model_size import model_size
+from lorax.nonfinite import find_micro_batches, report_rows
 from lorax.optimizer import make_optimizer, make_schedule
 from lorax.preparation import (
     CompiledStep,
@@ -32,10 +34,15 @@ from lorax.preparation import (
     plan_evaluation,
     plan_training,
     prepare_model,
+    refuse_empty_steps,
     run_epochs,
 )
+from lorax.resume import Progress, identify_run
+from lorax.saving import Saver
 from lorax.sharding import make_mesh, place_batch
-from lorax.step import TrainState, TrainStep, make_train_step
+from lorax.step import TrainStep, make_train_step, merge_state
+from lorax.stopping import RunStopped, StopRequest, Watchdog
+from lorax.weights import WeightStore
 
 type Event = dict[str, Any]
 type Listener = Callable[[Event], None]
@@ -62,6 +69,16 @@ class TrainResult:
     stopped_early: bool
 
 
+class _Dispatched(NamedTuple):
+    """A step whose numbers are still to be read: its batch, and where the batch comes from."""
+
+    step: int
+    epoch: int
+    at: int
+    batch: dict[str, jax.Array]
+    metrics: dict[str, jax.Array]
+
+
 class Trainer:
     """Trains the `nnx.Param` weights of a model as a config says.
 
@@ -79,10 +96,13 @@ class Trainer:
         loss_fn: ``(model, micro_batch) -> (sum of losses, count)``.
         listeners: Called with each step's and each evaluation's metrics, in order.
         compiled: From `compile_ahead`, called with the same settings and data.
+        resume: Goes on from the newest checkpoint in the run's directory, bit for bit as if it had
+            never stopped; from the beginning if there is none yet.
+        files: Fingerprints of files that must not change in between, by what they are.
 
     Raises:
-        ValueError: If a step of the run would hold no supervised token, nothing trains, or the
-            mesh asks for devices that are not there.
+        ValueError: If a step of the run would hold no supervised token, nothing trains, the mesh
+            asks for devices that are not there, or what is to be resumed is another run.
     """
 
     def __init__(
@@ -95,13 +115,15 @@ class Trainer:
         loss_fn: LossFunction = causal_lm_loss,
         listeners: tuple[Listener, ...] = (),
         compiled: "Future[dict[int, CompiledStep]] | None" = None,
+        resume: bool = False,
+        files: Mapping[str, str] | None = None,
     ):
         self.config, self.listeners = config, listeners
         self.mesh = make_mesh(config.mesh.data)
         train, devices = config.train, self.mesh.size
         self.plan = plan_training(config, train_data, devices)
         self.total_steps = count_steps(config, self.plan)
-        self._refuse_empty_steps()
+        refuse_empty_steps(self.plan, self.total_steps)
         plans = [self.plan]
         if eval_data is None and config.eval.strategy != "no":
             raise ValueError(
@@ -120,7 +142,9 @@ class Trainer:
             loss_fn,
             seed=train.seed,
             mesh=self.mesh,
+            skip_nonfinite=train.skip_nonfinite_steps > 0,
         )
+        self.loss_fn, self._lengths = loss_fn, train_data.lengths
         self.evaluator = None
         if eval_data is not None:
             self.evaluator = Evaluator(self.model, plans[1], self.mesh, loss_fn)
@@ -129,72 +153,125 @@ class Trainer:
         if train.method == "full":
             self._base = resolve_checkpoint(config.model.name_or_path, config.model.revision)
         self.output_dir = Path(config.save.output_dir)
-        refuse_occupied(self.output_dir / "weights")
+        if not resume:
+            refuse_occupied(self.output_dir / "weights")
         self.store = WeightStore(self.output_dir / "weights", self._write_weights)
         self.throughput = Throughput(model_size(self.model), list(self.mesh.devices.flat))
         self._mean_document = len(train_data.tokens) / len(train_data)
+        self._tokens = functools.lru_cache(maxsize=2)(self.plan.tokens)
         self._clock = time.perf_counter()
-        self._best: nnx.State | None = None
+        self._pending: _Dispatched | None = None
+        self._spikes = LossSpikes()
+        datasets = {"training": train_data} | ({"held-out": eval_data} if eval_data else {})
+        policy = getattr(self.model, "gradient_checkpointing", "none")
+        tell = lambda text: self._tell({"note": text})
+        self.checkpoints = CheckpointStore(
+            self.output_dir / CHECKPOINT_FOLDER,
+            keep=config.save.save_total_limit,
+            versions=library_versions(),
+            tell=tell,
+        )
+        identity = identify_run(config, datasets, devices, policy, files)
+        self.saver = Saver(config.save, self.store, self.checkpoints, identity, tell)
+        if resume:
+            self.state = self.saver.resume(self.state)
+
+    @property
+    def progress(self) -> Progress:
+        """Where the run stands."""
+        return self.saver.progress
 
     def train(self) -> TrainResult:
         """Runs all steps; the trainer's `model` then has the trained (or the best) weights.
 
-        Raises:
-            FloatingPointError: If a loss or gradient is not finite, naming the step. The weights
-                saved before that step stay.
-        """
-        with jax.set_mesh(self.mesh):
-            return self._train()
+        What was reached is saved when the run ends, and when it is ended: by SIGTERM, Ctrl-C or an
+        exception.
 
-    def _train(self) -> TrainResult:
-        compiled = self._compile()
-        before = loss = self._evaluate(0)
-        evaluations_without_gain, stopped, done, last = 0, False, 0, {}
-        pending: tuple[int, dict[str, Any], Event] | None = None
+        Raises:
+            FloatingPointError: If a loss or gradient is not finite, naming the step and its rows;
+                the weights are those before that step.
+            RunStopped: If a signal asked the run to stop, after saving.
+            CheckpointError: If a checkpoint could not be saved, and `save.on_save_error` is `stop`.
+        """
+        stop, watchdog = StopRequest(), Watchdog(self.config.train.stuck_after_seconds)
+        with jax.set_mesh(self.mesh), contextlib.closing(self.checkpoints):
+            self.checkpoints.open()
+            compiled = self._compile()
+            with stop.listening(), watchdog.watching():
+                try:
+                    self._run_steps(compiled, stop, watchdog)
+                except BaseException as error:
+                    self._rescue(error)
+                    raise
+            return self._finish()
+
+    def _run_steps(
+        self, compiled: dict[int, TrainStep], stop: StopRequest, watchdog: Watchdog
+    ) -> None:
+        progress = self.progress
+        if progress.step == 0:
+            progress.eval_loss_before = progress.eval_loss = self._evaluate(0)
         self._clock = time.perf_counter()
-        for done, epoch, tokens, batch, is_epoch_end in self._batches():
+        for done, epoch, index, batch, is_epoch_end in self._batches(progress.step):
+            watchdog.beat()
             width = batch["input_ids"].shape[-1]
-            sent = {"epoch": epoch + 1, "tokens": tokens}
             self.state, metrics = compiled[width](self.state, batch)
             # The previous step's numbers are read while this one runs.
-            if pending is not None:
-                last = self._finish_step(*pending)
-            pending = (done, metrics, sent)
-            if self._is_evaluation_due(done, is_epoch_end) or done == self.total_steps:
-                last, pending = self._finish_step(*pending), None
-                loss = self._evaluate(done)
-                if loss is not None:
-                    improved = self.store.save(done, loss)
-                    self._keep_best(improved)
-                    evaluations_without_gain = 0 if improved else evaluations_without_gain + 1
-                    patience = self.config.eval.early_stopping_patience
-                    if patience is not None and evaluations_without_gain >= patience:
-                        stopped = True
-                        break
-            if done % self.config.save.save_steps == 0 or done == self.total_steps:
-                if pending is not None:
-                    last, pending = self._finish_step(*pending), None
+            self._finish_pending(_Dispatched(done, epoch, index, batch, metrics))
+            is_last = done == self.total_steps
+            if self._is_evaluation_due(done, is_epoch_end) or is_last:
+                self._finish_pending()
+                self._evaluate_and_keep(done)
+            if done % self.config.save.save_steps == 0 or is_last or progress.stopped_early:
+                self._finish_pending()
                 self.store.save(done)
+                self.saver.save(self.state)
+            self.saver.check()
+            if stop.received:
+                self._finish_pending()
+                self.saver.save(self.state, wait=True)
+                raise RunStopped(f"stopped by {stop.received} after step {done}, saved")
+            if progress.stopped_early:
+                break
+
+    def _evaluate_and_keep(self, step: int) -> None:
+        progress = self.progress
+        progress.eval_loss = loss = self._evaluate(step)
+        if loss is None:
+            return
+        improved = self.store.save(step, loss)
+        if improved and self.config.save.load_best_model_at_end:
+            self.saver.best = jax.device_get(self.state.trainable)
+        waited = 0 if improved else progress.evaluations_without_gain + 1
+        patience = self.config.eval.early_stopping_patience
+        progress.evaluations_without_gain = waited
+        progress.stopped_early = patience is not None and waited >= patience
+
+    def _finish(self) -> TrainResult:
+        progress = self.progress
+        self.saver.wait()
         best_step = self._load_best()
         self._update_model()
         return TrainResult(
-            steps=done,
-            train_loss=last["loss"],
-            eval_loss_before=before,
-            eval_loss=self.store.best_loss if best_step is not None else loss,
+            steps=progress.step,
+            train_loss=math.nan if progress.train_loss is None else progress.train_loss,
+            eval_loss_before=progress.eval_loss_before,
+            eval_loss=self.store.best_loss if best_step is not None else progress.eval_loss,
             best_step=best_step,
-            stopped_early=stopped,
+            stopped_early=progress.stopped_early,
         )
 
-    def _refuse_empty_steps(self) -> None:
-        for epoch, steps in run_epochs(self.plan, self.total_steps):
-            empty = np.flatnonzero(self.plan.supervised_tokens(epoch)[:steps] == 0)
-            if len(empty):
-                raise ValueError(
-                    f"step {int(empty[0]) + 1} of epoch {epoch + 1} holds no supervised token, so "
-                    "its loss is undefined; raise train.gradient_accumulation_steps or set "
-                    "data.unsupervised: drop"
-                )
+    def _rescue(self, error: BaseException) -> None:
+        """Saves what was reached before an error is passed on."""
+        if isinstance(error, RunStopped | CheckpointError):
+            return
+        if not isinstance(error, FloatingPointError):
+            try:
+                self._finish_pending()
+            except Exception as second:
+                error.add_note(f"and then: {second}")
+                return
+        self.saver.rescue(self.state, error)
 
     def _compile(self) -> dict[int, TrainStep]:
         """Compiles every shape of the run before the first step, so that none stops it later."""
@@ -208,23 +285,36 @@ class Trainer:
             self._tell({"compiled_width": width, "seconds": seconds})
         return compiled
 
-    def _batches(self) -> Iterator[tuple[int, int, int, dict[str, jax.Array], bool]]:
-        """Yields (step from 1, epoch, tokens, batch on the devices, whether the epoch ends)."""
+    def _batches(self, after: int) -> Iterator[tuple[int, int, int, dict[str, jax.Array], bool]]:
+        """Yields (step from 1, epoch, its step from 0, batch on the devices, whether it ends)."""
+        if self.progress.stopped_early:
+            return
         done = 0
         place = lambda batch: place_batch(batch, self.mesh)
         for epoch, steps in run_epochs(self.plan, self.total_steps):
-            tokens = self.plan.tokens(epoch)
-            batches = prefetch(itertools.islice(self.plan.epoch(epoch), steps), place)
-            for index, batch in enumerate(batches):
-                done += 1
-                yield done, epoch, int(tokens[index]), batch, index == steps - 1
+            first = min(max(after - done, 0), steps)
+            if first < steps:
+                source = itertools.islice(self.plan.epoch(epoch, first), steps - first)
+                for index, batch in enumerate(prefetch(source, place), start=first):
+                    yield done + index + 1, epoch, index, batch, index == steps - 1
+            done += steps
 
-    def _finish_step(self, step: int, metrics: dict[str, Any], sent: Event) -> Event:
-        """Waits for the numbers of a step, passes them on, and stops if they are not finite."""
-        loss, norm, supervised = (float(metrics[k]) for k in ("loss", "grad_norm", "tokens"))
+    def _finish_pending(self, following: _Dispatched | None = None) -> None:
+        """Waits for the numbers of the last step, passes them on, and stops if not finite."""
+        pending, self._pending = self._pending, following
+        if pending is None:
+            return
+        step, epoch, at, batch, metrics = pending
+        numbers = jax.device_get(metrics)
+        loss, norm, supervised = (float(numbers[k]) for k in ("loss", "grad_norm", "tokens"))
+        if numbers["applied"] or self.config.train.skip_nonfinite_steps:
+            self.progress.step, self.progress.train_loss = step, loss
+            if not math.isfinite(loss):
+                self.progress.train_loss = None
+        tokens = int(self._tokens(epoch)[at])
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
-        speed = self.throughput.add(sent["tokens"], seconds, context_tokens=self._mean_document)
+        speed = self.throughput.add(tokens, seconds, context_tokens=self._mean_document)
         memory = memory_gib(list(self.mesh.devices.flat))
         event = {
             "step": step,
@@ -233,19 +323,39 @@ class Trainer:
             "learning_rate": float(self.schedule(step - 1)),
             "grad_norm": norm,
             "supervised_tokens": int(supervised),
-            **sent,
+            "epoch": epoch + 1,
+            "tokens": tokens,
             **speed,
             "step_seconds": seconds,
             "memory_gib": memory.gib,
             "memory_of": memory.source,
         }
+        if self._spikes.add(loss):
+            rows = [row for part in self.plan.rows(epoch, at) for row in part]
+            event["spike_rows"] = " ".join(map(str, rows))
         self._tell(event)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise FloatingPointError(
-                f"step {step}: loss {loss}, gradient norm {norm}. Stopped; "
-                f"{self.store.describe()}. Lower train.learning_rate, or look at its rows"
+        if not numbers["applied"]:
+            self._refuse_nonfinite(event, self.plan.rows(epoch, at), batch)
+
+    def _refuse_nonfinite(
+        self, event: Event, rows: list[list[int]], batch: dict[str, jax.Array]
+    ) -> None:
+        """Names and dumps the rows of a step that was not applied; counts it or ends the run."""
+        allowed = self.config.train.skip_nonfinite_steps
+        model = merge_state(self.model, self.state)
+        bad = find_micro_batches(model, self.loss_fn, batch)
+        found = report_rows(self.output_dir, event, bad, rows, self._lengths)
+        self.progress.skipped += 1
+        if self.progress.skipped <= allowed:
+            self._tell(
+                {"note": f"WARNING: {found}. Left out, {self.progress.skipped} of {allowed}"}
             )
-        return event
+            return
+        limit = f"; {allowed} were allowed (train.skip_nonfinite_steps)" if allowed else ""
+        raise FloatingPointError(
+            f"{found}{limit}. The weights are those before it; {self.store.describe()}. Lower "
+            "train.learning_rate, or look at its rows"
+        )
 
     def _is_evaluation_due(self, step: int, is_epoch_end: bool) -> bool:
         evaluation = self.config.eval
@@ -261,19 +371,15 @@ class Trainer:
         self._clock = time.perf_counter()
         return loss
 
-    def _keep_best(self, improved: bool) -> None:
-        if improved and self.config.save.load_best_model_at_end:
-            self._best = jax.device_get(self.state.trainable)
-
     def _load_best(self) -> int | None:
-        if self._best is None:
+        if self.saver.best is None:
             return None
         best = jax.tree.map(
             lambda value, like: jax.device_put(value, like.sharding),
-            self._best,
+            self.saver.best,
             self.state.trainable,
         )
-        self.state = TrainState(self.state.step, best, self.state.opt_state)
+        self.state = dataclasses.replace(self.state, trainable=best)
         return self.store.best_step
 
     def _update_model(self) -> None:
@@ -292,25 +398,3 @@ class Trainer:
     def _tell(self, event: Event) -> None:
         for listener in self.listeners:
             listener(event)
-
-
-def model_size(model: Any) -> ModelSize:
-    """Counts the weight matrices of a `lorax.models.CausalLM`, for its FLOPs per token."""
-    trained = frozen = 0
-    for module in named_modules(model).values():
-        for name, value in vars(module).items():
-            if not isinstance(value, nnx.Variable) or value.get_value() is None or value.ndim < 2:
-                continue
-            if name == "embedding" and not model.config.tie_word_embeddings:
-                continue  # only looked up
-            if isinstance(value, nnx.Param):
-                trained += value.size
-            else:
-                frozen += value.size
-    config = model.config
-    return ModelSize(
-        frozen_parameters=frozen,
-        trained_parameters=trained,
-        layers=config.num_hidden_layers,
-        attention_width=config.num_attention_heads * config.head_dim,
-    )

@@ -62,7 +62,9 @@ def naive_step(model: nnx.Module) -> tuple[Callable, TrainState]:
     """Returns a step that averages the means of the micro-batches, as is often done."""
     optimizer = make_optimizer(TRAIN, STEPS)
     graph, trainable, frozen = lorax.split_trainable(model)
-    state = TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
+    state = TrainState(
+        jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable), jnp.zeros((), bool)
+    )
 
     def mean_loss(trainable, batch):
         total, count = causal_lm_loss(nnx.merge(graph, trainable, frozen), batch)
@@ -82,7 +84,7 @@ def naive_step(model: nnx.Module) -> tuple[Callable, TrainState]:
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         trainable = jax.tree.map(jnp.add, state.trainable, updates)
         loss = total / count.astype(jnp.float32)
-        return TrainState(state.step + 1, trainable, opt_state), {"loss": loss}
+        return TrainState(state.step + 1, trainable, opt_state, state.halted), {"loss": loss}
 
     return step, state
 

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from lorax import run
+from lorax import run_inputs as run
 from lorax.config import LoraConfig, load_config
 from lorax.lora import apply_lora
 from lorax.models import CausalLM, DecoderConfig
 from lorax.plan import GIB, POLICIES, Planner
-from lorax.run import choose_policy
+from lorax.run_inputs import choose_policy
 
 ROOT = Path(__file__).parents[1]
 LLAMA_8B: dict[str, Any] = {

@@ -11,7 +11,7 @@ from flax import nnx
 import lorax
 from lorax.phases import Phases, process_age
 from lorax.preparation import compile_ahead
-from lorax.run import load_inputs, model_shapes
+from lorax.run_inputs import load_inputs, model_shapes
 
 ROOT = Path(__file__).parents[1]
 

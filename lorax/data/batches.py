@@ -115,6 +115,15 @@ class BatchPlan:
         """Returns the number of tokens, without padding, in each step of an epoch."""
         return self._windows(epoch, self._bin_tokens).sum(axis=1)
 
+    def rows(self, epoch: int, step: int) -> list[list[int]]:
+        """Returns the dataset rows in each micro-batch of a step of an epoch, both from 0."""
+        window = self._order(epoch)[step * self._window : (step + 1) * self._window]
+        size = self.rows_per_micro_batch
+        return [
+            [row for index in window[i * size : (i + 1) * size] for row in self._bins[index]]
+            for i in range(self.micro_batches)
+        ]
+
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """Yields the batches of an epoch from `start_step` on, each built when asked for.
 

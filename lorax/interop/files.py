@@ -148,7 +148,8 @@ def save_tensors(tensors: dict[str, np.ndarray], path: Path) -> None:
 def write_directory(directory: str | Path) -> Iterator[Path]:
     """Gives a fresh folder beside `directory` that takes its place when the block ends.
 
-    If the block raises, the fresh folder is removed and `directory` is as before.
+    What was written is on the disk before it gets its name, so that a power cut leaves the whole
+    folder or none. If the block raises, the fresh folder is removed and `directory` is as before.
 
     Raises:
         CheckpointError: If `directory` exists and is not an empty folder.
@@ -161,10 +162,29 @@ def write_directory(directory: str | Path) -> Iterator[Path]:
     try:
         yield fresh
         refuse_occupied(directory)
+        sync_tree(fresh)
         os.replace(fresh, directory)  # an empty folder gives way, a full one raises
+        sync(directory.parent)
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
         raise
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """Waits until a folder and all in it are on the disk."""
+    for parent, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            sync(Path(parent) / name)
+        sync(Path(parent))
 
 
 def refuse_occupied(directory: str | Path) -> None:

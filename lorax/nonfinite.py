@@ -1,0 +1,72 @@
+"""Which rows made a loss or a gradient that is not finite."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+
+from lorax.loss import LossFunction
+
+
+def find_micro_batches(
+    model: nnx.Module, loss_fn: LossFunction, batch: dict[str, jax.Array]
+) -> list[int]:
+    """Returns the micro-batches, from 0, whose loss is not finite with the model's weights.
+
+    Dropout is off, so that one which only some mask brings about is not found; nor is a gradient
+    that overflows under a finite loss.
+    """
+    evaluated = nnx.clone(model)
+    evaluated.eval()
+    graph, state = nnx.split(evaluated)
+    loss = jax.jit(lambda state, micro: loss_fn(nnx.merge(graph, state), micro)[0])
+    count = jax.tree.leaves(batch)[0].shape[0]
+    take = lambda i: jax.tree.map(lambda x: x[i], batch)
+    return [i for i in range(count) if not math.isfinite(float(loss(state, take(i))))]
+
+
+def describe_rows(micro_batches: Sequence[int], rows: Sequence[Sequence[int]]) -> str:
+    """Says which dataset rows stand in some micro-batches."""
+    if not micro_batches:
+        return "every micro-batch has a finite loss, so a gradient overflowed"
+    listed = [row for i in micro_batches for row in rows[i]]
+    shown = ", ".join(map(str, listed[:8])) + (", …" if len(listed) > 8 else "")
+    plural = "es" if len(micro_batches) > 1 else ""
+    return f"micro-batch{plural} {', '.join(map(str, micro_batches))}, dataset rows {shown}"
+
+
+def report_rows(
+    folder: Path,
+    metrics: Mapping[str, Any],
+    micro_batches: Sequence[int],
+    rows: Sequence[Sequence[int]],
+    lengths: Any,
+) -> str:
+    """Writes what a step was made of into `folder`, and returns a line that says so.
+
+    It writes numbers of rows and their lengths, never their text.
+
+    Args:
+        folder: Of the run.
+        metrics: The step's ``step``, ``loss`` and ``grad_norm``.
+        micro_batches: Those that are not finite.
+        rows: Dataset rows of each micro-batch.
+        lengths: Tokens of each dataset row.
+    """
+    step, loss, norm = (metrics[name] for name in ("step", "loss", "grad_norm"))
+    record = {
+        "step": step,
+        "loss": str(loss),
+        "grad_norm": str(norm),
+        "nonfinite_micro_batches": list(micro_batches),
+        "rows_by_micro_batch": [list(map(int, part)) for part in rows],
+        "tokens_by_row": {str(row): int(lengths[row]) for part in rows for row in part},
+    }
+    path = folder / f"nonfinite-step-{step}.json"
+    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    described = describe_rows(micro_batches, rows)
+    return f"step {step}: loss {loss}, gradient norm {norm}: {described} ({path})"

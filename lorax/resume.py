@@ -1,0 +1,173 @@
+"""What makes two runs the same run, and where a run stands."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lorax.config import RunConfig
+from lorax.data import EncodedDataset
+
+HARMLESS_KEYS = frozenset(
+    {
+        # Where things are, which fingerprints of what is there cover.
+        "model.name_or_path",
+        "model.revision",
+        "data.train",
+        "data.eval",
+        "mesh.data",
+        "train.gradient_checkpointing",
+        # What is reported, written and waited for.
+        "train.memory_gib",
+        "train.stuck_after_seconds",
+        "eval.exact_match",
+        "eval.exact_match_rows",
+        "eval.max_new_tokens",
+        "save.output_dir",
+        "save.save_steps",
+        "save.save_total_limit",
+        "save.on_save_error",
+        "save.export",
+        "log.logging_steps",
+        "log.report_to",
+    }
+)
+"""Settings that may differ when a run is resumed."""
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where a run stands, besides its weights and its optimizer's state.
+
+    The order of the data and the dropout masks are functions of the seed and the step, so the step
+    is all that they need.
+
+    Attributes:
+        step: Optimizer steps done.
+        train_loss: Loss of the last step.
+        eval_loss: Last held-out loss.
+        eval_loss_before: Held-out loss before the first step.
+        evaluations_without_gain: Since the best held-out loss.
+        best_loss: Lowest held-out loss.
+        best_step: Its step.
+        stopped_early: Whether the patience ran out.
+        skipped: Steps left out because they were not finite.
+        weights: Steps whose weights are on the disk.
+        notes: What the caller wants back.
+    """
+
+    step: int = 0
+    train_loss: float | None = None
+    eval_loss: float | None = None
+    eval_loss_before: float | None = None
+    evaluations_without_gain: int = 0
+    best_loss: float | None = None
+    best_step: int | None = None
+    stopped_early: bool = False
+    skipped: int = 0
+    weights: list[int] = dataclasses.field(default_factory=list)
+    notes: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def identify_run(
+    config: RunConfig,
+    data: Mapping[str, EncodedDataset],
+    devices: int,
+    policy: str,
+    files: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Returns what must be equal for a run to go on as if it had never stopped.
+
+    Args:
+        config: The run's settings.
+        data: Encoded rows by name.
+        devices: How many share a batch.
+        policy: What the backward pass makes again: it decides the last bits.
+        files: Fingerprints of files by what they are, such as the base model's.
+    """
+    settings = dict(_flatten(config.model_dump(mode="json")))
+    return {
+        "settings": {k: v for k, v in settings.items() if _section_key(k) not in HARMLESS_KEYS},
+        "devices": devices,
+        "gradient checkpointing": policy,
+        **{f"{name} data": fingerprint_data(rows) for name, rows in data.items()},
+        **(files or {}),
+    }
+
+
+def refuse_other_run(saved: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:
+    """Raises `ValueError` naming every setting and every other thing that differs."""
+    before, after = dict(saved["settings"]), dict(now["settings"])
+    differing = [
+        f"{key} was {_show(before, key)} and is {_show(after, key)}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    ]
+    others = sorted((saved.keys() | now.keys()) - {"settings"})
+    for name in others:
+        if saved.get(name) != now.get(name):
+            plain = name in ("devices", "gradient checkpointing")
+            got = f": {saved.get(name)} then, {now.get(name)} now" if plain else ""
+            differing.append(f"the {name} changed{got}")
+    if differing:
+        raise ValueError(
+            f"{where} cannot be resumed as another run: {'; '.join(differing)}. Undo the change, "
+            "or start anew in another save.output_dir"
+        )
+
+
+def _show(settings: Mapping[str, Any], key: str) -> str:
+    return json.dumps(settings[key]) if key in settings else "not there"
+
+
+def _section_key(key: str) -> str:
+    return ".".join(key.split(".")[:2])
+
+
+def _flatten(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for name, inner in value.items():
+            yield from _flatten(inner, f"{path}.{name}" if path else name)
+    else:
+        yield path, value
+
+
+def fingerprint_data(data: EncodedDataset) -> str:
+    """Returns the SHA-256 of encoded rows: of every token, mask and row boundary."""
+    digest = hashlib.sha256()
+    for array in (data.tokens, data.supervised, data.offsets):
+        digest.update(f"{array.dtype}{array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).view(np.uint8).reshape(-1).data)
+    return digest.hexdigest()
+
+
+def fingerprint_file(path: Path, *, samples: int = 64, sample_bytes: int = 2**16) -> str:
+    """Returns a SHA-256 of a file's size, its first MiB, and samples spread over the rest.
+
+    A file of up to 5 MiB is read whole. Larger ones, weights of many GiB, are not: that would take
+    longer than the rest of a start.
+    """
+    size, head = path.stat().st_size, 2**20
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        digest.update(file.read(head))
+        if size <= head + samples * sample_bytes:
+            digest.update(file.read())
+            return digest.hexdigest()
+        for index in range(samples):
+            file.seek(head + (size - head - sample_bytes) * index // (samples - 1))
+            digest.update(file.read(sample_bytes))
+    return digest.hexdigest()
+
+
+def fingerprint_folder(folder: Path, patterns: tuple[str, ...]) -> str:
+    """Returns a SHA-256 of the files of a folder that match, by name."""
+    digest = hashlib.sha256()
+    for path in sorted({p for pattern in patterns for p in folder.glob(pattern)}):
+        if path.is_file():
+            digest.update(f"{path.name}\0{fingerprint_file(path)}\0".encode())
+    return digest.hexdigest()

@@ -1,0 +1,224 @@
+"""What a run is made of, and what can be checked before it begins."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lorax.config import RunConfig
+from lorax.data import (
+    BatchPlan,
+    EncodedDataset,
+    load_encoded_dataset,
+    load_tokenizer,
+)
+from lorax.interop.checkpoint import resolve_checkpoint
+from lorax.interop.huggingface import load_hf_config, load_model
+from lorax.interop.peft import load_adapter, read_adapter_config, trains_base_weights
+from lorax.kernel_choice import check_kernels
+from lorax.lora import apply_lora, set_kernels
+from lorax.models import CausalLM, GradientCheckpointing
+from lorax.optimizer import make_schedule
+from lorax.plan import GIB, POLICIES, Planner, device_gib
+from lorax.preparation import count_steps, plan_training
+from lorax.sharding import make_mesh
+from lorax.targets import TargetError
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """Everything a run reads but the weights.
+
+    Attributes:
+        base: Folder of the base checkpoint's configuration and tokenizer.
+        tokenizer: Its tokenizer.
+        train: Encoded rows to learn from.
+        eval: Encoded held-out rows.
+        chat_template: Text of the run's own template; None where it is the tokenizer's.
+    """
+
+    base: Path
+    tokenizer: Any
+    train: EncodedDataset
+    eval: EncodedDataset | None
+    chat_template: str | None
+
+    @property
+    def datasets(self) -> dict[str, EncodedDataset]:
+        """The data by name, training data first."""
+        return {"train": self.train} | ({} if self.eval is None else {"eval": self.eval})
+
+
+def load_inputs(config: RunConfig) -> Inputs:
+    """Reads the tokenizer and the data of a run.
+
+    Raises:
+        ValueError: Naming the file, the line or the setting that cannot be used.
+    """
+    model = config.model
+    base = resolve_checkpoint(model.name_or_path, model.revision, weights=False)
+    vocab_size = load_hf_config(base).vocab_size
+    tokenizer = load_tokenizer(str(base))
+    encode = lambda sources: load_encoded_dataset(
+        sources, config.data, tokenizer, vocab_size=vocab_size
+    )
+    train = encode(config.data.train)
+    held_out = encode(config.data.eval) if config.data.eval else None
+    return Inputs(base, tokenizer, train, held_out, _own_template(config))
+
+
+def _own_template(config: RunConfig) -> str | None:
+    if config.data.chat_template == "tokenizer":
+        return None
+    return Path(config.data.chat_template).read_text(encoding="utf-8-sig")
+
+
+def model_shapes(
+    config: RunConfig, base: Path, policy: GradientCheckpointing = "none"
+) -> nnx.Module:
+    """Returns the model that trains, adapters included, with shapes instead of weights.
+
+    Raises:
+        TargetError: If the adapter's settings do not fit the model.
+    """
+    full = config.train.method == "full"
+    adapter, dtype = config.model.adapter, jnp.dtype(config.model.dtype)
+    settings = read_adapter_config(adapter) if adapter else config.lora
+    architecture = load_hf_config(base)
+
+    def build():
+        model = CausalLM(
+            architecture,
+            dtype=dtype,
+            param_dtype=jnp.float32 if full else dtype,
+            attn_impl=config.model.attn_impl,
+            gradient_checkpointing=policy,
+            rngs=nnx.Rngs(0),
+        )
+        if full:
+            return model
+        model = apply_lora(model, settings, rngs=nnx.Rngs(0))
+        set_kernels(model, config.model.kernels)
+        return model
+
+    try:
+        return nnx.eval_shape(build)
+    except TargetError as error:
+        place = f"{adapter} does not fit {base}: " if adapter else ""
+        raise TargetError(f"{place}{error}") from None
+
+
+def make_planner(config: RunConfig) -> Planner:
+    """Returns the planner of a run, from the checkpoint's config.json: it reads no weights."""
+    model = config.model
+    base = resolve_checkpoint(model.name_or_path, model.revision, weights=False)
+    return Planner(config, load_hf_config(base), model_shapes(config, base))
+
+
+def check_targets(config: RunConfig, base: Path) -> nnx.Module | None:
+    """Matches the adapter's settings against the model's names, without any weights.
+
+    Returns:
+        The adapted model with shapes instead of weights; None for a full fine-tune.
+
+    Raises:
+        ValueError: If a setting matches nothing, a rank does not fit, or the kernels asked for
+            cannot run here.
+    """
+    if config.train.method == "full":
+        return None
+    adapted = model_shapes(config, base)
+    if "peft-portable" in config.save.export and trains_base_weights(adapted):
+        raise ValueError(
+            "save.export: peft-portable holds A and B only, but lora.bias or lora.modules_to_save "
+            "trains other weights too; export peft or merged"
+        )
+    check_kernels(config, adapted)
+    return adapted
+
+
+def check_plan(config: RunConfig, inputs: Inputs) -> BatchPlan:
+    """Plans the batches as the trainer will, and checks devices and schedule against them.
+
+    Raises:
+        ValueError: If the mesh asks for absent devices, or the schedule does not fit the run.
+    """
+    plan = plan_training(config, inputs.train, make_mesh(config.mesh.data).size)
+    make_schedule(config.train, count_steps(config, plan))
+    return plan
+
+
+def choose_policy(config: RunConfig) -> tuple[GradientCheckpointing, str]:
+    """Returns what the backward pass will recompute, and why: `auto` is the fastest that fits."""
+    train = config.train
+    if train.gradient_checkpointing != "auto":
+        return train.gradient_checkpointing, "as asked"
+    gib = train.memory_gib or device_gib()
+    if gib is None:
+        return "none", f"{jax.devices()[0].device_kind} does not tell its memory"
+    planner = make_planner(config)
+    shape = train.per_device_train_batch_size, config.data.max_seq_length
+    policy = planner.fastest(*shape, gib)
+    peak = planner.memory(policy, *shape).peak / GIB
+    if peak > gib:
+        found = f"no policy fits: {policy} takes the least, about {peak:.3g} GiB of {gib:.3g}"
+        if train.memory_gib:
+            raise ValueError(
+                f"train.memory_gib: {found}; lower train.per_device_train_batch_size or "
+                "data.max_seq_length (`lorax plan` shows what fits), or raise it"
+            )
+        return policy, f"{found}, by the estimate of `lorax plan`"
+    reason = f"about {peak:.1f} of {gib:.1f} GiB, the fastest that fits"
+    if host := planner.host_bytes(policy, *shape) / GIB:
+        reason += f", and {host:.1f} GiB of the host's memory per device"
+    return policy, reason
+
+
+def build_model(config: RunConfig, policy: GradientCheckpointing | None = None) -> CausalLM:
+    """Loads the base model and puts fresh or loaded adapters on it, as the config says.
+
+    Args:
+        config: The run's settings.
+        policy: What `choose_policy` returned, if it was asked before.
+    """
+    full = config.train.method == "full"
+    model = load_model(
+        config.model.name_or_path,
+        revision=config.model.revision,
+        dtype=jnp.dtype(config.model.dtype),
+        # Weights that train are float32: in bfloat16 small updates would be rounded away.
+        param_dtype=jnp.float32 if full else None,
+        attn_impl=config.model.attn_impl,
+        gradient_checkpointing=policy or choose_policy(config)[0],
+    )
+    if full:
+        return model
+    if config.model.adapter:
+        model = load_adapter(model, config.model.adapter)
+    else:
+        model = apply_lora(model, config.lora, rngs=nnx.Rngs(config.train.seed))
+    set_kernels(model, config.model.kernels)
+    return model
+
+
+def explain_memory(config: RunConfig, error: Exception) -> str:
+    """Returns what to change when the device's memory did not suffice."""
+    train, length = config.train, config.data.max_seq_length
+    rows, planner = train.per_device_train_batch_size, make_planner(config)
+    gib = train.memory_gib or device_gib() or 0.0
+    moves = []
+    for policy in ("selective", "full", "offload"):
+        peak = planner.memory(policy, rows, length).peak / GIB
+        if peak <= gib and policy != train.gradient_checkpointing:
+            moves.append(f"train.gradient_checkpointing: {policy} (about {peak:.1f} GiB)")
+    smallest = min(POLICIES, key=lambda policy: planner.memory(policy, 1, length).peak)
+    if (most := planner.largest_batch(smallest, length, gib)) and most < rows:
+        moves.append(f"train.per_device_train_batch_size: {most} with `{smallest}`")
+    if not moves:
+        longest = planner.longest_sequence(smallest, 1, gib)
+        moves.append(f"data.max_seq_length: {longest} with one row and `{smallest}`")
+    line = str(error).splitlines()[0]
+    return f"out of memory: {line}. By the estimate of `lorax plan` these fit: {'; '.join(moves)}"

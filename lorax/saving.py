@@ -1,0 +1,108 @@
+"""What a run leaves on the disk while it trains, and what it takes up from there."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from lorax.checkpoint import CheckpointStore, fill_tree, flatten_tree
+from lorax.config import SaveConfig
+from lorax.interop.files import CheckpointError
+from lorax.metrics import library_versions
+from lorax.resume import Progress, refuse_other_run
+from lorax.step import TrainState
+from lorax.weights import WeightStore
+
+
+class Saver:
+    """Saves a run's checkpoints and its weights, and resumes from the newest checkpoint.
+
+    Args:
+        config: Says how many to keep, and what an error of saving means.
+        weights: The store of weights, of which checkpoints note what is there.
+        checkpoints: Where the checkpoints are.
+        identity: From `identify_run`.
+        tell: Is told, in words, what a user should know.
+    """
+
+    def __init__(
+        self,
+        config: SaveConfig,
+        weights: WeightStore,
+        checkpoints: CheckpointStore,
+        identity: Mapping[str, Any],
+        tell: Callable[[str], object],
+    ):
+        self.config, self.weights, self.checkpoints = config, weights, checkpoints
+        self.identity, self._tell = identity, tell
+        self.progress = Progress()
+        self.best: Any = None  # trained weights with the lowest held-out loss, on the host
+
+    def resume(self, state: TrainState) -> TrainState:
+        """Returns the state of the newest whole checkpoint; `state` if there was never one.
+
+        Raises:
+            CheckpointError: If there are checkpoints and none is whole, or none fits the model.
+            ValueError: If they are another run's, naming what differs.
+        """
+        found = self.checkpoints.restore()
+        if found is None:
+            self._tell("no checkpoint yet: the run starts from the beginning")
+            return state
+        where = str(self.checkpoints.directory.parent)
+        refuse_other_run(found.record["identity"], self.identity, where)
+        self.progress = progress = Progress(**found.record["progress"])
+        like: dict[str, Any] = {"state": state}
+        if any(path.startswith("best.") for path in found.arrays):
+            like["best"] = state.trainable
+        restored = fill_tree(like, found.arrays, where)
+        self.best = jax.device_get(restored["best"]) if "best" in restored else None
+        self.weights.adopt(progress.weights, progress.best_step, progress.best_loss)
+        then, now = found.versions, library_versions()
+        changed = [f"{k} {then[k]} → {now.get(k)}" for k in sorted(then) if then[k] != now.get(k)]
+        if changed:
+            self._tell(f"WARNING: the last bits may differ, since {', '.join(changed)}")
+        self._tell(f"resumed after step {found.step}")
+        return restored["state"]
+
+    def save(self, state: TrainState, *, wait: bool = False) -> None:
+        """Saves a checkpoint of what was reached; see `CheckpointStore.save`."""
+        progress, tree = self.progress, {"state": state}
+        if int(state.step) != progress.step:
+            raise CheckpointError(
+                f"the state is that of step {int(state.step)}, not {progress.step}: not saved"
+            )
+        if self.best is not None:
+            tree["best"] = self.best
+        progress.weights = self.weights.steps
+        progress.best_step = self.weights.best_step
+        progress.best_loss = None if progress.best_step is None else self.weights.best_loss
+        record = {"identity": self.identity, "progress": dataclasses.asdict(progress)}
+        arrays = flatten_tree(tree)
+        self._guard(lambda: self.checkpoints.save(progress.step, arrays, record, wait=wait))
+
+    def check(self) -> None:
+        """Raises, or tells, what a save in the background raised."""
+        self._guard(self.checkpoints.check)
+
+    def wait(self) -> None:
+        """Waits for the save in the background."""
+        self._guard(self.checkpoints.wait)
+
+    def rescue(self, state: TrainState, error: BaseException) -> None:
+        """Saves what was reached before an error is passed on."""
+        try:
+            if self.progress.step > 0:
+                self.save(state, wait=True)
+        except Exception as second:
+            # The first error is the one to see; the checkpoints before this one are whole.
+            error.add_note(f"and nothing could be saved after it: {second}")
+
+    def _guard(self, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except CheckpointError as error:
+            if self.config.on_save_error == "stop":
+                raise
+            self._tell(f"WARNING: {error}. The run goes on (save.on_save_error: warn)")

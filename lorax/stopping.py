@@ -1,0 +1,103 @@
+"""How a run ends before its time: asked to by a signal, or stuck."""
+
+import contextlib
+import faulthandler
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+STOPPED_STATUS = 75  # EX_TEMPFAIL: try again, which `--resume` does
+STUCK_STATUS = 70  # EX_SOFTWARE
+
+
+class RunStopped(KeyboardInterrupt):
+    """A run that was asked to stop and has saved what it had."""
+
+
+class OutOfMemoryError(RuntimeError):
+    """A step that did not fit the device, with what would."""
+
+
+class StopRequest:
+    """Whether a signal has asked the run to stop.
+
+    The first SIGTERM or SIGINT is noted, for the run to save and end. A second one ends the process
+    at once, in the operating system's way. Only the main thread can listen; elsewhere nothing is
+    ever noted.
+    """
+
+    _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self):
+        self.received: str | None = None
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Listens within the block, and gives the signals back afterwards."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._note) for number in self._SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, _: Any) -> None:
+        self.received = signal.Signals(number).name
+        for each in self._SIGNALS:
+            signal.signal(each, signal.SIG_DFL)
+        message = f"\n{self.received}: saving and stopping; once more stops at once\n"
+        os.write(2, message.encode())
+
+
+class Watchdog:
+    """Ends the process when nothing has happened for too long, and prints every thread's stack.
+
+    Args:
+        seconds: How long; None waits for ever.
+    """
+
+    def __init__(self, seconds: float | None):
+        self.seconds = seconds
+        self._last = time.monotonic()
+        self._ended = threading.Event()
+
+    def beat(self) -> None:
+        """Says that something has happened."""
+        self._last = time.monotonic()
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watches within the block."""
+        self.beat()
+        self._ended.clear()
+        thread = None
+        if self.seconds is not None:
+            thread = threading.Thread(target=self._watch, name="lorax-watchdog", daemon=True)
+            thread.start()
+        try:
+            yield
+        finally:
+            self._ended.set()
+            if thread is not None:
+                thread.join()
+
+    def _watch(self) -> None:
+        assert self.seconds is not None
+        while not self._ended.wait(min(1.0, self.seconds / 4)):
+            if time.monotonic() - self._last > self.seconds:
+                print(
+                    f"lorax: no step has ended for {self.seconds:g} s "
+                    "(train.stuck_after_seconds); the stacks of all threads follow. The "
+                    "checkpoints saved before are whole: go on with --resume",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                faulthandler.dump_traceback(sys.stderr, all_threads=True)
+                os._exit(STUCK_STATUS)

@@ -1,0 +1,94 @@
+"""Weights written during a run: whole or not at all, the newest and the best kept."""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from lorax.interop.files import sync
+
+
+class WeightStore:
+    """Writes a run's weights to ``<directory>/step-000123`` and keeps the newest and the best.
+
+    A folder appears under its name only when it is complete. Only folders that this store wrote
+    itself are ever removed, and only after a newer one is complete.
+
+    Args:
+        directory: A folder of the run, made when first written to.
+        write: Writes the current weights into a folder that does not exist yet.
+    """
+
+    def __init__(self, directory: Path, write: Callable[[Path], object]):
+        self.directory, self._write = directory, write
+        self._written: dict[int, Path] = {}
+        self.best_step: int | None = None
+        self.best_loss = math.inf
+
+    def adopt(self, steps: Iterable[int], best_step: int | None, best_loss: float | None) -> None:
+        """Takes up what this run wrote before it stopped; a folder that is gone is forgotten."""
+        folders = {step: self._folder(step) for step in steps}
+        self._written = {step: folder for step, folder in folders.items() if folder.is_dir()}
+        if best_loss is not None and best_step in self._written:
+            self.best_step, self.best_loss = best_step, best_loss
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps whose weights are on the disk."""
+        return sorted(self._written)
+
+    def save(self, step: int, eval_loss: float | None = None) -> bool:
+        """Writes the weights of `step`, if not done yet; returns whether they are the best so far.
+
+        Args:
+            step: Optimizer steps done.
+            eval_loss: Held-out loss of these weights, if it was measured.
+        """
+        if step not in self._written:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            folder = self._folder(step)
+            # Weights from after the checkpoint that the run was resumed from.
+            left = folder.with_name(f".{folder.name}.superseded")
+            if folder.exists():
+                shutil.rmtree(left, ignore_errors=True)
+                folder.rename(left)
+            self._write(folder)
+            self._written[step] = folder
+            if left.exists():
+                shutil.rmtree(left)
+        improved = eval_loss is not None and eval_loss < self.best_loss
+        if improved:
+            assert eval_loss is not None
+            self.best_loss, self.best_step = eval_loss, step
+            self._point_to_best()
+        self._remove_superseded()
+        return improved
+
+    def best_path(self) -> Path | None:
+        """Returns the folder with the lowest held-out loss, if any was measured."""
+        return None if self.best_step is None else self._written[self.best_step]
+
+    def describe(self) -> str:
+        """Says which weights are on disk."""
+        if not self._written:
+            return "no weights were saved before it"
+        return f"the last weights saved are in {self._written[max(self._written)]}"
+
+    def _folder(self, step: int) -> Path:
+        return self.directory / f"step-{step:06d}"
+
+    def _point_to_best(self) -> None:
+        path = self.best_path()
+        assert path is not None
+        record = {"step": self.best_step, "eval_loss": self.best_loss, "path": path.name}
+        partial = self.directory / "best.json.partial"
+        partial.write_text(json.dumps(record) + "\n", encoding="utf-8")
+        sync(partial)
+        os.replace(partial, self.directory / "best.json")
+
+    def _remove_superseded(self) -> None:
+        newest = max(self._written)
+        for step in [s for s in self._written if s not in (newest, self.best_step)]:
+            shutil.rmtree(self._written.pop(step))
