@@ -12,8 +12,8 @@ from flax import nnx
 from rich.console import Console
 
 from lorax.card import write_card
-from lorax.compilation_cache import use_compilation_cache
 from lorax.checkpoint import CHECKPOINT_FOLDER, MARKER_FILE
+from lorax.compilation_cache import use_compilation_cache
 from lorax.config import RunConfig, dump_config
 from lorax.evaluate import answer_rows, exact_match, last_answer
 from lorax.export import export_model

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+from safetensors import SafetensorError
 
 from lorax.checkpoint import CheckpointStore, fill_tree, flatten_tree
 from lorax.config import SaveConfig
@@ -46,6 +47,13 @@ class Saver:
             CheckpointError: If there are checkpoints and none is whole, or none fits the model.
             ValueError: If they are another run's, naming what differs.
         """
+        try:
+            return self._resume(state)
+        except BaseException:
+            self.checkpoints.close()
+            raise
+
+    def _resume(self, state: TrainState) -> TrainState:
         found = self.checkpoints.restore()
         if found is None:
             self._tell("no checkpoint yet: the run starts from the beginning")
@@ -82,6 +90,10 @@ class Saver:
         arrays = flatten_tree(tree)
         self._guard(lambda: self.checkpoints.save(progress.step, arrays, record, wait=wait))
 
+    def save_weights(self, step: int, eval_loss: float | None = None) -> bool:
+        """Writes the weights of a step; says whether they are the best so far."""
+        return bool(self._guard(lambda: self.weights.save(step, eval_loss)))
+
     def check(self) -> None:
         """Raises, or tells, what a save in the background raised."""
         self._guard(self.checkpoints.check)
@@ -99,10 +111,11 @@ class Saver:
             # The first error is the one to see; the checkpoints before this one are whole.
             error.add_note(f"and nothing could be saved after it: {second}")
 
-    def _guard(self, action: Callable[[], object]) -> None:
+    def _guard(self, action: Callable[[], object]) -> object:
         try:
-            action()
-        except CheckpointError as error:
+            return action()
+        except (CheckpointError, SafetensorError, OSError) as error:
             if self.config.on_save_error == "stop":
                 raise
             self._tell(f"WARNING: {error}. The run goes on (save.on_save_error: warn)")
+            return None

@@ -224,7 +224,7 @@ class Trainer:
                 self._evaluate_and_keep(done)
             if done % self.config.save.save_steps == 0 or is_last or progress.stopped_early:
                 self._finish_pending()
-                self.store.save(done)
+                self.saver.save_weights(done)
                 self.saver.save(self.state)
             self.saver.check()
             if stop.received:
@@ -239,7 +239,7 @@ class Trainer:
         progress.eval_loss = loss = self._evaluate(step)
         if loss is None:
             return
-        improved = self.store.save(step, loss)
+        improved = self.saver.save_weights(step, loss)
         if improved and self.config.save.load_best_model_at_end:
             self.saver.best = jax.device_get(self.state.trainable)
         waited = 0 if improved else progress.evaluations_without_gain + 1

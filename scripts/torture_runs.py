@@ -1,0 +1,350 @@
+"""Whole runs that are killed, stopped, changed and poisoned, beside runs that are not."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+STEPS = 8
+SIZES = {
+    "model_type": "llama",
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+}
+
+
+def make_trainer(folder: Path, *, resume: bool = False, **changes: Any):
+    """Returns a trainer of a tiny run and the list that its events go to.
+
+    Args:
+        folder: Of the run.
+        resume: As `Trainer` takes it.
+        **changes: ``dropout``, ``rank``, ``seed_of_rows``, ``loss_fn``, ``listeners``, ``files``,
+            and settings by name with ``__`` for the dot.
+    """
+    import numpy as np
+    from flax import nnx
+
+    import lorax
+    from lorax.config import RunConfig
+    from lorax.data import EncodedDataset
+    from lorax.loss import causal_lm_loss
+    from lorax.models import CausalLM, DecoderConfig
+
+    settings: dict[str, Any] = {
+        "model": {"name_or_path": "unnamed", "dtype": "float32"},
+        "data": {"train": "rows.jsonl", "max_seq_length": 64},
+        "train": {"max_steps": STEPS, "learning_rate": 1e-2, "per_device_train_batch_size": 2},
+        "save": {"output_dir": str(folder), "save_steps": 1, "save_total_limit": 100},
+    }
+    for name, value in changes.items():
+        if "__" in name:
+            section, _, key = name.partition("__")
+            settings[section] = settings[section] | {key: value}
+    base = CausalLM(DecoderConfig.from_hf(SIZES, "tiny"), rngs=nnx.Rngs(0))
+    adapter = lorax.LoraConfig(
+        r=changes.get("rank", 4),
+        lora_dropout=changes.get("dropout", 0.0),
+        target_modules=("q_proj", "down_proj"),
+    )
+    draw = np.random.default_rng(changes.get("seed_of_rows", 0))
+    rows = []
+    for index in range(14):
+        tokens = draw.integers(1, 40, int(draw.integers(6, 30)))
+        rows.append((tokens, np.arange(len(tokens)) >= 1 + index % 3))
+    events: list[dict[str, Any]] = []
+    trainer = lorax.Trainer(
+        lorax.apply_lora(base, adapter, rngs=nnx.Rngs(1)),
+        RunConfig.model_validate(settings),
+        EncodedDataset.from_rows(rows),
+        loss_fn=changes.get("loss_fn", causal_lm_loss),
+        listeners=(events.append, *changes.get("listeners", ())),
+        resume=resume,
+        files=changes.get("files"),
+    )
+    return trainer, events
+
+
+def losses(events) -> dict[int, float]:
+    """Returns the loss of each step."""
+    return {e["step"]: e["loss"] for e in events if "loss" in e}
+
+
+def last_arrays(folder: Path, step: int = STEPS) -> dict[str, bytes]:
+    """Returns the bytes of every array in a checkpoint."""
+    from lorax.checkpoint import read_checkpoint
+
+    found = read_checkpoint(folder / "checkpoints" / f"step-{step:09d}")
+    return {path: value.tobytes() for path, value in found.arrays.items()}
+
+
+def resume_everywhere(count: int, folder: Path) -> tuple[int, int]:
+    """R1: resumed after each step, with and without dropout, accumulation, packing: equal bits."""
+    passed = total = 0
+    variants = [(d, k, p) for d in (0.0, 0.1) for k in (1, 3) for p in (False, True)]
+    for index, (dropout, micro_batches, packing) in enumerate(variants):
+        options: dict[str, Any] = {
+            "dropout": dropout,
+            "train__gradient_accumulation_steps": micro_batches,
+            "data__packing": packing,
+        }
+        straight = folder / f"{index}"
+        trainer, events = make_trainer(straight, **options)
+        trainer.train()
+        wanted, expected = last_arrays(straight), losses(events)
+        for step in range(1, STEPS + 1):
+            if total >= count:
+                return passed, total
+            run = folder / f"{index}-{step}"
+            shutil.copytree(straight, run)
+            for later in range(step + 1, STEPS + 1):
+                shutil.rmtree(run / "checkpoints" / f"step-{later:09d}")
+            resumed, found = make_trainer(run, resume=True, **options)
+            resumed.train()
+            after = {s: loss for s, loss in expected.items() if s > step}
+            passed += last_arrays(run) == wanted and losses(found) == after
+            total += 1
+            shutil.rmtree(run)
+    return passed, total
+
+
+def change_something(count: int, folder: Path) -> tuple[int, int]:
+    """R2: a run that is resumed as another one is refused, by the name of what changed."""
+    changes: list[tuple[dict[str, Any], str]] = [
+        ({"train__seed": 1}, "train.seed"),
+        ({"train__gradient_accumulation_steps": 2}, "train.gradient_accumulation_steps"),
+        ({"train__per_device_train_batch_size": 3}, "train.per_device_train_batch_size"),
+        ({"train__learning_rate": 2e-2}, "train.learning_rate"),
+        ({"train__max_steps": 9}, "train.max_steps"),
+        ({"train__lr_scheduler_type": "linear"}, "train.lr_scheduler_type"),
+        ({"data__packing": True}, "data.packing"),
+        ({"data__shuffle": False}, "data.shuffle"),
+        ({"seed_of_rows": 1}, "training data"),
+        ({"rank": 8}, "another model"),
+        ({"files": {"tokenizer": "other", "base model": "b"}}, "tokenizer"),
+        ({"files": {"tokenizer": "t", "base model": "other"}}, "base model"),
+    ]
+    files, passed = {"tokenizer": "t", "base model": "b"}, 0
+    made, _ = make_trainer(folder / "run", files=files, train__max_steps=2)
+    made.train()
+    for change, name in changes[:count]:
+        options = {"files": files, "train__max_steps": 2} | change
+        try:
+            make_trainer(folder / "run", resume=True, **options)[0].checkpoints.close()
+        except ValueError as error:
+            passed += name in str(error)
+    return passed, min(count, len(changes))
+
+
+def start(work: Callable[[], Any]) -> int:
+    """Runs `work` in a forked process that says nothing; returns its number."""
+    if (child := os.fork()) == 0:
+        status = 70
+        try:
+            silent = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(silent, 1)
+            os.dup2(silent, 2)
+            status = int(work() or 0)
+        except SystemExit as error:
+            status = error.code if isinstance(error.code, int) else 1
+        except KeyboardInterrupt:
+            status = 75
+        except BaseException:
+            status = 1
+        finally:
+            os._exit(status)
+    return child
+
+
+def wait(child: int, seconds: float) -> int | None:
+    """Returns the exit status of a process, negative for a signal; None if it had to be killed."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.02)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return None
+
+
+def in_child(work: Callable[[], bool]) -> bool:
+    """Runs `work` in a forked process; says whether it returned True."""
+    return wait(start(lambda: 0 if work() else 1), 120) == 0
+
+
+def newest(folder: Path) -> int:
+    """Returns the newest step that has a checkpoint, 0 without one."""
+    found = (folder / "checkpoints").glob("step-*")
+    return max((int(re.sub(r"\D", "", path.name)) for path in found), default=0)
+
+
+def leave_in_every_way(count: int, folder: Path) -> tuple[int, int]:
+    """F5: however a run ends, what it reached is on the disk, and the process is gone at once."""
+    ways = ["return", "sys.exit", "exception", "SIGINT", "SIGTERM", "unclosed"]
+    passed = 0
+    for trial in range(count):
+        way, run, at = ways[trial % len(ways)], folder / str(trial), 3 + trial % 4
+
+        def listen(event, way=way, at=at):
+            if event.get("step") != at or "loss" not in event:
+                return
+            if way == "sys.exit":
+                raise SystemExit(3)
+            if way == "exception":
+                raise RuntimeError("planned")
+            if way.startswith("SIG"):
+                os.kill(os.getpid(), getattr(signal, way))
+
+        def work(run=run, listen=listen):
+            trainer, _ = make_trainer(run, listeners=(listen,), save__save_steps=100)
+            trainer.train()
+
+        status = wait(start(work), 60)
+        wanted = {"return": 0, "unclosed": 0, "sys.exit": 3, "exception": 1}.get(way, 75)
+        reached = STEPS if wanted == 0 else at
+        passed += status == wanted and reached <= newest(run) <= min(reached + 1, STEPS)
+    return passed, count
+
+
+def kill_twenty_times(count: int, folder: Path) -> tuple[int, int]:
+    """R3: killed twenty times at random, a run ends with the bits of one that never was."""
+    steps, kills = 60, 20
+    options: dict[str, Any] = {
+        "train__max_steps": steps,
+        "save__save_steps": 2,
+        "save__save_total_limit": 2,
+    }
+    slowly = lambda event: time.sleep(0.03)
+
+    def straight():
+        make_trainer(folder / "straight", dropout=0.1, **options)[0].train()
+
+    assert wait(start(straight), 300) == 0
+    passed = 0
+    for trial in range(count):
+        run, draw = folder / str(trial), random.Random(trial)
+
+        def work(run=run):
+            resume = (run / "checkpoints" / "LORAX").exists()
+            listeners = (slowly,)
+            made = make_trainer(run, resume=resume, listeners=listeners, dropout=0.1, **options)
+            made[0].train()
+
+        for _ in range(kills):
+            child = start(work)
+            before, end = newest(run), time.monotonic() + 60
+            # Not before it trains; then anywhere in the next few steps, saves included.
+            while newest(run) == before < steps and time.monotonic() < end:
+                time.sleep(0.005)
+            time.sleep(draw.uniform(0.0, 0.25))
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        finished = wait(start(work), 300) == 0
+
+        def compare(run=run) -> bool:
+            return last_arrays(run, steps) == last_arrays(folder / "straight", steps)
+
+        passed += finished and in_child(compare)
+    return passed, count
+
+
+def terminate(count: int, folder: Path) -> tuple[int, int]:
+    """P1: SIGTERM during training: saved, and exit status 75, within ten seconds."""
+    passed = 0
+    for trial in range(count):
+        run = folder / str(trial)
+
+        def work(run=run):
+            slowly = lambda event: time.sleep(0.05)
+            options: dict[str, Any] = {"train__max_steps": 200, "save__save_steps": 500}
+            make_trainer(run, listeners=(slowly,), **options)[0].train()
+
+        child, end = start(work), time.monotonic() + 60
+        while not (run / "checkpoints" / "lock").exists() and time.monotonic() < end:
+            time.sleep(0.01)
+        time.sleep(4.0 + random.Random(trial).uniform(0.0, 2.0))  # it compiles first
+        asked = time.monotonic()
+        os.kill(child, signal.SIGTERM)
+        status = wait(child, 30)
+        passed += status == 75 and time.monotonic() - asked < 10 and newest(run) > 0
+    return passed, count
+
+
+def poison(count: int, folder: Path) -> tuple[int, int]:
+    """N1: NaN, infinity and overflow end the run at their step, with the weights before it."""
+    import jax.numpy as jnp
+
+    from lorax.loss import causal_lm_loss
+
+    poisons = [float("nan"), float("inf"), -float("inf"), 3e38]
+    passed = 0
+    for trial in range(count):
+        poison, micro_batches, packing = poisons[trial % 4], 1 + trial % 3, trial % 2 == 1
+        run, clean = folder / str(trial), folder / f"{trial}-clean"
+        options: dict[str, Any] = {
+            "train__gradient_accumulation_steps": micro_batches,
+            "data__packing": packing,
+            "train__max_steps": 4,
+        }
+
+        def rotten(model, batch, poison=poison):
+            total, tokens = causal_lm_loss(model, batch)
+            bad = (batch["input_ids"] == 63).any()
+            factor = jnp.where(bad, jnp.float32(poison), 1.0)
+            return total * factor, tokens
+
+        def work(run=run, clean=clean, rotten=rotten, options=options) -> bool:
+            make_trainer(clean, loss_fn=rotten, **options)[0].train()
+            trainer, _ = make_trainer(run, loss_fn=rotten, **options)
+            # The token that is poison stands in one row: that of the third step.
+            epoch, at = divmod(2, trainer.plan.steps_per_epoch)
+            (row, *_), *_ = [r for r in trainer.plan.rows(epoch, at) if r]
+            data = trainer.plan.dataset
+            data.tokens[data.offsets[row]] = 63
+            try:
+                trainer.train()
+            except FloatingPointError as error:
+                bad = 1 + next(
+                    s
+                    for s in range(4)
+                    if any(row in part for part in rows_of_step(trainer.plan, s))
+                )
+                dumped = json.loads((run / f"nonfinite-step-{bad}.json").read_text())
+                named = f"step {bad}:" in str(error) and str(row) in dumped["tokens_by_row"]
+                same = bad == 1 or last_arrays(run, bad - 1) == last_arrays(clean, bad - 1)
+                return named and newest(run) == bad - 1 and same
+            return False
+
+        passed += in_child(work)
+    return passed, count
+
+
+def rows_of_step(plan, step: int) -> list[list[int]]:
+    """Returns the rows of a step of a run, from 0."""
+    epoch, at = divmod(step, plan.steps_per_epoch)
+    return plan.rows(epoch, at)
+
+
+CASES = {
+    "F5": (leave_in_every_way, 30, 6),
+    "R1": (resume_everywhere, 64, 3),
+    "R2": (change_something, 12, 12),
+    "R3": (kill_twenty_times, 5, 0),
+    "P1": (terminate, 20, 2),
+    "N1": (poison, 12, 3),
+}
+"""By id: what to run, how often by hand, and how often in the tests."""

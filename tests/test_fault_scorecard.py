@@ -1,0 +1,24 @@
+"""The scorecard of faults, in its short form; `scripts/torture.py` runs it whole."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CASES = ["F1", "F2", "F3", "F4", "F5", "F6", "F7", "F8", "F9", "R1", "R2", "P1", "N1"]
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("case", CASES)
+def test_nothing_is_lost(case, tmp_path):
+    out = tmp_path / "torture.json"
+    command = [sys.executable, "scripts/torture.py", "--short", "--only", case, "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    row = json.loads(out.read_text())[case]
+    assert row["passed"] == row["total"] > 0
