@@ -143,6 +143,7 @@ class Trainer:
             seed=train.seed,
             mesh=self.mesh,
             skip_nonfinite=train.skip_nonfinite_steps > 0,
+            deterministic=train.deterministic,
         )
         self.loss_fn, self._lengths = loss_fn, train_data.lengths
         self.evaluator = None
@@ -162,15 +163,12 @@ class Trainer:
         self._clock = time.perf_counter()
         self._pending: _Dispatched | None = None
         self._spikes = LossSpikes()
-        datasets = {"training": train_data} | ({"held-out": eval_data} if eval_data else {})
+        datasets = {"training": train_data, **({"held-out": eval_data} if eval_data else {})}
         policy = getattr(self.model, "gradient_checkpointing", "none")
         tell = lambda text: self._tell({"note": text})
-        self.checkpoints = CheckpointStore(
-            self.output_dir / CHECKPOINT_FOLDER,
-            keep=config.save.save_total_limit,
-            versions=library_versions(),
-            tell=tell,
-        )
+        folder, keep = self.output_dir / CHECKPOINT_FOLDER, config.save.save_total_limit
+        versions = library_versions()
+        self.checkpoints = CheckpointStore(folder, keep=keep, versions=versions, tell=tell)
         identity = identify_run(config, datasets, devices, policy, files)
         self.saver = Saver(config.save, self.store, self.checkpoints, identity, tell)
         if resume:

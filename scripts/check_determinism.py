@@ -1,0 +1,160 @@
+"""Whether a step, and a resumed run, give the same bits on this device, and what guarding costs.
+
+    python scripts/check_determinism.py --part step --call h200-1 --commit abc1234 \
+        --out docs/measurements/determinism_h200.jsonl
+
+The step of a model with random weights runs from one state again and again, as it is compiled by
+default and with XLA's deterministic operations; a digest of every bit of the new state says how
+many different results there were. Both are timed in turns with a step that does not guard against
+numbers that are not finite. Then a run of the smaller model is stopped halfway, resumed, and
+compared with one that was not.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from bench_packing import draw_rows
+from bench_step import Variant, build_model, compile_variant, draw_batch, time_in_turns
+from measured_rows import append_rows, origin
+
+import lorax.step
+from lorax import Trainer, load_config
+from lorax.checkpoint import read_checkpoint
+
+DETERMINISTIC = (("xla_gpu_deterministic_ops", True),)
+
+
+@jax.jit
+def digest(tree: Any) -> jax.Array:
+    """Returns 32 bits that depend on every bit of every leaf and on where it stands."""
+    total = jnp.uint32(0)
+    for index, leaf in enumerate(jax.tree.leaves(tree)):
+        if leaf.dtype.itemsize != 4:
+            continue
+        bits = jax.lax.bitcast_convert_type(leaf, jnp.uint32).reshape(-1)
+        place = jax.lax.iota(jnp.uint32, bits.size) + jnp.uint32(index)
+        total += (bits * (place * jnp.uint32(2654435761) | jnp.uint32(1))).sum(dtype=jnp.uint32)
+    return total
+
+
+def compile_unguarded(model, batch):
+    """Returns a step that applies every update, as if all numbers were finite."""
+    plain = lorax.step.jnp
+    names = {name: getattr(plain, name) for name in dir(plain) if not name.startswith("__")}
+    unguarded: Any = SimpleNamespace(**names | {"where": lambda _, new, __: new})
+    lorax.step.jnp = unguarded
+    try:
+        return compile_variant(model, Variant("auto", "selective"), batch)
+    finally:
+        lorax.step.jnp = plain
+
+
+def repeat(compiled, batch, times: int) -> int:
+    """Returns how many different states a step came to from one state."""
+    start = jax.tree.map(jnp.copy, compiled.state)
+    found = set()
+    for _ in range(times):
+        state, _ = compiled.step(jax.tree.map(jnp.copy, start), compiled.frozen, batch)
+        found.add(int(digest(state)))
+    return len(found)
+
+
+def resume(model, folder: Path, deterministic: bool) -> dict[str, Any]:
+    """Returns whether a resumed run equals one that never stopped, and how long saving took."""
+
+    def make(name: str, **options):
+        settings = {
+            "data.train": "in memory",
+            "data.packing": "true",
+            "train.per_device_train_batch_size": 4,
+            "train.gradient_accumulation_steps": 2,
+            "train.gradient_checkpointing": "none",
+            "train.max_steps": 8,
+            "train.deterministic": str(deterministic).lower(),
+            "eval.strategy": "no",
+            "save.save_steps": 4,
+            "save.output_dir": folder / name,
+        }
+        overrides = [f"{key}={value}" for key, value in settings.items()]
+        config = load_config("configs/llama3_8b_lora.yaml", ["data.eval=[]", *overrides])
+        return Trainer(model, config, draw_rows(200, model.config.vocab_size, 0), **options)
+
+    model.gradient_checkpointing = "none"
+    trainer = make("straight")
+    trainer.train()
+    blocked = trainer.checkpoints.blocked_seconds
+    shutil.copytree(folder / "straight", folder / "resumed")
+    shutil.rmtree(folder / "resumed" / "checkpoints" / "step-000000008")
+    make("resumed", resume=True).train()
+    last = [folder / n / "checkpoints" / "step-000000008" for n in ("straight", "resumed")]
+    straight, resumed = (read_checkpoint(path).arrays for path in last)
+    equal = sum(straight[k].tobytes() == resumed[k].tobytes() for k in straight)
+    return {"arrays": len(straight), "equal_after_resume": equal, "blocked_s": round(blocked, 3)}
+
+
+def measure_step(parsed: argparse.Namespace) -> list[dict[str, Any]]:
+    """Returns a row per way to compile the step: its time, and how many results it came to."""
+    model = build_model(parsed.model, 16)
+    batch = draw_batch(model.config.vocab_size, 1, 4, 2048)
+    exact = Variant("auto", "selective", DETERMINISTIC)
+    with ThreadPoolExecutor() as pool:
+        unguarded = compile_unguarded(model, batch)
+        found = pool.map(
+            lambda variant: compile_variant(model, variant, batch),
+            (Variant("auto", "selective"), exact),
+        )
+        variants = dict(zip(("default", "deterministic"), found, strict=True))
+    times = time_in_turns(variants | {"unguarded": unguarded}, batch, parsed.turns, 3)
+    rows = []
+    for name, seconds in times.items():
+        ratios = [a / b for a, b in zip(seconds, times["default"], strict=True)]
+        row = {"call": parsed.call, "part": "step", "model": parsed.model, "compiled": name}
+        row |= {"step_ms": round(statistics.median(seconds) * 1e3, 2)}
+        row |= {"ratio": round(statistics.median(ratios), 4)}
+        if name in variants:
+            results = repeat(variants[name], batch, parsed.repeats)
+            row |= {"repeats": parsed.repeats, "different_results": results}
+        rows.append(row)
+    return rows
+
+
+def measure_resume(parsed: argparse.Namespace) -> list[dict[str, Any]]:
+    """Returns a row per way to compile a run that is stopped and resumed."""
+    model, rows = build_model(parsed.resumed_model, 16), []
+    for name in ("default", "deterministic"):
+        row = {"call": parsed.call, "part": "resume", "model": parsed.resumed_model}
+        with tempfile.TemporaryDirectory() as folder:
+            found = resume(model, Path(folder), name == "deterministic")
+        rows.append(row | {"compiled": name} | found)
+    return rows
+
+
+def main() -> None:
+    """Measures one part and appends a row per way to compile."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--part", choices=("step", "resume"), required=True)
+    parser.add_argument("--model", default="llama-8b")
+    parser.add_argument("--resumed-model", default="llama-1b")
+    parser.add_argument("--repeats", type=int, default=100)
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--call", required=True, help="names this run on this machine")
+    parser.add_argument("--commit", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parsed = parser.parse_args()
+    rows = measure_step(parsed) if parsed.part == "step" else measure_resume(parsed)
+    for row in rows:
+        print(json.dumps(row))
+    append_rows(parsed.out, [row | origin(parsed.commit) for row in rows])
+
+
+if __name__ == "__main__":
+    main()
