@@ -58,7 +58,6 @@ def compile_ahead(
             seed=train.seed,
             mesh=mesh,
             skip_nonfinite=train.skip_nonfinite_steps > 0,
-            deterministic=train.deterministic,
         )
         return compile_widths(step, state, plans[0], total_steps)
 

@@ -75,7 +75,6 @@ def make_train_step(
     seed: int = 0,
     mesh: Mesh | None = None,
     skip_nonfinite: bool = False,
-    deterministic: bool = False,
 ) -> tuple[TrainStep, TrainState]:
     """Returns a compiled training step for `model` and the state it starts from.
 
@@ -95,7 +94,6 @@ def make_train_step(
         seed: Seed of the dropout masks.
         mesh: Where to put the arrays; None leaves them where they are.
         skip_nonfinite: Whether steps that follow one without an update are applied.
-        deterministic: Whether a GPU is to give the same bits every time; see `TrainConfig`.
 
     Raises:
         ValueError: If nothing trains, or a batch norm would update its statistics.
@@ -137,10 +135,7 @@ def make_train_step(
         metrics = {"loss": loss, "grad_norm": norm, "tokens": count, "applied": applied}
         return TrainState(done, trainable, opt_state, halted), metrics
 
-    options = xla_options()
-    if deterministic and jax.default_backend() == "gpu":
-        options = {**(options or {}), "xla_gpu_deterministic_ops": True}
-    compiled = jax.jit(step, donate_argnums=0, compiler_options=options)
+    compiled = jax.jit(step, donate_argnums=0, compiler_options=xla_options())
     return TrainStep(compiled, frozen, mesh), state
 
 
@@ -152,7 +147,6 @@ def make_abstract_step(
     seed: int = 0,
     mesh: Mesh,
     skip_nonfinite: bool = False,
-    deterministic: bool = False,
 ) -> tuple[TrainStep, TrainState]:
     """Returns what `make_train_step` would for a model of shapes: it can be compiled, not run."""
     found: list[TrainStep] = []
@@ -164,7 +158,6 @@ def make_abstract_step(
             loss_fn,
             seed=seed,
             skip_nonfinite=skip_nonfinite,
-            deterministic=deterministic,
         )
         found.append(step)
         return state, step.frozen

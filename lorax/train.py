@@ -143,7 +143,6 @@ class Trainer:
             seed=train.seed,
             mesh=self.mesh,
             skip_nonfinite=train.skip_nonfinite_steps > 0,
-            deterministic=train.deterministic,
         )
         self.loss_fn, self._lengths = loss_fn, train_data.lengths
         self.evaluator = None

@@ -73,23 +73,24 @@ def draw(rows: list[dict], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     cells = sorted({cell_of(row) for row in rows})
-    figure, axes = plt.subplots(1, len(cells), figsize=(3.6 * len(cells), 3.6), squeeze=False)
+    figure, axes = plt.subplots(1, len(cells), figsize=(4.2 * len(cells), 3.6), squeeze=False)
     for panel, cell in zip(axes[0], cells, strict=True):
         inside = [row for row in rows if cell_of(row) == cell]
         for system in sorted({r["system"] for r in inside}):
             points = sorted((memory_of(r), r["tokens_per_s"], r["policy"])
                             for r in inside if r["system"] == system)  # fmt: skip
             panel.plot([p[0] for p in points], [p[1] for p in points], "o-", label=system)
-            for x, y, policy in points:
-                panel.annotate(
-                    policy, (x, y), fontsize=7, xytext=(3, 3), textcoords="offset points"
-                )
+            for index, (x, y, policy) in enumerate(points):
+                # Neighbours are named above and below, peers below, so that names do not meet.
+                above = system == "lorax" and index % 2 == 0
+                place = {"xytext": (0, 6 if above else -12), "ha": "center"}
+                panel.annotate(policy, (x, y), fontsize=7, textcoords="offset points", **place)
         model, accumulation, batch, seq = cell
         panel.set_title(f"{model}, {accumulation} × {batch} × {seq}", fontsize=9)
-        panel.set_xlabel("memory, GiB (the allocator's peak, else planned)")
-        panel.margins(0.12)
-        panel.set_ylim(0, None)
-        panel.legend(fontsize=8)
+        panel.set_xlabel("peak memory (GiB)")
+        panel.set_xlim(0, 1.1 * max(map(memory_of, inside)))
+        panel.set_ylim(0, 1.15 * max(row["tokens_per_s"] for row in inside))
+        panel.legend(fontsize=8, loc="lower right")
     axes[0][0].set_ylabel("tokens/s")
     figure.tight_layout()
     figure.savefig(path, dpi=130)

@@ -3,19 +3,19 @@
     python scripts/check_determinism.py --part step --call h200-1 --commit abc1234 \
         --out docs/measurements/determinism_h200.jsonl
 
-The step of a model with random weights runs from one state again and again, as it is compiled by
-default and with XLA's deterministic operations; a digest of every bit of the new state says how
-many different results there were. Both are timed in turns with a step that does not guard against
-numbers that are not finite. Then a run of the smaller model is stopped halfway, resumed, and
-compared with one that was not.
+The step of a model with random weights runs from one state again and again; a digest of every bit
+of the new state says how many different results there were. It is timed in turns with a step that
+does not guard against numbers that are not finite. The other part stops a run of a smaller model
+halfway, resumes it, and compares it with one that was not stopped. XLA_FLAGS goes into the rows, so
+that flags such as --xla_gpu_deterministic_ops=true can be compared.
 """
 
 import argparse
 import json
+import os
 import shutil
 import statistics
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,8 +29,6 @@ from measured_rows import append_rows, origin
 import lorax.step
 from lorax import Trainer, load_config
 from lorax.checkpoint import read_checkpoint
-
-DETERMINISTIC = (("xla_gpu_deterministic_ops", True),)
 
 
 @jax.jit
@@ -68,7 +66,7 @@ def repeat(compiled, batch, times: int) -> int:
     return len(found)
 
 
-def resume(model, folder: Path, deterministic: bool) -> dict[str, Any]:
+def resume(model, folder: Path) -> dict[str, Any]:
     """Returns whether a resumed run equals one that never stopped, and how long saving took."""
 
     def make(name: str, **options):
@@ -79,7 +77,6 @@ def resume(model, folder: Path, deterministic: bool) -> dict[str, Any]:
             "train.gradient_accumulation_steps": 2,
             "train.gradient_checkpointing": "none",
             "train.max_steps": 8,
-            "train.deterministic": str(deterministic).lower(),
             "eval.strategy": "no",
             "save.save_steps": 4,
             "save.output_dir": folder / name,
@@ -105,22 +102,16 @@ def measure_step(parsed: argparse.Namespace) -> list[dict[str, Any]]:
     """Returns a row per way to compile the step: its time, and how many results it came to."""
     model = build_model(parsed.model, 16)
     batch = draw_batch(model.config.vocab_size, 1, 4, 2048)
-    exact = Variant("auto", "selective", DETERMINISTIC)
-    with ThreadPoolExecutor() as pool:
-        unguarded = compile_unguarded(model, batch)
-        found = pool.map(
-            lambda variant: compile_variant(model, variant, batch),
-            (Variant("auto", "selective"), exact),
-        )
-        variants = dict(zip(("default", "deterministic"), found, strict=True))
-    times = time_in_turns(variants | {"unguarded": unguarded}, batch, parsed.turns, 3)
+    guarded = compile_variant(model, Variant("auto", "selective"), batch)
+    variants = {"default": guarded, "unguarded": compile_unguarded(model, batch)}
+    times = time_in_turns(variants, batch, parsed.turns, 3)
     rows = []
     for name, seconds in times.items():
         ratios = [a / b for a, b in zip(seconds, times["default"], strict=True)]
         row = {"call": parsed.call, "part": "step", "model": parsed.model, "compiled": name}
         row |= {"step_ms": round(statistics.median(seconds) * 1e3, 2)}
         row |= {"ratio": round(statistics.median(ratios), 4)}
-        if name in variants:
+        if name == "default":
             results = repeat(variants[name], batch, parsed.repeats)
             row |= {"repeats": parsed.repeats, "different_results": results}
         rows.append(row)
@@ -128,18 +119,15 @@ def measure_step(parsed: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def measure_resume(parsed: argparse.Namespace) -> list[dict[str, Any]]:
-    """Returns a row per way to compile a run that is stopped and resumed."""
-    model, rows = build_model(parsed.resumed_model, 16), []
-    for name in ("default", "deterministic"):
-        row = {"call": parsed.call, "part": "resume", "model": parsed.resumed_model}
-        with tempfile.TemporaryDirectory() as folder:
-            found = resume(model, Path(folder), name == "deterministic")
-        rows.append(row | {"compiled": name} | found)
-    return rows
+    """Returns a row about a run that is stopped and resumed."""
+    model = build_model(parsed.resumed_model, 16)
+    with tempfile.TemporaryDirectory() as folder:
+        found = resume(model, Path(folder))
+    return [{"call": parsed.call, "part": "resume", "model": parsed.resumed_model} | found]
 
 
 def main() -> None:
-    """Measures one part and appends a row per way to compile."""
+    """Measures one part and appends its rows."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--part", choices=("step", "resume"), required=True)
     parser.add_argument("--model", default="llama-8b")
@@ -151,9 +139,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parsed = parser.parse_args()
     rows = measure_step(parsed) if parsed.part == "step" else measure_resume(parsed)
+    flags = {"xla_flags": os.environ.get("XLA_FLAGS", "")}
     for row in rows:
         print(json.dumps(row))
-    append_rows(parsed.out, [row | origin(parsed.commit) for row in rows])
+    append_rows(parsed.out, [row | flags | origin(parsed.commit) for row in rows])
 
 
 if __name__ == "__main__":
