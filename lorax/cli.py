@@ -36,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: Words after ``lorax``; those of the process if not given.
     """
-    parsed = _parser().parse_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    parsed = _parser().parse_args(_complete_resume(words))
     console = Console(width=None if sys.stdout.isatty() else WIDTH_IN_LOGS)
     try:
         parsed.run(parsed, console)
@@ -53,6 +54,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("lorax: stopped", file=sys.stderr)
         return 130
     return 0
+
+
+def _complete_resume(words: list[str]) -> list[str]:
+    """Gives a bare --resume its value, which argparse would take from the setting after it."""
+    return [
+        "--resume=always" if word == "--resume" and words[i + 1 : i + 2] != ["auto"] else word
+        for i, word in enumerate(words)
+    ]
 
 
 def _print_error(command: str, error: BaseException) -> None:
@@ -83,11 +92,10 @@ def _parser() -> argparse.ArgumentParser:
         if name == "train":
             command.add_argument(
                 "--resume",
-                nargs="?",
                 choices=("always", "auto"),
-                const="always",
                 default="never",
-                help="go on with the run in save.output_dir; `auto` begins one if there is none",
+                help="go on with the run in save.output_dir; `auto` begins one if there is none; "
+                "--resume alone is `always`",
             )
         if name == "inspect":
             command.add_argument("--rows", type=int, default=3, help="rows to show")

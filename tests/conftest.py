@@ -22,6 +22,7 @@ SLOW_FILES = {
     "test_generate.py",
     "test_interop_huggingface.py",
     "test_interop_peft.py",
+    "test_fault_run.py",
     "test_fault_scorecard.py",
     "test_kernel_compiled.py",
     "test_kernel_faults.py",

@@ -1,0 +1,165 @@
+"""`lorax train` stopped, resumed, resumed wrongly; and what must never be written anywhere."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lorax.checkpoint import read_checkpoint
+
+ROOT = Path(__file__).parents[1]
+CANARY = "canaryvogel"
+TOKEN = "hf_" + "c4n4ry" * 6
+SETTINGS = {
+    "model.name_or_path": str(ROOT / "examples" / "tiny" / "model"),
+    "model.dtype": "float32",
+    "lora.r": 4,
+    "lora.lora_dropout": 0.1,
+    "lora.target_modules": "[q_proj, down_proj]",
+    "data.max_seq_length": 256,
+    "train.max_steps": 30,
+    "train.per_device_train_batch_size": 2,
+    "train.gradient_accumulation_steps": 2,
+    "train.gradient_checkpointing": "none",
+    "eval.strategy": "steps",
+    "eval.steps": 7,
+    "save.save_steps": 4,
+    "save.load_best_model_at_end": "true",
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """The demo's data, a word of it replaced by one that stands nowhere else."""
+    folder = tmp_path_factory.mktemp("data")
+    for name in ("train", "heldout"):
+        text = (ROOT / "examples" / "tiny" / "data" / f"{name}.jsonl").read_text()
+        lines = text.splitlines()[:60]
+        lines[0] = re.sub(r'("content": ")', rf"\g<1>{CANARY} ", lines[0], count=1)
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def start(data, output, *more, **changes):
+    sources = {"data.train": data / "train.jsonl", "data.eval": data / "heldout.jsonl"}
+    settings = SETTINGS | sources | {"save.output_dir": output} | changes
+    lines = [f"{key}={value}" for key, value in settings.items()]
+    base = ROOT / "configs" / "tiny_cpu.yaml"
+    command = [sys.executable, "-m", "lorax.cli", "train", str(base), *lines, *more]
+    overrides = ["data.packing=true", "eval.exact_match=false", "save.export=[peft]"]
+    return subprocess.Popen(
+        [*command, *overrides],
+        cwd=ROOT,
+        env=os.environ | {"HF_TOKEN": TOKEN, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process):
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def arrays(run):
+    newest = max((run / "checkpoints").glob("step-*"))
+    found = read_checkpoint(newest)
+    return found.step, {path: value.tobytes() for path, value in found.arrays.items()}
+
+
+def losses(run):
+    records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return {record["step"]: record["loss"] for record in records if "loss" in record}
+
+
+@pytest.fixture(scope="module")
+def straight(data, tmp_path_factory):
+    run = tmp_path_factory.mktemp("straight") / "run"
+    code, out, err = finish(start(data, run))
+    assert code == 0, err
+    return run, out + err
+
+
+@pytest.mark.timeout(600)
+def test_a_run_that_is_stopped_and_resumed_equals_one_that_is_not(data, straight, tmp_path):
+    run = tmp_path / "run"
+    process = start(data, run, **{"log.logging_steps": 1})
+    metrics, end = run / "metrics.jsonl", time.monotonic() + 200
+    while time.monotonic() < end and not (metrics.exists() and '"step": 5,' in metrics.read_text()):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    code, _, err = finish(process)
+    assert code == 75, err
+    stopped = int(re.search(r"stopped by SIGTERM after step (\d+), saved", err)[1])
+    assert 5 <= stopped < 30
+    assert arrays(run)[0] == stopped
+
+    code, _, err = finish(start(data, run))
+    assert code == 2
+    assert "holds a run: go on with --resume" in err
+    code, _, err = finish(start(data, run, "--resume", **{"lora.lora_alpha": 64}))
+    assert code == 2
+    assert "lora.lora_alpha was " in err
+    assert arrays(run)[0] == stopped
+
+    code, out, err = finish(start(data, run, "--resume=auto"))
+    assert code == 0, err
+    assert f"resumed after step {stopped}" in out
+    assert arrays(run) == arrays(straight[0])
+    assert losses(run) == losses(straight[0])
+    names = ["adapter/adapter_model.safetensors", "adapter/adapter_config.json"]
+    for name in names:
+        assert (run / name).read_bytes() == (straight[0] / name).read_bytes()
+
+    code, out, _ = finish(start(data, run, "--resume"))
+    assert (code, "this run has ended" in out) == (0, True)
+
+
+def test_what_is_to_be_resumed_must_be_there(data, tmp_path):
+    code, _, err = finish(start(data, tmp_path / "none", "--resume"))
+    assert code == 2
+    assert "holds no run of lorax to resume" in err
+
+
+@pytest.mark.timeout(300)
+def test_changed_data_is_noticed(data, straight, tmp_path):
+    import shutil
+
+    run, other = tmp_path / "run", tmp_path / "data"
+    shutil.copytree(straight[0], run)
+    (run / "summary.json").unlink()
+    shutil.copytree(data, other)
+    lines = (other / "train.jsonl").read_text().splitlines()
+    (other / "train.jsonl").write_text("\n".join(lines[::-1]) + "\n")
+    code, _, err = finish(start(other, run, "--resume"))
+    assert code == 2
+    assert "the training data changed" in err
+
+
+def test_tokens_and_training_text_are_written_nowhere(straight):
+    run, _ = straight
+    for path in run.rglob("*"):
+        if path.is_file():
+            held = path.read_bytes()
+            assert CANARY.encode() not in held, path
+            assert TOKEN.encode() not in held, path
+
+
+def test_an_error_of_the_data_shows_its_place_and_not_its_text(data, tmp_path):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for name in ("train", "heldout"):
+        text = (data / f"{name}.jsonl").read_text()
+        (broken / f"{name}.jsonl").write_text(text + f'{{"messages": "{CANARY}{TOKEN}\n')
+    code, out, err = finish(start(broken, tmp_path / "run"))
+    assert code == 2
+    assert "train.jsonl:61" in err
+    assert CANARY not in out + err
+    assert TOKEN not in out + err
