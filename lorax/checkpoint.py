@@ -183,6 +183,15 @@ class CheckpointStore:
                 self._lock.close()
                 self._lock = None
 
+    def newest_record(self) -> Mapping[str, Any] | None:
+        """Returns the record of the newest checkpoint, unverified, or None if there is none."""
+        for step in reversed(self.steps()):
+            try:
+                return read_json(self._folder(step) / MANIFEST_FILE).get("record")
+            except CheckpointError:
+                continue  # `restore` will say so
+        return None
+
     def restore(self) -> Checkpoint | None:
         """Returns the newest checkpoint that is whole, or None if there never was one.
 

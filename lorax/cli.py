@@ -1,7 +1,9 @@
 """The commands: train, validate, inspect, generate, export."""
 
 import argparse
+import os
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,12 +21,25 @@ from lorax.interop.huggingface import load_hf_config, load_model
 from lorax.interop.peft import CONFIG_FILE, load_adapter
 from lorax.overview import module_rows, report_data, report_kernels, report_plan
 from lorax.phases import Phases, process_age
+from lorax.preparation import COMPILER_THREAD
 from lorax.report import print_config, print_modules
 from lorax.run import CHAT_TEMPLATE_FILE, EXPORT_FOLDERS, run_training
 from lorax.run_inputs import check_plan, check_targets, load_inputs, make_planner
 from lorax.stopping import STOPPED_STATUS, OutOfMemoryError, RunStopped
 
 WIDTH_IN_LOGS = 100
+
+
+def run() -> None:
+    """Runs the command of this process and ends it."""
+    status = main()
+    if any(thread.name == COMPILER_THREAD for thread in threading.enumerate()):
+        # The compiler still runs for a run that could not begin; Python's own way out would take
+        # its memory away from under it.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Words after ``lorax``; those of the process if not given.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    parsed = _parser().parse_args(_complete_resume(words))
+    parsed = _parser().parse_args(_move_resume(words))
     console = Console(width=None if sys.stdout.isatty() else WIDTH_IN_LOGS)
     try:
         parsed.run(parsed, console)
@@ -56,12 +71,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _complete_resume(words: list[str]) -> list[str]:
-    """Gives a bare --resume its value, which argparse would take from the setting after it."""
-    return [
-        "--resume=always" if word == "--resume" and words[i + 1 : i + 2] != ["auto"] else word
-        for i, word in enumerate(words)
-    ]
+def _move_resume(words: list[str]) -> list[str]:
+    """Puts --resume before the settings, where argparse takes it; a bare one gets its value."""
+    for i, word in enumerate(words):
+        if word == "--resume":
+            value, *_ = [*words[i + 1 : i + 2], "always"]
+            given = value in ("always", "auto")
+            rest = words[:i] + words[i + 1 + (given and i + 1 < len(words)) :]
+            return [*rest[:1], f"--resume={value if given else 'always'}", *rest[1:]]
+        if word.startswith("--resume="):
+            rest = words[:i] + words[i + 1 :]
+            return [*rest[:1], word, *rest[1:]]
+    return words
 
 
 def _print_error(command: str, error: BaseException) -> None:
@@ -278,4 +299,4 @@ def _read_run(folder: Path) -> RunConfig | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -19,6 +19,8 @@ from lorax.optimizer import make_optimizer
 from lorax.sharding import make_mesh, place_batch
 from lorax.step import TrainState, TrainStep, make_abstract_step
 
+COMPILER_THREAD = "lorax-compile"
+
 
 class CompiledStep(NamedTuple):
     """A compiled step, and the seconds that it took to compile."""
@@ -70,7 +72,7 @@ def compile_ahead(
             future.set_exception(error)
 
     # A daemon, so that a run that fails while it loads need not wait for the compiler.
-    threading.Thread(target=work, name="lorax-compile", daemon=True).start()
+    threading.Thread(target=work, name=COMPILER_THREAD, daemon=True).start()
     return future
 
 

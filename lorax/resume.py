@@ -99,6 +99,13 @@ def identify_run(
     }
 
 
+def name_datasets(
+    train: EncodedDataset, held_out: EncodedDataset | None
+) -> dict[str, EncodedDataset]:
+    """Returns the data of a run by the names that messages use."""
+    return {"training": train} | ({} if held_out is None else {"held-out": held_out})
+
+
 def refuse_other_run(saved: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:
     """Raises `ValueError` naming every setting and every other thing that differs."""
     before, after = dict(saved["settings"]), dict(now["settings"])

@@ -12,7 +12,7 @@ from flax import nnx
 from rich.console import Console
 
 from lorax.card import write_card
-from lorax.checkpoint import CHECKPOINT_FOLDER, MARKER_FILE
+from lorax.checkpoint import CHECKPOINT_FOLDER, MARKER_FILE, CheckpointStore
 from lorax.compilation_cache import use_compilation_cache
 from lorax.config import RunConfig, dump_config
 from lorax.evaluate import answer_rows, exact_match, last_answer
@@ -21,6 +21,7 @@ from lorax.generate import stop_token_ids
 from lorax.interop.checkpoint import resolve_checkpoint
 from lorax.interop.files import CheckpointError, read_json, refuse_occupied
 from lorax.metrics import RunLog, check_reporters, library_versions, memory_gib
+from lorax.models import GradientCheckpointing
 from lorax.overview import report_data, report_model
 from lorax.phases import Phases
 from lorax.preparation import compile_ahead
@@ -32,7 +33,7 @@ from lorax.report import (
     print_summary,
     show_progress,
 )
-from lorax.resume import fingerprint_folder
+from lorax.resume import fingerprint_folder, identify_run, name_datasets, refuse_other_run
 from lorax.run_inputs import (
     Inputs,
     build_model,
@@ -43,6 +44,7 @@ from lorax.run_inputs import (
     load_inputs,
     model_shapes,
 )
+from lorax.sharding import make_mesh
 from lorax.stopping import OutOfMemoryError
 from lorax.train import Trainer, TrainResult
 
@@ -100,6 +102,8 @@ def run_training(
     console.rule("Model")
     policy, reason = choose_policy(config)
     console.print(f"gradient checkpointing: {policy}, {reason}", highlight=False, soft_wrap=True)
+    if resumed:
+        refuse_changes(config, inputs, policy)
     phases.end("data and device")
     shapes = model_shapes(config, inputs.base, policy)
     compiled = compile_ahead(shapes, config, inputs.train, inputs.eval)
@@ -196,6 +200,18 @@ def fingerprint_inputs(config: RunConfig, inputs: Inputs) -> dict[str, str]:
     if config.model.adapter is not None:
         found["adapter"] = fingerprint_folder(Path(config.model.adapter), ("adapter_*",))
     return found
+
+
+def refuse_changes(config: RunConfig, inputs: Inputs, policy: GradientCheckpointing) -> None:
+    """Refuses to resume another run, before its weights are read; the trainer looks again."""
+    output = Path(config.save.output_dir)
+    record = CheckpointStore(output / CHECKPOINT_FOLDER).newest_record()
+    if record is None:
+        return
+    data = name_datasets(inputs.train, inputs.eval)
+    devices, files = make_mesh(config.mesh.data).size, fingerprint_inputs(config, inputs)
+    now = identify_run(config, data, devices, policy, files)
+    refuse_other_run(record["identity"], now, str(output))
 
 
 def _train(trainer: Trainer, config: RunConfig) -> TrainResult:

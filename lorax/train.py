@@ -37,7 +37,7 @@ from lorax.preparation import (
     refuse_empty_steps,
     run_epochs,
 )
-from lorax.resume import Progress, identify_run
+from lorax.resume import Progress, identify_run, name_datasets
 from lorax.saving import Saver
 from lorax.sharding import make_mesh, place_batch
 from lorax.step import TrainStep, make_train_step, merge_state
@@ -162,7 +162,7 @@ class Trainer:
         self._clock = time.perf_counter()
         self._pending: _Dispatched | None = None
         self._spikes = LossSpikes()
-        datasets = {"training": train_data, **({"held-out": eval_data} if eval_data else {})}
+        datasets = name_datasets(train_data, eval_data)
         policy = getattr(self.model, "gradient_checkpointing", "none")
         tell = lambda text: self._tell({"note": text})
         folder, keep = self.output_dir / CHECKPOINT_FOLDER, config.save.save_total_limit

@@ -32,7 +32,7 @@ def make_trainer(folder: Path, *, resume: bool = False, **changes: Any):
         folder: Of the run.
         resume: As `Trainer` takes it.
         **changes: ``dropout``, ``rank``, ``seed_of_rows``, ``loss_fn``, ``listeners``, ``files``,
-            and settings by name with ``__`` for the dot.
+            ``keep`` (the events) and settings by name with ``__`` for the dot.
     """
     import numpy as np
     from flax import nnx
@@ -70,7 +70,7 @@ def make_trainer(folder: Path, *, resume: bool = False, **changes: Any):
         RunConfig.model_validate(settings),
         EncodedDataset.from_rows(rows),
         loss_fn=changes.get("loss_fn", causal_lm_loss),
-        listeners=(events.append, *changes.get("listeners", ())),
+        listeners=changes.get("listeners", ()) + (events.append,) * changes.get("keep", True),
         resume=resume,
         files=changes.get("files"),
     )
@@ -351,12 +351,14 @@ def soak(count: int, folder: Path) -> tuple[int, int]:
 
         def listen(event):
             if event.get("step") in (count // 5, count - 5) and "loss" in event:
+                made.checkpoints.wait()  # what a save in progress has open is no growth
                 found.append(measure())
                 marks.write_text(json.dumps(found))
 
         options: dict[str, Any] = {"train__max_steps": count, "save__save_steps": 10}
-        options |= {"save__save_total_limit": 2}
-        make_trainer(folder / "run", listeners=(listen,), **options)[0].train()
+        options |= {"save__save_total_limit": 2, "keep": False}
+        made, _ = make_trainer(folder / "run", listeners=(listen,), **options)
+        made.train()
 
     ended = wait(start(work), 3600) == 0
     (early, late), kept = json.loads(marks.read_text()), folder / "run" / "checkpoints"
