@@ -30,9 +30,9 @@ from lorax.stopping import STOPPED_STATUS, OutOfMemoryError, RunStopped
 WIDTH_IN_LOGS = 100
 
 
-def run() -> None:
-    """Runs the command of this process and ends it."""
-    status = main()
+def run(arguments: Sequence[str] | None = None) -> None:
+    """Runs one command and ends the process with its exit status; see `main`."""
+    status = main(arguments)
     if any(thread.name == COMPILER_THREAD for thread in threading.enumerate()):
         # The compiler still runs for a run that could not begin; Python's own way out would take
         # its memory away from under it.

@@ -2,7 +2,8 @@
 
     python scripts/torture.py                       # all of it: an hour on two cores
     python scripts/torture.py --short               # minutes
-    python scripts/torture.py --only F1 R1 --count 50
+    python scripts/torture.py --only F1 R1 --count 50 --out docs/measurements/torture.json
+    python scripts/torture.py --only --out … --table docs/reliability.md
 
 Writes id → passed, total, seconds as JSON. Calls that change files are interposed with a small
 library, built from `torture_faults.c` with the system's C compiler.
@@ -22,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 SCRIPTS = Path(__file__).parent
+MARKS = "<!-- table -->", "<!-- end of table -->"
 PEERS = {
     "F1": "Orbax 16/16, HF Trainer 0/5 resumable",
     "F3": "Orbax 0/204 flips in tensors noticed, HF Trainer 0/10",
@@ -49,6 +51,26 @@ def preload(folder: Path) -> None:
     subprocess.run(command, check=True)
     environment = os.environ | {"LD_PRELOAD": str(library), "JAX_PLATFORMS": "cpu"}
     os.execve(sys.executable, [sys.executable, *sys.argv], environment)
+
+
+def title_of(run: Callable) -> str:
+    """Returns what a case says it does."""
+    return (run.__doc__ or "").splitlines()[0].partition(": ")[2].rstrip(".")
+
+
+def write_table(document: Path, out: Path, titles: dict[str, str]) -> None:
+    """Puts the results into the document, between its two marks."""
+    lines = ["| | what happens | lorax | others |", "|---|---|---|---|"]
+    found = json.loads(out.read_text())
+    for name in (name for name in titles if name in found):
+        row = found[name]
+        score = f"{row['passed']}/{row['total']}"
+        lines.append(f"| {name} | {titles[name]} | {score} | {PEERS.get(name, 'not measured')} |")
+    text = document.read_text(encoding="utf-8")
+    before, _, rest = text.partition(MARKS[0])
+    _, _, after = rest.partition(MARKS[1])
+    table = "\n".join(lines)
+    document.write_text(f"{before}{MARKS[0]}\n{table}\n{MARKS[1]}{after}", encoding="utf-8")
 
 
 def save(out: Path | None, found: dict[str, dict], commit: str) -> None:
@@ -85,11 +107,12 @@ def run_apart(
 def main() -> int:
     """Runs the cases and returns 0 if all passed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", nargs="+", metavar="ID")
+    parser.add_argument("--only", nargs="*", metavar="ID", help="nothing after it: only --table")
     parser.add_argument("--short", action="store_true")
     parser.add_argument("--count", type=int, help="trials of each case")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--commit", default="")
+    parser.add_argument("--table", type=Path, help="a document whose table is made anew from --out")
     parsed = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         preload(Path(tempfile.mkdtemp()) if "LD_PRELOAD" not in os.environ else Path(temporary))
@@ -101,7 +124,7 @@ def main() -> int:
         if unknown:
             parser.error(f"there is no case {unknown[0]}, only {', '.join(cases)}")
         found = {}
-        for name in parsed.only or cases:
+        for name in cases if parsed.only is None else parsed.only:
             run, many, few = cases[name]
             count = parsed.count if parsed.count is not None else few if parsed.short else many
             folder = Path(temporary) / name
@@ -111,9 +134,13 @@ def main() -> int:
             seconds = round(time.monotonic() - started, 1)
             found[name] = {"passed": passed, "total": total, "seconds": seconds}
             save(parsed.out, found, parsed.commit)
-            title = (run.__doc__ or "").splitlines()[0].removeprefix(f"{name}: ")
+            title = title_of(run)
             peer = f" [{PEERS[name]}]" if name in PEERS else ""
             print(f"{name:4s} {passed:4d}/{total:<4d} {seconds:7.1f} s  {title}{peer}", flush=True)
+    if parsed.table is not None:
+        write_table(
+            parsed.table, parsed.out, {name: title_of(case[0]) for name, case in cases.items()}
+        )
     return 0 if all(row["passed"] == row["total"] > 0 for row in found.values()) else 1
 
 
