@@ -6,6 +6,7 @@ every restore, a commit by one rename after everything is on the disk, and folde
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import hashlib
 import json
@@ -31,6 +32,9 @@ MANIFEST_FILE, MARKER_FILE, LOCK_FILE = "manifest.json", "LORAX", "lock"
 _FORMAT = 1
 _STEP = re.compile(r"step-(\d{9})")
 _MARKER = "Checkpoints of a lorax run. Folders step-*, damaged-* and .partial-* belong to lorax.\n"
+_PASSING = {errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.ESTALE}
+"""Errors that say nothing about whether a file is whole."""
+
 _ROOM = 32 * 2**20
 """Bytes that must stay free beyond what is written."""
 
@@ -96,6 +100,8 @@ class CheckpointStore:
             )
         self.directory.mkdir(parents=True, exist_ok=True)
         marker.write_text(_MARKER, encoding="utf-8")
+        for folder in (self.directory, self.directory.parent, self.directory.parent.parent):
+            sync(folder)
         lock = (self.directory / LOCK_FILE).open("a+", encoding="utf-8")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -138,9 +144,17 @@ class CheckpointStore:
             CheckpointError: If this save, with `wait`, or one before failed.
         """
         self.open()
-        self.wait()
-        if step in self.steps():
-            return  # a step of a run is the same whenever it is saved
+        self._join()
+        before, self._error = self._error, None
+        if step not in self.steps():  # a step of a run is the same whenever it is saved
+            self._begin(step, arrays, record)
+        if wait:
+            self._join()
+        # An error of the save before must not keep this one from happening.
+        self._error = self._error or before
+        self.check()
+
+    def _begin(self, step: int, arrays: Mapping[str, Any], record: Mapping[str, Any]) -> None:
         started = time.monotonic()
         host = {path: np.array(value) for path, value in jax.device_get(dict(arrays)).items()}
         self.blocked_seconds = time.monotonic() - started
@@ -154,8 +168,6 @@ class CheckpointStore:
 
         self._thread = threading.Thread(target=work, name="lorax-checkpoint", daemon=True)
         self._thread.start()
-        if wait:
-            self.wait()
 
     def check(self) -> None:
         """Raises what a save in the thread raised."""
@@ -169,10 +181,13 @@ class CheckpointStore:
 
     def wait(self) -> None:
         """Waits for the thread, and raises what it raised."""
+        self._join()
+        self.check()
+
+    def _join(self) -> None:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        self.check()
 
     def close(self) -> None:
         """Waits for the thread and gives the lock back; more than once does no harm."""
@@ -184,10 +199,10 @@ class CheckpointStore:
                 self._lock = None
 
     def newest_record(self) -> Mapping[str, Any] | None:
-        """Returns the record of the newest checkpoint, unverified, or None if there is none."""
+        """Returns the record of the newest checkpoint whose manifest is whole, or None."""
         for step in reversed(self.steps()):
             try:
-                return read_json(self._folder(step) / MANIFEST_FILE).get("record")
+                return _read_manifest(self._folder(step))["record"]
             except CheckpointError:
                 continue  # `restore` will say so
         return None
@@ -199,10 +214,10 @@ class CheckpointStore:
         is tried.
 
         Raises:
-            CheckpointError: If there are checkpoints and none is whole.
+            CheckpointError: If there are, or were, checkpoints and none is whole.
+            OSError: If the system cannot read now what may be whole.
         """
         self.open()
-        damaged = []
         for step in reversed(self.steps()):
             folder = self._folder(step)
             try:
@@ -211,8 +226,8 @@ class CheckpointStore:
                 aside = self.directory / f"damaged-{step:09d}-{time.time_ns()}"
                 folder.rename(aside)
                 sync(self.directory)
-                damaged.append(aside.name)
                 self._tell(f"checkpoint of step {step} is damaged and set aside: {error}")
+        damaged = sorted(path.name for path in self.directory.glob("damaged-*"))
         if damaged:
             raise CheckpointError(
                 f"{self.directory}: none of its checkpoints is whole; they are kept as "
@@ -297,14 +312,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     Raises:
         CheckpointError: If anything in it is missing, changed or not finite.
     """
-    manifest = read_json(folder / MANIFEST_FILE)
-    digest = manifest.pop("digest", None)
-    if digest != _digest(manifest):
-        raise CheckpointError(f"{folder / MANIFEST_FILE} is not what was written")
-    if manifest.get("format") != _FORMAT:
-        raise CheckpointError(f"{folder} has format {manifest.get('format')}, not {_FORMAT}")
-    if folder.name != f"step-{manifest['step']:09d}":
-        raise CheckpointError(f"{folder} holds step {manifest['step']}: it was renamed")
+    manifest = _read_manifest(folder)
     stored = _read_arrays(folder / "arrays", [e["name"] for e in manifest["arrays"].values()])
     arrays = {}
     for path, entry in manifest["arrays"].items():
@@ -314,6 +322,18 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         arrays[path] = value
     refuse_nonfinite(arrays, str(folder))
     return Checkpoint(manifest["step"], arrays, manifest["record"], manifest["versions"])
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    manifest = read_json(folder / MANIFEST_FILE)
+    digest = manifest.pop("digest", None)
+    if digest != _digest(manifest):
+        raise CheckpointError(f"{folder / MANIFEST_FILE} is not what was written")
+    if manifest.get("format") != _FORMAT:
+        raise CheckpointError(f"{folder} has format {manifest.get('format')}, not {_FORMAT}")
+    if folder.name != f"step-{manifest['step']:09d}":
+        raise CheckpointError(f"{folder} holds step {manifest['step']}: it was renamed")
+    return manifest
 
 
 def _read_arrays(folder: Path, names: list[str]) -> dict[str, np.ndarray]:
@@ -328,6 +348,8 @@ def _read_arrays(folder: Path, names: list[str]) -> dict[str, np.ndarray]:
     except MemoryError:
         raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in _PASSING:
+            raise
         # Orbax and TensorStore raise a dozen kinds, most of which do not name the file.
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{folder} cannot be read: {reason[:300]}") from error
@@ -353,36 +375,3 @@ def _describe(value: np.ndarray) -> dict[str, Any]:
 def _digest(manifest: Mapping[str, Any]) -> str:
     text = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def flatten_tree(tree: Any) -> dict[str, Any]:
-    """Returns the leaves of a pytree by path."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
-
-
-def fill_tree[T](like: T, arrays: Mapping[str, np.ndarray], where: str) -> T:
-    """Returns a tree of the structure, types and places of `like` with the values of `arrays`.
-
-    Raises:
-        CheckpointError: If names, shapes or dtypes differ.
-    """
-    wanted = flatten_tree(like)
-    for missing, what in (
-        (wanted.keys() - arrays.keys(), "lacks"),
-        (arrays.keys() - wanted.keys(), "has"),
-    ):
-        if missing:
-            raise CheckpointError(
-                f"{where} {what} {min(missing)}: it is of another model or optimizer"
-            )
-    values = []
-    for path, leaf in wanted.items():
-        value = arrays[path]
-        if (value.shape, value.dtype) != (leaf.shape, leaf.dtype):
-            raise CheckpointError(
-                f"{where}: {path} is {value.dtype}{list(value.shape)}, the run needs "
-                f"{leaf.dtype}{list(leaf.shape)}"
-            )
-        values.append(jax.device_put(value, leaf.sharding))
-    return jax.tree.unflatten(jax.tree.structure(like), values)

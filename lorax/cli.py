@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 import threading
 from collections.abc import Sequence
@@ -153,8 +154,15 @@ def _add_export(add) -> None:
 def _train(parsed, console: Console) -> None:
     phases = Phases(process_age() or 0.0)
     phases.end("imports")
+    # While it trains, the trainer listens; before and after that there is nothing to save.
+    signal.signal(signal.SIGTERM, _stop)
     config = load_config(parsed.config, parsed.overrides)
     run_training(config, console, phases, resume=parsed.resume)
+
+
+def _stop(number: int, _: object) -> None:
+    signal.signal(number, signal.SIG_DFL)
+    raise RunStopped("stopped by SIGTERM while it did not train; what was saved is whole")
 
 
 def _validate(parsed, console: Console) -> None:

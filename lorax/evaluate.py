@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -52,11 +52,16 @@ class Evaluator:
 
         self._sums = jax.jit(sums)
 
-    def __call__(self, trainable: nnx.State, frozen: nnx.State) -> float:
-        """Returns the mean loss in nats per supervised token."""
+    def __call__(
+        self, trainable: nnx.State, frozen: nnx.State, beat: Callable[[], object] = lambda: None
+    ) -> float:
+        """Returns the mean loss in nats per supervised token; calls `beat` now and then."""
         sums = []
         for batch in prefetch(self.plan.epoch(0), lambda b: place_batch(b, self.mesh)):
             sums.append(self._sums(trainable, frozen, batch))
+            if len(sums) % 16 == 0:
+                jax.block_until_ready(sums[-1])
+                beat()
         totals, counts = zip(*jax.device_get(sums), strict=True)
         return math.fsum(map(float, totals)) / sum(map(int, counts))
 

@@ -1,5 +1,6 @@
 """LoRA on any Flax NNX model: adapted layers, what trains and what is frozen, merge and unmerge."""
 
+import hashlib
 import warnings
 from collections.abc import Iterable
 
@@ -251,3 +252,12 @@ def set_child(parent: nnx.Module, key: str, child: nnx.Module | nnx.Variable) ->
         parent[int(key)] = child
     else:
         setattr(parent, key, child)
+
+
+def fingerprint_adapters(model: nnx.Module) -> str:
+    """Returns a SHA-256 of every adapted layer's name, rank, scale and dropout."""
+    found = [
+        f"{name} {layer.r} {layer.scale!r} {layer.dropout!r}"
+        for name, layer in sorted(lora_layers(model).items())
+    ]
+    return hashlib.sha256("\n".join(found).encode()).hexdigest()

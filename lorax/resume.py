@@ -51,6 +51,7 @@ class Progress:
         train_loss: Loss of the last step.
         eval_loss: Last held-out loss.
         eval_loss_before: Held-out loss before the first step.
+        evaluated: Step of the last evaluation.
         evaluations_without_gain: Since the best held-out loss.
         best_loss: Lowest held-out loss.
         best_step: Its step.
@@ -64,6 +65,7 @@ class Progress:
     train_loss: float | None = None
     eval_loss: float | None = None
     eval_loss_before: float | None = None
+    evaluated: int = 0
     evaluations_without_gain: int = 0
     best_loss: float | None = None
     best_step: int | None = None
@@ -71,6 +73,27 @@ class Progress:
     skipped: int = 0
     weights: list[int] = dataclasses.field(default_factory=list)
     notes: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """What a run came to.
+
+    Attributes:
+        steps: Optimizer steps done.
+        train_loss: Loss of the last step.
+        eval_loss_before: Held-out loss of the model as it came, if there are held-out rows.
+        eval_loss: Held-out loss of the weights that the trainer's model now has.
+        best_step: Step of those weights, where the best were loaded.
+        stopped_early: Whether the patience ran out.
+    """
+
+    steps: int
+    train_loss: float
+    eval_loss_before: float | None
+    eval_loss: float | None
+    best_step: int | None
+    stopped_early: bool
 
 
 def identify_run(

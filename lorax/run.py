@@ -19,7 +19,7 @@ from lorax.evaluate import answer_rows, exact_match, last_answer
 from lorax.export import export_model
 from lorax.generate import stop_token_ids
 from lorax.interop.checkpoint import resolve_checkpoint
-from lorax.interop.files import CheckpointError, read_json, refuse_occupied
+from lorax.interop.files import CheckpointError, read_json, refuse_occupied, sync
 from lorax.metrics import RunLog, check_reporters, library_versions, memory_gib
 from lorax.models import GradientCheckpointing
 from lorax.overview import report_data, report_model
@@ -85,9 +85,6 @@ def run_training(
     started = time.monotonic()
     output = Path(config.save.output_dir)
     resumed = find_run(output, resume)
-    if resumed and (output / SUMMARY_FILE).is_file():
-        console.print(f"{output}: this run has ended; there is nothing to resume")
-        return RunSummary(**read_json(output / SUMMARY_FILE))
     check_reporters(config.log.report_to)
     phases = phases or Phases()
     console.rule("Settings")
@@ -104,6 +101,9 @@ def run_training(
     console.print(f"gradient checkpointing: {policy}, {reason}", highlight=False, soft_wrap=True)
     if resumed:
         refuse_changes(config, inputs, policy)
+        if (output / SUMMARY_FILE).is_file():
+            console.print(f"{output}: this run has ended; there is nothing to resume")
+            return RunSummary(**read_json(output / SUMMARY_FILE))
     phases.end("data and device")
     shapes = model_shapes(config, inputs.base, policy)
     compiled = compile_ahead(shapes, config, inputs.train, inputs.eval)
@@ -130,13 +130,14 @@ def run_training(
     if compiled.done():
         compiled.result()  # raises what the compiler raised, before anything is written
     trainer.checkpoints.open()
+    trainer.keeps_lock = True  # until the exports are done, or the process ends
     _make_directory(output, config, inputs)
     console.rule("Training")
     with RunLog(output, config.log.report_to) as log:
         recorder.log = log
         with show_progress(console, trainer.total_steps) as show:
             recorder.show = show
-            result = _train(trainer, config)
+            result = _train(trainer, config, policy)
     after = _score(config, trainer.model, inputs, console, "after training")
     console.rule("Export")
     files = _export_all(config, trainer.model, inputs, console, result, (before, after))
@@ -157,7 +158,11 @@ def run_training(
         files=files,
     )
     text = json.dumps(dataclasses.asdict(summary), indent=2)
-    (output / SUMMARY_FILE).write_text(text + "\n", encoding="utf-8")
+    partial = output / f".{SUMMARY_FILE}.partial"
+    partial.write_text(text + "\n", encoding="utf-8")
+    sync(partial)
+    partial.replace(output / SUMMARY_FILE)
+    trainer.checkpoints.close()
     console.rule("Result")
     print_summary(console, summary)
     return summary
@@ -210,17 +215,18 @@ def refuse_changes(config: RunConfig, inputs: Inputs, policy: GradientCheckpoint
         return
     data = name_datasets(inputs.train, inputs.eval)
     devices, files = make_mesh(config.mesh.data).size, fingerprint_inputs(config, inputs)
-    now = identify_run(config, data, devices, policy, files)
-    refuse_other_run(record["identity"], now, str(output))
+    # The trainer knows how the model is adapted; this is about the rest.
+    saved = {k: v for k, v in record["identity"].items() if k != "adapter settings"}
+    refuse_other_run(saved, identify_run(config, data, devices, policy, files), str(output))
 
 
-def _train(trainer: Trainer, config: RunConfig) -> TrainResult:
+def _train(trainer: Trainer, config: RunConfig, policy: GradientCheckpointing) -> TrainResult:
     try:
         return trainer.train()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise OutOfMemoryError(explain_memory(config, error)) from error
+        raise OutOfMemoryError(explain_memory(config, policy, error)) from error
 
 
 def _make_directory(output: Path, config: RunConfig, inputs: Inputs) -> None:

@@ -204,21 +204,24 @@ def build_model(config: RunConfig, policy: GradientCheckpointing | None = None) 
     return model
 
 
-def explain_memory(config: RunConfig, error: Exception) -> str:
+def explain_memory(config: RunConfig, policy: GradientCheckpointing, error: Exception) -> str:
     """Returns what to change when the device's memory did not suffice."""
     train, length = config.train, config.data.max_seq_length
     rows, planner = train.per_device_train_batch_size, make_planner(config)
     gib = train.memory_gib or device_gib() or 0.0
-    moves = []
-    for policy in ("selective", "full", "offload"):
-        peak = planner.memory(policy, rows, length).peak / GIB
-        if peak <= gib and policy != train.gradient_checkpointing:
-            moves.append(f"train.gradient_checkpointing: {policy} (about {peak:.1f} GiB)")
+    line = str(error).splitlines()[0]
+    if not gib:
+        return f"out of memory: {line}. `lorax plan` says what takes less"
+    moves, now = [], planner.memory(policy, rows, length).peak
+    for other in POLICIES:
+        peak = planner.memory(other, rows, length).peak
+        if peak < now:
+            moves.append(f"train.gradient_checkpointing: {other} (about {peak / GIB:.1f} GiB)")
     smallest = min(POLICIES, key=lambda policy: planner.memory(policy, 1, length).peak)
     if (most := planner.largest_batch(smallest, length, gib)) and most < rows:
         moves.append(f"train.per_device_train_batch_size: {most} with `{smallest}`")
     if not moves:
         longest = planner.longest_sequence(smallest, 1, gib)
         moves.append(f"data.max_seq_length: {longest} with one row and `{smallest}`")
-    line = str(error).splitlines()[0]
-    return f"out of memory: {line}. By the estimate of `lorax plan` these fit: {'; '.join(moves)}"
+    found = "; ".join(moves)
+    return f"out of memory: {line}. By the estimate of `lorax plan` these take less: {found}"

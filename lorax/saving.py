@@ -1,17 +1,20 @@
 """What a run leaves on the disk while it trains, and what it takes up from there."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from safetensors import SafetensorError
 
-from lorax.checkpoint import CheckpointStore, fill_tree, flatten_tree
+from lorax.checkpoint import CheckpointStore
 from lorax.config import SaveConfig
 from lorax.interop.files import CheckpointError
 from lorax.metrics import library_versions
 from lorax.resume import Progress, refuse_other_run
+from lorax.state_tree import fill_tree, flatten_tree
 from lorax.step import TrainState
 from lorax.weights import WeightStore
 
@@ -74,9 +77,15 @@ class Saver:
         self._tell(f"resumed after step {found.step}")
         return restored["state"]
 
-    def save(self, state: TrainState, *, wait: bool = False) -> None:
-        """Saves a checkpoint of what was reached; see `CheckpointStore.save`."""
-        progress, tree = self.progress, {"state": state}
+    def save(self, state: TrainState, *, wait: bool = False) -> bool:
+        """Saves a checkpoint of what was reached; says whether that went, or goes, without error.
+
+        See `CheckpointStore.save`.
+        """
+        progress = self.progress
+        # A run that is resumed tries again what was not finite.
+        state = dataclasses.replace(state, halted=jnp.zeros_like(state.halted))
+        tree: dict[str, Any] = {"state": state}
         if int(state.step) != progress.step:
             raise CheckpointError(
                 f"the state is that of step {int(state.step)}, not {progress.step}: not saved"
@@ -86,13 +95,17 @@ class Saver:
         progress.weights = self.weights.steps
         progress.best_step = self.weights.best_step
         progress.best_loss = None if progress.best_step is None else self.weights.best_loss
-        record = {"identity": self.identity, "progress": dataclasses.asdict(progress)}
-        arrays = flatten_tree(tree)
-        self._guard(lambda: self.checkpoints.save(progress.step, arrays, record, wait=wait))
+        plain = {name: _finite(value) for name, value in dataclasses.asdict(progress).items()}
+        record, arrays = {"identity": self.identity, "progress": plain}, flatten_tree(tree)
+        return self._guard(lambda: self.checkpoints.save(progress.step, arrays, record, wait=wait))
 
     def save_weights(self, step: int, eval_loss: float | None = None) -> bool:
         """Writes the weights of a step; says whether they are the best so far."""
-        return bool(self._guard(lambda: self.weights.save(step, eval_loss)))
+        improved = eval_loss is not None and eval_loss < self.weights.best_loss
+        if not self._guard(lambda: self.weights.save(step, eval_loss)) and improved:
+            assert eval_loss is not None
+            self.weights.best_step, self.weights.best_loss = step, eval_loss
+        return improved
 
     def check(self) -> None:
         """Raises, or tells, what a save in the background raised."""
@@ -111,11 +124,17 @@ class Saver:
             # The first error is the one to see; the checkpoints before this one are whole.
             error.add_note(f"and nothing could be saved after it: {second}")
 
-    def _guard(self, action: Callable[[], object]) -> object:
+    def _guard(self, action: Callable[[], object]) -> bool:
         try:
-            return action()
+            action()
+            return True
         except (CheckpointError, SafetensorError, OSError) as error:
             if self.config.on_save_error == "stop":
                 raise
             self._tell(f"WARNING: {error}. The run goes on (save.on_save_error: warn)")
-            return None
+            return False
+
+
+def _finite(value: Any) -> Any:
+    """Returns `value`, or None for a number that is not finite, which JSON does not hold."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

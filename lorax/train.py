@@ -22,6 +22,7 @@ from lorax.interop.checkpoint import resolve_checkpoint
 from lorax.interop.files import CheckpointError, refuse_occupied
 from lorax.interop.huggingface import save_model
 from lorax.interop.peft import save_adapter
+from lorax.lora import fingerprint_adapters
 from lorax.loss import LossFunction, causal_lm_loss
 from lorax.metrics import LossSpikes, Throughput, library_versions, memory_gib
 from lorax.model_size import model_size
@@ -37,7 +38,7 @@ from lorax.preparation import (
     refuse_empty_steps,
     run_epochs,
 )
-from lorax.resume import Progress, identify_run, name_datasets
+from lorax.resume import Progress, TrainResult, identify_run, name_datasets
 from lorax.saving import Saver
 from lorax.sharding import make_mesh, place_batch
 from lorax.step import TrainStep, make_train_step, merge_state
@@ -46,27 +47,6 @@ from lorax.weights import WeightStore
 
 type Event = dict[str, Any]
 type Listener = Callable[[Event], None]
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainResult:
-    """What a run came to.
-
-    Attributes:
-        steps: Optimizer steps done.
-        train_loss: Loss of the last step.
-        eval_loss_before: Held-out loss of the model as it came, if there are held-out rows.
-        eval_loss: Held-out loss of the weights that the trainer's model now has.
-        best_step: Step of those weights, where the best were loaded.
-        stopped_early: Whether the patience ran out.
-    """
-
-    steps: int
-    train_loss: float
-    eval_loss_before: float | None
-    eval_loss: float | None
-    best_step: int | None
-    stopped_early: bool
 
 
 class _Dispatched(NamedTuple):
@@ -161,6 +141,7 @@ class Trainer:
         self._tokens = functools.lru_cache(maxsize=2)(self.plan.tokens)
         self._clock = time.perf_counter()
         self._pending: _Dispatched | None = None
+        self._beat: Callable[[], object] = lambda: None
         self._spikes = LossSpikes()
         datasets = name_datasets(train_data, eval_data)
         policy = getattr(self.model, "gradient_checkpointing", "none")
@@ -168,10 +149,14 @@ class Trainer:
         folder, keep = self.output_dir / CHECKPOINT_FOLDER, config.save.save_total_limit
         versions = library_versions()
         self.checkpoints = CheckpointStore(folder, keep=keep, versions=versions, tell=tell)
+        files = {**(files or {}), "adapter settings": fingerprint_adapters(self.model)}
         identity = identify_run(config, datasets, devices, policy, files)
         self.saver = Saver(config.save, self.store, self.checkpoints, identity, tell)
+        self.keeps_lock = False
         if resume:
             self.state = self.saver.resume(self.state)
+        elif self.checkpoints.steps():
+            raise CheckpointError(f"{folder} holds another run's checkpoints; pass resume=True")
 
     @property
     def progress(self) -> Progress:
@@ -191,7 +176,10 @@ class Trainer:
             CheckpointError: If a checkpoint could not be saved, and `save.on_save_error` is `stop`.
         """
         stop, watchdog = StopRequest(), Watchdog(self.config.train.stuck_after_seconds)
-        with jax.set_mesh(self.mesh), contextlib.closing(self.checkpoints):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(jax.set_mesh(self.mesh))
+            if not self.keeps_lock:
+                stack.enter_context(contextlib.closing(self.checkpoints))
             self.checkpoints.open()
             compiled = self._compile()
             with stop.listening(), watchdog.watching():
@@ -208,6 +196,11 @@ class Trainer:
         progress = self.progress
         if progress.step == 0:
             progress.eval_loss_before = progress.eval_loss = self._evaluate(0)
+        elif progress.evaluated < progress.step and self._is_evaluation_due(
+            progress.step, self._ends_epoch(progress.step)
+        ):
+            self._evaluate_and_keep(progress.step)  # the run was stopped before it
+        self._beat = watchdog.beat
         self._clock = time.perf_counter()
         for done, epoch, index, batch, is_epoch_end in self._batches(progress.step):
             watchdog.beat()
@@ -215,6 +208,10 @@ class Trainer:
             self.state, metrics = compiled[width](self.state, batch)
             # The previous step's numbers are read while this one runs.
             self._finish_pending(_Dispatched(done, epoch, index, batch, metrics))
+            if stop.received:
+                self._finish_pending()
+                saved = "saved" if self.saver.save(self.state, wait=True) else "NOT SAVED"
+                raise RunStopped(f"stopped by {stop.received} after step {done}, {saved}")
             is_last = done == self.total_steps
             if self._is_evaluation_due(done, is_epoch_end) or is_last:
                 self._finish_pending()
@@ -224,16 +221,13 @@ class Trainer:
                 self.saver.save_weights(done)
                 self.saver.save(self.state)
             self.saver.check()
-            if stop.received:
-                self._finish_pending()
-                self.saver.save(self.state, wait=True)
-                raise RunStopped(f"stopped by {stop.received} after step {done}, saved")
             if progress.stopped_early:
                 break
 
     def _evaluate_and_keep(self, step: int) -> None:
         progress = self.progress
-        progress.eval_loss = loss = self._evaluate(step)
+        progress.eval_loss, progress.evaluated = self._evaluate(step), step
+        loss = progress.eval_loss
         if loss is None:
             return
         improved = self.saver.save_weights(step, loss)
@@ -260,14 +254,10 @@ class Trainer:
 
     def _rescue(self, error: BaseException) -> None:
         """Saves what was reached before an error is passed on."""
-        if isinstance(error, RunStopped | CheckpointError):
+        if isinstance(error, RunStopped):
             return
-        if not isinstance(error, FloatingPointError):
-            try:
-                self._finish_pending()
-            except Exception as second:
-                error.add_note(f"and then: {second}")
-                return
+        if self._pending is not None:  # the state has it, whatever its listeners would say
+            self._note_numbers(self._pending)
         self.saver.rescue(self.state, error)
 
     def _compile(self) -> dict[int, TrainStep]:
@@ -301,13 +291,9 @@ class Trainer:
         pending, self._pending = self._pending, following
         if pending is None:
             return
-        step, epoch, at, batch, metrics = pending
-        numbers = jax.device_get(metrics)
+        step, epoch, at, batch, _ = pending
+        numbers = self._note_numbers(pending)
         loss, norm, supervised = (float(numbers[k]) for k in ("loss", "grad_norm", "tokens"))
-        if numbers["applied"] or self.config.train.skip_nonfinite_steps:
-            self.progress.step, self.progress.train_loss = step, loss
-            if not math.isfinite(loss):
-                self.progress.train_loss = None
         tokens = int(self._tokens(epoch)[at])
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
@@ -334,6 +320,13 @@ class Trainer:
         if not numbers["applied"]:
             self._refuse_nonfinite(event, self.plan.rows(epoch, at), batch)
 
+    def _note_numbers(self, pending: _Dispatched) -> dict[str, Any]:
+        """Waits for the numbers of a step, and notes where the run stands after it."""
+        numbers = jax.device_get(pending.metrics)
+        if numbers["applied"] or self.config.train.skip_nonfinite_steps:
+            self.progress.step, self.progress.train_loss = pending.step, float(numbers["loss"])
+        return numbers
+
     def _refuse_nonfinite(
         self, event: Event, rows: list[list[int]], batch: dict[str, jax.Array]
     ) -> None:
@@ -354,6 +347,10 @@ class Trainer:
             "train.learning_rate, or look at its rows"
         )
 
+    def _ends_epoch(self, step: int) -> bool:
+        ends = itertools.accumulate(n for _, n in run_epochs(self.plan, self.total_steps))
+        return step in ends
+
     def _is_evaluation_due(self, step: int, is_epoch_end: bool) -> bool:
         evaluation = self.config.eval
         if evaluation.strategy == "steps":
@@ -363,7 +360,7 @@ class Trainer:
     def _evaluate(self, step: int) -> float | None:
         if self.evaluator is None:
             return None
-        loss = self.evaluator(self.state.trainable, self.step.frozen)
+        loss = self.evaluator(self.state.trainable, self.step.frozen, self._beat)
         self._tell({"step": step, "eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700))})
         self._clock = time.perf_counter()
         return loss

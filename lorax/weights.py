@@ -13,8 +13,8 @@ from lorax.interop.files import sync
 class WeightStore:
     """Writes a run's weights to ``<directory>/step-000123`` and keeps the newest and the best.
 
-    A folder appears under its name only when it is complete. Only folders that this store wrote
-    itself are ever removed, and only after a newer one is complete.
+    A folder appears under its name only when it is complete. Only folders that this run wrote are
+    ever removed, and only after a newer one is complete.
 
     Args:
         directory: A folder of the run, made when first written to.
@@ -31,7 +31,7 @@ class WeightStore:
         """Takes up what this run wrote before it stopped; a folder that is gone is forgotten."""
         folders = {step: self._folder(step) for step in steps}
         self._written = {step: folder for step, folder in folders.items() if folder.is_dir()}
-        if best_loss is not None and best_step in self._written:
+        if best_loss is not None:
             self.best_step, self.best_loss = best_step, best_loss
 
     @property
@@ -68,7 +68,7 @@ class WeightStore:
 
     def best_path(self) -> Path | None:
         """Returns the folder with the lowest held-out loss, if any was measured."""
-        return None if self.best_step is None else self._written[self.best_step]
+        return None if self.best_step is None else self._written.get(self.best_step)
 
     def describe(self) -> str:
         """Says which weights are on disk."""

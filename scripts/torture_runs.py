@@ -132,7 +132,7 @@ def change_something(count: int, folder: Path) -> tuple[int, int]:
         ({"data__packing": True}, "data.packing"),
         ({"data__shuffle": False}, "data.shuffle"),
         ({"seed_of_rows": 1}, "training data"),
-        ({"rank": 8}, "another model"),
+        ({"rank": 8}, "adapter settings"),
         ({"files": {"tokenizer": "other", "base model": "b"}}, "tokenizer"),
         ({"files": {"tokenizer": "t", "base model": "other"}}, "base model"),
     ]
@@ -194,17 +194,18 @@ def newest(folder: Path) -> int:
 
 def leave_in_every_way(count: int, folder: Path) -> tuple[int, int]:
     """F5: however a run ends, what it reached is on the disk, and the process is gone at once."""
-    ways = ["return", "sys.exit", "exception", "SIGINT", "SIGTERM", "unclosed"]
+    ways = ["return", "sys.exit", "exception", "SIGINT", "SIGTERM", "exceptions"]
     passed = 0
     for trial in range(count):
         way, run, at = ways[trial % len(ways)], folder / str(trial), 3 + trial % 4
 
         def listen(event, way=way, at=at):
-            if event.get("step") != at or "loss" not in event:
+            late = way == "exceptions" and event.get("step", 0) > at
+            if (event.get("step") != at and not late) or "loss" not in event:
                 return
             if way == "sys.exit":
                 raise SystemExit(3)
-            if way == "exception":
+            if way.startswith("exception"):
                 raise RuntimeError("planned")
             if way.startswith("SIG"):
                 os.kill(os.getpid(), getattr(signal, way))
@@ -214,7 +215,7 @@ def leave_in_every_way(count: int, folder: Path) -> tuple[int, int]:
             trainer.train()
 
         status = wait(start(work), 60)
-        wanted = {"return": 0, "unclosed": 0, "sys.exit": 3, "exception": 1}.get(way, 75)
+        wanted = {"return": 0, "sys.exit": 3, "exception": 1, "exceptions": 1}.get(way, 75)
         reached = STEPS if wanted == 0 else at
         passed += status == wanted and reached <= newest(run) <= min(reached + 1, STEPS)
     return passed, count
@@ -269,14 +270,17 @@ def terminate(count: int, folder: Path) -> tuple[int, int]:
         run = folder / str(trial)
 
         def work(run=run):
-            slowly = lambda event: time.sleep(0.05)
+            def slowly(event):
+                (run / "trains").touch()
+                time.sleep(0.05)
+
             options: dict[str, Any] = {"train__max_steps": 200, "save__save_steps": 500}
             make_trainer(run, listeners=(slowly,), **options)[0].train()
 
         child, end = start(work), time.monotonic() + 60
-        while not (run / "checkpoints" / "lock").exists() and time.monotonic() < end:
+        while not (run / "trains").exists() and time.monotonic() < end:
             time.sleep(0.01)
-        time.sleep(4.0 + random.Random(trial).uniform(0.0, 2.0))  # it compiles first
+        time.sleep(random.Random(trial).uniform(0.3, 2.0))
         asked = time.monotonic()
         os.kill(child, signal.SIGTERM)
         status = wait(child, 30)
@@ -299,6 +303,7 @@ def poison(count: int, folder: Path) -> tuple[int, int]:
             "train__gradient_accumulation_steps": micro_batches,
             "data__packing": packing,
             "train__max_steps": 4,
+            "save__save_steps": [1, 100][trial % 2],
         }
 
         def rotten(model, batch, poison=poison):
@@ -307,7 +312,9 @@ def poison(count: int, folder: Path) -> tuple[int, int]:
             factor = jnp.where(bad, jnp.float32(poison), 1.0)
             return total * factor, tokens
 
-        def work(run=run, clean=clean, rotten=rotten, options=options) -> bool:
+        def work(
+            run=run, clean=clean, rotten=rotten, options=options, compares=trial % 2 == 0
+        ) -> bool:
             make_trainer(clean, loss_fn=rotten, **options)[0].train()
             trainer, _ = make_trainer(run, loss_fn=rotten, **options)
             # The token that is poison stands in one row: that of the third step.
@@ -325,8 +332,14 @@ def poison(count: int, folder: Path) -> tuple[int, int]:
                 )
                 dumped = json.loads((run / f"nonfinite-step-{bad}.json").read_text())
                 named = f"step {bad}:" in str(error) and str(row) in dumped["tokens_by_row"]
-                same = bad == 1 or last_arrays(run, bad - 1) == last_arrays(clean, bad - 1)
-                return named and newest(run) == bad - 1 and same
+                if newest(run) != bad - 1 or not named:
+                    return False
+                if compares:
+                    return bad == 1 or last_arrays(run, bad - 1) == last_arrays(clean, bad - 1)
+                # What was saved when it ended goes on, once the cause is gone.
+                cured, _ = make_trainer(run, resume=True, **options | {"loss_fn": rotten})
+                cured.train()
+                return last_arrays(run, 4) == last_arrays(clean, 4)
             return False
 
         passed += in_child(work)

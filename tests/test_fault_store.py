@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lorax.checkpoint import CheckpointStore, fill_tree, flatten_tree, read_checkpoint
+from lorax.checkpoint import CheckpointStore, read_checkpoint
 from lorax.interop.files import CheckpointError
 from lorax.metrics import LossSpikes
 from lorax.resume import Progress, fingerprint_file, refuse_other_run
+from lorax.state_tree import fill_tree, flatten_tree
 from lorax.stopping import STUCK_STATUS
 
 DTYPES = ["float32", "bfloat16", "float16", "int32", "bool", "uint32"]

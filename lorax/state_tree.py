@@ -1,0 +1,42 @@
+"""The state of a run as named arrays, and back."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from lorax.interop.files import CheckpointError
+
+
+def flatten_tree(tree: Any) -> dict[str, Any]:
+    """Returns the leaves of a pytree by path."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def fill_tree[T](like: T, arrays: Mapping[str, np.ndarray], where: str) -> T:
+    """Returns a tree of the structure, types and places of `like` with the values of `arrays`.
+
+    Raises:
+        CheckpointError: If names, shapes or dtypes differ.
+    """
+    wanted = flatten_tree(like)
+    for missing, what in (
+        (wanted.keys() - arrays.keys(), "lacks"),
+        (arrays.keys() - wanted.keys(), "has"),
+    ):
+        if missing:
+            raise CheckpointError(
+                f"{where} {what} {min(missing)}: it is of another model or optimizer"
+            )
+    values = []
+    for path, leaf in wanted.items():
+        value = arrays[path]
+        if (value.shape, value.dtype) != (leaf.shape, leaf.dtype):
+            raise CheckpointError(
+                f"{where}: {path} is {value.dtype}{list(value.shape)}, the run needs "
+                f"{leaf.dtype}{list(leaf.shape)}"
+            )
+        values.append(jax.device_put(value, leaf.sharding))
+    return jax.tree.unflatten(jax.tree.structure(like), values)
