@@ -51,7 +51,7 @@ class Progress:
         train_loss: Loss of the last step.
         eval_loss: Last held-out loss.
         eval_loss_before: Held-out loss before the first step.
-        evaluated: Step of the last evaluation.
+        settled: Last step after which all that was due has been evaluated and saved.
         evaluations_without_gain: Since the best held-out loss.
         best_loss: Lowest held-out loss.
         best_step: Its step.
@@ -65,7 +65,7 @@ class Progress:
     train_loss: float | None = None
     eval_loss: float | None = None
     eval_loss_before: float | None = None
-    evaluated: int = 0
+    settled: int = 0
     evaluations_without_gain: int = 0
     best_loss: float | None = None
     best_step: int | None = None

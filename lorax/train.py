@@ -193,14 +193,11 @@ class Trainer:
     def _run_steps(
         self, compiled: dict[int, TrainStep], stop: StopRequest, watchdog: Watchdog
     ) -> None:
-        progress = self.progress
+        progress, self._beat = self.progress, watchdog.beat
         if progress.step == 0:
             progress.eval_loss_before = progress.eval_loss = self._evaluate(0)
-        elif progress.evaluated < progress.step and self._is_evaluation_due(
-            progress.step, self._ends_epoch(progress.step)
-        ):
-            self._evaluate_and_keep(progress.step)  # the run was stopped before it
-        self._beat = watchdog.beat
+        elif progress.settled < progress.step:  # the run was stopped right after this step
+            self._settle(progress.step, self._ends_epoch(progress.step))
         self._clock = time.perf_counter()
         for done, epoch, index, batch, is_epoch_end in self._batches(progress.step):
             watchdog.beat()
@@ -212,22 +209,26 @@ class Trainer:
                 self._finish_pending()
                 saved = "saved" if self.saver.save(self.state, wait=True) else "NOT SAVED"
                 raise RunStopped(f"stopped by {stop.received} after step {done}, {saved}")
-            is_last = done == self.total_steps
-            if self._is_evaluation_due(done, is_epoch_end) or is_last:
-                self._finish_pending()
-                self._evaluate_and_keep(done)
-            if done % self.config.save.save_steps == 0 or is_last or progress.stopped_early:
-                self._finish_pending()
-                self.saver.save_weights(done)
-                self.saver.save(self.state)
+            self._settle(done, is_epoch_end)
             self.saver.check()
             if progress.stopped_early:
                 break
 
+    def _settle(self, step: int, is_epoch_end: bool) -> None:
+        """Evaluates and saves as it is due after a step."""
+        progress, is_last = self.progress, step == self.total_steps
+        if self._is_evaluation_due(step, is_epoch_end) or is_last:
+            self._finish_pending()
+            self._evaluate_and_keep(step)
+        progress.settled = step
+        if step % self.config.save.save_steps == 0 or is_last or progress.stopped_early:
+            self._finish_pending()
+            self.saver.save_weights(step)
+            self.saver.save(self.state)
+
     def _evaluate_and_keep(self, step: int) -> None:
         progress = self.progress
-        progress.eval_loss, progress.evaluated = self._evaluate(step), step
-        loss = progress.eval_loss
+        progress.eval_loss = loss = self._evaluate(step)
         if loss is None:
             return
         improved = self.saver.save_weights(step, loss)
