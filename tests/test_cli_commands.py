@@ -151,8 +151,8 @@ def test_inspect_shows_settings_rows_with_their_mask_and_modules(here, lorax_pri
 def test_a_run_leaves_its_config_versions_and_card(trained):
     names = {path.name for path in trained.iterdir()}
     assert names == {
-        "adapter", "config.yaml", "loss.png", "metrics.jsonl", "summary.json", "tensorboard",
-        "versions.json", "weights",
+        "adapter", "checkpoints", "config.yaml", "loss.png", "metrics.jsonl", "summary.json",
+        "tensorboard", "versions.json", "weights",
     }  # fmt: skip
     assert load_config(trained / "config.yaml") == load_config(trained.parent / "run.yaml")
     versions = json.loads((trained / "versions.json").read_text())
@@ -196,7 +196,7 @@ def test_a_second_run_into_the_same_folder_is_refused(trained, monkeypatch, lora
     monkeypatch.chdir(trained.parent)
     before = (trained / "metrics.jsonl").read_bytes()
     message = lorax_refuses("train", "run.yaml")
-    assert "run exists and is not an empty folder; choose another path" in message
+    assert "run holds a run: go on with --resume, or choose another save.output_dir" in message
     assert (trained / "metrics.jsonl").read_bytes() == before
 
 
@@ -209,6 +209,7 @@ def test_a_full_run_exports_a_model_that_generates(here, lorax_prints):
     )
     assert "merged: run/merged" in printed
     assert sorted(p.name for p in Path("run").iterdir() if p.is_dir()) == [
+        "checkpoints",
         "merged",
         "tensorboard",
         "weights",
