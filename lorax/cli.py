@@ -76,13 +76,14 @@ def _move_resume(words: list[str]) -> list[str]:
     """Puts --resume before the settings, where argparse takes it; a bare one gets its value."""
     for i, word in enumerate(words):
         if word == "--resume":
-            value, *_ = [*words[i + 1 : i + 2], "always"]
-            given = value in ("always", "auto")
-            rest = words[:i] + words[i + 1 + (given and i + 1 < len(words)) :]
-            return [*rest[:1], f"--resume={value if given else 'always'}", *rest[1:]]
-        if word.startswith("--resume="):
-            rest = words[:i] + words[i + 1 :]
-            return [*rest[:1], word, *rest[1:]]
+            given = words[i + 1 : i + 2] in (["always"], ["auto"])
+            option, after = f"--resume={words[i + 1] if given else 'always'}", i + 1 + given
+        elif word.startswith("--resume="):
+            option, after = word, i + 1
+        else:
+            continue
+        command, *rest = [*words[:i], *words[after:]] or [""]
+        return [command, option, *rest]
     return words
 
 

@@ -1,8 +1,10 @@
 """A whole run, from a config to verified exports; what the commands do, for Python too."""
 
+import contextlib
 import dataclasses
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -99,8 +101,9 @@ def run_training(
     console.rule("Model")
     policy, reason = choose_policy(config)
     console.print(f"gradient checkpointing: {policy}, {reason}", highlight=False, soft_wrap=True)
+    files = fingerprint_inputs(config, inputs)
     if resumed:
-        refuse_changes(config, inputs, policy)
+        refuse_changes(config, inputs, policy, files)
         if (output / SUMMARY_FILE).is_file():
             console.print(f"{output}: this run has ended; there is nothing to resume")
             return RunSummary(**read_json(output / SUMMARY_FILE))
@@ -119,18 +122,34 @@ def run_training(
         listeners=(recorder,),
         compiled=compiled,
         resume=resumed,
-        files=fingerprint_inputs(config, inputs),
+        files=files,
     )
     del model
-    notes = trainer.progress.notes
-    if trainer.progress.step == 0:
-        notes["exact match"] = _score(config, trainer.model, inputs, console, "before training")
-    before = notes.get("exact match")
-    phases.end("first answers" if before is not None else "trainer")
-    if compiled.done():
-        compiled.result()  # raises what the compiler raised, before anything is written
+    # The exports belong to the run, so its lock is held until they are done, or have failed.
+    with contextlib.closing(trainer.checkpoints):
+        trainer.keeps_lock = True
+        if trainer.progress.step == 0:
+            before = _score(config, trainer.model, inputs, console, "before training")
+            trainer.progress.notes["exact match"] = before
+        phases.end("first answers" if config.eval.exact_match else "trainer")
+        if compiled.done():
+            compiled.result()  # raises what the compiler raised, before anything is written
+        summary = _train_and_export(trainer, recorder, inputs, policy, started)
+    console.rule("Result")
+    print_summary(console, summary)
+    return summary
+
+
+def _train_and_export(
+    trainer: Trainer,
+    recorder: Recorder,
+    inputs: Inputs,
+    policy: GradientCheckpointing,
+    started: float,
+) -> RunSummary:
+    config, console = trainer.config, recorder.console
+    output, before = trainer.output_dir, trainer.progress.notes.get("exact match")
     trainer.checkpoints.open()
-    trainer.keeps_lock = True  # until the exports are done, or the process ends
     _make_directory(output, config, inputs)
     console.rule("Training")
     with RunLog(output, config.log.report_to) as log:
@@ -162,9 +181,6 @@ def run_training(
     partial.write_text(text + "\n", encoding="utf-8")
     sync(partial)
     partial.replace(output / SUMMARY_FILE)
-    trainer.checkpoints.close()
-    console.rule("Result")
-    print_summary(console, summary)
     return summary
 
 
@@ -207,17 +223,19 @@ def fingerprint_inputs(config: RunConfig, inputs: Inputs) -> dict[str, str]:
     return found
 
 
-def refuse_changes(config: RunConfig, inputs: Inputs, policy: GradientCheckpointing) -> None:
+def refuse_changes(
+    config: RunConfig, inputs: Inputs, policy: GradientCheckpointing, files: Mapping[str, str]
+) -> None:
     """Refuses to resume another run, before its weights are read; the trainer looks again."""
     output = Path(config.save.output_dir)
     record = CheckpointStore(output / CHECKPOINT_FOLDER).newest_record()
     if record is None:
         return
     data = name_datasets(inputs.train, inputs.eval)
-    devices, files = make_mesh(config.mesh.data).size, fingerprint_inputs(config, inputs)
+    now = identify_run(config, data, make_mesh(config.mesh.data).size, policy, files)
     # The trainer knows how the model is adapted; this is about the rest.
     saved = {k: v for k, v in record["identity"].items() if k != "adapter settings"}
-    refuse_other_run(saved, identify_run(config, data, devices, policy, files), str(output))
+    refuse_other_run(saved, now, str(output))
 
 
 def _train(trainer: Trainer, config: RunConfig, policy: GradientCheckpointing) -> TrainResult:

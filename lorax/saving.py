@@ -115,9 +115,10 @@ class Saver:
         """Waits for the save in the background."""
         self._guard(self.checkpoints.wait)
 
-    def rescue(self, state: TrainState, error: BaseException) -> None:
-        """Saves what was reached before an error is passed on."""
+    def rescue(self, reach: Callable[[], TrainState], error: BaseException) -> None:
+        """Saves what was reached before an error is passed on; `reach` brings it up to date."""
         try:
+            state = reach()
             if self.progress.step > 0:
                 self.save(state, wait=True)
         except Exception as second:

@@ -41,7 +41,7 @@ from lorax.preparation import (
 from lorax.resume import Progress, TrainResult, identify_run, name_datasets
 from lorax.saving import Saver
 from lorax.sharding import make_mesh, place_batch
-from lorax.step import TrainStep, make_train_step, merge_state
+from lorax.step import TrainState, TrainStep, make_train_step
 from lorax.stopping import RunStopped, StopRequest, Watchdog
 from lorax.weights import WeightStore
 
@@ -257,9 +257,13 @@ class Trainer:
         """Saves what was reached before an error is passed on."""
         if isinstance(error, RunStopped):
             return
-        if self._pending is not None:  # the state has it, whatever its listeners would say
-            self._note_numbers(self._pending)
-        self.saver.rescue(self.state, error)
+
+        def reach() -> TrainState:
+            if self._pending is not None:  # the state has it, whatever its listeners would say
+                self._note_numbers(self._pending)
+            return self.state
+
+        self.saver.rescue(reach, error)
 
     def _compile(self) -> dict[int, TrainStep]:
         """Compiles every shape of the run before the first step, so that none stops it later."""
@@ -333,8 +337,8 @@ class Trainer:
     ) -> None:
         """Names and dumps the rows of a step that was not applied; counts it or ends the run."""
         allowed = self.config.train.skip_nonfinite_steps
-        model = merge_state(self.model, self.state)
-        bad = find_micro_batches(model, self.loss_fn, batch)
+        self._update_model()
+        bad = find_micro_batches(self.model, self.loss_fn, batch)
         found = report_rows(self.output_dir, event, bad, rows, self._lengths)
         self.progress.skipped += 1
         if self.progress.skipped <= allowed:

@@ -14,6 +14,7 @@ import datetime
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,7 +23,9 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-SCRIPTS = Path(__file__).parent
+from torture_processes import start, wait
+
+SCRIPTS, LIBRARY = Path(__file__).parent, "torture_faults.so"
 MARKS = "<!-- table -->", "<!-- end of table -->"
 PEERS = {
     "F1": "Orbax 16/16, HF Trainer 0/5 resumable",
@@ -41,11 +44,13 @@ PEERS = {
 """As measured beforehand: Orbax 0.12.8, transformers 5.23.0, PEFT 0.21.2, jax 0.11.2, on a CPU."""
 
 
-def preload(folder: Path) -> None:
+def preload() -> None:
     """Starts this program again with the interposed calls, if it has not been."""
-    if "torture" in os.environ.get("LD_PRELOAD", ""):
+    loaded = Path(os.environ.get("LD_PRELOAD", ""))
+    if loaded.name == LIBRARY:
+        shutil.rmtree(loaded.parent)  # it stays in this process, and in those that it forks
         return
-    library = folder / "torture_faults.so"
+    library = Path(tempfile.mkdtemp()) / LIBRARY
     source = str(SCRIPTS / "torture_faults.c")
     command = ["cc", "-shared", "-fPIC", "-O1", "-o", str(library), source, "-ldl"]
     subprocess.run(command, check=True)
@@ -89,16 +94,15 @@ def run_apart(
 ) -> tuple[int, int]:
     """Runs a case in a forked process: once JAX has threads, a process must not fork again."""
     result = folder / "result.json"
-    if (child := os.fork()) == 0:
-        status = 1
+
+    def work() -> None:
         try:
             result.write_text(json.dumps(run(count, folder)))
-            status = 0
         except BaseException:
             traceback.print_exc()
-        finally:
-            os._exit(status)
-    if os.waitpid(child, 0)[1] != 0:
+            raise
+
+    if wait(start(work, silent=False), 86_400) != 0:
         return 0, 1
     passed, total = json.loads(result.read_text())
     return passed, total
@@ -114,8 +118,8 @@ def main() -> int:
     parser.add_argument("--commit", default="")
     parser.add_argument("--table", type=Path, help="a document whose table is made anew from --out")
     parsed = parser.parse_args()
+    preload()
     with tempfile.TemporaryDirectory() as temporary:
-        preload(Path(tempfile.mkdtemp()) if "LD_PRELOAD" not in os.environ else Path(temporary))
         import torture_checkpoints
         import torture_runs
 

@@ -8,10 +8,10 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from torture_processes import in_child
 
 from lorax.checkpoint import CheckpointStore, read_checkpoint, write_checkpoint
 from lorax.interop.files import CheckpointError
@@ -34,17 +34,6 @@ def is_exact(found, allowed) -> bool:
     return wanted.keys() == found.arrays.keys() and all(
         wanted[k].tobytes() == found.arrays[k].tobytes() for k in wanted
     )
-
-
-def in_child(work: Callable[[], bool]) -> bool:
-    """Runs `work` in a forked process; says whether it returned True."""
-    if (child := os.fork()) == 0:
-        status = 1
-        try:
-            status = 0 if work() else 1
-        finally:
-            os._exit(status)
-    return os.waitpid(child, 0)[1] == 0
 
 
 def make_store(folder: Path, **options) -> CheckpointStore:

@@ -7,9 +7,10 @@ import re
 import shutil
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from torture_processes import in_child, start, wait
 
 STEPS = 8
 SIZES = {
@@ -146,44 +147,6 @@ def change_something(count: int, folder: Path) -> tuple[int, int]:
         except ValueError as error:
             passed += name in str(error)
     return passed, min(count, len(changes))
-
-
-def start(work: Callable[[], Any]) -> int:
-    """Runs `work` in a forked process that says nothing; returns its number."""
-    if (child := os.fork()) == 0:
-        status = 70
-        try:
-            silent = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(silent, 1)
-            os.dup2(silent, 2)
-            status = int(work() or 0)
-        except SystemExit as error:
-            status = error.code if isinstance(error.code, int) else 1
-        except KeyboardInterrupt:
-            status = 75
-        except BaseException:
-            status = 1
-        finally:
-            os._exit(status)
-    return child
-
-
-def wait(child: int, seconds: float) -> int | None:
-    """Returns the exit status of a process, negative for a signal; None if it had to be killed."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.02)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return None
-
-
-def in_child(work: Callable[[], bool]) -> bool:
-    """Runs `work` in a forked process; says whether it returned True."""
-    return wait(start(lambda: 0 if work() else 1), 120) == 0
 
 
 def newest(folder: Path) -> int:

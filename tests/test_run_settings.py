@@ -7,14 +7,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from rich.console import Console
 from safetensors.numpy import load_file, save_file
 
 import lorax
+from lorax.checkpoint import CheckpointStore
 from lorax.cli import main
-from lorax.config import DataConfig, EvalConfig, ModelConfig, RunConfig, SaveConfig, TrainConfig
+from lorax.config import (
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    RunConfig,
+    SaveConfig,
+    TrainConfig,
+    load_config,
+)
 from lorax.data import EncodedDataset
 from lorax.interop.huggingface import load_model
 from lorax.interop.peft import load_adapter, save_adapter
+from lorax.run import run_training
 from lorax.train import Trainer
 
 TINY = Path(__file__).parents[1] / "examples" / "tiny"
@@ -90,6 +101,20 @@ def test_a_schedule_that_does_not_fit_is_found_by_validate(run):
 def test_more_devices_than_there_are_is_found_by_validate(run):
     code, printed = run("validate", "mesh.data=64")
     assert code == 2 and "mesh.data asks for 64 devices" in printed
+
+
+def test_a_run_that_fails_while_it_exports_gives_its_lock_back(run, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError("no room")
+
+    monkeypatch.setattr("lorax.run.export_model", refuse)
+    config = load_config(tmp_path / "run.yaml")
+    with pytest.raises(OSError, match="no room") as kept:  # and with it, the frames
+        run_training(config, Console(quiet=True))
+    store = CheckpointStore(tmp_path / "run" / "checkpoints")
+    store.open()
+    store.close()
+    assert kept.value.__traceback__ is not None
 
 
 def test_an_own_chat_template_goes_with_the_run_and_its_exports(run, tmp_path, capsys):

@@ -1,0 +1,46 @@
+"""Forked processes: what is tried in them cannot harm the one that counts."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+
+def start(work: Callable[[], Any], *, silent: bool = True) -> int:
+    """Runs `work` in a forked process, which ends with what it returns; returns its number."""
+    if (child := os.fork()) == 0:
+        status = 70
+        try:
+            if silent:
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, 1)
+                os.dup2(nowhere, 2)
+            status = int(work() or 0)
+        except SystemExit as error:
+            status = error.code if isinstance(error.code, int) else 1
+        except KeyboardInterrupt:
+            status = 75
+        except BaseException:
+            status = 1
+        finally:
+            os._exit(status)
+    return child
+
+
+def wait(child: int, seconds: float) -> int | None:
+    """Returns the exit status of a process, negative for a signal; None if it had to be killed."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.005)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return None
+
+
+def in_child(work: Callable[[], bool], seconds: float = 600.0) -> bool:
+    """Runs `work` in a forked process that says nothing; says whether it returned True."""
+    return wait(start(lambda: 0 if work() else 1), seconds) == 0
