@@ -13,7 +13,7 @@ from rich.console import Console
 
 from lorax.card import write_card
 from lorax.config import RunConfig, load_config
-from lorax.data import load_tokenizer
+from lorax.data import encode_prompt, load_tokenizer
 from lorax.export import export_model
 from lorax.generate import generate, stop_token_ids
 from lorax.interop.checkpoint import read_config, resolve_checkpoint
@@ -253,9 +253,7 @@ def _prompt_tokens(tokenizer, text: str, parsed) -> list[int]:
         raise ValueError("the tokenizer has no chat template; pass --raw to continue plain text")
     messages = [{"role": "system", "content": parsed.system}] if parsed.system else []
     messages.append({"role": "user", "content": text})
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)[
-        "input_ids"
-    ]
+    return encode_prompt(tokenizer, messages)
 
 
 def _export(parsed, console: Console) -> None:

@@ -14,10 +14,12 @@ from lorax.config_types import (
     Modules,
     Names,
     NotInteger,
-    Positive,
     Section,
     check_regex,
 )
+
+Alpha = Annotated[float, Field(gt=0, le=1e6)]
+"""Real ones end at a few thousand; far above, s·A·B is infinite after the first step."""
 
 
 class LoraConfig(Section):
@@ -42,14 +44,14 @@ class LoraConfig(Section):
     """
 
     r: Count = 16
-    lora_alpha: Positive = 16.0
+    lora_alpha: Alpha = 16.0
     lora_dropout: BelowOne = 0.0
     target_modules: Modules = "all-linear"
     exclude_modules: Modules | None = None
     layers_to_transform: Annotated[Index | tuple[Index, ...] | None, FromList] = None
     layers_pattern: Modules | None = None
     rank_pattern: dict[str, Count] = Field(default={})
-    alpha_pattern: dict[str, Positive] = Field(default={})
+    alpha_pattern: dict[str, Alpha] = Field(default={})
     use_rslora: bool = False
     bias: Literal["none", "all", "lora_only"] = "none"
     init_lora_weights: Annotated[Literal[True, "gaussian"], NotInteger] = True

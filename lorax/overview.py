@@ -51,6 +51,11 @@ def report_data(
         print_example(console, pieces, targets=int(supervised.sum()), tokens=len(tokens))
 
 
+def shows_text(console: Console) -> bool:
+    """Says whether training text may be shown: to who looks on, not in a log that others read."""
+    return console.is_terminal or console.is_jupyter
+
+
 def report_model(console: Console, config: RunConfig, model: CausalLM) -> None:
     """Prints the adapted modules, or how much a full fine-tune trains."""
     sizes = [math.prod(x.shape) for x in jax.tree.leaves(nnx.state(model, nnx.Param))]

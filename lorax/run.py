@@ -24,7 +24,7 @@ from lorax.interop.checkpoint import resolve_checkpoint
 from lorax.interop.files import CheckpointError, read_json, refuse_occupied, sync
 from lorax.metrics import RunLog, check_reporters, library_versions, memory_gib
 from lorax.models import GradientCheckpointing
-from lorax.overview import report_data, report_model
+from lorax.overview import report_data, report_model, shows_text
 from lorax.phases import Phases
 from lorax.preparation import compile_ahead
 from lorax.recorder import Recorder
@@ -97,7 +97,10 @@ def run_training(
     check_targets(config, inputs.base)
     check_plan(config, inputs)
     console.rule("Data")
-    report_data(console, config, inputs.datasets, inputs.tokenizer)
+    rows = 1 if shows_text(console) else 0
+    report_data(console, config, inputs.datasets, inputs.tokenizer, rows)
+    if not rows:
+        console.print("no row is shown in a log; `lorax inspect` shows some", highlight=False)
     console.rule("Model")
     policy, reason = choose_policy(config)
     console.print(f"gradient checkpointing: {policy}, {reason}", highlight=False, soft_wrap=True)
@@ -278,6 +281,8 @@ def _score(config: RunConfig, model, inputs: Inputs, console: Console, when: str
     console.print(
         f"{when}: exact match {score:.1%} of {len(answers)} held-out rows", highlight=False
     )
+    if not shows_text(console):
+        return score
     console.print(f"  asked     {shown.prompt.strip()!r}", markup=False, highlight=False)
     console.print(f"  expected  {shown.expected.strip()!r}", markup=False, highlight=False)
     console.print(f"  answered  {shown.generated.strip()!r}", markup=False, highlight=False)

@@ -121,9 +121,10 @@ def main() -> int:
     preload()
     with tempfile.TemporaryDirectory() as temporary:
         import torture_checkpoints
+        import torture_inputs
         import torture_runs
 
-        cases = torture_checkpoints.CASES | torture_runs.CASES
+        cases = torture_checkpoints.CASES | torture_runs.CASES | torture_inputs.CASES
         unknown = sorted(set(parsed.only or ()) - cases.keys())
         if unknown:
             parser.error(f"there is no case {unknown[0]}, only {', '.join(cases)}")

@@ -41,6 +41,6 @@ def wait(child: int, seconds: float) -> int | None:
     return None
 
 
-def in_child(work: Callable[[], bool], seconds: float = 600.0) -> bool:
-    """Runs `work` in a forked process that says nothing; says whether it returned True."""
-    return wait(start(lambda: 0 if work() else 1), seconds) == 0
+def in_child(work: Callable[[], bool], seconds: float = 600.0, *, silent: bool = True) -> bool:
+    """Runs `work` in a forked process; says whether it returned True."""
+    return wait(start(lambda: 0 if work() else 1, silent=silent), seconds) == 0

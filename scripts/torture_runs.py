@@ -1,5 +1,6 @@
 """Whole runs that are killed, stopped, changed and poisoned, beside runs that are not."""
 
+import dataclasses
 import json
 import os
 import random
@@ -33,7 +34,8 @@ def make_trainer(folder: Path, *, resume: bool = False, **changes: Any):
         folder: Of the run.
         resume: As `Trainer` takes it.
         **changes: ``dropout``, ``rank``, ``seed_of_rows``, ``loss_fn``, ``listeners``, ``files``,
-            ``keep`` (the events) and settings by name with ``__`` for the dot.
+            ``keep`` (the events), ``masked`` (rows without anything to learn) and settings by name
+            with ``__`` for the dot.
     """
     import numpy as np
     from flax import nnx
@@ -64,7 +66,8 @@ def make_trainer(folder: Path, *, resume: bool = False, **changes: Any):
     rows = []
     for index in range(14):
         tokens = draw.integers(1, 40, int(draw.integers(6, 30)))
-        rows.append((tokens, np.arange(len(tokens)) >= 1 + index % 3))
+        learned = index not in changes.get("masked", ())
+        rows.append((tokens, (np.arange(len(tokens)) >= 1 + index % 3) & learned))
     events: list[dict[str, Any]] = []
     trainer = lorax.Trainer(
         lorax.apply_lora(base, adapter, rngs=nnx.Rngs(1)),
@@ -309,6 +312,32 @@ def poison(count: int, folder: Path) -> tuple[int, int]:
     return passed, count
 
 
+def leave_nothing_to_learn(count: int, folder: Path) -> tuple[int, int]:
+    """D2: a micro-batch without a target changes nothing, a step or data without one is refused."""
+    import numpy as np
+
+    import lorax
+
+    options: dict[str, Any] = {"data__shuffle": False, "train__per_device_train_batch_size": 1}
+    options |= {"train__gradient_accumulation_steps": 2, "train__max_steps": 7}
+    trainer, events = make_trainer(folder / "part", masked={3, 8}, **options)
+    trainer.train()
+    found = losses(events)
+    passed = int(len(found) == 7 and bool(np.isfinite(list(found.values())).all()))
+    for index, masked in enumerate(({2, 3}, set(range(14)))):
+        try:
+            make_trainer(folder / str(index), masked=masked, **options)
+        except ValueError as error:
+            passed += "no supervised token" in str(error)
+    try:
+        rows = trainer.plan.dataset
+        empty = dataclasses.replace(rows, supervised=np.zeros_like(rows.supervised))
+        lorax.Trainer(trainer.model, trainer.config, rows, empty)
+    except ValueError as error:
+        passed += "held-out rows hold no supervised token" in str(error)
+    return passed, 4
+
+
 def soak(count: int, folder: Path) -> tuple[int, int]:
     """L1: thousands of steps, saved every ten: no growth of memory, open files or threads."""
     marks = folder / "marks.json"
@@ -358,6 +387,7 @@ CASES = {
     "R3": (kill_twenty_times, 5, 0),
     "P1": (terminate, 20, 2),
     "N1": (poison, 12, 3),
+    "D2": (leave_nothing_to_learn, 4, 4),
     "L1": (soak, 10_000, 200),
 }
 """By id: what to run, how often by hand, and how often in the tests."""

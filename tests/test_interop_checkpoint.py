@@ -224,6 +224,17 @@ BAD = {
         write_bytes("model.safetensors", GARBAGE),
         r"model\.safetensors is not a whole safetensors file",
     ),
+    "header of 64 MiB": (
+        write_bytes("model.safetensors", (2**26).to_bytes(8, "little") + b"{}"),
+        r"its header would have 67,108,864 bytes, more than 16,777,216",
+    ),
+    "config that is deep": (write_bytes("config.json", b"[" * 10**5), r"config\.json is not JSON"),
+    "config of many digits": (write_bytes("config.json", b"1" * 10**4), r"json is not JSON"),
+    "config of 40 MB": (write_bytes("config.json", b" " * 40 * 10**6), r"config\.json has 38 MiB"),
+    "more layers than there are": (
+        lambda f: edit_config(f, num_hidden_layers=10**6),
+        r"num_hidden_layers must be at most 1,000, got 1000000",
+    ),
     "lfs pointer": (write_bytes("model.safetensors", LFS), "is a Git LFS pointer.*git lfs pull"),
     "lfs pointer as config": (
         write_bytes("config.json", LFS),
@@ -287,6 +298,16 @@ def test_values_too_large_for_the_dtype_are_refused(folder):
     load_model(folder, dtype=jnp.bfloat16)
     with pytest.raises(CheckpointError, match=f"{Q0} overflows float16; load it as bfloat16"):
         load_model(folder, dtype=jnp.float16)
+
+
+def test_a_header_that_begins_like_a_page_is_read(folder):
+    # Its length, 15,392 bytes, is written as a blank and "<".
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + size].ljust(0x3C20)
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + size :])
+    load_model(folder)
 
 
 def test_links_inside_the_hubs_cache_are_followed(folder, tmp_path):

@@ -121,7 +121,8 @@ def test_an_own_chat_template_goes_with_the_run_and_its_exports(run, tmp_path, c
     (tmp_path / "own.jinja").write_text(TEMPLATE, encoding="utf-8")
     setting = f"data.chat_template={tmp_path}/own.jinja"
     code, printed = run("train", setting, "save.export=[peft, merged]")
-    assert code == 0 and "<<assistant>>" in printed
+    assert code == 0 and "<<assistant>>" not in printed  # no terminal: no training text
+    assert "<<assistant>>" in run("inspect", setting)[1]
     folder = tmp_path / "run"
     assert (folder / "chat_template.jinja").read_text(encoding="utf-8") == TEMPLATE
     merged = (folder / "merged" / "chat_template.jinja").read_text(encoding="utf-8")

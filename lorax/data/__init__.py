@@ -6,6 +6,7 @@ import os
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 from lorax.data.batches import Batch, BatchPlan
+from lorax.data.chat import encode_prompt
 from lorax.data.dataset import EncodedDataset, EncodedRow, EncodeReport
 from lorax.data.encode import load_encoded_dataset
 from lorax.data.packing import pack_rows
@@ -22,6 +23,7 @@ __all__ = [
     "EncodedDataset",
     "EncodedRow",
     "Tokenizer",
+    "encode_prompt",
     "load_encoded_dataset",
     "load_tokenizer",
     "pack_rows",

@@ -2,29 +2,16 @@
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import jinja2
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from lorax.config import DataConfig
 from lorax.data.formats import Conversation, Message
+from lorax.data.renderer import RENDERER, Part, Span
 from lorax.data.rows import DataError
 from lorax.data.tokenizer import Tokenizer
 
-type Span = tuple[int, int]
-
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_TEMPLATE_ERRORS = (
-    jinja2.TemplateError,
-    TypeError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-)
 _OTHER_WAYS = (
     "give data.instruction_part and data.response_part, or a data.chat_template that marks what "
     "the assistant writes with {% generation %}"
@@ -69,18 +56,36 @@ class ChatTemplate:
         Raises:
             DataError: If the template fails, or the turns cannot be told apart for certain.
         """
-        template = self._template(conversation)
-        text, blocks = self._run(template, conversation, conversation.messages)
-        if self.config.loss_on == "all":
-            return RenderedText(text, ((0, len(text)),), "all", plain=False)
-        if self.config.response_part is not None:
-            return RenderedText(text, self._by_markers(conversation, text), "markers", plain=False)
-        if _GENERATION.search(template):
-            return self._by_generation(conversation, text, blocks)
-        spans = tuple(
-            self._by_prefix(template, conversation, text, index)
-            for index in conversation.learned_replies(self.config.loss_on)
+        template, config = self._template(conversation), self.config
+        marked = bool(_GENERATION.search(template))
+        by_prefix = config.loss_on != "all" and config.response_part is None and not marked
+        turns = conversation.learned_replies(config.loss_on) if by_prefix else ()
+        if 0 in turns:
+            raise DataError(
+                f"messages[0] is an assistant turn, and nothing before it shows where it starts; "
+                f"{_OTHER_WAYS}"
+            )
+        whole = Part(len(conversation.messages))
+        parts = {whole: None}  # a set that keeps its order
+        for index in turns:
+            parts |= {Part(index, is_prompt=True): None, Part(index + 1): None}
+        rendered = RENDERER.render(
+            template,
+            conversation.messages,
+            tuple(parts),
+            tools=conversation.tools,
+            special_tokens=self.tokenizer.special_tokens_map,
+            mark_generation=marked,
         )
+        text, blocks = rendered[whole]
+        if config.loss_on == "all":
+            return RenderedText(text, ((0, len(text)),), "all", plain=False)
+        if config.response_part is not None:
+            return RenderedText(text, self._by_markers(conversation, text), "markers", plain=False)
+        if marked:
+            return self._by_generation(conversation, text, blocks)
+        texts = {part: found for part, (found, _) in rendered.items()}
+        spans = tuple(_added_by(texts, text, index) for index in turns)
         return RenderedText(text, spans, "prefix", plain=False)
 
     def _template(self, conversation: Conversation) -> str:
@@ -93,34 +98,6 @@ class ChatTemplate:
                 "the row is a conversation and the tokenizer has no chat template for it; set "
                 f"data.chat_template to the path of a .jinja file ({error})"
             ) from error
-
-    def _run(
-        self,
-        template: str,
-        conversation: Conversation,
-        messages: tuple[Message, ...],
-        *,
-        add_generation_prompt: bool = False,
-    ) -> tuple[str, list[Span]]:
-        """Returns the rendered text and the spans of its generation blocks."""
-        marked = bool(_GENERATION.search(template))
-        names: dict[str, Any] = dict(self.tokenizer.special_tokens_map)
-        try:
-            rendered: Any = render_jinja_template(
-                conversations=[list(messages)],
-                tools=conversation.tools,
-                chat_template=template,
-                return_assistant_tokens_mask=marked,
-                add_generation_prompt=add_generation_prompt,
-                **names,
-            )
-        except _TEMPLATE_ERRORS as error:
-            raise DataError(
-                "the chat template fails on the messages "
-                f"({', '.join(message['role'] for message in messages)}): {error}"
-            ) from error
-        texts, blocks = rendered
-        return texts[0], blocks[0] if marked else []
 
     def _by_generation(
         self, conversation: Conversation, text: str, blocks: list[Span]
@@ -158,8 +135,8 @@ class ChatTemplate:
         ):
             if not places:
                 raise DataError(
-                    f"data.{name} {part!r} stands nowhere in the rendered row, which begins "
-                    f"{text[:120]!r}"
+                    f"data.{name} {part!r} stands nowhere in the rendered row, whose special "
+                    f"tokens are {' '.join(self._special_tokens_of(text)) or 'none at all'}"
                 )
         _check_markers(conversation, starts, ends)
         borders = sorted([start - len(response) for start in starts] + ends + [len(text)])
@@ -169,26 +146,12 @@ class ChatTemplate:
             span for i, span in zip(conversation.replies, spans, strict=True) if i in learned
         )
 
-    def _by_prefix(self, template: str, conversation: Conversation, text: str, index: int) -> Span:
-        """Returns the characters that message `index` adds, if that can be told for certain."""
-        messages = conversation.messages
-        if index == 0:
-            raise DataError(
-                f"messages[0] is an assistant turn, and nothing before it shows where it starts; "
-                f"{_OTHER_WAYS}"
-            )
-        before, _ = self._run(template, conversation, messages[:index], add_generation_prompt=True)
-        upto = text
-        if index + 1 < len(messages):
-            upto, _ = self._run(template, conversation, messages[: index + 1])
-        if not (text.startswith(before) and text.startswith(upto) and len(before) < len(upto)):
-            raise DataError(
-                f"the chat template is not prefix-preserving: what it renders up to messages"
-                f"[{index}] (assistant) alone differs from that part of the whole conversation, "
-                f"so the turn's tokens cannot be told for certain; {_OTHER_WAYS}, or set "
-                "data.loss_on: last_assistant if only earlier turns are rewritten"
-            )
-        return len(before), len(upto)
+    def _special_tokens_of(self, text: str) -> list[str]:
+        """Returns the special tokens that a text has, in its order; nothing else of the text."""
+        added = {token.content for token in self.tokenizer.added_tokens_decoder.values()}
+        names = sorted(added | set(self.tokenizer.all_special_tokens), key=len, reverse=True)
+        found = re.findall("|".join(map(re.escape, names)), text) if names else []
+        return list(dict.fromkeys(found))
 
 
 def load_chat_template(tokenizer: Tokenizer, config: DataConfig) -> ChatTemplate | None:
@@ -208,6 +171,22 @@ def load_chat_template(tokenizer: Tokenizer, config: DataConfig) -> ChatTemplate
     return ChatTemplate(tokenizer, config, template)
 
 
+def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
+    """Returns the token ids of messages up to where the assistant's turn begins.
+
+    Raises:
+        DataError: If the tokenizer has no chat template, or it fails.
+    """
+    if tokenizer.chat_template is None:
+        raise DataError("the tokenizer has no chat template")
+    template = tokenizer.get_chat_template(None, None)
+    names = tokenizer.special_tokens_map
+    prompt = Part(len(messages), is_prompt=True)
+    rendered = RENDERER.render(template, messages, (prompt,), special_tokens=names)
+    text, _ = rendered[prompt]
+    return tokenizer(text, add_special_tokens=False)["input_ids"]  # pyright: ignore[reportReturnType]
+
+
 def _check_markers(conversation: Conversation, starts: list[int], ends: list[int]) -> None:
     """Refuses a row in which the markers cannot bound every assistant turn."""
     replies = conversation.replies
@@ -225,6 +204,19 @@ def _check_markers(conversation: Conversation, starts: list[int], ends: list[int
             f"data.instruction_part {found} times after it, but there are {len(replies)} assistant "
             f"turns and {later.count('user')} user turns after the first of them"
         )
+
+
+def _added_by(texts: Mapping[Part, str], whole: str, index: int) -> Span:
+    """Returns the characters that message `index` adds, if that can be told for certain."""
+    before, upto = texts[Part(index, is_prompt=True)], texts[Part(index + 1)]
+    if not (whole.startswith(before) and whole.startswith(upto) and len(before) < len(upto)):
+        raise DataError(
+            f"the chat template is not prefix-preserving: what it renders up to messages"
+            f"[{index}] (assistant) alone differs from that part of the whole conversation, "
+            f"so the turn's tokens cannot be told for certain; {_OTHER_WAYS}, or set "
+            "data.loss_on: last_assistant if only earlier turns are rewritten"
+        )
+    return len(before), len(upto)
 
 
 def _without_empty(blocks: Sequence[Span]) -> tuple[Span, ...]:

@@ -135,7 +135,7 @@ def _read_message(message: Mapping[str, Any], where: str) -> Message:
     kept = {key: value for key, value in message.items() if value is not None}
     role = kept.get("role")
     if role not in ROLES:
-        raise DataError(f"{where}.role must be one of {', '.join(ROLES)}, got {role!r}")
+        raise DataError(f"{where}.role must be one of {', '.join(ROLES)}, got {_role(role)}")
     _refuse_train_flags(kept, where)
     if "content" not in kept and not kept.get("tool_calls"):
         raise DataError(f"{where}.content is missing or null; needed is text")
@@ -149,7 +149,7 @@ def _read_sharegpt(turn: Mapping[str, Any], where: str) -> Message:
     known = (*_SHAREGPT_ROLES, *ROLES)
     role = turn.get("from")
     if role not in known:
-        raise DataError(f"{where}.from must be one of {', '.join(known)}, got {role!r}")
+        raise DataError(f"{where}.from must be one of {', '.join(known)}, got {_role(role)}")
     _refuse_train_flags(turn, where)
     content = _text(turn.get("value"), f"{where}.value", empty=True)
     message = {"role": _SHAREGPT_ROLES.get(role, role), "content": content}
@@ -286,15 +286,29 @@ def _text(value: Any, where: str, *, empty: bool = False) -> str:
     return value
 
 
+def _role(value: Any) -> str:
+    """Says which role was given, if it is a word at all."""
+    is_word = isinstance(value, str) and len(value) <= 20 and value.isidentifier()
+    return repr(value) if is_word else _describe(value)
+
+
 def _describe(value: Any) -> str:
-    if isinstance(value, datetime.date | datetime.time):
-        return (
-            "a timestamp (the dataset's reader took text that looks like dates for dates; load "
-            "the file itself, as .jsonl, and it stays text)"
-        )
-    if value is None:
-        return "null"
-    if isinstance(value, list) and not value:
-        return "an empty list"
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 40 else text[:37] + '...'}"
+    """Says what a value is and never the words in it: they are training text."""
+    match value:
+        case datetime.date() | datetime.time():
+            return (
+                "a timestamp (the dataset's reader took text that looks like dates for dates; "
+                "load the file itself, as .jsonl, and it stays text)"
+            )
+        case None:
+            return "null"
+        case str():
+            return f"text of {len(value):,} characters"
+        case bool() | int() | float():
+            text = repr(value)
+            return f"{type(value).__name__} {text if len(text) <= 40 else text[:37] + '...'}"
+        case list():
+            return f"a list of {len(value):,}" if value else "an empty list"
+        case Mapping():
+            return f"an object with the keys {', '.join(map(str, value))[:80] or '(none)'}"
+    return f"a {type(value).__name__}"

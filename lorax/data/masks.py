@@ -90,7 +90,7 @@ def mask_turns(tokenized: TokenizedText, rendered: RenderedText, stops: StopToke
         if stop is None and needed and stops.train_on_eos != "none":
             raise DataError(
                 f"learned turn {number} of {len(rendered.spans)} ends without a special token, so "
-                f"the model would never learn to stop; it ends {rendered.text[start:end][-40:]!r}. "
+                "the model would never learn to stop. "
                 "Let the chat template end assistant turns with eos_token or another special "
                 "token, or set data.train_on_eos: none"
             )

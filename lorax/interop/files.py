@@ -17,6 +17,11 @@ from safetensors.numpy import save_file
 
 READABLE_DTYPES = ("BF16", "F16", "F32")
 
+MAX_HEADER_BYTES = 2**24
+"""Of a safetensors file: room for 100,000 tensors. A larger one takes long to parse, and memory."""
+
+MAX_JSON_BYTES = 2**25
+
 
 class CheckpointError(ValueError):
     """A file of a checkpoint that cannot be read as it stands, or a folder not to be written."""
@@ -54,9 +59,16 @@ def read_json(path: str | Path) -> dict[str, Any]:
                 raise CheckpointError(f"{path}: the key {key!r} is given twice")
         return result
 
+    if (size := path.stat().st_size) > MAX_JSON_BYTES:
+        raise CheckpointError(
+            f"{path} has {size / 2**20:,.0f} MiB, where a description of a model needs less than "
+            f"{MAX_JSON_BYTES / 2**20:.0f}: it is something else, fetch it again"
+        )
     try:
         value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold an object, got {type(value).__name__}")
@@ -111,6 +123,13 @@ def open_tensors(path: str | Path) -> Iterator[Any]:
     """
     path = Path(path)
     _refuse_stand_ins(path)
+    with path.open("rb") as raw:
+        header = int.from_bytes(raw.read(8), "little")
+    if header > MAX_HEADER_BYTES:
+        raise CheckpointError(
+            f"{path} is not a safetensors file that lorax reads: its header would have {header:,} "
+            f"bytes, more than {MAX_HEADER_BYTES:,}; fetch it again"
+        )
     try:
         file = safe_open(path, framework="numpy")
     except SafetensorError as error:
@@ -131,7 +150,7 @@ def _refuse_stand_ins(path: Path) -> None:
         raise CheckpointError(
             f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in its folder"
         )
-    if head.startswith(b"<"):
+    if head[:2].lower() in (b"<!", b"<h", b"<?"):
         raise CheckpointError(f"{path} is a web page, not the file itself; fetch it again")
 
 

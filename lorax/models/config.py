@@ -29,6 +29,9 @@ _FAMILIES = {
 }
 
 # Fields with one value that lorax computes, and why no other.
+_MOST_LAYERS = 1000
+"""Several times what any model has: the layers of a damaged file would take hours to lay out."""
+
 _FIXED_FIELDS: dict[str, tuple[tuple[Any, ...], str]] = {
     "hidden_act": (("silu", "swish"), "the gated MLP is SwiGLU"),
     "attention_dropout": ((0,), "lorax drops nothing in attention"),
@@ -254,7 +257,7 @@ def _read_shape(fields: JsonFields, family: _Family) -> dict[str, int]:
         raise ValueError(f"{fields.where}: head_dim must be even to be rotated, got {head_dim}")
     return {
         "hidden_size": hidden,
-        "num_hidden_layers": fields.integer("num_hidden_layers"),
+        "num_hidden_layers": fields.integer("num_hidden_layers", maximum=_MOST_LAYERS),
         "num_attention_heads": heads,
         "num_key_value_heads": groups,
         "head_dim": head_dim,

@@ -38,13 +38,17 @@ class JsonFields:
             raise ValueError(f"{self.where}: {self.prefix}{name} is missing")
         return default if value is None else value
 
-    def integer(self, name: str, default: Any = REQUIRED, *, minimum: int = 1) -> Any:
-        """Returns an integer of at least `minimum`, or the default."""
+    def integer(
+        self, name: str, default: Any = REQUIRED, *, minimum: int = 1, maximum: int = 2**31 - 1
+    ) -> Any:
+        """Returns an integer in ``[minimum, maximum]``, or the default."""
         value = self.raw(name, default)
         if value is default:
             return default
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
             raise self.error(name, f"must be an integer of at least {minimum}")
+        if value > maximum:
+            raise self.error(name, f"must be at most {maximum:,}")
         return value
 
     def number(self, name: str, default: Any = REQUIRED, *, minimum: float, above=False) -> Any:

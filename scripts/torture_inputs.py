@@ -1,0 +1,314 @@
+"""Hostile and broken inputs: refused by name, in little memory and time, and nothing is run."""
+
+import ast
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from torture_damages import ADAPTERS, GOOD, MODELS, ROWS, TEMPLATES
+from torture_processes import in_child
+
+ROOT = Path(__file__).parents[1]
+TOKENIZER = ROOT / "examples" / "tiny" / "model"
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 512,
+    "hidden_size": 384,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+}
+"""A model of 43 MB in float32: large enough that reading it twice would show."""
+
+MIB = 2**20
+SECONDS = 5.0
+
+
+def make_models(folder: Path) -> None:
+    """Writes the sound model and the sound adapter that are damaged."""
+    import jax.numpy as jnp
+    from flax import nnx
+
+    import lorax
+    from lorax.interop.huggingface import save_model
+    from lorax.interop.peft import save_adapter
+    from lorax.models import CausalLM, DecoderConfig
+
+    model = CausalLM(DecoderConfig.from_hf(CONFIG, "tiny"), rngs=nnx.Rngs(0))
+    save_model(model, folder / "model", dtype=jnp.dtype("float32"))
+    settings = lorax.LoraConfig(r=4, target_modules=("q_proj",))
+    adapted = lorax.apply_lora(model, settings, rngs=nnx.Rngs(0))
+    save_adapter(adapted, folder / "adapter")
+
+
+def read_model(folder: Path) -> Callable[[], object]:
+    """Returns what reads a damaged model."""
+    import jax.numpy as jnp
+
+    from lorax.interop.huggingface import load_model
+
+    # What is compiled once for a sound model is no cost of a damaged one.
+    load_model(folder.parent / "good" / "model", dtype=jnp.float32)
+    return lambda: load_model(folder, dtype=jnp.float32)
+
+
+def read_adapter(folder: Path) -> Callable[[], object]:
+    """Returns what reads a damaged adapter."""
+    import jax.numpy as jnp
+
+    from lorax.interop.huggingface import load_model
+    from lorax.interop.peft import load_adapter
+
+    good = folder.parent / "good"
+    base = load_model(good / "model", dtype=jnp.float32)
+    load_adapter(base, good / "adapter")
+    return lambda: load_adapter(base, folder)
+
+
+def read_rows(folder: Path, **settings: Any) -> Callable[[], object]:
+    """Returns what reads a file of rows."""
+    from lorax.config import DataConfig
+    from lorax.data import load_encoded_dataset, load_tokenizer
+
+    path, template = folder / "rows.jsonl", folder / "chat.jinja"
+    if not path.exists():
+        path.write_text(GOOD)
+    if template.exists():
+        settings |= {"chat_template": str(template)}
+    config = DataConfig.model_validate({"train": str(path), "max_seq_length": 64} | settings)
+    tokenizer = load_tokenizer(str(TOKENIZER))
+    return lambda: load_encoded_dataset(config.train, config, tokenizer, vocab_size=512)
+
+
+def listing(folder: Path) -> dict[str, str]:
+    """Returns the digest of every file below a folder."""
+    files = (p for p in folder.rglob("*") if p.is_file())
+    return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def import_once() -> None:
+    """Imports what every trial needs, so that each forked one need not."""
+    import lorax
+    import lorax.interop.peft
+
+    lorax.load_tokenizer(str(TOKENIZER))
+
+
+def is_refused(folder: Path, pattern: str, reader: Callable[[Path], Callable[[], object]]) -> bool:
+    """Says whether what is in a folder is refused by name, within bounds, and left as it is."""
+    import jax
+
+    jax.devices()
+    use, before = reader(folder), listing(folder)
+    size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+    os.chdir(folder)
+    Path("/proc/self/clear_refs").write_text("5")  # sets the peak to what is resident now
+    resident, started = read_status("VmRSS"), time.monotonic()
+    try:
+        use()
+    except ValueError as error:
+        seconds, grown = time.monotonic() - started, read_status("VmHWM") - resident
+        said = re.search(pattern, str(error)) is not None and len(str(error)) < 1500
+        small = grown < 2 * size + 32 * MIB
+        good = said and small and seconds < SECONDS and listing(folder) == before
+        if not good:
+            print(f"     {folder.name}: {seconds:.1f} s, {grown / MIB:.0f} MiB: {error}"[:400])
+        return good
+    print(f"     {folder.name}: accepted")
+    return False
+
+
+def read_status(name: str) -> int:
+    """Returns bytes from /proc/self/status."""
+    text = Path("/proc/self/status").read_text()
+    found = re.search(rf"{name}:\s+(\d+) kB", text)
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def refuse_hostile_files(count: int, folder: Path) -> tuple[int, int]:
+    """S1: hostile models, adapters and chat templates are refused by name, in bounds, unchanged."""
+    import_once()
+    assert in_child(lambda: make_models(folder / "good") is None)
+    cases = [(f"model, {k}", "model", read_model, *v) for k, v in MODELS.items()]
+    cases += [(f"adapter, {k}", "adapter", read_adapter, *v) for k, v in ADAPTERS.items()]
+    cases += [(f"template, {k}", None, read_rows, *v) for k, v in TEMPLATES.items()]
+    chosen = cases[:: max(1, len(cases) // count)] if count < len(cases) else cases
+    passed = 0
+    for name, origin, reader, damage, pattern in chosen:
+        place = folder / name
+        if origin is None:
+            place.mkdir()
+        else:
+            shutil.copytree(folder / "good" / origin, place)
+        damage(place)
+        work = lambda place=place, pattern=pattern, reader=reader: is_refused(
+            place, pattern, reader
+        )
+        passed += in_child(work, silent=False)
+        shutil.rmtree(place)
+    return passed, len(chosen)
+
+
+def refuse_broken_rows(count: int, folder: Path) -> tuple[int, int]:
+    """D1: broken rows are refused by file and line."""
+    import_once()
+    chosen, passed = list(ROWS.items())[:count], 0
+    for name, (damage, pattern, settings) in chosen:
+        place = folder / name
+        place.mkdir()
+        damage(place)
+        reader = lambda place, settings=settings: read_rows(place, **settings)
+        work = lambda place=place, pattern=pattern, reader=reader: is_refused(
+            place, pattern, reader
+        )
+        passed += in_child(work, silent=False)
+    return passed, len(chosen)
+
+
+FOREIGN = {
+    "pickle": "imports pickle, marshal, shelve, dill, yaml or torch",
+    "eval": "calls eval, exec, compile or __import__",
+    "shell": "starts a shell",
+    "remote code": "trusts remote code, or pickles of numpy",
+}
+"""What no file of the package may do."""
+
+
+def find_foreign_code(path: Path) -> list[str]:
+    """Returns what a file does of it, a key of `FOREIGN` each."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module or ""]
+        modules = {"pickle", "marshal", "shelve", "dill", "yaml", "torch", "cloudpickle"}
+        found += ["pickle" for name in names if name.split(".")[0] in modules]
+        if not isinstance(node, ast.Call):
+            continue
+        called = ast.unparse(node.func)
+        found += ["eval"] * (called in ("eval", "exec", "compile", "__import__"))
+        found += ["shell"] * (called in ("os.system", "os.popen"))
+        for keyword in node.keywords:
+            value = ast.unparse(keyword.value)
+            found += ["shell"] * (keyword.arg == "shell" and value != "False")
+            trusting = keyword.arg in ("trust_remote_code", "allow_pickle") and value != "False"
+            found += ["remote code"] * trusting
+    return found
+
+
+def search_for_foreign_code(count: int, folder: Path) -> tuple[int, int]:
+    """S2: no file of the package unpickles, evaluates, starts a shell or trusts remote code."""
+    planted = folder / "planted.py"
+    planted.write_text("import pickle; eval(x); os.system(y); f(trust_remote_code=True)")
+    assert sorted(find_foreign_code(planted)) == sorted(FOREIGN)
+    files = [p for root in ("lorax", "kernels/lorax_kernels") for p in (ROOT / root).rglob("*.py")]
+    hits = {(kind, path) for path in files for kind in find_foreign_code(path)}
+    for kind, path in sorted(hits):
+        print(f"     {path} {FOREIGN[kind]}")
+    return len(files) - len({path for _, path in hits}), len(files)
+
+
+WORDS = "canaryofthequestion", "canaryoftheanswer"
+SECRET = "hf_canaryOfTheEnvironment0123456789"
+TALK = [{"role": "user", "content": WORDS[0]}, {"role": "assistant", "content": WORDS[1]}]
+SAID = json.dumps({"messages": TALK}) + "\n"
+LEAKS: dict[str, tuple[str, str, list[str]]] = {
+    "a run": (SAID * 4, "train", ["data.eval=rows.jsonl", "eval.exact_match=true"]),
+    "a valid config": (SAID, "validate", []),
+    "a broken line": (SAID[:-4], "validate", []),
+    "a text where a list should be": (json.dumps({"messages": WORDS[0]}), "validate", []),
+    "a text where an object should be": (json.dumps({"messages": [WORDS[0]]}), "validate", []),
+    "a text as role": (SAID.replace('"user"', f'"{WORDS[0]} {WORDS[1]}"'), "validate", []),
+    "a text among ids": (json.dumps({"input_ids": [1, WORDS[0]]}), "validate", []),
+    "no answer": (SAID.replace("assistant", "user"), "validate", []),
+    "half a surrogate": (SAID.replace("answer", "\\ud800"), "validate", []),
+    "rows too long": (SAID, "validate", ["data.max_seq_length=4"]),
+    "markers not found": (
+        SAID,
+        "validate",
+        ["data.instruction_part='[U]'", "data.response_part='[A]'"],
+    ),
+    "a turn without end": (SAID, "validate", ["data.chat_template=endless.jinja"]),
+    "a template that fails": (SAID, "validate", ["data.chat_template=failing.jinja"]),
+    "a template that rewrites": (SAID, "validate", ["data.chat_template=last.jinja"]),
+    "a run that diverges": (SAID * 4, "train", ["train.learning_rate=1e38", "train.max_steps=6"]),
+    "a run that crashes": (SAID * 4, "train", ["CRASH"]),
+}
+"""Rows, command and settings of what must not show a word of the rows or of the environment."""
+
+
+def run_and_record(folder: Path, command: str, settings: list[str]) -> None:
+    """Runs a command, its output in a file; with the setting CRASH something unforeseen happens."""
+    os.environ["HF_TOKEN"] = SECRET
+    os.chdir(folder)
+    config = {
+        "model": {"name_or_path": str(TOKENIZER), "dtype": "float32"},
+        "data": {"train": "rows.jsonl", "max_seq_length": 128},
+        "train": {"max_steps": 2, "gradient_checkpointing": "none"},
+        "save": {"output_dir": "run", "export": ["peft", "merged"]},
+    }
+    (folder / "run.yaml").write_text(json.dumps(config))
+    for name, text in (
+        ("endless", "{% for m in messages %}{{ m.content }}{% endfor %}"),
+        ("failing", "{{ messages[0].content.absent.absent }}"),
+        ("last", "{% if messages | length > 1 %}{{ messages[-1].content }}{% endif %}<|im_end|>"),
+    ):
+        (folder / f"{name}.jinja").write_text(text)
+    output = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    import lorax.train
+    from lorax.cli import main
+
+    crash = mock.patch.object(
+        lorax.train.Trainer, "_settle", side_effect=RuntimeError("unforeseen")
+    )
+    with crash if settings == ["CRASH"] else contextlib.nullcontext():
+        try:
+            main([command, "run.yaml", *(s for s in settings if s != "CRASH")])
+        except Exception:
+            traceback.print_exc()
+
+
+def look_for_leaks(count: int, folder: Path) -> tuple[int, int]:
+    """S3: no word of the rows and no token of the environment is in a log, file or traceback."""
+    import_once()
+    passed, chosen = 0, list(LEAKS.items())[:count]
+    for name, (rows, command, settings) in chosen:
+        place = folder / name
+        place.mkdir()
+        (place / "rows.jsonl").write_text(rows)
+        work = lambda p=place, c=command, s=settings: run_and_record(p, c, s) is None
+        ended = in_child(work)
+        texts = {str(p): p.read_bytes() for p in place.rglob("*") if p.is_file()}
+        del texts[str(place / "rows.jsonl")]
+        canaries = [text.encode() for text in (*WORDS, SECRET)]
+        leaks = [path for path, data in texts.items() if any(c in data for c in canaries)]
+        for path in leaks:
+            print(f"     {name}: {path}")
+        passed += ended and bool(texts[str(place / "output.txt")]) and not leaks
+    return passed, len(chosen)
+
+
+CASES = {
+    "D1": (refuse_broken_rows, len(ROWS), 4),
+    "S1": (refuse_hostile_files, 1000, 6),
+    "S2": (search_for_foreign_code, 1, 1),
+    "S3": (look_for_leaks, 1000, 14),
+}
+"""By id: what to run, how often by hand, and how often in the tests."""
