@@ -8,7 +8,7 @@ import time
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from lorax.data.renderer import Part, Renderer
+from lorax.data.renderer import Part, Renderer, Request
 from lorax.data.rows import DataError
 
 MESSAGES = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Fine"}]
@@ -26,12 +26,15 @@ HOSTILE = {
         "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
         "more than 3 s",
     ),
-    "one operation without end": ("{{ 10 ** (10 ** 9) }}", "was ended"),
+    "one operation without end": ("{{ 10 ** (10 ** 9) }}", "more than 3 s|more time"),
     "a large text": ("{{ 'a' * 10 ** 9 }}", "more memory"),
     "a larger one by a filter": ("{{ 'a' | center(10 ** 12) }}", "more memory"),
     "a text that doubles": (DOUBLING, "more memory"),
     "an output of many characters": ("{{ 'a' * 20000000 }}", "renders 20,000,000 characters"),
-    "a macro that calls itself": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+    "a macro that calls itself": (
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "recursion|memory",
+    ),
     "the class of a text": ("{{ ''.__class__.__mro__ }}", "unsafe"),
     "the globals of a function": ("{{ raise_exception.__globals__['os'].system('x') }}", "unsafe"),
     "a file": ("{% include '/etc/passwd' %}", "no loader"),
@@ -48,7 +51,8 @@ def renderer():
 
 
 def render(renderer, template=CHATML, parts=(WHOLE,), **options):
-    return renderer.render(template, MESSAGES, parts, special_tokens={}, **options)
+    (found,) = renderer.render(template, [Request(MESSAGES, parts)], special_tokens={}, **options)
+    return found
 
 
 def test_it_renders_what_transformers_renders(renderer):
@@ -82,23 +86,49 @@ def test_a_part_that_fails_is_named(renderer):
         render(renderer, template, parts=(WHOLE, Part(1)))
 
 
-def test_a_long_conversation_is_no_attack(renderer):
-    text = "word " * 1_000_000
-    found = renderer.render(
-        CHATML, [{"role": "user", "content": text}], (Part(1),), special_tokens={}
-    )
-    assert found[Part(1)][0] == f"<|user|>{text}"
+def say(text):
+    return Request([{"role": "user", "content": text}], (Part(1),))
+
+
+def test_long_and_many_conversations_are_no_attack(renderer):
+    texts = ["word " * 1_000_000, *(f"number {i}" for i in range(2000)), "word " * 500_000]
+    found = renderer.render(CHATML, [say(text) for text in texts], special_tokens={})
+    assert [each[Part(1)][0] for each in found] == [f"<|user|>{text}" for text in texts]
+
+
+def test_an_error_comes_in_its_turn(renderer):
+    texts = ["1", "2", "1000000000", "4"]
+    template = "{{ 10 ** (messages[0].content | int) }}"
+    found = renderer.render(template, [say(text) for text in texts], special_tokens={})
+    assert next(found) and next(found)
+    with pytest.raises(DataError, match="more than 3 s"):
+        next(found)
+
+
+def test_what_ends_the_process_is_found_among_many(renderer, monkeypatch):
+    ask = renderer._ask
+
+    def ask_or_die(options, group):
+        return None if any("bad" in text for _, text in group) else ask(options, group)
+
+    monkeypatch.setattr(renderer, "_ask", ask_or_die)
+    found = renderer.render(CHATML, [say(t) for t in ("1", "2", "bad", "4")], special_tokens={})
+    assert next(found)[Part(1)][0] == "<|user|>1" and next(found)
+    with pytest.raises(DataError, match="more time or memory"):
+        next(found)
 
 
 def test_what_json_does_not_hold_is_refused(renderer):
+    found = renderer.render(CHATML, [say("x"), say(b"x")], special_tokens={})
+    assert next(found)
     with pytest.raises(DataError, match="what JSON does not"):
-        renderer.render(CHATML, [{"role": "user", "content": b"x"}], (Part(1),), special_tokens={})
+        next(found)
 
 
 def test_a_process_that_was_killed_is_replaced(renderer):
     render(renderer)
     os.kill(renderer._process.pid, signal.SIGKILL)
-    with pytest.raises(DataError, match="was ended"):
+    with pytest.raises(DataError, match="more time or memory"):
         render(renderer)
     assert render(renderer)
 

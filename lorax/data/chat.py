@@ -1,13 +1,14 @@
 """Conversations rendered by a chat template, and the characters in them that are learned."""
 
 import dataclasses
+import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lorax.config import DataConfig
 from lorax.data.formats import Conversation, Message
-from lorax.data.renderer import RENDERER, Part, Span
+from lorax.data.renderer import RENDERER, Part, Rendered, Request, Span
 from lorax.data.rows import DataError
 from lorax.data.tokenizer import Tokenizer
 
@@ -50,42 +51,42 @@ class ChatTemplate:
     config: DataConfig
     file_template: str | None = None
 
-    def render(self, conversation: Conversation) -> RenderedText:
-        """Renders a conversation and finds the turns to learn.
+    def render(self, conversations: Sequence[Conversation]) -> Iterator[RenderedText]:
+        """Renders conversations, in order, and finds the turns to learn.
 
         Raises:
-            DataError: If the template fails, or the turns cannot be told apart for certain.
+            DataError: In its turn, if the template fails, or the turns cannot be told apart for
+                certain.
         """
-        template, config = self._template(conversation), self.config
-        marked = bool(_GENERATION.search(template))
-        by_prefix = config.loss_on != "all" and config.response_part is None and not marked
-        turns = conversation.learned_replies(config.loss_on) if by_prefix else ()
-        if 0 in turns:
-            raise DataError(
-                f"messages[0] is an assistant turn, and nothing before it shows where it starts; "
-                f"{_OTHER_WAYS}"
+        for template, group in itertools.groupby(conversations, self._template):
+            marked = bool(_GENERATION.search(template))
+            asked = [(conversation, self._turns(conversation, marked)) for conversation in group]
+            rendered = RENDERER.render(
+                template,
+                [Request(talk.messages, _parts(talk, turns), talk.tools) for talk, turns in asked],
+                special_tokens=self.tokenizer.special_tokens_map,
+                mark_generation=marked,
             )
-        whole = Part(len(conversation.messages))
-        parts = {whole: None}  # a set that keeps its order
-        for index in turns:
-            parts |= {Part(index, is_prompt=True): None, Part(index + 1): None}
-        rendered = RENDERER.render(
-            template,
-            conversation.messages,
-            tuple(parts),
-            tools=conversation.tools,
-            special_tokens=self.tokenizer.special_tokens_map,
-            mark_generation=marked,
-        )
-        text, blocks = rendered[whole]
-        if config.loss_on == "all":
+            for (conversation, turns), found in zip(asked, rendered, strict=True):
+                yield self._find_turns(conversation, turns, marked, found)
+
+    def _turns(self, conversation: Conversation, marked: bool) -> tuple[int, ...]:
+        """Returns the messages whose turns only renderings of the first messages can tell."""
+        if self.config.loss_on == "all" or self.config.response_part is not None or marked:
+            return ()
+        return conversation.learned_replies(self.config.loss_on)
+
+    def _find_turns(
+        self, conversation: Conversation, turns: tuple[int, ...], marked: bool, found: Rendered
+    ) -> RenderedText:
+        text, blocks = found[Part(len(conversation.messages))]
+        if self.config.loss_on == "all":
             return RenderedText(text, ((0, len(text)),), "all", plain=False)
-        if config.response_part is not None:
+        if self.config.response_part is not None:
             return RenderedText(text, self._by_markers(conversation, text), "markers", plain=False)
         if marked:
             return self._by_generation(conversation, text, blocks)
-        texts = {part: found for part, (found, _) in rendered.items()}
-        spans = tuple(_added_by(texts, text, index) for index in turns)
+        spans = tuple(_added_by(found, text, index) for index in turns)
         return RenderedText(text, spans, "prefix", plain=False)
 
     def _template(self, conversation: Conversation) -> str:
@@ -182,7 +183,8 @@ def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int
     template = tokenizer.get_chat_template(None, None)
     names = tokenizer.special_tokens_map
     prompt = Part(len(messages), is_prompt=True)
-    rendered = RENDERER.render(template, messages, (prompt,), special_tokens=names)
+    request = Request(messages, (prompt,))
+    (rendered,) = RENDERER.render(template, [request], special_tokens=names)
     text, _ = rendered[prompt]
     return tokenizer(text, add_special_tokens=False)["input_ids"]  # pyright: ignore[reportReturnType]
 
@@ -206,9 +208,22 @@ def _check_markers(conversation: Conversation, starts: list[int], ends: list[int
         )
 
 
-def _added_by(texts: Mapping[Part, str], whole: str, index: int) -> Span:
+def _parts(conversation: Conversation, turns: tuple[int, ...]) -> tuple[Part, ...]:
+    """Returns the whole, and for each turn what is before it and what ends with it."""
+    parts = {Part(len(conversation.messages)): None}  # a set that keeps its order
+    for index in turns:
+        parts |= {Part(index, is_prompt=True): None, Part(index + 1): None}
+    return tuple(part for part in parts if part.length)
+
+
+def _added_by(found: Rendered, whole: str, index: int) -> Span:
     """Returns the characters that message `index` adds, if that can be told for certain."""
-    before, upto = texts[Part(index, is_prompt=True)], texts[Part(index + 1)]
+    if index == 0:
+        raise DataError(
+            "messages[0] is an assistant turn, and nothing before it shows where it starts; "
+            f"{_OTHER_WAYS}"
+        )
+    (before, _), (upto, _) = found[Part(index, is_prompt=True)], found[Part(index + 1)]
     if not (whole.startswith(before) and whole.startswith(upto) and len(before) < len(upto)):
         raise DataError(
             f"the chat template is not prefix-preserving: what it renders up to messages"

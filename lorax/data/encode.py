@@ -14,6 +14,7 @@ from lorax.data.formats import (
     Completion,
     Conversation,
     Document,
+    Example,
     TokenRow,
     detect_format,
     read_example,
@@ -96,30 +97,43 @@ class _RowEncoder:
                 with _named(rows, 0):
                     data_format = detect_format(batch[0][1])
             self.formats.add(data_format)
-            read: list[RenderedText | TokenRow] = []
+            examples: list[Example] = []
             for index, row in batch:
                 with _named(rows, index):
-                    read.append(self._read(row, data_format))
+                    examples.append(self._read(row, data_format))
+            rendered, read = self._render(examples, data_format), []
+            for index, _ in batch:
+                with _named(rows, index):
+                    read.append(next(rendered))
             tokenized = self._tokenize([item for item in read if isinstance(item, RenderedText)])
             for (index, _), item in zip(batch, read, strict=True):
                 with _named(rows, index):
                     encoded = self._mask(item, tokenized)
                 yield index, encoded
 
-    def _read(self, row: Row, data_format: str) -> RenderedText | TokenRow:
+    def _read(self, row: Row, data_format: str) -> Example:
         example = read_example(row, data_format, chat=self._chat is not None)
-        if isinstance(example, Conversation):
-            if self._chat is None:
-                raise DataError(
-                    "the row is a conversation and the tokenizer has no chat template; set "
-                    "data.chat_template to the path of a .jinja file"
-                )
-            item = self._chat.render(example)
-        else:
-            self._refuse_chat_settings(data_format)
-            item = self._read_plain(example)
-        self.mask_sources.add(item.mask_source if isinstance(item, RenderedText) else "labels")
-        return item
+        if isinstance(example, Conversation) and self._chat is None:
+            raise DataError(
+                "the row is a conversation and the tokenizer has no chat template; set "
+                "data.chat_template to the path of a .jinja file"
+            )
+        return example
+
+    def _render(
+        self, examples: list[Example], data_format: str
+    ) -> Iterator[RenderedText | TokenRow]:
+        """Yields the text of each example, conversations rendered; raises errors in their turn."""
+        talks = [example for example in examples if isinstance(example, Conversation)]
+        rendered = self._chat.render(talks) if self._chat is not None else iter(())
+        for example in examples:
+            if isinstance(example, Conversation):
+                item = next(rendered)
+            else:
+                self._refuse_chat_settings(data_format)
+                item = self._read_plain(example)
+            self.mask_sources.add(item.mask_source if isinstance(item, RenderedText) else "labels")
+            yield item
 
     def _read_plain(self, example: Completion | Document | TokenRow) -> RenderedText | TokenRow:
         loss_on = self._config.loss_on

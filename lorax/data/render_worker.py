@@ -1,8 +1,9 @@
 """Renders chat templates in a process of its own, with bounds on time, memory and output.
 
 A template comes with a downloaded model. transformers' sandbox keeps it from running code, but not
-from looping for ever or from making a text of many GiB. Reads a JSON request per line from standard
-input and answers each with a JSON line; ends with its input. Imports nothing of lorax.
+from looping for ever or from making a text of many GiB. Reads requests from standard input, a line
+of JSON each time, and answers with a line, up to the first error. Ends with its input. Imports
+nothing of lorax.
 """
 
 import json
@@ -11,8 +12,11 @@ import os
 import resource
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any, NoReturn
+
+from transformers.utils.chat_template_utils import render_jinja_template
 
 CPU_SECONDS = 3.0
 CHARACTERS = 2**24
@@ -24,50 +28,62 @@ class _LimitError(Exception):
     """A template that took more than it may."""
 
 
-def render(request: dict[str, Any], size: int) -> dict[str, Any]:
+class Bounds:
+    """Keeps a rendering within time and memory, with two system calls in the usual case."""
+
+    def __init__(self):
+        self._armed, self._longest = -math.inf, 0
+
+    def __enter__(self) -> None:
+        # The alarm interrupts a loop; a single operation without end is ended by the kernel.
+        # Again and again: Jinja catches what is raised while it computes constants.
+        signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS, 0.25)
+        if time.monotonic() - self._armed > 1:
+            self._armed = time.monotonic()
+            used = resource.getrusage(resource.RUSAGE_SELF)
+            seconds = math.ceil(used.ru_utime + used.ru_stime + CPU_SECONDS) + 1
+            _set_limit(resource.RLIMIT_CPU, seconds + 1)
+
+    def __exit__(self, *_: object) -> None:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+
+    def make_room(self, size: int) -> None:
+        """Lets a request of `size` characters have the memory that it may need."""
+        pages = Path("/proc/self/statm")
+        if size > self._longest and pages.exists():
+            self._longest = 2 * size
+            now = int(pages.read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+            _set_limit(resource.RLIMIT_AS, now + BYTES + 32 * self._longest)
+
+
+def _set_limit(kind: int, value: int) -> None:
+    resource.setrlimit(kind, (value, resource.getrlimit(kind)[1]))
+
+
+def render(
+    request: dict[str, Any], options: dict[str, Any], size: int, bounds: Bounds
+) -> dict[str, Any]:
     """Returns text and generation blocks of each part, or the error of the first that fails."""
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    count, rendered = 0, []
+    length, rendered = 0, []
     try:
-        _limit(size)
-        for count, is_prompt in request["parts"]:
-            messages = request["messages"][:count]
-            texts, blocks = render_jinja_template(
-                [messages], add_generation_prompt=is_prompt, **request["options"]
-            )
-            if len(texts[0]) > CHARACTERS + 4 * size:
-                raise _LimitError(f"it renders {len(texts[0]):,} characters")
-            rendered.append((texts[0], blocks[0] if blocks else []))
+        with bounds:
+            for length, is_prompt in request["parts"]:
+                texts, blocks = render_jinja_template(
+                    [request["messages"][:length]],
+                    tools=request["tools"],
+                    add_generation_prompt=is_prompt,
+                    **options,
+                )
+                if len(texts[0]) > CHARACTERS + 4 * size:
+                    raise _LimitError(f"it renders {len(texts[0]):,} characters")
+                rendered.append((texts[0], blocks[0] if blocks else []))
     except _LimitError as error:
-        return {"count": count, "error": f"{error}, more than any conversation needs"}
+        return {"length": length, "error": f"{error}, more than any conversation needs"}
     except MemoryError:
-        return {"count": count, "error": "it takes more memory than any conversation needs"}
+        return {"length": length, "error": "it takes more memory than any conversation needs"}
     except Exception as error:
-        return {"count": count, "error": str(error) or type(error).__name__}
-    finally:
-        _release()
+        return {"length": length, "error": str(error) or type(error).__name__}
     return {"rendered": rendered}
-
-
-def _limit(size: int) -> None:
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
-    # The alarm interrupts a loop; a single operation without end is ended by the kernel.
-    seconds = math.ceil(used.ru_utime + used.ru_stime + CPU_SECONDS) + 1
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, hard))
-    signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
-    if (pages := Path("/proc/self/statm")).exists():
-        now = int(pages.read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-        resource.setrlimit(resource.RLIMIT_AS, (now + BYTES + 32 * size, hard))
-
-
-def _release() -> None:
-    signal.setitimer(signal.ITIMER_PROF, 0)
-    for kind in (resource.RLIMIT_CPU, resource.RLIMIT_AS):
-        hard = resource.getrlimit(kind)[1]
-        resource.setrlimit(kind, (hard, hard))
 
 
 def _stop(*_: object) -> NoReturn:
@@ -81,12 +97,16 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    template = ""
+    bounds = Bounds()
     for line in sys.stdin:
-        request = json.loads(line)
-        template = request.pop("template", template)
-        request["options"]["chat_template"] = template
-        answers.write(json.dumps(render(request, len(line))) + "\n")
+        bounds.make_room(len(line))
+        asked, found = json.loads(line), []
+        for request in asked["requests"]:
+            found.append(render(request, asked["options"], len(line), bounds))
+            if "error" in found[-1]:
+                bounds = Bounds()  # what the template left behind must not count against the next
+                break
+        answers.write(json.dumps(found) + "\n")
         answers.flush()
 
 

@@ -6,13 +6,15 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lorax.data.rows import DataError
 
 type Span = tuple[int, int]
+
+_LONGEST_LINE = 2**20
 
 _WORKER = Path(__file__).with_name("render_worker.py")
 _KEPT = ("PATH", "PYTHONPATH", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR", "TZ")
@@ -26,6 +28,18 @@ class Part(NamedTuple):
     is_prompt: bool = False
 
 
+class Request(NamedTuple):
+    """Messages, the parts of them to render, and JSON schemas of tools."""
+
+    messages: Sequence[Mapping[str, Any]]
+    parts: Sequence[Part]
+    tools: Sequence[Any] | None = None
+
+
+type Rendered = dict[Part, tuple[str, list[Span]]]
+"""The text of each part, and the characters of its ``{% generation %}`` blocks."""
+
+
 class Renderer:
     """Renders conversations as transformers does, in a process that may not take too much.
 
@@ -35,76 +49,80 @@ class Renderer:
     def __init__(self):
         self._process: subprocess.Popen[str] | None = None
         self._lock = threading.Lock()
-        self._owner, self._template = 0, ""
+        self._owner = 0
 
     def render(
         self,
         template: str,
-        messages: Sequence[Mapping[str, Any]],
-        parts: Sequence[Part],
+        requests: Sequence[Request],
         *,
-        tools: Sequence[Any] | None = None,
         special_tokens: Mapping[str, Any],
         mark_generation: bool = False,
-    ) -> dict[Part, tuple[str, list[Span]]]:
-        """Returns the text of each part, and the characters of its ``{% generation %}`` blocks.
+    ) -> Iterator[Rendered]:
+        """Yields what each request asks for, in order; asks the process for many at a time.
 
         Args:
             template: In Jinja.
-            messages: As the template takes them.
-            parts: What to render.
-            tools: JSON schemas.
+            requests: What to render.
             special_tokens: By name, such as ``eos_token``.
-            mark_generation: Whether to tell the blocks; else there are none.
+            mark_generation: Whether to tell the generation blocks; else there are none.
 
         Raises:
-            DataError: If the template fails, or takes too much time, memory or text.
+            DataError: In its turn, if the template fails or takes too much time, memory or text.
         """
-        request = {
-            "messages": list(messages),
-            "parts": parts,
-            "options": {
-                "tools": tools,
-                "return_assistant_tokens_mask": mark_generation,
-                **special_tokens,
-            },
+        options = {
+            "chat_template": template,
+            "return_assistant_tokens_mask": mark_generation,
+            **special_tokens,
         }
-        with self._lock:
-            answer = self._ask(template, request)
-        if "error" in answer:
-            count = answer.get("count", len(messages))
-            roles = ", ".join(str(message.get("role")) for message in messages[:count])
-            raise DataError(f"the chat template fails on the messages ({roles}): {answer['error']}")
-        return {
-            part: (text, [(start, end) for start, end in blocks])
-            for part, (text, blocks) in zip(parts, answer["rendered"], strict=True)
-        }
+        for group in _group(requests):
+            for (request, _), answer in zip(group, self._answer(options, group), strict=False):
+                if "error" in answer:
+                    messages = request.messages[: answer.get("length")]
+                    roles = ", ".join(str(message.get("role")) for message in messages)
+                    raise DataError(
+                        f"the chat template fails on the messages ({roles}): {answer['error']}"
+                    )
+                yield {
+                    part: (text, [(start, end) for start, end in blocks])
+                    for part, (text, blocks) in zip(request.parts, answer["rendered"], strict=True)
+                }
 
-    def _ask(self, template: str, request: dict[str, Any]) -> dict[str, Any]:
-        process = self._running()
-        assert process.stdin is not None and process.stdout is not None
-        if template != self._template:
-            request["template"] = template
-        try:
-            line = json.dumps(request)
-        except (TypeError, ValueError) as error:
-            return {"error": f"they hold what JSON does not: {error}"}
-        try:
-            process.stdin.write(line + "\n")
-            process.stdin.flush()
-            line = process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            status = process.wait()
-            self.close()
-            return {"error": f"the process that rendered it was ended (status {status})"}
-        self._template = template
-        return json.loads(line)
+    def _answer(
+        self, options: Mapping[str, Any], group: Sequence[tuple[Request, str]]
+    ) -> Iterator[dict[str, Any]]:
+        """Yields the answers up to the first error."""
+        found = self._ask(options, group)
+        if found is not None:
+            yield from found
+        elif len(group) == 1:
+            yield {"error": "it takes more time or memory than any conversation needs"}
+        else:  # which one ended the process shows when they are asked for one by one
+            for one in group:
+                yield from self._answer(options, [one])
+
+    def _ask(
+        self, options: Mapping[str, Any], group: Sequence[tuple[Request, str]]
+    ) -> list[dict[str, Any]] | None:
+        """Returns the answers up to the first error, or None if the process ended."""
+        texts = ", ".join(text for _, text in group)
+        line = f'{{"options": {json.dumps(options)}, "requests": [{texts}]}}\n'
+        with self._lock:
+            process = self._running()
+            assert process.stdin is not None and process.stdout is not None
+            try:
+                process.stdin.write(line)
+                process.stdin.flush()
+                answer = process.stdout.readline()
+            except BrokenPipeError:
+                answer = ""
+            if not answer:
+                self.close()
+        return json.loads(answer) if answer else None
 
     def _running(self) -> subprocess.Popen[str]:
         if self._process is None or self._owner != os.getpid():  # a fork must not share it
-            self._owner, self._template = os.getpid(), ""
+            self._owner = os.getpid()
             self._process = subprocess.Popen(
                 [sys.executable, "-P", str(_WORKER)],
                 stdin=subprocess.PIPE,
@@ -121,6 +139,26 @@ class Renderer:
         if process is not None and self._owner == os.getpid():
             with process:  # closes its pipes, which ends it, and waits
                 pass
+
+
+def _group(requests: Sequence[Request]) -> Iterator[list[tuple[Request, str]]]:
+    """Yields requests with their JSON, as many at a time as are asked for together."""
+    group: list[tuple[Request, str]] = []
+    size = 0
+    for request in requests:
+        try:
+            text = json.dumps(request._asdict())
+        except (TypeError, ValueError) as error:
+            if group:
+                yield group
+            raise DataError(f"the messages hold what JSON does not: {error}") from error
+        if group and size + len(text) > _LONGEST_LINE:
+            yield group
+            group, size = [], 0
+        group.append((request, text))
+        size += len(text)
+    if group:
+        yield group
 
 
 RENDERER = Renderer()
