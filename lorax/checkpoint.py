@@ -29,7 +29,7 @@ CHECKPOINT_FOLDER = "checkpoints"
 """In a run's folder: where its checkpoints are."""
 
 MANIFEST_FILE, MARKER_FILE, LOCK_FILE = "manifest.json", "LORAX", "lock"
-_FORMAT = 1
+_FORMAT = 2
 _STEP = re.compile(r"step-(\d{9})")
 _MARKER = "Checkpoints of a lorax run. Folders step-*, damaged-* and .partial-* belong to lorax.\n"
 _PASSING = {errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.ESTALE}
@@ -287,16 +287,15 @@ def write_checkpoint(
     """Writes a checkpoint into an empty folder, and waits until it is on the disk."""
     import orbax.checkpoint as ocp
 
-    names = {path: f"{index:05d}" for index, path in enumerate(arrays)}
-    tree = {names[path]: value for path, value in arrays.items()}
-    with contextlib.closing(ocp.Checkpointer(ocp.PyTreeCheckpointHandler())) as checkpointer:
-        checkpointer.save((folder / "arrays").absolute(), args=ocp.args.PyTreeSave(tree))
+    stacks, places = _stack_alike(arrays)
+    # Not in TensorStore's database of chunks: its description leaks memory with every save.
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False)
+    with contextlib.closing(ocp.Checkpointer(handler)) as checkpointer:
+        checkpointer.save((folder / "arrays").absolute(), args=ocp.args.PyTreeSave(stacks))
     manifest = {
         "format": _FORMAT,
         "step": step,
-        "arrays": {
-            path: _describe(value) | {"name": names[path]} for path, value in arrays.items()
-        },
+        "arrays": {path: _describe(value) | places[path] for path, value in arrays.items()},
         "record": dict(record),
         "versions": dict(versions),
     }
@@ -313,15 +312,37 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         CheckpointError: If anything in it is missing, changed or not finite.
     """
     manifest = _read_manifest(folder)
-    stored = _read_arrays(folder / "arrays", [e["name"] for e in manifest["arrays"].values()])
+    entries = manifest["arrays"]
+    names = sorted({entry["stack"] for entry in entries.values()})
+    stored = _read_arrays(folder / "arrays", names)
     arrays = {}
-    for path, entry in manifest["arrays"].items():
-        value = stored[entry["name"]]
-        if _describe(value) | {"name": entry["name"]} != entry:
+    for path, entry in entries.items():
+        place = {name: entry[name] for name in ("stack", "row")}
+        stack = np.atleast_1d(stored[place["stack"]])
+        value = np.asarray(stack[min(place["row"], len(stack) - 1)] if len(stack) else stack)
+        if _describe(value) | place != entry:
             raise CheckpointError(f"{folder}: {path} is not what was written")
         arrays[path] = value
     refuse_nonfinite(arrays, str(folder))
     return Checkpoint(manifest["step"], arrays, manifest["record"], manifest["versions"])
+
+
+def _stack_alike(
+    arrays: Mapping[str, np.ndarray],
+) -> tuple[dict[str, np.ndarray], dict[str, dict[str, Any]]]:
+    """Returns stacks of arrays of one shape and dtype, and in which stack and row each array is.
+
+    The layers of a model are alike, so few files hold what would be a thousand.
+    """
+    alike: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+    for path, value in arrays.items():
+        alike.setdefault((value.dtype.name, value.shape), []).append(path)
+    stacks, places = {}, {}
+    for index, paths in enumerate(alike.values()):
+        name = f"{index:05d}"
+        stacks[name] = np.stack([arrays[path] for path in paths])
+        places |= {path: {"stack": name, "row": row} for row, path in enumerate(paths)}
+    return stacks, places
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
