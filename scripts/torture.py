@@ -122,9 +122,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         import torture_checkpoints
         import torture_inputs
+        import torture_loads
         import torture_runs
 
-        cases = torture_checkpoints.CASES | torture_runs.CASES | torture_inputs.CASES
+        cases = torture_checkpoints.CASES | torture_runs.CASES
+        cases |= torture_inputs.CASES | torture_loads.CASES
         unknown = sorted(set(parsed.only or ()) - cases.keys())
         if unknown:
             parser.error(f"there is no case {unknown[0]}, only {', '.join(cases)}")

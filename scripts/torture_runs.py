@@ -338,42 +338,6 @@ def leave_nothing_to_learn(count: int, folder: Path) -> tuple[int, int]:
     return passed, 4
 
 
-def soak(count: int, folder: Path) -> tuple[int, int]:
-    """L1: thousands of steps, saved every ten: no growth of memory, open files or threads."""
-    marks = folder / "marks.json"
-
-    def work():
-        import gc
-        import threading
-
-        def measure():
-            gc.collect()
-            pages = int(Path("/proc/self/statm").read_text().split()[1])
-            files = len(os.listdir("/proc/self/fd"))
-            return [pages * os.sysconf("SC_PAGE_SIZE"), files, threading.active_count()]
-
-        found = []
-
-        def listen(event):
-            if event.get("step") in (count // 5, count - 5) and "loss" in event:
-                made.checkpoints.wait()  # what a save in progress has open is no growth
-                found.append(measure())
-                marks.write_text(json.dumps(found))
-
-        options: dict[str, Any] = {"train__max_steps": count, "save__save_steps": 10}
-        options |= {"save__save_total_limit": 2, "keep": False}
-        made, _ = make_trainer(folder / "run", listeners=(listen,), **options)
-        made.train()
-
-    ended = wait(start(work), 3600) == 0
-    (early, late), kept = json.loads(marks.read_text()), folder / "run" / "checkpoints"
-    print(f"     resident bytes, open files, threads: {early} then {late}")
-    grown = [b / a - 1 for a, b in zip(early, late, strict=True)]
-    few = len(list(kept.glob("step-*"))) == 2 and not list(kept.glob(".partial-*"))
-    checks = [ended, few, *(growth < 0.01 for growth in grown)]
-    return sum(checks), len(checks)
-
-
 def rows_of_step(plan, step: int) -> list[list[int]]:
     """Returns the rows of a step of a run, from 0."""
     epoch, at = divmod(step, plan.steps_per_epoch)
@@ -388,6 +352,5 @@ CASES = {
     "P1": (terminate, 20, 2),
     "N1": (poison, 12, 3),
     "D2": (leave_nothing_to_learn, 4, 4),
-    "L1": (soak, 10_000, 200),
 }
 """By id: what to run, how often by hand, and how often in the tests."""

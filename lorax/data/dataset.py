@@ -1,7 +1,12 @@
 """Encoded rows: token ids, what is supervised, and how they came to be."""
 
+import array
+import contextlib
 import dataclasses
-from collections.abc import Iterable
+import functools
+import itertools
+import tempfile
+from collections.abc import Iterable, Iterator
 from typing import Self
 
 import numpy as np
@@ -94,6 +99,13 @@ class EncodedDataset:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
+    @functools.cached_property
+    def targets(self) -> Int64[np.ndarray, " rows"]:
+        """Supervised tokens of each row."""
+        # Row by row: `np.add.reduceat` would make eight bytes of every flag of the dataset.
+        rows = (self.supervised[a:b] for a, b in itertools.pairwise(self.offsets))
+        return np.fromiter(map(np.count_nonzero, rows), np.int64, len(self))
+
     @property
     def lengths(self) -> Int64[np.ndarray, " rows"]:
         """Tokens of each row."""
@@ -105,6 +117,66 @@ class EncodedDataset:
             raise IndexError(f"row {index} of a dataset with {len(self)} rows")
         part = slice(self.offsets[index], self.offsets[index + 1])
         return self.tokens[part], self.supervised[part]
+
+
+class RowWriter(contextlib.AbstractContextManager["RowWriter"]):
+    """Lays rows end to end in nameless files, so that no dataset is too large for the memory.
+
+    They lie in the folder for temporary files (TMPDIR) and are gone with the dataset.
+    """
+
+    def __init__(self):
+        open_file = lambda: tempfile.TemporaryFile(prefix="lorax-data-", buffering=2**20)
+        self._tokens, self._supervised = open_file(), open_file()
+        self._ends = array.array("q", [0])
+        self.supervised_tokens = 0
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    @property
+    def tokens(self) -> int:
+        """Tokens written so far."""
+        return self._ends[-1]
+
+    def add(self, row: EncodedRow) -> None:
+        """Writes the next row.
+
+        Raises:
+            DataError: If there is no room for it.
+        """
+        tokens, supervised = row
+        with self._telling():
+            self._tokens.write(tokens.astype(np.int32, copy=False).tobytes())
+            self._supervised.write(supervised.tobytes())
+        self._ends.append(self.tokens + len(tokens))
+        self.supervised_tokens += int(supervised.sum())
+
+    def finish(self, report: EncodeReport) -> EncodedDataset:
+        """Returns what was written, at least one row, mapped into memory and not read into it."""
+        with self._telling():
+            self._tokens.flush()
+            self._supervised.flush()
+        tokens = np.memmap(self._tokens, np.int32, mode="r")
+        supervised = np.memmap(self._supervised, np.bool_, mode="r")
+        offsets = np.asarray(self._ends, np.int64)
+        return EncodedDataset(np.asarray(tokens), np.asarray(supervised), offsets, report)
+
+    def __exit__(self, *_: object) -> None:
+        # What is still unwritten after an error is not worth another.
+        for file in (self._tokens, self._supervised):
+            with contextlib.suppress(OSError):
+                file.close()
+
+    @contextlib.contextmanager
+    def _telling(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise DataError(
+                f"{tempfile.gettempdir()}: cannot hold the encoded rows: {error.strerror}; make "
+                "room, or set TMPDIR to a folder on another disk"
+            ) from error
 
 
 def _count(

@@ -1,14 +1,14 @@
 """Sources of any format encoded as token ids and a mask of what is supervised."""
 
 import contextlib
-import itertools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
 from lorax.config import DataConfig, DataSource
 from lorax.data.chat import RenderedText, load_chat_template
-from lorax.data.dataset import EncodedDataset, EncodedRow, EncodeReport
+from lorax.data.dataset import EncodedDataset, EncodedRow, EncodeReport, RowWriter
 from lorax.data.formats import (
     IGNORED_LABEL,
     Completion,
@@ -24,7 +24,7 @@ from lorax.data.rows import DataError, Row, Rows
 from lorax.data.sources import open_source
 from lorax.data.tokenizer import TokenizedText, Tokenizer, check_fast, tokenize_texts
 
-_ROWS_PER_BATCH = 256
+_ROWS_PER_BATCH, _SIZE_PER_BATCH = 256, 2**20
 
 
 def load_encoded_dataset(
@@ -51,25 +51,26 @@ def load_encoded_dataset(
     if not sources:
         raise DataError("a dataset needs at least one source, got none")
     encoder = _RowEncoder(config, tokenizer, vocab_size)
-    sieve = _Sieve(config)
-    for source in sources:
-        with open_source(source) as rows:
-            for index, encoded in encoder.encode(rows):
-                sieve.add(encoded, rows, index)
-    sieve.check()
-    report = EncodeReport(
-        format=", ".join(sorted(encoder.formats)),
-        mask_source=", ".join(sorted(encoder.mask_sources)),
-        rows_read=sieve.read,
-        rows_kept=len(sieve.kept),
-        rows_truncated=sieve.truncated,
-        rows_dropped_overlong=sieve.overlong if config.overlong == "drop" else 0,
-        rows_dropped_unsupervised=sieve.unsupervised,
-        tokens=sum(len(tokens) for tokens, _ in sieve.kept),
-        supervised_tokens=sum(int(supervised.sum()) for _, supervised in sieve.kept),
-        sources=tuple(source.path for source in sources),
-    )
-    return EncodedDataset.from_rows(sieve.kept, report)
+    with RowWriter() as kept:
+        sieve = _Sieve(config, kept)
+        for source in sources:
+            with open_source(source) as rows:
+                for index, encoded in encoder.encode(rows):
+                    sieve.add(encoded, rows, index)
+        sieve.check()
+        report = EncodeReport(
+            format=", ".join(sorted(encoder.formats)),
+            mask_source=", ".join(sorted(encoder.mask_sources)),
+            rows_read=sieve.read,
+            rows_kept=len(kept),
+            rows_truncated=sieve.truncated,
+            rows_dropped_overlong=sieve.overlong if config.overlong == "drop" else 0,
+            rows_dropped_unsupervised=sieve.unsupervised,
+            tokens=kept.tokens,
+            supervised_tokens=kept.supervised_tokens,
+            sources=tuple(source.path for source in sources),
+        )
+        return kept.finish(report)
 
 
 class _RowEncoder:
@@ -92,7 +93,7 @@ class _RowEncoder:
     def encode(self, rows: Rows) -> Iterator[tuple[int, EncodedRow]]:
         """Yields the index of each row with its token ids and mask, of any length."""
         data_format = self._config.format
-        for batch in itertools.batched(enumerate(rows), _ROWS_PER_BATCH):
+        for batch in _batches(rows):
             if data_format == "auto":
                 with _named(rows, 0):
                     data_format = detect_format(batch[0][1])
@@ -197,8 +198,8 @@ class _RowEncoder:
 class _Sieve:
     """Keeps the rows that can be trained on and counts those that cannot."""
 
-    def __init__(self, config: DataConfig) -> None:
-        self.kept: list[EncodedRow] = []
+    def __init__(self, config: DataConfig, kept: RowWriter) -> None:
+        self._kept = kept
         self.read = self.truncated = self.overlong = self.unsupervised = 0
         self._config = config
         self._first_overlong = self._first_unsupervised = ""
@@ -214,7 +215,7 @@ class _Sieve:
             )
             if self._config.overlong == "truncate":
                 self.truncated += 1
-                tokens, supervised = tokens[:limit].copy(), supervised[:limit].copy()
+                tokens, supervised = tokens[:limit], supervised[:limit]
             else:
                 self.overlong += 1
                 return
@@ -222,7 +223,7 @@ class _Sieve:
             self.unsupervised += 1
             self._first_unsupervised = self._first_unsupervised or rows.place(index)
             return
-        self.kept.append((tokens, supervised))
+        self._kept.add((tokens, supervised))
 
     def check(self) -> None:
         """Raises DataError if rows were lost that the config does not give up, or all were."""
@@ -239,12 +240,40 @@ class _Sieve:
                 f"{f' ({self.truncated} rows were truncated)' if self.truncated else ''}; the "
                 f"first is {self._first_unsupervised}. Mend them, or set data.unsupervised: drop"
             )
-        if not self.kept:
+        if not len(self._kept):
             raise DataError(
                 f"none of {self.read} rows is left: {self.overlong} are longer than "
                 f"data.max_seq_length: {config.max_seq_length} and {self.unsupervised} have no "
                 f"supervised token; the first, {self._first_overlong or self._first_unsupervised}"
             )
+
+
+def _batches(rows: Rows) -> Iterator[list[tuple[int, Row]]]:
+    """Yields rows with their indices: many short ones or few long ones at a time."""
+    batch: list[tuple[int, Row]] = []
+    size = 0
+    for index, row in enumerate(rows):
+        batch.append((index, row))
+        size += _size(row)
+        if len(batch) == _ROWS_PER_BATCH or size >= _SIZE_PER_BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _size(value: Any) -> int:
+    """Returns about how many characters a value has as JSON."""
+    match value:
+        case str():
+            return len(value)
+        case dict():
+            return sum(map(_size, value.values()))
+        case list() if value and isinstance(value[0], int):
+            return 4 * len(value)
+        case list():
+            return sum(map(_size, value))
+    return 4
 
 
 def _mask_labels(row: TokenRow) -> EncodedRow:

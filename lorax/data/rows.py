@@ -1,5 +1,6 @@
 """Rows of one source, read one at a time, each with the place it stands in."""
 
+import array
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,8 +11,6 @@ import numpy as np
 from jaxtyping import Int64
 
 type Row = dict[str, Any]
-
-_ROWS_PER_READ = 1024
 
 
 class DataError(ValueError):
@@ -40,26 +39,37 @@ class LineRows:
 
     Args:
         name: The file, as the user wrote it.
-        lines: A table with one column, `text`, one row per line of the file.
+        path: The file.
         numbers: Which lines are rows, counted from 0.
+        offsets: The bytes of the file before each of them.
     """
 
     def __init__(
-        self, name: str, lines: datasets.Dataset, numbers: Int64[np.ndarray, " rows"]
+        self,
+        name: str,
+        path: Path,
+        numbers: Int64[np.ndarray, " rows"],
+        offsets: Int64[np.ndarray, " rows"],
     ) -> None:
         self.name = name
-        self._lines = lines
+        self._path = path
         self._numbers = numbers
+        self._offsets = offsets
 
     def __len__(self) -> int:
         return len(self._numbers)
 
     def __iter__(self) -> Iterator[Row]:
-        for start in range(0, len(self), _ROWS_PER_READ):
-            numbers = self._numbers[start : start + _ROWS_PER_READ]
-            texts = self._lines[numbers.tolist()]["text"]
-            for number, text in zip(numbers, texts, strict=True):
-                yield parse_object(text, f"{self.name}:{number + 1}")
+        with self._path.open("rb") as file:
+            for number, offset in zip(self._numbers, self._offsets, strict=True):
+                if file.tell() != offset:
+                    file.seek(offset)
+                place = f"{self.name}:{number + 1}"
+                try:
+                    text = file.readline().decode("utf-8")
+                except UnicodeDecodeError as error:
+                    raise DataError(f"{place}: invalid UTF-8") from error
+                yield parse_object(text, place)
 
     def place(self, index: int) -> str:
         """Returns ``file:line``, lines counted from 1 and blank ones included."""
@@ -101,15 +111,20 @@ class TableRows:
         return f"{self.name}: row {self._numbers[index]} (counted from 0)"
 
 
-def line_numbers(lines: datasets.Dataset) -> Int64[np.ndarray, " rows"]:
-    """Returns the numbers, from 0, of the lines that are not blank."""
-    found: list[int] = []
-    first = 0
-    for batch in lines.iter(batch_size=_ROWS_PER_READ):
-        texts: list[str] = batch["text"]  # pyright: ignore[reportArgumentType, reportCallIssue]
-        found += [first + index for index, text in enumerate(texts) if text.strip()]
-        first += len(texts)
-    return np.asarray(found, np.int64)
+def index_lines(
+    path: Path,
+) -> tuple[Int64[np.ndarray, " rows"], Int64[np.ndarray, " rows"]]:
+    """Returns number, from 0, and offset of each line that is not blank; holds one at a time."""
+    numbers, offsets = array.array("q"), array.array("q")
+    with path.open("rb") as file:
+        offset = 3 if file.read(3) == b"\xef\xbb\xbf" else 0
+        file.seek(offset)
+        for number, line in enumerate(file):
+            if line.strip():
+                numbers.append(number)
+                offsets.append(offset)
+            offset += len(line)
+    return np.asarray(numbers, np.int64), np.asarray(offsets, np.int64)
 
 
 def parse_object(text: str, place: str) -> Row:

@@ -22,7 +22,7 @@ from lorax.data.rows import (
     LineRows,
     Rows,
     TableRows,
-    line_numbers,
+    index_lines,
     parse_array,
     undecodable_place,
 )
@@ -37,8 +37,8 @@ _READ_ERRORS = (DatasetsError, pyarrow.ArrowException, OSError, ValueError)
 def open_source(source: DataSource) -> Iterator[Rows]:
     """Opens a file or a hub dataset for the length of a `with` block.
 
-    A file is read anew each time: what `datasets` caches of it goes to a temporary directory that
-    is gone afterwards, so a changed file is never served stale. Reading a file sends nothing.
+    A file is read anew each time: what `datasets` caches of a table goes to a temporary directory
+    that is gone afterwards, so a changed file is never served stale. Reading a file sends nothing.
 
     Args:
         source: The path ends in .jsonl, .json, .parquet or .csv, or is a hub id.
@@ -53,8 +53,11 @@ def open_source(source: DataSource) -> Iterator[Rows]:
     path = Path(source.path)
     if path.suffix.lower() in SUFFIXES:
         _check_file(path, source)
+        if path.suffix.lower() in (".json", ".jsonl"):
+            yield _open_json(path, source)
+            return
         with tempfile.TemporaryDirectory(prefix="lorax-data-") as cache:
-            yield _open_file(path, source, cache)
+            yield _open_table(path, source, cache)
     elif path.exists() or not _HUB_ID.fullmatch(source.path):
         kind = "a directory" if path.is_dir() else "a file of another kind" if path.exists() else ""
         raise DataError(
@@ -82,20 +85,25 @@ def _check_file(path: Path, source: DataSource) -> None:
         )
     if head[:14].lower().startswith((b"<!doctype html", b"<html")):
         raise DataError(f"{source.path}: this is an HTML page, not data; download the file again")
-    if not head and not path.read_bytes().strip():
-        raise DataError(f"{source.path}: the file is empty")
+    if not head:
+        with path.open("rb") as file:
+            if not any(line.strip() for line in file):
+                raise DataError(f"{source.path}: the file is empty")
 
 
-def _open_file(path: Path, source: DataSource, cache: str) -> Rows:
-    name, suffix = source.path, path.suffix.lower()
-    if suffix == ".json" and _first_byte(path) == b"[":
-        elements = parse_array(path, name)
-        return TableRows(name, elements, _numbers_of_split(source, np.arange(len(elements))))
-    if suffix in (".json", ".jsonl"):
-        lines = _read_lines(path, name, cache)
-        return LineRows(name, lines, _numbers_of_split(source, line_numbers(lines)))
-    table = _read_csv(path, name, cache) if suffix == ".csv" else _read_parquet(path, name, cache)
-    return TableRows(name, table, _numbers_of_split(source, np.arange(len(table))))
+def _open_json(path: Path, source: DataSource) -> Rows:
+    if path.suffix.lower() == ".json" and _first_byte(path) == b"[":
+        elements = parse_array(path, source.path)
+        return TableRows(source.path, elements, _places_of_split(source, len(elements)))
+    numbers, offsets = index_lines(path)
+    kept = _places_of_split(source, len(numbers))
+    return LineRows(source.path, path, numbers[kept], offsets[kept])
+
+
+def _open_table(path: Path, source: DataSource, cache: str) -> Rows:
+    read = _read_csv if path.suffix.lower() == ".csv" else _read_parquet
+    table = read(path, source.path, cache)
+    return TableRows(source.path, table, _places_of_split(source, len(table)))
 
 
 def _first_byte(path: Path) -> bytes:
@@ -104,16 +112,6 @@ def _first_byte(path: Path) -> bytes:
             if text := block.lstrip():
                 return text[:1]
     return b""
-
-
-def _read_lines(path: Path, name: str, cache: str) -> datasets.Dataset:
-    try:
-        with _without_progress_bars():
-            return _table(datasets.Dataset.from_text, path, cache, encoding="utf-8-sig")
-    except _READ_ERRORS as error:
-        if isinstance(error.__cause__, UnicodeDecodeError):
-            raise DataError(f"{undecodable_place(path, name)}: invalid UTF-8") from error
-        raise _unreadable(name, error) from error
 
 
 def _read_csv(path: Path, name: str, cache: str) -> datasets.Dataset:
@@ -201,23 +199,21 @@ def _open_hub(source: DataSource) -> Rows:
     return TableRows(f"{source.path} ({source.split})", table, np.arange(len(table)))
 
 
-def _numbers_of_split(
-    source: DataSource, numbers: Int64[np.ndarray, " rows"]
-) -> Int64[np.ndarray, " kept"]:
-    """Returns the row numbers that a split such as ``train[:10%]`` of a file keeps."""
-    if not len(numbers):
+def _places_of_split(source: DataSource, count: int) -> Int64[np.ndarray, " kept"]:
+    """Returns which of a file's rows a split such as ``train[:10%]`` keeps, counted from 0."""
+    if not count:
         raise DataError(f"{source.path}: the file holds no rows")
     try:
         instruction = datasets.ReadInstruction.from_spec(source.split)
-        parts = instruction.to_absolute({"train": len(numbers)})
+        parts = instruction.to_absolute({"train": count})
     except (ValueError, AssertionError) as error:
         raise DataError(
             f"{source.path}: split {source.split!r}: {error} A file has one split, 'train', which "
             "can be sliced as in 'train[:10%]'"
         ) from error
-    kept = np.concatenate([numbers[part.from_ : part.to] for part in parts])
+    kept = np.concatenate([np.arange(part.from_, part.to) for part in parts])
     if not len(kept):
-        raise DataError(f"{source.path}: split {source.split!r} keeps none of {len(numbers)} rows")
+        raise DataError(f"{source.path}: split {source.split!r} keeps none of {count} rows")
     return kept
 
 

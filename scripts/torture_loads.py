@@ -1,0 +1,159 @@
+"""Long runs and large data: memory stays where it is."""
+
+import itertools
+import json
+import os
+import re
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torture_processes import in_child, start, wait
+from torture_runs import make_trainer
+
+ROOT = Path(__file__).parents[1]
+MIB = 2**20
+
+
+def soak(count: int, folder: Path) -> tuple[int, int]:
+    """L1: thousands of steps, saved every ten: no growth of memory, open files or threads."""
+    marks = folder / "marks.json"
+
+    def work():
+        import gc
+        import threading
+
+        def measure():
+            gc.collect()
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            files = len(os.listdir("/proc/self/fd"))
+            return [pages * os.sysconf("SC_PAGE_SIZE"), files, threading.active_count()]
+
+        found = []
+
+        def listen(event):
+            if event.get("step") in (count // 5, count - 5) and "loss" in event:
+                made.checkpoints.wait()  # what a save in progress has open is no growth
+                found.append(measure())
+                marks.write_text(json.dumps(found))
+
+        options: dict[str, Any] = {"train__max_steps": count, "save__save_steps": 10}
+        options |= {"save__save_total_limit": 2, "keep": False}
+        made, _ = make_trainer(folder / "run", listeners=(listen,), **options)
+        made.train()
+
+    ended = wait(start(work), 3600) == 0
+    (early, late), kept = json.loads(marks.read_text()), folder / "run" / "checkpoints"
+    print(f"     resident bytes, open files, threads: {early} then {late}")
+    grown = [b / a - 1 for a, b in zip(early, late, strict=True)]
+    few = len(list(kept.glob("step-*"))) == 2 and not list(kept.glob(".partial-*"))
+    checks = [ended, few, *(growth < 0.01 for growth in grown)]
+    return sum(checks), len(checks)
+
+
+def write_rows(path: Path, rows: int, tokens: int) -> None:
+    """Writes rows of token ids; a hundred different ones, over and over."""
+    different = []
+    for index in range(100):
+        ids = [(index * 7 + i * 13) % 500 for i in range(tokens)]
+        different.append(json.dumps({"input_ids": ids, "labels": ids}).encode() + b"\n")
+    with path.open("wb", buffering=2**24) as file:
+        for line in itertools.islice(itertools.cycle(different), rows):
+            file.write(line)
+
+
+def growth_of(work: Callable[[], object]) -> int:
+    """Returns by how many bytes the memory that the system cannot take back grew at most."""
+
+    def resident() -> int:
+        found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        assert found is not None
+        return int(found[1]) * 1024
+
+    before = most = resident()
+    ended = threading.Event()
+
+    def watch() -> None:
+        nonlocal most
+        while not ended.wait(0.02):
+            most = max(most, resident())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    work()
+    ended.set()
+    thread.join()
+    return most - before
+
+
+def read_data(paths: list[Path], length: int) -> Any:
+    """Returns the batches of files of rows, as a run has them."""
+    from lorax.config import DataConfig
+    from lorax.data import BatchPlan, load_encoded_dataset, load_tokenizer
+    from lorax.resume import fingerprint_data
+
+    config = DataConfig.model_validate(
+        {
+            "train": [{"path": str(path)} for path in paths],
+            "max_seq_length": length,
+            "overlong": "truncate",
+        }
+    )
+    tokenizer = load_tokenizer(str(ROOT / "examples" / "tiny" / "model"))
+    data = load_encoded_dataset(config.train, config, tokenizer, vocab_size=512)
+    fingerprint_data(data)
+    options: dict[str, Any] = {"max_seq_length": length, "packing": False, "shuffle": True}
+    return BatchPlan(data, rows_per_micro_batch=2, micro_batches=4, seed=0, **options)
+
+
+def seconds_to_first(plan: Any, step: int) -> float:
+    """Returns how long the first batch from a step on takes."""
+    started = time.monotonic()
+    next(plan.epoch(0, step))
+    return time.monotonic() - started
+
+
+def load_much(count: int, folder: Path) -> tuple[int, int]:
+    """L2: GBs of rows, rows of 1 MB, 10^5 files in constant memory; going on is O(1)."""
+    rows = count * 10_000  # of 10 kB
+    large, long, tiny = folder / "large.jsonl", folder / "long.jsonl", folder / "tiny"
+    write_rows(large, rows, 1050)
+    write_rows(long, 20, 100_000)
+    tiny.mkdir()
+    files = [tiny / f"{i}.jsonl" for i in range(min(count * 1000, 100_000))]
+    for path in files:
+        path.write_text('{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}\n')
+
+    def is_constant(paths: list[Path], length: int, rows: int, limit: int) -> bool:
+        plans: list[Any] = []
+        read_data(files[:1], length)  # what is imported and opened once is no growth
+        started = time.monotonic()
+        grown = growth_of(lambda: plans.append(read_data(paths, length)))
+        seconds, size = time.monotonic() - started, sum(path.stat().st_size for path in paths)
+        print(f"     {size / 1e9:.2f} GB, {rows:,} rows: {grown / MIB:.0f} MiB, {seconds:.0f} s")
+        return len(plans[0].dataset) == rows and grown < limit
+
+    def is_at_once() -> bool:
+        plan = read_data([large], 2048)
+        last = plan.steps_per_epoch - 1
+        early, late = (min(seconds_to_first(plan, at) for _ in range(5)) for at in (0, last))
+        print(f"     first batch from step 0: {early:.3f} s, from step {last}: {late:.3f} s")
+        return late < 1.5 * early + 0.01
+
+    # Per row a few numbers are kept, of its tokens none.
+    trials = [
+        lambda: is_constant([large], 2048, rows, 64 * MIB + 128 * rows),
+        lambda: is_constant([long], 2**17, 20, 64 * MIB),
+        lambda: is_constant(files, 64, len(files), 64 * MIB + 1024 * len(files)),
+        is_at_once,
+    ]
+    return sum(in_child(trial, 7200, silent=False) for trial in trials), len(trials)
+
+
+CASES = {
+    "L1": (soak, 10_000, 200),
+    "L2": (load_much, 100, 1),
+}
+"""By id: what to run, how often by hand, and how often in the tests."""
