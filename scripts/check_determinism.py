@@ -28,7 +28,7 @@ from measured_rows import append_rows, origin
 
 import lorax.step
 from lorax import Trainer, load_config
-from lorax.checkpoint import read_checkpoint
+from lorax.checkpoint_files import read_checkpoint
 
 
 @jax.jit

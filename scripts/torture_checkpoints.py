@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 from torture_processes import in_child
 
-from lorax.checkpoint import CheckpointStore, read_checkpoint, write_checkpoint
+from lorax.checkpoint import CheckpointStore
+from lorax.checkpoint_files import read_checkpoint, write_checkpoint
 from lorax.interop.files import CheckpointError
 
 ARRAYS, SIZE = 12, 4096

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lorax.checkpoint import read_checkpoint
+from lorax.checkpoint_files import read_checkpoint
 
 ROOT = Path(__file__).parents[1]
 CANARY = "canaryvogel"

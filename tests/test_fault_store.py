@@ -11,10 +11,12 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
-from lorax.checkpoint import CheckpointStore, read_checkpoint
+from lorax.checkpoint import CheckpointStore
+from lorax.checkpoint_files import read_checkpoint
 from lorax.interop.files import CheckpointError
 from lorax.metrics import LossSpikes
 from lorax.resume import Progress, fingerprint_file, refuse_other_run
@@ -48,6 +50,30 @@ def test_every_dtype_comes_back_bit_for_bit(store):
     for path, value in arrays(7).items():
         assert found.arrays[path].dtype == value.dtype
         assert found.arrays[path].tobytes() == np.asarray(value).tobytes()
+
+
+def test_saving_and_restoring_say_nothing(store, caplog, capfd):
+    store.save(1, {"a": np.ones(3, np.float32)}, {}, wait=True)
+    assert store.restore().step == 1
+    assert not caplog.records and capfd.readouterr() == ("", "")
+
+
+def test_arrays_that_are_alike_come_back_as_themselves(store):
+    arrays = {
+        **{f"layer.{i}": np.full((3, 2), i, np.float32) for i in range(5)},
+        "other dtype": np.ones((3, 2), ml_dtypes.bfloat16),
+        "other shape": np.ones((2, 3), np.float32),
+        "number": np.asarray(7, np.int32),
+        "another": np.asarray(8, np.int32),
+    }
+    store.save(1, arrays, {}, wait=True)
+    found = store.restore().arrays
+    assert list(found) == sorted(arrays)
+    for path, value in arrays.items():
+        assert found[path].dtype == value.dtype and found[path].shape == value.shape
+        np.testing.assert_array_equal(found[path], value)
+    written = store.directory / "step-000000001" / "arrays"
+    assert len([p for p in written.iterdir() if p.is_dir() and p.name.isdigit()]) == 4
 
 
 def test_only_as_many_as_asked_for_are_kept_and_the_newest_is_restored(store):

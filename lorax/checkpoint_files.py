@@ -1,0 +1,166 @@
+"""A checkpoint on the disk: arrays as Orbax writes them, and a manifest with their digests."""
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from lorax.interop.files import CheckpointError, read_json, sync_tree
+
+MANIFEST_FILE = "manifest.json"
+_FORMAT = 2
+_PASSING = {errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.ESTALE}
+"""Errors that say nothing about whether a file is whole."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """What was restored.
+
+    Attributes:
+        step: Optimizer steps done.
+        arrays: Host arrays, by path.
+        record: Whatever else was saved, as JSON holds it.
+        versions: Of the libraries that saved it.
+    """
+
+    step: int
+    arrays: Mapping[str, np.ndarray]
+    record: Mapping[str, Any]
+    versions: Mapping[str, str]
+
+
+def write_checkpoint(
+    folder: Path,
+    step: int,
+    arrays: Mapping[str, np.ndarray],
+    record: Mapping[str, Any],
+    versions: Mapping[str, str],
+) -> None:
+    """Writes a checkpoint into an empty folder, and waits until it is on the disk."""
+    import orbax.checkpoint as ocp
+
+    stacks, places = _stack_alike(arrays)
+    logging.getLogger("absl").addFilter(_is_news)
+    # Not in TensorStore's database of chunks: its description leaks memory with every save.
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False)
+    with contextlib.closing(ocp.Checkpointer(handler)) as checkpointer:
+        checkpointer.save((folder / "arrays").absolute(), args=ocp.args.PyTreeSave(stacks))
+    manifest = {
+        "format": _FORMAT,
+        "step": step,
+        "arrays": {path: _describe(value) | places[path] for path, value in arrays.items()},
+        "record": dict(record),
+        "versions": dict(versions),
+    }
+    manifest["digest"] = _digest(manifest)
+    text = json.dumps(manifest, indent=1, sort_keys=True)
+    (folder / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
+    sync_tree(folder)
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Reads a checkpoint and verifies every array of it.
+
+    Raises:
+        CheckpointError: If anything in it is missing, changed or not finite.
+    """
+    manifest = read_manifest(folder)
+    entries = manifest["arrays"]
+    names = sorted({entry["stack"] for entry in entries.values()})
+    stored = _read_arrays(folder / "arrays", names)
+    arrays = {}
+    for path, entry in entries.items():
+        place = {name: entry[name] for name in ("stack", "row")}
+        stack = np.atleast_1d(stored[place["stack"]])
+        value = np.asarray(stack[min(place["row"], len(stack) - 1)] if len(stack) else stack)
+        if _describe(value) | place != entry:
+            raise CheckpointError(f"{folder}: {path} is not what was written")
+        arrays[path] = value
+    refuse_nonfinite(arrays, str(folder))
+    return Checkpoint(manifest["step"], arrays, manifest["record"], manifest["versions"])
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    # Orbax warns at every save that what was not asked for was not done.
+    return "Skipping merge of OCDBT" not in str(record.msg)
+
+
+def _stack_alike(
+    arrays: Mapping[str, np.ndarray],
+) -> tuple[dict[str, np.ndarray], dict[str, dict[str, Any]]]:
+    """Returns stacks of arrays of one shape and dtype, and in which stack and row each array is.
+
+    The layers of a model are alike, so few files hold what would be a thousand.
+    """
+    alike: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+    for path, value in arrays.items():
+        alike.setdefault((value.dtype.name, value.shape), []).append(path)
+    stacks, places = {}, {}
+    for index, paths in enumerate(alike.values()):
+        name = f"{index:05d}"
+        stacks[name] = np.stack([arrays[path] for path in paths])
+        places |= {path: {"stack": name, "row": row} for row, path in enumerate(paths)}
+    return stacks, places
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Reads what a checkpoint says of itself, verified."""
+    manifest = read_json(folder / MANIFEST_FILE)
+    digest = manifest.pop("digest", None)
+    if digest != _digest(manifest):
+        raise CheckpointError(f"{folder / MANIFEST_FILE} is not what was written")
+    if manifest.get("format") != _FORMAT:
+        raise CheckpointError(f"{folder} has format {manifest.get('format')}, not {_FORMAT}")
+    if folder.name != f"step-{manifest['step']:09d}":
+        raise CheckpointError(f"{folder} holds step {manifest['step']}: it was renamed")
+    return manifest
+
+
+def _read_arrays(folder: Path, names: list[str]) -> dict[str, np.ndarray]:
+    import orbax.checkpoint as ocp
+
+    wanted = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
+    try:
+        with contextlib.closing(ocp.Checkpointer(ocp.PyTreeCheckpointHandler())) as checkpointer:
+            args = ocp.args.PyTreeRestore(restore_args=wanted)
+            found = checkpointer.restore(folder.absolute(), args=args)
+        return {name: np.asarray(found[name]) for name in names}
+    except MemoryError:
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in _PASSING:
+            raise
+        # Orbax and TensorStore raise a dozen kinds, most of which do not name the file.
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{folder} cannot be read: {reason[:300]}") from error
+
+
+def refuse_nonfinite(arrays: Mapping[str, np.ndarray], where: str) -> None:
+    """Raises `CheckpointError` naming the first array that holds NaN or infinity."""
+    for path, value in arrays.items():
+        inexact = jax.numpy.issubdtype(value.dtype, jax.numpy.inexact)
+        if inexact and not np.isfinite(np.asarray(value, np.float32)).all():
+            raise CheckpointError(f"{where}: {path} holds numbers that are not finite")
+
+
+def _describe(value: np.ndarray) -> dict[str, Any]:
+    data = np.ascontiguousarray(value).view(np.uint8).reshape(-1) if value.ndim else value.tobytes()
+    return {
+        "dtype": value.dtype.name,
+        "shape": list(value.shape),
+        "sha256": hashlib.sha256(data).hexdigest(),
+    }
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    text = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
