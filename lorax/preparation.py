@@ -1,5 +1,6 @@
 """What a run trains on, and its steps compiled before the weights are there."""
 
+import itertools
 import math
 import threading
 import time
@@ -11,7 +12,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from lorax.config import RunConfig
+from lorax.config import EvalConfig, RunConfig
 from lorax.data import BatchPlan, EncodedDataset
 from lorax.loss import LossFunction, causal_lm_loss
 from lorax.models import DocumentLayout
@@ -161,3 +162,15 @@ def _common_layout(plans: list[BatchPlan]) -> DocumentLayout:
     layouts = [plan.document_window() for plan in plans]
     window = max(width for width, _ in layouts)
     return DocumentLayout(window, max(count * (window // width) for width, count in layouts))
+
+
+def ends_epoch(plan: BatchPlan, total_steps: int, step: int) -> bool:
+    """Says whether an epoch ends with a step of the run, counted from 1."""
+    return step in itertools.accumulate(steps for _, steps in run_epochs(plan, total_steps))
+
+
+def is_evaluation_due(evaluation: EvalConfig, step: int, is_epoch_end: bool) -> bool:
+    """Says whether held-out rows are due after a step."""
+    if evaluation.strategy == "steps":
+        return step % evaluation.steps == 0
+    return evaluation.strategy == "epoch" and is_epoch_end

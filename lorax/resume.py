@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from lorax.config import RunConfig
@@ -172,6 +173,20 @@ def fingerprint_data(data: EncodedDataset) -> str:
     for array in (data.tokens, data.supervised, data.offsets):
         digest.update(f"{array.dtype}{array.shape}".encode())
         digest.update(np.ascontiguousarray(array).view(np.uint8).reshape(-1).data)
+    return digest.hexdigest()
+
+
+def fingerprint_weights(weights: Any) -> str:
+    """Returns a SHA-256 of names, shapes, dtypes and a corner of every array: of which model it is.
+
+    A run that knows its base model's files has `fingerprint_folder` of them instead.
+    """
+    digest = hashlib.sha256()
+    leaves = jax.tree_util.tree_leaves_with_path(weights)
+    corners = jax.device_get([leaf[(slice(8),) * leaf.ndim] for _, leaf in leaves])
+    for (path, leaf), corner in zip(leaves, corners, strict=True):
+        name = jax.tree_util.keystr(path)
+        digest.update(f"{name}{leaf.shape}{leaf.dtype}".encode() + corner.tobytes())
     return digest.hexdigest()
 
 

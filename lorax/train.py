@@ -32,13 +32,21 @@ from lorax.preparation import (
     CompiledStep,
     compile_widths,
     count_steps,
+    ends_epoch,
+    is_evaluation_due,
     plan_evaluation,
     plan_training,
     prepare_model,
     refuse_empty_steps,
     run_epochs,
 )
-from lorax.resume import Progress, TrainResult, identify_run, name_datasets
+from lorax.resume import (
+    Progress,
+    TrainResult,
+    fingerprint_weights,
+    identify_run,
+    name_datasets,
+)
 from lorax.saving import Saver
 from lorax.sharding import make_mesh, place_batch
 from lorax.step import TrainState, TrainStep, make_train_step
@@ -78,7 +86,8 @@ class Trainer:
         compiled: From `compile_ahead`, called with the same settings and data.
         resume: Goes on from the newest checkpoint in the run's directory, bit for bit as if it had
             never stopped; from the beginning if there is none yet.
-        files: Fingerprints of files that must not change in between, by what they are.
+        files: Fingerprints of files that must not change in between, by what they are; if none are
+            given, the frozen weights have one.
 
     Raises:
         ValueError: If a step of the run would hold no supervised token, nothing trains, the mesh
@@ -149,7 +158,8 @@ class Trainer:
         folder, keep = self.output_dir / CHECKPOINT_FOLDER, config.save.save_total_limit
         versions = library_versions()
         self.checkpoints = CheckpointStore(folder, keep=keep, versions=versions, tell=tell)
-        files = {**(files or {}), "adapter settings": fingerprint_adapters(self.model)}
+        files = dict(files or {"base model": fingerprint_weights(self.step.frozen)})
+        files["adapter settings"] = fingerprint_adapters(self.model)
         identity = identify_run(config, datasets, devices, policy, files)
         self.saver = Saver(config.save, self.store, self.checkpoints, identity, tell)
         self.keeps_lock = False
@@ -197,7 +207,7 @@ class Trainer:
         if progress.step == 0:
             progress.eval_loss_before = progress.eval_loss = self._evaluate(0)
         elif progress.settled < progress.step:  # the run was stopped right after this step
-            self._settle(progress.step, self._ends_epoch(progress.step))
+            self._settle(progress.step, ends_epoch(self.plan, self.total_steps, progress.step))
         self._clock = time.perf_counter()
         for done, epoch, index, batch, is_epoch_end in self._batches(progress.step):
             watchdog.beat()
@@ -217,7 +227,7 @@ class Trainer:
     def _settle(self, step: int, is_epoch_end: bool) -> None:
         """Evaluates and saves as it is due after a step."""
         progress, is_last = self.progress, step == self.total_steps
-        if self._is_evaluation_due(step, is_epoch_end) or is_last:
+        if is_evaluation_due(self.config.eval, step, is_epoch_end) or is_last:
             self._finish_pending()
             self._evaluate_and_keep(step)
         progress.settled = step
@@ -351,16 +361,6 @@ class Trainer:
             f"{found}{limit}. The weights are those before it; {self.store.describe()}. Lower "
             "train.learning_rate, or look at its rows"
         )
-
-    def _ends_epoch(self, step: int) -> bool:
-        ends = itertools.accumulate(n for _, n in run_epochs(self.plan, self.total_steps))
-        return step in ends
-
-    def _is_evaluation_due(self, step: int, is_epoch_end: bool) -> bool:
-        evaluation = self.config.eval
-        if evaluation.strategy == "steps":
-            return step % evaluation.steps == 0
-        return evaluation.strategy == "epoch" and is_epoch_end
 
     def _evaluate(self, step: int) -> float | None:
         if self.evaluator is None:

@@ -33,9 +33,9 @@ def make_trainer(folder: Path, *, resume: bool = False, **changes: Any):
     Args:
         folder: Of the run.
         resume: As `Trainer` takes it.
-        **changes: ``dropout``, ``rank``, ``seed_of_rows``, ``loss_fn``, ``listeners``, ``files``,
-            ``keep`` (the events), ``masked`` (rows without anything to learn) and settings by name
-            with ``__`` for the dot.
+        **changes: ``dropout``, ``rank``, ``seed_of_rows``, ``seed_of_base``, ``loss_fn``,
+            ``listeners``, ``files``, ``keep`` (the events), ``masked`` (rows without anything to
+            learn) and settings by name with ``__`` for the dot.
     """
     import numpy as np
     from flax import nnx
@@ -56,7 +56,8 @@ def make_trainer(folder: Path, *, resume: bool = False, **changes: Any):
         if "__" in name:
             section, _, key = name.partition("__")
             settings[section] = settings[section] | {key: value}
-    base = CausalLM(DecoderConfig.from_hf(SIZES, "tiny"), rngs=nnx.Rngs(0))
+    seed = changes.get("seed_of_base", 0)
+    base = CausalLM(DecoderConfig.from_hf(SIZES, "tiny"), rngs=nnx.Rngs(seed))
     adapter = lorax.LoraConfig(
         r=changes.get("rank", 4),
         lora_dropout=changes.get("dropout", 0.0),
@@ -139,14 +140,17 @@ def change_something(count: int, folder: Path) -> tuple[int, int]:
         ({"rank": 8}, "adapter settings"),
         ({"files": {"tokenizer": "other", "base model": "b"}}, "tokenizer"),
         ({"files": {"tokenizer": "t", "base model": "other"}}, "base model"),
+        ({"files": None}, "tokenizer"),
+        ({"files": None, "seed_of_base": 1}, "base model changed"),
     ]
     files, passed = {"tokenizer": "t", "base model": "b"}, 0
-    made, _ = make_trainer(folder / "run", files=files, train__max_steps=2)
-    made.train()
+    make_trainer(folder / "run", files=files, train__max_steps=2)[0].train()
+    make_trainer(folder / "plain", files=None, train__max_steps=2)[0].train()
     for change, name in changes[:count]:
         options = {"files": files, "train__max_steps": 2} | change
+        run = folder / ("plain" if "seed_of_base" in change else "run")
         try:
-            make_trainer(folder / "run", resume=True, **options)[0].checkpoints.close()
+            make_trainer(run, resume=True, **options)[0].checkpoints.close()
         except ValueError as error:
             passed += name in str(error)
     return passed, min(count, len(changes))
@@ -347,7 +351,7 @@ def rows_of_step(plan, step: int) -> list[list[int]]:
 CASES = {
     "F5": (leave_in_every_way, 30, 6),
     "R1": (resume_everywhere, 64, 3),
-    "R2": (change_something, 12, 12),
+    "R2": (change_something, 14, 14),
     "R3": (kill_twenty_times, 5, 0),
     "P1": (terminate, 20, 2),
     "N1": (poison, 12, 3),

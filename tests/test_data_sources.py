@@ -12,7 +12,7 @@ import tokenizers
 import transformers
 
 from lorax.config import DataConfig, DataSource
-from lorax.data import load_encoded_dataset, render_example
+from lorax.data import DataError, load_encoded_dataset, render_example
 from lorax.data.sources import open_source
 
 CHAT = (
@@ -142,6 +142,18 @@ def test_nothing_is_left_behind_or_printed(tmp_path, tokenizer, monkeypatch, cap
     assert list(scratch.iterdir()) == []
     assert not datasets.are_progress_bars_disabled()
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_full_disk_is_named(tmp_path, tokenizer, monkeypatch):
+    path = tmp_path / "data.jsonl"
+    path.write_text(GOOD)
+
+    def open_full(**_):
+        return open("/dev/full", "wb")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", open_full)
+    with pytest.raises(DataError, match=r"cannot hold the encoded rows: No space left.* TMPDIR"):
+        _load(path, tokenizer)
 
 
 def test_sources_are_joined_in_order_and_may_differ_in_format(tmp_path, tokenizer):

@@ -19,7 +19,7 @@ from lorax.checkpoint import CheckpointStore
 from lorax.checkpoint_files import read_checkpoint
 from lorax.interop.files import CheckpointError
 from lorax.metrics import LossSpikes
-from lorax.resume import Progress, fingerprint_file, refuse_other_run
+from lorax.resume import Progress, fingerprint_file, fingerprint_weights, refuse_other_run
 from lorax.state_tree import fill_tree, flatten_tree
 from lorax.stopping import STUCK_STATUS
 
@@ -98,8 +98,15 @@ def test_older_ones_stay_while_the_newest_cannot_be_verified(store, monkeypatch)
 
 
 def test_an_error_of_the_thread_is_raised_by_the_next_call(store, monkeypatch):
-    monkeypatch.setattr("lorax.checkpoint.write_checkpoint", lambda *_: 1 / 0)
+    released = threading.Event()
+
+    def fail(*_):
+        released.wait(30)
+        raise ZeroDivisionError("division by zero")
+
+    monkeypatch.setattr("lorax.checkpoint.write_checkpoint", fail)
     store.save(1, arrays(), {})
+    released.set()
     store._thread.join()
     with pytest.raises(CheckpointError, match="saving failed: division by zero"):
         store.check()
@@ -285,3 +292,17 @@ def test_the_package_never_runs_what_it_reads():
     for path in [*root.glob("lorax/**/*.py"), *root.glob("kernels/**/*.py")]:
         text = path.read_text().replace(".eval(", "").replace("model.eval", "")
         assert not [word for word in words if word in text], path
+
+
+def test_weights_are_known_by_their_names_shapes_and_values():
+    weights = {"a": jnp.ones((20, 3)), "b": jnp.zeros(())}
+    known = fingerprint_weights(weights)
+    assert fingerprint_weights(dict(weights)) == known
+    for other in (
+        {"a": jnp.ones((20, 3)).at[2, 1].set(2.0), "b": jnp.zeros(())},
+        {"a": jnp.ones((21, 3)), "b": jnp.zeros(())},
+        {"a": jnp.ones((20, 3), jnp.bfloat16), "b": jnp.zeros(())},
+        {"c": jnp.ones((20, 3)), "d": jnp.zeros(())},
+        {"a": jnp.ones((20, 3)), "b": jnp.ones(())},
+    ):
+        assert fingerprint_weights(other) != known
