@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from lorax.checkpoint_files import (
     Checkpoint,
+    OtherFormatError,
+    Stacks,
     read_checkpoint,
     read_manifest,
     refuse_nonfinite,
@@ -138,7 +139,7 @@ class CheckpointStore:
 
     def _begin(self, step: int, arrays: Mapping[str, Any], record: Mapping[str, Any]) -> None:
         started = time.monotonic()
-        host = {path: np.array(value) for path, value in jax.device_get(dict(arrays)).items()}
+        host = Stacks.copy(jax.device_get(dict(arrays)))
         self.blocked_seconds = time.monotonic() - started
         record = json.loads(json.dumps(record, allow_nan=False))
 
@@ -185,6 +186,8 @@ class CheckpointStore:
         for step in reversed(self.steps()):
             try:
                 return read_manifest(self._folder(step))["record"]
+            except OtherFormatError:
+                raise
             except CheckpointError:
                 continue  # `restore` will say so
         return None
@@ -204,6 +207,8 @@ class CheckpointStore:
             folder = self._folder(step)
             try:
                 return read_checkpoint(folder)
+            except OtherFormatError:
+                raise
             except CheckpointError as error:
                 aside = self.directory / f"damaged-{step:09d}-{time.time_ns()}"
                 folder.rename(aside)
@@ -220,9 +225,9 @@ class CheckpointStore:
     def _folder(self, step: int) -> Path:
         return self.directory / f"step-{step:09d}"
 
-    def _write(self, step: int, arrays: Mapping[str, np.ndarray], record: Any) -> None:
+    def _write(self, step: int, arrays: Stacks, record: Any) -> None:
         refuse_nonfinite(arrays, f"step {step}")
-        size = sum(value.nbytes for value in arrays.values())
+        size = sum(stack.nbytes for stack in arrays.stacks.values())
         self.directory.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.directory).free
         if free < size + _ROOM:

@@ -6,9 +6,9 @@ import errno
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -16,7 +16,7 @@ import numpy as np
 from lorax.interop.files import CheckpointError, read_json, sync_tree
 
 MANIFEST_FILE = "manifest.json"
-_FORMAT = 2
+_FORMAT, _PLACE = 2, ("stack", "row")
 _PASSING = {errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.ESTALE}
 """Errors that say nothing about whether a file is whole."""
 
@@ -38,26 +38,67 @@ class Checkpoint:
     versions: Mapping[str, str]
 
 
+class OtherFormatError(CheckpointError):
+    """A checkpoint that another version of lorax wrote."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stacks:
+    """Copies of arrays; those of one shape and dtype in one stack.
+
+    The layers of a model are alike, so few files hold what would be a thousand.
+
+    Attributes:
+        stacks: By the name of their file.
+        places: In which stack and row each array is, by its path.
+    """
+
+    stacks: Mapping[str, np.ndarray]
+    places: Mapping[str, tuple[str, int]]
+
+    @classmethod
+    def copy(cls, arrays: Mapping[str, Any]) -> Self:
+        """Copies host arrays."""
+        alike: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+        for path, value in arrays.items():
+            value = np.asarray(value)
+            alike.setdefault((value.dtype.name, value.shape), []).append(path)
+        named = {f"{index:05d}": paths for index, paths in enumerate(alike.values())}
+        stacks = {name: np.stack([arrays[path] for path in paths]) for name, paths in named.items()}
+        return cls(
+            stacks, {p: (name, i) for name, paths in named.items() for i, p in enumerate(paths)}
+        )
+
+    def items(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Yields path and array, as views."""
+        for path, (name, row) in self.places.items():
+            yield path, self.stacks[name][row : row + 1].reshape(self.stacks[name].shape[1:])
+
+
 def write_checkpoint(
     folder: Path,
     step: int,
-    arrays: Mapping[str, np.ndarray],
+    stacks: Stacks,
     record: Mapping[str, Any],
     versions: Mapping[str, str],
 ) -> None:
     """Writes a checkpoint into an empty folder, and waits until it is on the disk."""
     import orbax.checkpoint as ocp
 
-    stacks, places = _stack_alike(arrays)
     logging.getLogger("absl").addFilter(_is_news)
     # Not in TensorStore's database of chunks: its description leaks memory with every save.
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False)
     with contextlib.closing(ocp.Checkpointer(handler)) as checkpointer:
-        checkpointer.save((folder / "arrays").absolute(), args=ocp.args.PyTreeSave(stacks))
+        checkpointer.save(
+            (folder / "arrays").absolute(), args=ocp.args.PyTreeSave(dict(stacks.stacks))
+        )
     manifest = {
         "format": _FORMAT,
         "step": step,
-        "arrays": {path: _describe(value) | places[path] for path, value in arrays.items()},
+        "arrays": {
+            path: _describe(value) | dict(zip(_PLACE, stacks.places[path], strict=True))
+            for path, value in stacks.items()
+        },
         "record": dict(record),
         "versions": dict(versions),
     }
@@ -79,9 +120,10 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     stored = _read_arrays(folder / "arrays", names)
     arrays = {}
     for path, entry in entries.items():
-        place = {name: entry[name] for name in ("stack", "row")}
-        stack = np.atleast_1d(stored[place["stack"]])
-        value = np.asarray(stack[min(place["row"], len(stack) - 1)] if len(stack) else stack)
+        place = {name: entry[name] for name in _PLACE}
+        stack = stored[place["stack"]]
+        # A stack of another shape has other rows, or none: the description shows it.
+        value = np.asarray(stack[place["row"]] if stack.shape[:1] > (place["row"],) else stack)
         if _describe(value) | place != entry:
             raise CheckpointError(f"{folder}: {path} is not what was written")
         arrays[path] = value
@@ -94,24 +136,6 @@ def _is_news(record: logging.LogRecord) -> bool:
     return "Skipping merge of OCDBT" not in str(record.msg)
 
 
-def _stack_alike(
-    arrays: Mapping[str, np.ndarray],
-) -> tuple[dict[str, np.ndarray], dict[str, dict[str, Any]]]:
-    """Returns stacks of arrays of one shape and dtype, and in which stack and row each array is.
-
-    The layers of a model are alike, so few files hold what would be a thousand.
-    """
-    alike: dict[tuple[str, tuple[int, ...]], list[str]] = {}
-    for path, value in arrays.items():
-        alike.setdefault((value.dtype.name, value.shape), []).append(path)
-    stacks, places = {}, {}
-    for index, paths in enumerate(alike.values()):
-        name = f"{index:05d}"
-        stacks[name] = np.stack([arrays[path] for path in paths])
-        places |= {path: {"stack": name, "row": row} for row, path in enumerate(paths)}
-    return stacks, places
-
-
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Reads what a checkpoint says of itself, verified."""
     manifest = read_json(folder / MANIFEST_FILE)
@@ -119,7 +143,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if digest != _digest(manifest):
         raise CheckpointError(f"{folder / MANIFEST_FILE} is not what was written")
     if manifest.get("format") != _FORMAT:
-        raise CheckpointError(f"{folder} has format {manifest.get('format')}, not {_FORMAT}")
+        raise OtherFormatError(
+            f"{folder} was written by another version of lorax (format {manifest.get('format')}, "
+            f"and this one reads {_FORMAT}): resume it with that version, or start anew in another "
+            "save.output_dir"
+        )
     if folder.name != f"step-{manifest['step']:09d}":
         raise CheckpointError(f"{folder} holds step {manifest['step']}: it was renamed")
     return manifest
@@ -144,7 +172,7 @@ def _read_arrays(folder: Path, names: list[str]) -> dict[str, np.ndarray]:
         raise CheckpointError(f"{folder} cannot be read: {reason[:300]}") from error
 
 
-def refuse_nonfinite(arrays: Mapping[str, np.ndarray], where: str) -> None:
+def refuse_nonfinite(arrays: Mapping[str, np.ndarray] | Stacks, where: str) -> None:
     """Raises `CheckpointError` naming the first array that holds NaN or infinity."""
     for path, value in arrays.items():
         inexact = jax.numpy.issubdtype(value.dtype, jax.numpy.inexact)

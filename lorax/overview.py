@@ -53,7 +53,7 @@ def report_data(
 
 def shows_text(console: Console) -> bool:
     """Says whether training text may be shown: to who looks on, not in a log that others read."""
-    return console.is_terminal or console.is_jupyter
+    return console.file.isatty() or console.is_jupyter  # `is_terminal` can be forced
 
 
 def report_model(console: Console, config: RunConfig, model: CausalLM) -> None:

@@ -14,7 +14,6 @@ import datetime
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,7 +24,7 @@ from pathlib import Path
 
 from torture_processes import start, wait
 
-SCRIPTS, LIBRARY = Path(__file__).parent, "torture_faults.so"
+SCRIPTS = Path(__file__).parent
 MARKS = "<!-- table -->", "<!-- end of table -->"
 PEERS = {
     "F1": "Orbax 16/16, HF Trainer 0/5 resumable",
@@ -46,15 +45,16 @@ PEERS = {
 
 def preload() -> None:
     """Starts this program again with the interposed calls, if it has not been."""
-    loaded = Path(os.environ.get("LD_PRELOAD", ""))
-    if loaded.name == LIBRARY:
-        shutil.rmtree(loaded.parent)  # it stays in this process, and in those that it forks
+    if (loaded := os.environ.pop("LORAX_TORTURE", None)) is not None:
+        Path(loaded).unlink()  # it stays in this process, and in those that it forks
+        Path(loaded).parent.rmdir()
         return
-    library = Path(tempfile.mkdtemp()) / LIBRARY
+    library = Path(tempfile.mkdtemp()) / "torture_faults.so"
     source = str(SCRIPTS / "torture_faults.c")
     command = ["cc", "-shared", "-fPIC", "-O1", "-o", str(library), source, "-ldl"]
     subprocess.run(command, check=True)
     environment = os.environ | {"LD_PRELOAD": str(library), "JAX_PLATFORMS": "cpu"}
+    environment |= {"LORAX_TORTURE": str(library)}
     os.execve(sys.executable, [sys.executable, *sys.argv], environment)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from torture_processes import in_child
 
 from lorax.checkpoint import CheckpointStore
-from lorax.checkpoint_files import read_checkpoint, write_checkpoint
+from lorax.checkpoint_files import Stacks, read_checkpoint, write_checkpoint
 from lorax.interop.files import CheckpointError
 
 ARRAYS, SIZE = 12, 4096
@@ -310,7 +310,7 @@ def refuse_nonfinite(count: int, folder: Path) -> tuple[int, int]:
                 if trial % 2:
                     fresh = run / "step-000000002"
                     fresh.mkdir()
-                    write_checkpoint(fresh, 2, arrays, {}, {})
+                    write_checkpoint(fresh, 2, Stacks.copy(arrays), {}, {})
                     return is_exact(store.restore(), (1,))
                 try:
                     store.save(2, arrays, {}, wait=True)

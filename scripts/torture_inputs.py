@@ -227,29 +227,92 @@ WORDS = "canaryofthequestion", "canaryoftheanswer"
 SECRET = "hf_canaryOfTheEnvironment0123456789"
 TALK = [{"role": "user", "content": WORDS[0]}, {"role": "assistant", "content": WORDS[1]}]
 SAID = json.dumps({"messages": TALK}) + "\n"
-LEAKS: dict[str, tuple[str, str, list[str]]] = {
-    "a run": (SAID * 4, "train", ["data.eval=rows.jsonl", "eval.exact_match=true"]),
-    "a valid config": (SAID, "validate", []),
-    "a broken line": (SAID[:-4], "validate", []),
-    "a text where a list should be": (json.dumps({"messages": WORDS[0]}), "validate", []),
-    "a text where an object should be": (json.dumps({"messages": [WORDS[0]]}), "validate", []),
-    "a text as role": (SAID.replace('"user"', f'"{WORDS[0]} {WORDS[1]}"'), "validate", []),
-    "a text among ids": (json.dumps({"input_ids": [1, WORDS[0]]}), "validate", []),
-    "no answer": (SAID.replace("assistant", "user"), "validate", []),
-    "half a surrogate": (SAID.replace("answer", "\\ud800"), "validate", []),
-    "rows too long": (SAID, "validate", ["data.max_seq_length=4"]),
+LEAKS: dict[str, tuple[str, str, list[str], str]] = {
+    "a run": (
+        SAID * 4,
+        "train",
+        ["data.eval=rows.jsonl", "eval.exact_match=true"],
+        "merged: run/merged",
+    ),
+    "a valid config": (SAID, "validate", [], "run.yaml: valid"),
+    "a broken line": (SAID[:-4], "validate", [], "rows.jsonl:1: invalid JSON"),
+    "a text where a list should be": (
+        json.dumps({"messages": WORDS[0]}),
+        "validate",
+        [],
+        "must be a list of objects",
+    ),
+    "a text where an object should be": (
+        json.dumps({"messages": [WORDS[0]]}),
+        "validate",
+        [],
+        "must be an object",
+    ),
+    "a text as role": (
+        SAID.replace('"user"', f'"{WORDS[0]} {WORDS[1]}"'),
+        "validate",
+        [],
+        "role must be one of",
+    ),
+    "a text among ids": (
+        json.dumps({"input_ids": [1, WORDS[0]]}),
+        "validate",
+        [],
+        "must be an integer",
+    ),
+    "no answer": (SAID.replace("assistant", "user"), "validate", [], "no assistant turn"),
+    "half a surrogate": (
+        SAID.replace(WORDS[1], WORDS[1] + "\\ud800"),
+        "validate",
+        [],
+        "half a surrogate",
+    ),
+    "rows too long": (SAID, "validate", ["data.max_seq_length=4"], "rows.jsonl:1 has"),
     "markers not found": (
         SAID,
         "validate",
         ["data.instruction_part='[U]'", "data.response_part='[A]'"],
+        "stands nowhere",
     ),
-    "a turn without end": (SAID, "validate", ["data.chat_template=endless.jinja"]),
-    "a template that fails": (SAID, "validate", ["data.chat_template=failing.jinja"]),
-    "a template that rewrites": (SAID, "validate", ["data.chat_template=last.jinja"]),
-    "a run that diverges": (SAID * 4, "train", ["train.learning_rate=1e38", "train.max_steps=6"]),
-    "a run that crashes": (SAID * 4, "train", ["CRASH"]),
+    "a turn without end": (
+        SAID,
+        "validate",
+        ["data.chat_template=endless.jinja"],
+        "never learn to stop",
+    ),
+    "a template that fails": (
+        SAID,
+        "validate",
+        ["data.chat_template=failing.jinja"],
+        "has no attribute",
+    ),
+    "a template that repeats": (
+        SAID,
+        "validate",
+        ["data.chat_template=repeating.jinja"],
+        "repeats the messages",
+    ),
+    "a table without a header": (
+        f"{WORDS[0]} is asked,and {WORDS[1]} said\n" * 2,
+        "validate",
+        ["data.train=rows.csv"],
+        "fit no format",
+    ),
+    "a template that rewrites": (
+        SAID,
+        "validate",
+        ["data.chat_template=last.jinja"],
+        "not prefix-preserving",
+    ),
+    "a run that diverges": (
+        SAID * 4,
+        "train",
+        ["train.learning_rate=1e38", "train.max_steps=6"],
+        "nonfinite-step-2.json",
+    ),
+    "a run that crashes": (SAID * 4, "train", ["CRASH"], "unforeseen"),
 }
-"""Rows, command and settings of what must not show a word of the rows or of the environment."""
+"""Rows, command, settings and what is said of what must not show a word of the rows."""
 
 
 def run_and_record(folder: Path, command: str, settings: list[str]) -> None:
@@ -266,6 +329,7 @@ def run_and_record(folder: Path, command: str, settings: list[str]) -> None:
     for name, text in (
         ("endless", "{% for m in messages %}{{ m.content }}{% endfor %}"),
         ("failing", "{{ messages[0].content.absent.absent }}"),
+        ("repeating", "{{ raise_exception('cannot say ' ~ messages[0].content) }}"),
         ("last", "{% if messages | length > 1 %}{{ messages[-1].content }}{% endif %}<|im_end|>"),
     ):
         (folder / f"{name}.jinja").write_text(text)
@@ -289,19 +353,24 @@ def look_for_leaks(count: int, folder: Path) -> tuple[int, int]:
     """S3: no word of the rows and no token of the environment is in a log, file or traceback."""
     import_once()
     passed, chosen = 0, list(LEAKS.items())[:count]
-    for name, (rows, command, settings) in chosen:
+    for name, (rows, command, settings, said) in chosen:
         place = folder / name
         place.mkdir()
-        (place / "rows.jsonl").write_text(rows)
+        data = {place / "rows.jsonl", place / "rows.csv"}
+        for path in data:
+            path.write_text(rows)
         work = lambda p=place, c=command, s=settings: run_and_record(p, c, s) is None
         ended = in_child(work)
-        texts = {str(p): p.read_bytes() for p in place.rglob("*") if p.is_file()}
-        del texts[str(place / "rows.jsonl")]
+        files = (p for p in place.rglob("*") if p.is_file() and p not in data)
+        texts = {str(p): p.read_bytes() for p in files}
         canaries = [text.encode() for text in (*WORDS, SECRET)]
         leaks = [path for path, data in texts.items() if any(c in data for c in canaries)]
         for path in leaks:
             print(f"     {name}: {path}")
-        passed += ended and bool(texts[str(place / "output.txt")]) and not leaks
+        reached = said.encode() in texts[str(place / "output.txt")]
+        passed += ended and reached and not leaks
+        if not reached:
+            print(f"     {name}: did not say {said!r}")
     return passed, len(chosen)
 
 
@@ -309,6 +378,6 @@ CASES = {
     "D1": (refuse_broken_rows, len(ROWS), 4),
     "S1": (refuse_hostile_files, 1000, 6),
     "S2": (search_for_foreign_code, 1, 1),
-    "S3": (look_for_leaks, 1000, 14),
+    "S3": (look_for_leaks, 1000, 16),
 }
 """By id: what to run, how often by hand, and how often in the tests."""

@@ -52,6 +52,16 @@ def test_every_dtype_comes_back_bit_for_bit(store):
         assert found.arrays[path].tobytes() == np.asarray(value).tobytes()
 
 
+def test_a_checkpoint_of_another_version_is_left_as_it_is(store, monkeypatch):
+    monkeypatch.setattr("lorax.checkpoint_files._FORMAT", 1)
+    store.save(1, arrays(), {}, wait=True)
+    monkeypatch.undo()
+    for ask in (store.restore, store.newest_record):
+        with pytest.raises(CheckpointError, match=r"step-000000001 was written by another version"):
+            ask()
+    assert store.steps() == [1] and not list(store.directory.glob("damaged-*"))
+
+
 def test_saving_and_restoring_say_nothing(store, caplog, capfd):
     store.save(1, {"a": np.ones(3, np.float32)}, {}, wait=True)
     assert store.restore().step == 1

@@ -1,8 +1,10 @@
 """Chat templates that take too much: an error within seconds, and the next one is rendered."""
 
+import datetime
 import os
 import resource
 import signal
+import threading
 import time
 
 import pytest
@@ -38,6 +40,11 @@ HOSTILE = {
     "the class of a text": ("{{ ''.__class__.__mro__ }}", "unsafe"),
     "the globals of a function": ("{{ raise_exception.__globals__['os'].system('x') }}", "unsafe"),
     "a file": ("{% include '/etc/passwd' %}", "no loader"),
+    "an error that repeats the words": (
+        "{{ raise_exception('cannot ' ~ messages[0].content) }}",
+        "too long or repeats",
+    ),
+    "an error without end": ("{{ raise_exception('a' * 5000000) }}", "too long or repeats"),
     "its own error": ("{{ raise_exception('no system role') }}", "no system role"),
     "no syntax": ("{% for %}", "Expected|expected"),
 }
@@ -56,17 +63,26 @@ def render(renderer, template=CHATML, parts=(WHOLE,), **options):
 
 
 def test_it_renders_what_transformers_renders(renderer):
-    prompt = Part(1, is_prompt=True)
-    found = render(renderer, parts=(WHOLE, prompt), mark_generation=True)
-    for part in (WHOLE, prompt):
-        texts, blocks = render_jinja_template(
-            [MESSAGES[: part.length]],
-            chat_template=CHATML,
-            return_assistant_tokens_mask=True,
-            add_generation_prompt=part.is_prompt,
-        )
-        assert found[part] == (texts[0], [tuple(span) for span in blocks[0]])
-    assert found[prompt][0].endswith("<|assistant|>")
+    whole, prompt, first = Part(2), Part(1, is_prompt=True), Part(1)
+    found = render(renderer, parts=(whole, prompt, first), mark_generation=True)
+    texts, blocks = render_jinja_template(
+        [MESSAGES], chat_template=CHATML, return_assistant_tokens_mask=True
+    )
+    assert (found.text, found.blocks) == (texts[0], [tuple(span) for span in blocks[0]])
+    before = "<|user|>Hello"
+    assert found.prefixes == {
+        whole: len(found.text),
+        prompt: len(before + "<|assistant|>"),
+        first: len(before),
+    }
+
+
+def test_a_part_that_does_not_begin_the_whole_is_told(renderer):
+    template = "{{ messages | length }}: {{ messages[0].content }}"
+    assert render(renderer, template, parts=(Part(2), Part(1))).prefixes == {
+        Part(2): 8,
+        Part(1): None,
+    }
 
 
 @pytest.mark.timeout(60)
@@ -77,7 +93,7 @@ def test_a_hostile_template_is_refused(renderer, name):
     with pytest.raises(DataError, match=f"fails on the messages .user, assistant.: .*({reason})"):
         render(renderer, template)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 32 * 1024  # KiB
-    assert render(renderer)[WHOLE][0] == "<|user|>Hello<|assistant|>Fine"
+    assert render(renderer).text == "<|user|>Hello<|assistant|>Fine"
 
 
 def test_a_part_that_fails_is_named(renderer):
@@ -93,7 +109,7 @@ def say(text):
 def test_long_and_many_conversations_are_no_attack(renderer):
     texts = ["word " * 1_000_000, *(f"number {i}" for i in range(2000)), "word " * 500_000]
     found = renderer.render(CHATML, [say(text) for text in texts], special_tokens={})
-    assert [each[Part(1)][0] for each in found] == [f"<|user|>{text}" for text in texts]
+    assert [each.text for each in found] == [f"<|user|>{text}" for text in texts]
 
 
 def test_an_error_comes_in_its_turn(renderer):
@@ -105,31 +121,62 @@ def test_an_error_comes_in_its_turn(renderer):
         next(found)
 
 
-def test_what_ends_the_process_is_found_among_many(renderer, monkeypatch):
-    ask = renderer._ask
-
-    def ask_or_die(options, group):
-        return None if any("bad" in text for _, text in group) else ask(options, group)
-
-    monkeypatch.setattr(renderer, "_ask", ask_or_die)
-    found = renderer.render(CHATML, [say(t) for t in ("1", "2", "bad", "4")], special_tokens={})
-    assert next(found)[Part(1)][0] == "<|user|>1" and next(found)
-    with pytest.raises(DataError, match="more time or memory"):
-        next(found)
+def test_long_conversations_are_no_attack(renderer):
+    turns = [
+        {"role": r, "content": "word " * 160} for _ in range(300) for r in ("user", "assistant")
+    ]
+    parts = (Part(600), *(Part(i, is_prompt=True) for i in range(1, 600, 2)))
+    parts += tuple(Part(i + 1) for i in range(1, 600, 2))
+    (found,) = renderer.render(CHATML, [Request(turns, parts)], special_tokens={})
+    assert None not in found.prefixes.values() and len(found.prefixes) == 600
 
 
-def test_what_json_does_not_hold_is_refused(renderer):
-    found = renderer.render(CHATML, [say("x"), say(b"x")], special_tokens={})
-    assert next(found)
-    with pytest.raises(DataError, match="what JSON does not"):
-        next(found)
+def test_what_json_does_not_hold_is_given_as_text(renderer):
+    moment = datetime.datetime(2026, 1, 2)
+    request = Request([{"role": "user", "content": "x", "created": moment}], (Part(1),))
+    (found,) = renderer.render("{{ messages[0].created }}", [request], special_tokens={})
+    assert found.text == "2026-01-02 00:00:00"
+
+
+def test_an_interrupted_rendering_leaves_no_answer_behind(renderer, monkeypatch):
+    class Interrupted:
+        def __getattr__(self, name):
+            return getattr(real, name)
+
+        def readline(self):
+            raise KeyboardInterrupt
+
+    render(renderer)
+    real = renderer._process.stdout
+    monkeypatch.setattr(renderer._process, "stdout", Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        render(renderer, "stale")
+    assert render(renderer).text == "<|user|>Hello<|assistant|>Fine"
+
+
+def test_a_process_that_cannot_start_is_no_fault_of_the_template(monkeypatch, tmp_path):
+    worker = tmp_path / "worker.py"
+    worker.write_text("import absent_module")
+    monkeypatch.setattr("lorax.data.renderer._WORKER", worker)
+    with pytest.raises(RuntimeError, match=r"worker\.py, which renders chat templates, cannot be"):
+        render(Renderer())
 
 
 def test_a_process_that_was_killed_is_replaced(renderer):
     render(renderer)
     os.kill(renderer._process.pid, signal.SIGKILL)
+    os.waitid(os.P_PID, renderer._process.pid, os.WEXITED | os.WNOWAIT)
+    assert render(renderer)
+
+
+def test_a_process_that_ends_while_it_renders_is_told(renderer):
+    render(renderer)
+    os.kill(renderer._process.pid, signal.SIGSTOP)
+    killer = threading.Timer(0.3, os.kill, (renderer._process.pid, signal.SIGKILL))
+    killer.start()
     with pytest.raises(DataError, match="more time or memory"):
         render(renderer)
+    killer.join()
     assert render(renderer)
 
 
@@ -142,4 +189,4 @@ def test_the_process_sees_no_token_and_ends_when_it_is_closed(monkeypatch):
         assert b"secret-of-the-environment" not in file.read()
     asked = time.monotonic()
     renderer.close()
-    assert process.returncode == 0 and time.monotonic() - asked < 10
+    assert process.returncode is not None and time.monotonic() - asked < 10

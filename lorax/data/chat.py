@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from lorax.config import DataConfig
@@ -58,7 +58,7 @@ class ChatTemplate:
             DataError: In its turn, if the template fails, or the turns cannot be told apart for
                 certain.
         """
-        for template, group in itertools.groupby(conversations, self._template):
+        for template, group in itertools.groupby(conversations, self.template_of):
             marked = bool(_GENERATION.search(template))
             asked = [(conversation, self._turns(conversation, marked)) for conversation in group]
             rendered = RENDERER.render(
@@ -79,17 +79,22 @@ class ChatTemplate:
     def _find_turns(
         self, conversation: Conversation, turns: tuple[int, ...], marked: bool, found: Rendered
     ) -> RenderedText:
-        text, blocks = found[Part(len(conversation.messages))]
+        text, blocks, prefixes = found
         if self.config.loss_on == "all":
             return RenderedText(text, ((0, len(text)),), "all", plain=False)
         if self.config.response_part is not None:
             return RenderedText(text, self._by_markers(conversation, text), "markers", plain=False)
         if marked:
             return self._by_generation(conversation, text, blocks)
-        spans = tuple(_added_by(found, text, index) for index in turns)
+        spans = tuple(_added_by(prefixes, index) for index in turns)
         return RenderedText(text, spans, "prefix", plain=False)
 
-    def _template(self, conversation: Conversation) -> str:
+    def template_of(self, conversation: Conversation) -> str:
+        """Returns the template of a conversation: a tokenizer may have one for tools.
+
+        Raises:
+            DataError: If the tokenizer has none that fits.
+        """
         if self.file_template is not None:
             return self.file_template
         try:
@@ -185,8 +190,7 @@ def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int
     prompt = Part(len(messages), is_prompt=True)
     request = Request(messages, (prompt,))
     (rendered,) = RENDERER.render(template, [request], special_tokens=names)
-    text, _ = rendered[prompt]
-    return tokenizer(text, add_special_tokens=False)["input_ids"]  # pyright: ignore[reportReturnType]
+    return tokenizer(rendered.text, add_special_tokens=False)["input_ids"]  # pyright: ignore[reportReturnType]
 
 
 def _check_markers(conversation: Conversation, starts: list[int], ends: list[int]) -> None:
@@ -216,22 +220,22 @@ def _parts(conversation: Conversation, turns: tuple[int, ...]) -> tuple[Part, ..
     return tuple(part for part in parts if part.length)
 
 
-def _added_by(found: Rendered, whole: str, index: int) -> Span:
+def _added_by(prefixes: Mapping[Part, int | None], index: int) -> Span:
     """Returns the characters that message `index` adds, if that can be told for certain."""
     if index == 0:
         raise DataError(
             "messages[0] is an assistant turn, and nothing before it shows where it starts; "
             f"{_OTHER_WAYS}"
         )
-    (before, _), (upto, _) = found[Part(index, is_prompt=True)], found[Part(index + 1)]
-    if not (whole.startswith(before) and whole.startswith(upto) and len(before) < len(upto)):
+    before, upto = prefixes[Part(index, is_prompt=True)], prefixes[Part(index + 1)]
+    if before is None or upto is None or before >= upto:
         raise DataError(
             f"the chat template is not prefix-preserving: what it renders up to messages"
             f"[{index}] (assistant) alone differs from that part of the whole conversation, "
             f"so the turn's tokens cannot be told for certain; {_OTHER_WAYS}, or set "
             "data.loss_on: last_assistant if only earlier turns are rewritten"
         )
-    return len(before), len(upto)
+    return before, upto
 
 
 def _without_empty(blocks: Sequence[Span]) -> tuple[Span, ...]:

@@ -122,12 +122,16 @@ class EncodedDataset:
 class RowWriter(contextlib.AbstractContextManager["RowWriter"]):
     """Lays rows end to end in nameless files, so that no dataset is too large for the memory.
 
-    They lie in the folder for temporary files (TMPDIR) and are gone with the dataset.
+    They lie in the folder for temporary files (TMPDIR; where that is in memory, so are they) and
+    are gone with the dataset.
     """
 
     def __init__(self):
         open_file = lambda: tempfile.TemporaryFile(prefix="lorax-data-", buffering=2**20)
-        self._tokens, self._supervised = open_file(), open_file()
+        with self._telling(), contextlib.ExitStack() as stack:
+            self._tokens = stack.enter_context(open_file())
+            self._supervised = stack.enter_context(open_file())
+            self._files = stack.pop_all()
         self._ends = array.array("q", [0])
         self.supervised_tokens = 0
 
@@ -164,9 +168,8 @@ class RowWriter(contextlib.AbstractContextManager["RowWriter"]):
 
     def __exit__(self, *_: object) -> None:
         # What is still unwritten after an error is not worth another.
-        for file in (self._tokens, self._supervised):
-            with contextlib.suppress(OSError):
-                file.close()
+        with contextlib.suppress(OSError):
+            self._files.close()
 
     @contextlib.contextmanager
     def _telling(self) -> Iterator[None]:

@@ -114,11 +114,13 @@ class _RowEncoder:
 
     def _read(self, row: Row, data_format: str) -> Example:
         example = read_example(row, data_format, chat=self._chat is not None)
-        if isinstance(example, Conversation) and self._chat is None:
-            raise DataError(
-                "the row is a conversation and the tokenizer has no chat template; set "
-                "data.chat_template to the path of a .jinja file"
-            )
+        if isinstance(example, Conversation):
+            if self._chat is None:
+                raise DataError(
+                    "the row is a conversation and the tokenizer has no chat template; set "
+                    "data.chat_template to the path of a .jinja file"
+                )
+            self._chat.template_of(example)  # what it raises is about this row
         return example
 
     def _render(

@@ -89,10 +89,14 @@ def detect_format(columns: Collection[str]) -> str:
     if len(fitting) == 1:
         return fitting[0]
     accepted = "; ".join(f"{name}: {', '.join(keys)}" for name, keys in FORMAT_COLUMNS.items())
+    # Without a header the first row of a table stands for its columns: they may be training text.
+    words = sorted(key for key in columns if _is_word(key))
+    others = f" and {len(columns) - len(words)} that are no words" * (len(words) < len(columns))
+    found = f"the columns {words}{others}"
     problem = (
-        f"the columns {sorted(columns)} fit several formats ({', '.join(fitting)}); set data.format"
+        f"{found} fit several formats ({', '.join(fitting)}); set data.format"
         if fitting
-        else f"the columns {sorted(columns)} fit no format; rename them"
+        else f"{found} fit no format; rename them"
     )
     raise DataError(f"{problem}. Formats and the columns they need: {accepted}")
 
@@ -110,7 +114,11 @@ def read_example(row: Row, data_format: str, *, chat: bool) -> Example:
     """
     missing = [key for key in FORMAT_COLUMNS[data_format] if row.get(key) is None]
     if missing:
-        found = ", ".join(f"{key} (null)" if row[key] is None else key for key in row) or "nothing"
+        words = (key if _is_word(key) else _describe(key) for key in row)
+        names = (
+            word + " (null)" * (row[key] is None) for word, key in zip(words, row, strict=True)
+        )
+        found = ", ".join(names) or "nothing"
         raise DataError(
             f"a row of format {data_format!r} needs the columns {', '.join(missing)}, got {found}; "
             "all rows of a source must have one format"
@@ -288,8 +296,12 @@ def _text(value: Any, where: str, *, empty: bool = False) -> str:
 
 def _role(value: Any) -> str:
     """Says which role was given, if it is a word at all."""
-    is_word = isinstance(value, str) and len(value) <= 20 and value.isidentifier()
-    return repr(value) if is_word else _describe(value)
+    return repr(value) if _is_word(value) else _describe(value)
+
+
+def _is_word(value: Any) -> bool:
+    short = isinstance(value, str) and len(value) <= 20 and value.isascii()
+    return short and value.replace("-", "_").isidentifier()
 
 
 def _describe(value: Any) -> str:
@@ -310,5 +322,5 @@ def _describe(value: Any) -> str:
         case list():
             return f"a list of {len(value):,}" if value else "an empty list"
         case Mapping():
-            return f"an object with the keys {', '.join(map(str, value))[:80] or '(none)'}"
+            return f"an object of {len(value)} keys"
     return f"a {type(value).__name__}"

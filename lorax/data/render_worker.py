@@ -1,9 +1,9 @@
 """Renders chat templates in a process of its own, with bounds on time, memory and output.
 
 A template comes with a downloaded model. transformers' sandbox keeps it from running code, but not
-from looping for ever or from making a text of many GiB. Reads requests from standard input, a line
-of JSON each time, and answers with a line, up to the first error. Ends with its input. Imports
-nothing of lorax.
+from looping for ever or from making a text of many GiB. Says that it is ready, then reads requests
+from standard input, a line of JSON each, and answers each with a line; ends with its input. Imports
+nothing of lorax. Where there is no /proc, the memory is not bounded.
 """
 
 import json
@@ -60,30 +60,44 @@ def _set_limit(kind: int, value: int) -> None:
     resource.setrlimit(kind, (value, resource.getrlimit(kind)[1]))
 
 
-def render(
-    request: dict[str, Any], options: dict[str, Any], size: int, bounds: Bounds
-) -> dict[str, Any]:
-    """Returns text and generation blocks of each part, or the error of the first that fails."""
-    length, rendered = 0, []
+def render(request: dict[str, Any], size: int, bounds: Bounds) -> dict[str, Any]:
+    """Returns the whole text, its generation blocks, and of each part whether it begins the whole.
+
+    Or the error of the first part that fails.
+    """
+    length, whole, blocks, parts = len(request["messages"]), None, [], []
     try:
-        with bounds:
-            for length, is_prompt in request["parts"]:
-                texts, blocks = render_jinja_template(
+        for length, is_prompt in request["parts"]:
+            with bounds:
+                texts, found = render_jinja_template(
                     [request["messages"][:length]],
                     tools=request["tools"],
                     add_generation_prompt=is_prompt,
-                    **options,
+                    **request["options"],
                 )
-                if len(texts[0]) > CHARACTERS + 4 * size:
-                    raise _LimitError(f"it renders {len(texts[0]):,} characters")
-                rendered.append((texts[0], blocks[0] if blocks else []))
+            if len(texts[0]) > CHARACTERS + 4 * size:
+                raise _LimitError(f"it renders {len(texts[0]):,} characters")
+            if whole is None:
+                whole, blocks = texts[0], found[0] if found else []
+            parts.append((len(texts[0]), whole.startswith(texts[0])))
     except _LimitError as error:
         return {"length": length, "error": f"{error}, more than any conversation needs"}
     except MemoryError:
         return {"length": length, "error": "it takes more memory than any conversation needs"}
     except Exception as error:
-        return {"length": length, "error": str(error) or type(error).__name__}
-    return {"rendered": rendered}
+        return {"length": length, "error": _without_words(error, request["messages"])}
+    return {"text": whole, "blocks": blocks, "parts": parts}
+
+
+def _without_words(error: Exception, messages: list[dict[str, Any]]) -> str:
+    """Returns what an error says, unless it repeats the messages: they are training text."""
+    said = str(error)
+    contents = [
+        str(value) for message in messages for key, value in message.items() if key != "role"
+    ]
+    if len(said) > 200 or any(text and text in said for text in contents):
+        return f"{type(error).__name__}, whose text is too long or repeats the messages"
+    return said or type(error).__name__
 
 
 def _stop(*_: object) -> NoReturn:
@@ -98,15 +112,15 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     bounds = Bounds()
+    answers.write("ready\n")
+    answers.flush()
     for line in sys.stdin:
         bounds.make_room(len(line))
-        asked, found = json.loads(line), []
-        for request in asked["requests"]:
-            found.append(render(request, asked["options"], len(line), bounds))
-            if "error" in found[-1]:
-                bounds = Bounds()  # what the template left behind must not count against the next
-                break
-        answers.write(json.dumps(found) + "\n")
+        request = json.loads(line)
+        answer = render(request, len(line), bounds)
+        if "error" in answer:
+            bounds = Bounds()  # what the template left behind must not count against the next
+        answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
 

@@ -1,6 +1,8 @@
 """The process that renders chat templates, and how it is asked."""
 
 import atexit
+import contextlib
+import itertools
 import json
 import os
 import subprocess
@@ -8,17 +10,19 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from lorax.data.rows import DataError
 
 type Span = tuple[int, int]
 
-_LONGEST_LINE = 2**20
-
 _WORKER = Path(__file__).with_name("render_worker.py")
 _KEPT = ("PATH", "PYTHONPATH", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR", "TZ")
 """Of the environment. A template sees none of it; that there are no tokens in it costs nothing."""
+
+_ENDED = "it takes more time or memory than any conversation needs"
+
+_AT_A_TIME = 256
 
 
 class Part(NamedTuple):
@@ -29,15 +33,25 @@ class Part(NamedTuple):
 
 
 class Request(NamedTuple):
-    """Messages, the parts of them to render, and JSON schemas of tools."""
+    """Messages, the parts of them to render, the whole first, and JSON schemas of tools."""
 
     messages: Sequence[Mapping[str, Any]]
     parts: Sequence[Part]
     tools: Sequence[Any] | None = None
 
 
-type Rendered = dict[Part, tuple[str, list[Span]]]
-"""The text of each part, and the characters of its ``{% generation %}`` blocks."""
+class Rendered(NamedTuple):
+    """What was rendered.
+
+    Attributes:
+        text: Of the first part.
+        blocks: The characters of its ``{% generation %}`` blocks.
+        prefixes: By part, how many characters of the text it is; None if it is no beginning of it.
+    """
+
+    text: str
+    blocks: list[Span]
+    prefixes: dict[Part, int | None]
 
 
 class Renderer:
@@ -59,7 +73,7 @@ class Renderer:
         special_tokens: Mapping[str, Any],
         mark_generation: bool = False,
     ) -> Iterator[Rendered]:
-        """Yields what each request asks for, in order; asks the process for many at a time.
+        """Yields what each request asks for, in order.
 
         Args:
             template: In Jinja.
@@ -69,61 +83,60 @@ class Renderer:
 
         Raises:
             DataError: In its turn, if the template fails or takes too much time, memory or text.
+            RuntimeError: If the process cannot be started.
         """
         options = {
             "chat_template": template,
             "return_assistant_tokens_mask": mark_generation,
             **special_tokens,
         }
-        for group in _group(requests):
-            for (request, _), answer in zip(group, self._answer(options, group), strict=False):
+        for group in itertools.batched(requests, _AT_A_TIME):
+            for request, answer in zip(group, self._ask(group, options), strict=False):
                 if "error" in answer:
-                    messages = request.messages[: answer.get("length")]
-                    roles = ", ".join(str(message.get("role")) for message in messages)
+                    roles = [str(message.get("role")) for message in request.messages]
+                    shown = ", ".join(roles[: min(answer["length"], 6)])
+                    more = ", …" if answer["length"] > 6 else ""
                     raise DataError(
-                        f"the chat template fails on the messages ({roles}): {answer['error']}"
+                        f"the chat template fails on the messages ({shown}{more}): "
+                        f"{answer['error']}"
                     )
-                yield {
-                    part: (text, [(start, end) for start, end in blocks])
-                    for part, (text, blocks) in zip(request.parts, answer["rendered"], strict=True)
-                }
+                prefixes = zip(request.parts, answer["parts"], strict=True)
+                yield Rendered(
+                    answer["text"],
+                    [(start, end) for start, end in answer["blocks"]],
+                    {part: length if begins else None for part, (length, begins) in prefixes},
+                )
 
-    def _answer(
-        self, options: Mapping[str, Any], group: Sequence[tuple[Request, str]]
-    ) -> Iterator[dict[str, Any]]:
-        """Yields the answers up to the first error."""
-        found = self._ask(options, group)
-        if found is not None:
-            yield from found
-        elif len(group) == 1:
-            yield {"error": "it takes more time or memory than any conversation needs"}
-        else:  # which one ended the process shows when they are asked for one by one
-            for one in group:
-                yield from self._answer(options, [one])
-
-    def _ask(
-        self, options: Mapping[str, Any], group: Sequence[tuple[Request, str]]
-    ) -> list[dict[str, Any]] | None:
-        """Returns the answers up to the first error, or None if the process ended."""
-        texts = ", ".join(text for _, text in group)
-        line = f'{{"options": {json.dumps(options)}, "requests": [{texts}]}}\n'
+    def _ask(self, group: Sequence[Request], options: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Returns the answers to some requests, up to the first error."""
+        lines = [
+            json.dumps(request._asdict() | {"options": options}, default=str) for request in group
+        ]
+        answers: list[dict[str, Any]] = []
         with self._lock:
             process = self._running()
             assert process.stdin is not None and process.stdout is not None
+            writer = threading.Thread(target=_write, args=(process.stdin, lines), daemon=True)
+            writer.start()
             try:
-                process.stdin.write(line)
-                process.stdin.flush()
-                answer = process.stdout.readline()
-            except BrokenPipeError:
-                answer = ""
-            if not answer:
-                self.close()
-        return json.loads(answer) if answer else None
+                for request in group:
+                    line = process.stdout.readline()
+                    ended = {"length": len(request.messages), "error": _ENDED}
+                    answers.append(json.loads(line) if line.endswith("\n") else ended)
+                    if "error" in answers[-1]:
+                        break
+            finally:  # answers that nobody waits for must not be taken for those of others
+                if len(answers) < len(group) or "error" in answers[-1]:
+                    self.close()
+                writer.join()
+        return answers
 
     def _running(self) -> subprocess.Popen[str]:
+        if self._process is not None and self._process.poll() is not None:
+            self.close()
         if self._process is None or self._owner != os.getpid():  # a fork must not share it
             self._owner = os.getpid()
-            self._process = subprocess.Popen(
+            self._process = process = subprocess.Popen(
                 [sys.executable, "-P", str(_WORKER)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -131,34 +144,29 @@ class Renderer:
                 env={k: v for k, v in os.environ.items() if k in _KEPT}
                 | {"TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"},
             )
+            assert process.stdout is not None
+            if process.stdout.readline() != "ready\n":
+                self.close()
+                raise RuntimeError(f"{_WORKER}, which renders chat templates, cannot be started")
         return self._process
 
     def close(self) -> None:
         """Ends the process; the next rendering starts another."""
         process, self._process = self._process, None
-        if process is not None and self._owner == os.getpid():
-            with process:  # closes its pipes, which ends it, and waits
-                pass
+        if process is None or self._owner != os.getpid():
+            return
+        process.kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            with contextlib.suppress(OSError):  # what it did not read is not missed
+                pipe.close()  # pyright: ignore[reportOptionalMemberAccess]
 
 
-def _group(requests: Sequence[Request]) -> Iterator[list[tuple[Request, str]]]:
-    """Yields requests with their JSON, as many at a time as are asked for together."""
-    group: list[tuple[Request, str]] = []
-    size = 0
-    for request in requests:
-        try:
-            text = json.dumps(request._asdict())
-        except (TypeError, ValueError) as error:
-            if group:
-                yield group
-            raise DataError(f"the messages hold what JSON does not: {error}") from error
-        if group and size + len(text) > _LONGEST_LINE:
-            yield group
-            group, size = [], 0
-        group.append((request, text))
-        size += len(text)
-    if group:
-        yield group
+def _write(pipe: IO[str], lines: Sequence[str]) -> None:
+    with contextlib.suppress(OSError, ValueError):  # it ended, which the reader notices
+        for line in lines:
+            pipe.write(line + "\n")
+        pipe.flush()
 
 
 RENDERER = Renderer()

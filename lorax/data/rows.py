@@ -120,7 +120,7 @@ def index_lines(
         offset = 3 if file.read(3) == b"\xef\xbb\xbf" else 0
         file.seek(offset)
         for number, line in enumerate(file):
-            if line.strip():
+            if line.strip() and line.decode(errors="replace").strip():
                 numbers.append(number)
                 offsets.append(offset)
             offset += len(line)
@@ -132,7 +132,10 @@ def parse_object(text: str, place: str) -> Row:
     try:
         value = json.loads(text, object_pairs_hook=_refuse_duplicate_keys)
     except json.JSONDecodeError as error:
-        raise DataError(f"{place}: invalid JSON: {error.msg} at column {error.colno}") from error
+        hint = "; the lines end in CR alone, which is no line end here" * ("\r" in text.strip())
+        raise DataError(
+            f"{place}: invalid JSON: {error.msg} at column {error.colno}{hint}"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{place}: invalid JSON: {error}") from error
     return check_object(value, place)

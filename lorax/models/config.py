@@ -21,6 +21,9 @@ class _Family:
     window: str = "none"  # none, every layer, or by layer_types
 
 
+_MOST_LAYERS = 1000
+"""Several times what any model has: the layers of a damaged file would take hours to lay out."""
+
 _FAMILIES = {
     "llama": _Family("LlamaForCausalLM", 2048, attention_bias=True, mlp_bias=True),
     "mistral": _Family("MistralForCausalLM", 131_072, 8, window="every"),
@@ -29,9 +32,6 @@ _FAMILIES = {
 }
 
 # Fields with one value that lorax computes, and why no other.
-_MOST_LAYERS = 1000
-"""Several times what any model has: the layers of a damaged file would take hours to lay out."""
-
 _FIXED_FIELDS: dict[str, tuple[tuple[Any, ...], str]] = {
     "hidden_act": (("silu", "swish"), "the gated MLP is SwiGLU"),
     "attention_dropout": ((0,), "lorax drops nothing in attention"),
