@@ -119,9 +119,11 @@ def seconds_to_first(plan: Any, step: int) -> float:
 def load_much(count: int, folder: Path) -> tuple[int, int]:
     """L2: GBs of rows, rows of 1 MB, 10^5 files in constant memory; going on is O(1)."""
     rows = count * 10_000  # of 10 kB
-    large, long, tiny = folder / "large.jsonl", folder / "long.jsonl", folder / "tiny"
+    large, long, many, tiny = (folder / name for name in ("large", "long", "many", "tiny"))
+    large, long, many = (path.with_suffix(".jsonl") for path in (large, long, many))
     write_rows(large, rows, 1050)
     write_rows(long, 20, 100_000)
+    write_rows(many, rows, 3)
     tiny.mkdir()
     files = [tiny / f"{i}.jsonl" for i in range(min(count * 1000, 100_000))]
     for path in files:
@@ -133,7 +135,10 @@ def load_much(count: int, folder: Path) -> tuple[int, int]:
         started = time.monotonic()
         grown = growth_of(lambda: plans.append(read_data(paths, length)))
         seconds, size = time.monotonic() - started, sum(path.stat().st_size for path in paths)
-        print(f"     {size / 1e9:.2f} GB, {rows:,} rows: {grown / MIB:.0f} MiB, {seconds:.0f} s")
+        print(
+            f"     {size / 1e9:.2f} GB, {rows:,} rows: {grown / MIB:.0f} MiB, {seconds:.0f} s",
+            flush=True,
+        )
         return len(plans[0].dataset) == rows and grown < limit
 
     def is_at_once() -> bool:
