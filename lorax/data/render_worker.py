@@ -95,7 +95,8 @@ def _without_words(error: Exception, messages: list[dict[str, Any]]) -> str:
     contents = [
         str(value) for message in messages for key, value in message.items() if key != "role"
     ]
-    if len(said) > 200 or any(text and text in said for text in contents):
+    # A shorter one stands in many a word of an error's own.
+    if len(said) > 200 or any(len(text) > 4 and text in said for text in contents):
         return f"{type(error).__name__}, whose text is too long or repeats the messages"
     return said or type(error).__name__
 
