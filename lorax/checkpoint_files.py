@@ -72,7 +72,7 @@ class Stacks:
     def items(self) -> Iterator[tuple[str, np.ndarray]]:
         """Yields path and array, as views."""
         for path, (name, row) in self.places.items():
-            yield path, self.stacks[name][row : row + 1].reshape(self.stacks[name].shape[1:])
+            yield path, self.stacks[name][row, ...]
 
 
 def write_checkpoint(

@@ -15,7 +15,7 @@ from typing import Any
 from unittest import mock
 
 from torture_damages import ADAPTERS, GOOD, MODELS, ROWS, TEMPLATES
-from torture_processes import in_child
+from torture_processes import in_child, read_status
 
 ROOT = Path(__file__).parents[1]
 TOKENIZER = ROOT / "examples" / "tiny" / "model"
@@ -130,12 +130,9 @@ def is_refused(folder: Path, pattern: str, reader: Callable[[Path], Callable[[],
     return False
 
 
-def read_status(name: str) -> int:
-    """Returns bytes from /proc/self/status."""
-    text = Path("/proc/self/status").read_text()
-    found = re.search(rf"{name}:\s+(\d+) kB", text)
-    assert found is not None
-    return int(found[1]) * 1024
+def try_apart(folder: Path, pattern: str, reader: Callable[[Path], Callable[[], object]]) -> bool:
+    """Says whether a folder is refused, in a process of its own."""
+    return in_child(lambda: is_refused(folder, pattern, reader), silent=False)
 
 
 def refuse_hostile_files(count: int, folder: Path) -> tuple[int, int]:
@@ -154,10 +151,7 @@ def refuse_hostile_files(count: int, folder: Path) -> tuple[int, int]:
         else:
             shutil.copytree(folder / "good" / origin, place)
         damage(place)
-        work = lambda place=place, pattern=pattern, reader=reader: is_refused(
-            place, pattern, reader
-        )
-        passed += in_child(work, silent=False)
+        passed += try_apart(place, pattern, reader)
         shutil.rmtree(place)
     return passed, len(chosen)
 
@@ -171,10 +165,7 @@ def refuse_broken_rows(count: int, folder: Path) -> tuple[int, int]:
         place.mkdir()
         damage(place)
         reader = lambda place, settings=settings: read_rows(place, **settings)
-        work = lambda place=place, pattern=pattern, reader=reader: is_refused(
-            place, pattern, reader
-        )
-        passed += in_child(work, silent=False)
+        passed += try_apart(place, pattern, reader)
     return passed, len(chosen)
 
 

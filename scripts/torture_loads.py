@@ -3,14 +3,13 @@
 import itertools
 import json
 import os
-import re
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torture_processes import in_child, start, wait
+from torture_processes import in_child, read_status, start, wait
 from torture_runs import make_trainer
 
 ROOT = Path(__file__).parents[1]
@@ -69,9 +68,7 @@ def growth_of(work: Callable[[], object]) -> int:
 
     def resident() -> int:
         # Files in memory count too: the folder for temporary files may be one.
-        status = Path("/proc/self/status").read_text()
-        found = re.findall(r"Rss(?:Anon|Shmem):\s+(\d+) kB", status)
-        return sum(map(int, found)) * 1024
+        return read_status("RssAnon") + read_status("RssShmem")
 
     before = most = resident()
     ended = threading.Event()

@@ -1,9 +1,11 @@
-"""Forked processes: what is tried in them cannot harm the one that counts."""
+"""Forked processes: what is tried in them cannot harm the one that counts; what they take."""
 
 import os
+import re
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 
@@ -44,3 +46,10 @@ def wait(child: int, seconds: float) -> int | None:
 def in_child(work: Callable[[], bool], seconds: float = 600.0, *, silent: bool = True) -> bool:
     """Runs `work` in a forked process; says whether it returned True."""
     return wait(start(lambda: 0 if work() else 1, silent=silent), seconds) == 0
+
+
+def read_status(name: str) -> int:
+    """Returns bytes from /proc/self/status."""
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024

@@ -2,8 +2,9 @@
 
 A template comes with a downloaded model. transformers' sandbox keeps it from running code, but not
 from looping for ever or from making a text of many GiB. Says that it is ready, then reads requests
-from standard input, a line of JSON each, and answers each with a line; ends with its input. Imports
-nothing of lorax. Where there is no /proc, the memory is not bounded.
+from standard input, a line of JSON each, and answers each with a line; a line of options is for all
+that follow. Ends with its input. Imports nothing of lorax. Where there is no /proc, the memory is
+not bounded.
 """
 
 import json
@@ -60,7 +61,9 @@ def _set_limit(kind: int, value: int) -> None:
     resource.setrlimit(kind, (value, resource.getrlimit(kind)[1]))
 
 
-def render(request: dict[str, Any], size: int, bounds: Bounds) -> dict[str, Any]:
+def render(
+    request: dict[str, Any], options: dict[str, Any], size: int, bounds: Bounds
+) -> dict[str, Any]:
     """Returns the whole text, its generation blocks, and of each part whether it begins the whole.
 
     Or the error of the first part that fails.
@@ -73,7 +76,7 @@ def render(request: dict[str, Any], size: int, bounds: Bounds) -> dict[str, Any]
                     [request["messages"][:length]],
                     tools=request["tools"],
                     add_generation_prompt=is_prompt,
-                    **request["options"],
+                    **options,
                 )
             if len(texts[0]) > CHARACTERS + 4 * size:
                 raise _LimitError(f"it renders {len(texts[0]):,} characters")
@@ -112,13 +115,16 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    bounds = Bounds()
+    bounds, options = Bounds(), {}
     answers.write("ready\n")
     answers.flush()
     for line in sys.stdin:
         bounds.make_room(len(line))
         request = json.loads(line)
-        answer = render(request, len(line), bounds)
+        if "options" in request:
+            options = request["options"]
+            continue
+        answer = render(request, options, len(line), bounds)
         if "error" in answer:
             bounds = Bounds()  # what the template left behind must not count against the next
         answers.write(json.dumps(answer) + "\n")

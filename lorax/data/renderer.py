@@ -109,9 +109,8 @@ class Renderer:
 
     def _ask(self, group: Sequence[Request], options: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Returns the answers to some requests, up to the first error."""
-        lines = [
-            json.dumps(request._asdict() | {"options": options}, default=str) for request in group
-        ]
+        lines = [json.dumps({"options": options})]  # the template among them, once for all
+        lines += [json.dumps(request._asdict(), default=str) for request in group]
         answers: list[dict[str, Any]] = []
         with self._lock:
             process = self._running()

@@ -120,7 +120,9 @@ def index_lines(
         offset = 3 if file.read(3) == b"\xef\xbb\xbf" else 0
         file.seek(offset)
         for number, line in enumerate(file):
-            if line.strip() and line.decode(errors="replace").strip():
+            first = line.lstrip()[:1]
+            # Only what begins otherwise need be decoded, to see whether it is blank in Unicode.
+            if b" " < first < b"\x7f" or line.decode(errors="replace").strip():
                 numbers.append(number)
                 offsets.append(offset)
             offset += len(line)
