@@ -170,6 +170,7 @@ class TrainConfig(Section):
             `auto` takes the fastest that fits.
         memory_gib: What `auto` may use on one device; null is what the device has.
         seed: Of everything random in the run.
+        full_determinism: The same bits every time on NVIDIA GPUs too; slower, with more memory.
         skip_nonfinite_steps: Steps whose loss or gradient may be not finite; each is left out and
             said aloud. With 0 the first one ends the run.
         stuck_after_seconds: A step that takes longer ends the run, with every thread's stack
@@ -204,6 +205,7 @@ class TrainConfig(Section):
     gradient_checkpointing: Literal["auto", "none", "selective", "full", "offload"] = "full"
     memory_gib: Positive | None = None
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 3407
+    full_determinism: bool = False
     skip_nonfinite_steps: Index = 0
     stuck_after_seconds: Positive | None = 3600.0
 

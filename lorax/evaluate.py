@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from lorax.data import BatchPlan, EncodedDataset, prefetch
+from lorax.determinism import compiler_options
 from lorax.generate import generate
 from lorax.loss import LossFunction, causal_lm_loss
 from lorax.sharding import place_batch
@@ -32,6 +33,7 @@ class Evaluator:
         plan: Batches of the held-out rows, one micro-batch each, in order.
         mesh: Where the batches go.
         loss_fn: ``(model, micro_batch) -> (sum of losses, count)``.
+        full_determinism: As for `make_train_step`.
     """
 
     def __init__(
@@ -40,6 +42,8 @@ class Evaluator:
         plan: BatchPlan,
         mesh: Mesh,
         loss_fn: LossFunction = causal_lm_loss,
+        *,
+        full_determinism: bool = False,
     ):
         evaluated = nnx.clone(model)
         evaluated.eval()
@@ -50,7 +54,8 @@ class Evaluator:
             merged = nnx.merge(graph, trainable, frozen)
             return loss_fn(merged, jax.tree.map(lambda x: x[0], batch))
 
-        self._sums = jax.jit(sums)
+        options = compiler_options(True) if full_determinism else None
+        self._sums = jax.jit(sums, compiler_options=options)
 
     def __call__(
         self, trainable: nnx.State, frozen: nnx.State, beat: Callable[[], object] = lambda: None

@@ -31,6 +31,7 @@ USABLE = 0.95
 PRODUCT_FLOPS = 705e12  # per second, bfloat16, sustained at the power limit
 ATTENTION_FLOPS = 520e12  # of long sequences
 ATTENTION_HALF = 800  # tokens at which half of it is reached
+REPEATABLE_ATTENTION = 1.25  # times the time, where the backward pass adds up in a fixed order
 STREAM_BYTES = 3.3e12
 COPY_BYTES = 55e9  # each way between device and host
 COPY_SECONDS = 15e-6  # of a copy, not hidden behind anything
@@ -111,6 +112,11 @@ class Planner:
             layer += everything - tokens * a.hidden_size * c
         if self._writes_scores:
             layer += rows * a.num_attention_heads * length**2 * (c + 8.0)
+        elif self.config.train.full_determinism:
+            # The gradient of q in float32, once per 256 keys, added up afterwards. (Of packed rows
+            # whose longest document is shorter, less.)
+            parts = max(0.0, length / 256.0 - 1.0)
+            layer += 4.0 * tokens * a.num_attention_heads * a.head_dim * parts
         _, chunk = logit_chunks(rows, length, a.vocab_size)
         # Logits and their gradient, and the states and their gradient, chunk by chunk.
         loss = rows * chunk * a.vocab_size * 2.0 * c + 3 * tokens * a.hidden_size * c
@@ -165,6 +171,8 @@ class Planner:
             launches *= 1.4
         if policy == "full" or (policy == "offload" and self._writes_scores):
             attention += 2.0 * tokens * length * q * layers
+        if self.config.train.full_determinism and not self._writes_scores:
+            attention *= REPEATABLE_ATTENTION
         rate = ATTENTION_FLOPS * length / (length + ATTENTION_HALF)
         seconds = flops / PRODUCT_FLOPS + attention / rate + streamed / STREAM_BYTES
         if policy == "offload":

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from lorax.config import EvalConfig, RunConfig
+from lorax.config import EvalConfig, RunConfig, TrainConfig
 from lorax.data import BatchPlan, EncodedDataset
 from lorax.loss import LossFunction, causal_lm_loss
 from lorax.models import DocumentLayout
@@ -58,9 +58,8 @@ def compile_ahead(
             prepare_model(shapes, config, plans),
             make_optimizer(train, total_steps),
             loss_fn,
-            seed=train.seed,
             mesh=mesh,
-            skip_nonfinite=train.skip_nonfinite_steps > 0,
+            **step_options(train),
         )
         return compile_widths(step, state, plans[0], total_steps)
 
@@ -75,6 +74,15 @@ def compile_ahead(
     # A daemon, so that a run that fails while it loads need not wait for the compiler.
     threading.Thread(target=work, name=COMPILER_THREAD, daemon=True).start()
     return future
+
+
+def step_options(train: TrainConfig) -> dict[str, Any]:
+    """Returns the options of `make_train_step` that the settings decide."""
+    return {
+        "seed": train.seed,
+        "skip_nonfinite": train.skip_nonfinite_steps > 0,
+        "full_determinism": train.full_determinism,
+    }
 
 
 def prepare_model(model: Any, config: RunConfig, plans: list[BatchPlan]) -> Any:
@@ -126,7 +134,13 @@ def plan_training(config: RunConfig, data: EncodedDataset, devices: int) -> Batc
 
 
 def plan_evaluation(config: RunConfig, data: EncodedDataset, devices: int) -> BatchPlan:
-    """Returns the batches of the held-out rows, in the order of the data."""
+    """Returns the batches of the held-out rows, in the order of the data.
+
+    Raises:
+        ValueError: If no token is supervised.
+    """
+    if not data.supervised.any():
+        raise ValueError("the held-out rows hold no supervised token: nothing to evaluate")
     return BatchPlan(
         data,
         rows_per_micro_batch=config.eval.per_device_eval_batch_size * devices,

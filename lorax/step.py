@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -10,11 +11,11 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from lorax.determinism import compiler_options, repeatable_attention
 from lorax.lora import named_modules, set_dropout_key, split_trainable
 from lorax.loss import Batch, LossFunction, accumulate, causal_lm_loss
 from lorax.sharding import place_parameters, placed_shapes
 from lorax.stacking import stack_alike
-from lorax_kernels import xla_options
 
 
 @jax.tree_util.register_dataclass
@@ -43,28 +44,37 @@ class TrainStep:
         compiled: The jitted or compiled function of (state, frozen, batch).
         frozen: The weights that no step changes, passed to every call.
         mesh: Where the arrays are; the kernels are divided along its axes.
+        full_determinism: Whether it was made to come to the same bits every time.
     """
 
     compiled: Any
     frozen: nnx.State
     mesh: Mesh | None = None
+    full_determinism: bool = False
 
     def __call__(self, state: TrainState, batch: Batch):
         """Returns the next state and ``{"loss", "grad_norm", "tokens", "applied"}``.
 
         `state` is consumed. What is not `applied` has changed no weight and no moment.
         """
-        with self._on_mesh():
+        with self._settings():
             return self.compiled(state, self.frozen, batch)
 
     def compile(self, state: TrainState, batch: Batch) -> "TrainStep":
         """Returns the step compiled for the shapes of `batch`, before it is needed."""
-        with self._on_mesh():
+        with self._settings():
             compiled = self.compiled.lower(state, self.frozen, batch).compile()
         return dataclasses.replace(self, compiled=compiled)
 
-    def _on_mesh(self):
-        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+    @contextlib.contextmanager
+    def _settings(self) -> Iterator[None]:
+        """Sets what decides how the function is lowered."""
+        with contextlib.ExitStack() as settings:
+            if self.mesh is not None:
+                settings.enter_context(jax.set_mesh(self.mesh))
+            if self.full_determinism:
+                settings.enter_context(repeatable_attention())
+            yield
 
 
 def make_train_step(
@@ -75,6 +85,7 @@ def make_train_step(
     seed: int = 0,
     mesh: Mesh | None = None,
     skip_nonfinite: bool = False,
+    full_determinism: bool = False,
 ) -> tuple[TrainStep, TrainState]:
     """Returns a compiled training step for `model` and the state it starts from.
 
@@ -94,6 +105,9 @@ def make_train_step(
         seed: Seed of the dropout masks.
         mesh: Where to put the arrays; None leaves them where they are.
         skip_nonfinite: Whether steps that follow one without an update are applied.
+        full_determinism: Whether the step comes to the same bits every time on NVIDIA GPUs too,
+            where attention's backward pass adds up in any order otherwise: slower, and with more
+            memory.
 
     Raises:
         ValueError: If nothing trains, or a batch norm would update its statistics.
@@ -135,8 +149,9 @@ def make_train_step(
         metrics = {"loss": loss, "grad_norm": norm, "tokens": count, "applied": applied}
         return TrainState(done, trainable, opt_state, halted), metrics
 
-    compiled = jax.jit(step, donate_argnums=0, compiler_options=xla_options())
-    return TrainStep(compiled, frozen, mesh), state
+    options = compiler_options(full_determinism)
+    compiled = jax.jit(step, donate_argnums=0, compiler_options=options)
+    return TrainStep(compiled, frozen, mesh, full_determinism), state
 
 
 def make_abstract_step(
@@ -147,6 +162,7 @@ def make_abstract_step(
     seed: int = 0,
     mesh: Mesh,
     skip_nonfinite: bool = False,
+    full_determinism: bool = False,
 ) -> tuple[TrainStep, TrainState]:
     """Returns what `make_train_step` would for a model of shapes: it can be compiled, not run."""
     found: list[TrainStep] = []
@@ -158,13 +174,14 @@ def make_abstract_step(
             loss_fn,
             seed=seed,
             skip_nonfinite=skip_nonfinite,
+            full_determinism=full_determinism,
         )
         found.append(step)
         return state, step.frozen
 
     state, frozen = jax.eval_shape(build, model)
     state, frozen = placed_shapes(state, mesh), placed_shapes(frozen, mesh)
-    return TrainStep(found[0].compiled, frozen, mesh), state
+    return dataclasses.replace(found[0], frozen=frozen, mesh=mesh), state
 
 
 def merge_state(model: nnx.Module, state: TrainState) -> nnx.Module:

@@ -39,6 +39,7 @@ from lorax.preparation import (
     prepare_model,
     refuse_empty_steps,
     run_epochs,
+    step_options,
 )
 from lorax.resume import (
     Progress,
@@ -119,8 +120,6 @@ class Trainer:
                 f"eval.strategy is {config.eval.strategy!r} but the Trainer got no eval_data"
             )
         if eval_data is not None:
-            if not eval_data.supervised.any():
-                raise ValueError("the held-out rows hold no supervised token: nothing to evaluate")
             plans.append(plan_evaluation(config, eval_data, devices))
         self.model = prepare_model(model, config, plans)
         self._compiled_ahead = compiled
@@ -129,14 +128,16 @@ class Trainer:
             self.model,
             make_optimizer(train, self.total_steps),
             loss_fn,
-            seed=train.seed,
             mesh=self.mesh,
-            skip_nonfinite=train.skip_nonfinite_steps > 0,
+            **step_options(train),
         )
         self.loss_fn, self._lengths = loss_fn, train_data.lengths
         self.evaluator = None
         if eval_data is not None:
-            self.evaluator = Evaluator(self.model, plans[1], self.mesh, loss_fn)
+            repeats = train.full_determinism
+            self.evaluator = Evaluator(
+                self.model, plans[1], self.mesh, loss_fn, full_determinism=repeats
+            )
         # A hub id becomes a folder now: what cannot be found must not wait for the first save.
         self._base = None
         if train.method == "full":

@@ -4,18 +4,18 @@
         --out docs/measurements/determinism_h200.jsonl
 
 The step of a model with random weights runs from one state again and again; a digest of every bit
-of the new state says how many different results there were. It is timed in turns with a step that
-does not guard against numbers that are not finite. The other part stops a run of a smaller model
-halfway, resumes it, and compares it with one that was not stopped. XLA_FLAGS goes into the rows, so
-that flags such as --xla_gpu_deterministic_ops=true can be compared.
+of the new state says how many different results there were. It is timed in turns with one of
+`train.full_determinism`, and with one that does not guard against numbers that are not finite. The
+other part stops a run of a smaller model halfway, resumes it, and compares it with one that was not
+stopped, with `train.full_determinism` and without.
 """
 
 import argparse
 import json
-import os
 import shutil
 import statistics
 import tempfile
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,12 +23,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from bench_packing import draw_rows
-from bench_step import Variant, build_model, compile_variant, draw_batch, time_in_turns
+from bench_step import (
+    Compiled,
+    Variant,
+    build_model,
+    compile_variant,
+    draw_batch,
+    time_in_turns,
+)
 from measured_rows import append_rows, origin
 
 import lorax.step
 from lorax import Trainer, load_config
 from lorax.checkpoint_files import read_checkpoint
+from lorax.config import TrainConfig
+from lorax.optimizer import make_optimizer
 
 
 @jax.jit
@@ -56,6 +65,15 @@ def compile_unguarded(model, batch):
         lorax.step.jnp = plain
 
 
+def compile_repeatable(model, batch) -> Compiled:
+    """Returns the step that is to come to the same bits every time."""
+    optimizer = make_optimizer(TrainConfig(learning_rate=2e-4), 1_000_000)
+    step, state = lorax.step.make_train_step(model, optimizer, full_determinism=True)
+    begin = time.perf_counter()
+    compiled = step.compile(state, batch).compiled
+    return Compiled(compiled, step.frozen, state, time.perf_counter() - begin)
+
+
 def repeat(compiled, batch, times: int) -> int:
     """Returns how many different states a step came to from one state."""
     start = jax.tree.map(jnp.copy, compiled.state)
@@ -66,7 +84,7 @@ def repeat(compiled, batch, times: int) -> int:
     return len(found)
 
 
-def resume(model, folder: Path) -> dict[str, Any]:
+def resume(model, folder: Path, full_determinism: bool) -> dict[str, Any]:
     """Returns whether a resumed run equals one that never stopped, and how long saving took."""
 
     def make(name: str, **options):
@@ -77,6 +95,7 @@ def resume(model, folder: Path) -> dict[str, Any]:
             "train.gradient_accumulation_steps": 2,
             "train.gradient_checkpointing": "none",
             "train.max_steps": 8,
+            "train.full_determinism": str(full_determinism).lower(),
             "eval.strategy": "no",
             "save.save_steps": 4,
             "save.output_dir": folder / name,
@@ -104,6 +123,7 @@ def measure_step(parsed: argparse.Namespace) -> list[dict[str, Any]]:
     batch = draw_batch(model.config.vocab_size, 1, 4, 2048)
     guarded = compile_variant(model, Variant("auto", "selective"), batch)
     variants = {"default": guarded, "unguarded": compile_unguarded(model, batch)}
+    variants["full_determinism"] = compile_repeatable(model, batch)
     times = time_in_turns(variants, batch, parsed.turns, 3)
     rows = []
     for name, seconds in times.items():
@@ -111,7 +131,8 @@ def measure_step(parsed: argparse.Namespace) -> list[dict[str, Any]]:
         row = {"call": parsed.call, "part": "step", "model": parsed.model, "compiled": name}
         row |= {"step_ms": round(statistics.median(seconds) * 1e3, 2)}
         row |= {"ratio": round(statistics.median(ratios), 4)}
-        if name == "default":
+        row |= {"planned_gib": round(variants[name].planned_gib, 3)}
+        if name != "unguarded":
             results = repeat(variants[name], batch, parsed.repeats)
             row |= {"repeats": parsed.repeats, "different_results": results}
         rows.append(row)
@@ -119,11 +140,15 @@ def measure_step(parsed: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def measure_resume(parsed: argparse.Namespace) -> list[dict[str, Any]]:
-    """Returns a row about a run that is stopped and resumed."""
-    model = build_model(parsed.resumed_model, 16)
-    with tempfile.TemporaryDirectory() as folder:
-        found = resume(model, Path(folder))
-    return [{"call": parsed.call, "part": "resume", "model": parsed.resumed_model} | found]
+    """Returns rows about a run that is stopped and resumed."""
+    rows = []
+    for wanted in (False, True):
+        model = build_model(parsed.resumed_model, 16)
+        with tempfile.TemporaryDirectory() as folder:
+            found = resume(model, Path(folder), wanted)
+        row = {"call": parsed.call, "part": "resume", "model": parsed.resumed_model}
+        rows.append(row | {"full_determinism": wanted} | found)
+    return rows
 
 
 def main() -> None:
@@ -139,10 +164,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parsed = parser.parse_args()
     rows = measure_step(parsed) if parsed.part == "step" else measure_resume(parsed)
-    flags = {"xla_flags": os.environ.get("XLA_FLAGS", "")}
     for row in rows:
         print(json.dumps(row))
-    append_rows(parsed.out, [row | flags | origin(parsed.commit) for row in rows])
+    append_rows(parsed.out, [row | origin(parsed.commit) for row in rows])
 
 
 if __name__ == "__main__":

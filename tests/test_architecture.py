@@ -68,14 +68,22 @@ ALLOWED = {
     },
     "lorax.recorder": {"lorax.metrics", "lorax.phases", "lorax.report", "lorax.train"},
     "lorax.stacking": set(),
+    "lorax.determinism": {"lorax_kernels"},
     "lorax.step": {
+        "lorax.determinism",
         "lorax.lora",
         "lorax.loss",
         "lorax.sharding",
         "lorax.stacking",
         "lorax_kernels",
     },
-    "lorax.evaluate": {"lorax.data", "lorax.generate", "lorax.loss", "lorax.sharding"},
+    "lorax.evaluate": {
+        "lorax.data",
+        "lorax.determinism",
+        "lorax.generate",
+        "lorax.loss",
+        "lorax.sharding",
+    },
     "lorax.export": {"lorax.interop", "lorax.lora", "lorax.merge"},
     "lorax.train": {
         "lorax.checkpoint",
