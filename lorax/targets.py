@@ -3,9 +3,10 @@
 import dataclasses
 import difflib
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from lorax.config import LoraConfig
+from lorax.patterns import SECONDS, Pattern, find_slow
 
 _REGEX_HINT = (
     ". A string is a regular expression over whole module names; for name endings write a list, "
@@ -55,10 +56,11 @@ def match_targets(
 
     Raises:
         TargetError: If an entry of any setting matches nothing, or a module matches that is not
-            linear. The message lists near names.
+            linear (the message lists near names), or a regular expression takes too long.
 
     Source: the behaviour of PEFT 0.21 (`check_target_module_exists`).
     """
+    _refuse_patterns(config, (*linear_names, *other_names))
     excluded = {n for n in (*linear_names, *other_names) if is_excluded(n, config)}
     matched = [n for n in linear_names if n not in excluded and is_target(n, config, output_layer)]
     if not is_all_linear(config):
@@ -87,7 +89,7 @@ def is_excluded(name: str, config: LoraConfig) -> bool:
             return True
     elif exclude and any(_is_suffix(entry, name) for entry in exclude):
         return True
-    return any(re.match(rf"(^|.*\.){m}($|\..*)", name) for m in config.modules_to_save or ())
+    return any(re.match(_below(m), name) for m in config.modules_to_save or ())
 
 
 def is_target(name: str, config: LoraConfig, output_layer: str | None) -> bool:
@@ -110,7 +112,7 @@ def is_saved(name: str, entry: str) -> bool:
 def pattern_value[T](patterns: dict[str, T], name: str, default: T) -> T:
     """Returns the value of the first pattern, in order, that matches the end of `name`."""
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
+        if re.match(_ending(pattern), name):
             return value
     return default
 
@@ -124,17 +126,48 @@ def nearest(entry: str, names: Iterable[str]) -> str:
     return ("did you mean " if close else "the model has ") + _listed(known)
 
 
+def _below(module: str) -> str:
+    return rf"(^|.*\.){module}($|\..*)"
+
+
+def _ending(pattern: str) -> str:
+    return rf"(.*\.)?({pattern})$"
+
+
+def _inside(layer_list: str) -> str:
+    return rf"(?:^|.*?\.){layer_list}\.(?P<index>\d+)\."
+
+
+def _layer_lists(config: LoraConfig) -> tuple[str, ...]:
+    patterns = config.layers_pattern
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns or ())
+
+
+def _patterns(config: LoraConfig) -> Iterator[Pattern]:
+    """Yields every regular expression of the settings, as it is matched."""
+    for setting in ("target_modules", "exclude_modules"):
+        if isinstance(entry := getattr(config, setting), str):
+            yield Pattern(setting, entry, entry)
+    for setting, entries, whole in (
+        ("modules_to_save", config.modules_to_save or (), _below),
+        ("layers_pattern", _layer_lists(config), _inside),
+        ("rank_pattern", config.rank_pattern, _ending),
+        ("alpha_pattern", config.alpha_pattern, _ending),
+    ):
+        for entry in entries:
+            yield Pattern(setting, entry, whole(entry))
+
+
 def _is_suffix(entry: str, name: str) -> bool:
     return name == entry or name.endswith(f".{entry}")
 
 
 def _layer_index(name: str, config: LoraConfig) -> int | None:
-    patterns = config.layers_pattern
+    patterns = _layer_lists(config)
     if not patterns:
         match = re.match(r".*?\.[^.]*\.(?P<index>\d+)\.", name)
     else:
-        patterns = (patterns,) if isinstance(patterns, str) else patterns
-        tries = (re.match(rf"(?:^|.*?\.){p}\.(?P<index>\d+)\.", name) for p in patterns)
+        tries = (re.match(_inside(pattern), name) for pattern in patterns)
         match = next((m for m in tries if m), None)
     return int(match["index"]) if match else None
 
@@ -153,6 +186,23 @@ def _sized(name: str, config: LoraConfig) -> Target:
     r = pattern_value(config.rank_pattern, name, config.r)
     alpha = pattern_value(config.alpha_pattern, name, config.lora_alpha)
     return Target(name, r, alpha, alpha / (r**0.5 if config.use_rslora else r))
+
+
+def _refuse_patterns(config: LoraConfig, names: Collection[str]) -> None:
+    """Raises `TargetError` if a regular expression is none, or takes too long."""
+    patterns = list(_patterns(config))
+    for pattern in patterns:
+        try:
+            re.compile(pattern.whole)
+        except re.error as error:
+            raise TargetError(
+                f"lora.{pattern.setting}: {pattern.entry!r} is no regular expression: {error}"
+            ) from None
+    if slow := find_slow(patterns, names):
+        raise TargetError(
+            f"lora.{slow.setting}: matching {slow.entry[:200]!r} with the names of the modules "
+            f"takes more than {SECONDS} s; repeat fewer things in it, or list name endings"
+        )
 
 
 def _refuse_unmatched(matched, linear_names, other_names, config, output_layer):

@@ -217,6 +217,10 @@ ADAPTERS: dict[str, tuple[Damage, str]] = {
     "unknown field": (edit_json(SETTINGS, secret_sauce=1), "secret_sauce"),
     "unknown method": (edit_json(SETTINGS, peft_type="EVIL"), "peft_type must be LORA"),
     "DoRA": (edit_json(SETTINGS, use_dora=True), "use_dora"),
+    "targets that never end matching": (
+        edit_json(SETTINGS, target_modules=r"((a|[a-z_.0-9]+)+)+!"),
+        "more than 2 s",
+    ),
     "targets of another model": (edit_json(SETTINGS, target_modules=["wat"]), "'wat' matches no"),
     "NaN": (
         edit_tensors(lambda t: t.update({A0: np.full_like(t[A0], np.nan)}), WEIGHTS),

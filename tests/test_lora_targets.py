@@ -6,6 +6,7 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lorax import patterns, targets
 from lorax.config import LoraConfig
 from lorax.targets import TargetError, match_targets
 
@@ -191,3 +192,51 @@ def _lists(settings):
 def test_nothing_stays_unmatched(settings, message, torch_model):
     with pytest.raises(TargetError, match=message):
         ours(torch_model(), settings)
+
+
+HANGS = r"((a|[a-z_.0-9]+)+)+!"
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    "setting, settings",
+    [
+        ("target_modules", {"target_modules": HANGS}),
+        ("exclude_modules", {"target_modules": ["q_proj"], "exclude_modules": HANGS}),
+        ("rank_pattern", {"target_modules": ["q_proj"], "rank_pattern": {HANGS: 4}}),
+        ("alpha_pattern", {"target_modules": ["q_proj"], "alpha_pattern": {HANGS: 4.0}}),
+        ("modules_to_save", {"target_modules": ["q_proj"], "modules_to_save": [HANGS]}),
+        (
+            "layers_pattern",
+            {
+                "target_modules": ["q_proj"],
+                "layers_pattern": [HANGS],
+                "layers_to_transform": [0],
+            },
+        ),
+    ],
+)
+def test_a_pattern_that_would_never_end_is_refused_by_its_setting(setting, settings, monkeypatch):
+    monkeypatch.setattr(patterns, "SECONDS", 1)
+    monkeypatch.setattr(targets, "SECONDS", 1)
+    names = ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"]
+    expected = rf"lora.{setting}: matching .* takes more than 1 s; repeat fewer things"
+    with pytest.raises(TargetError, match=expected):
+        match_targets(names, ["model", "model.layers"], LoraConfig(**settings))
+
+
+@pytest.mark.parametrize("setting", ["modules_to_save", "layers_pattern"])
+def test_an_entry_that_is_no_pattern_is_refused_by_its_setting(setting):
+    config = LoraConfig(target_modules=["q_proj"], **{setting: ["["], "layers_to_transform": [0]})
+    with pytest.raises(TargetError, match=rf"lora.{setting}: '\[' is no regular expression"):
+        match_targets(["model.layers.0.q_proj"], ["model"], config)
+
+
+def test_a_process_is_started_only_for_what_may_be_slow(monkeypatch):
+    started = []
+    monkeypatch.setattr(patterns.subprocess, "run", lambda *a, **_: started.append(a))
+    config = LoraConfig(
+        target_modules=["q_proj"], rank_pattern={"layers.0.q_proj": 4}, modules_to_save=["head"]
+    )
+    match_targets(["model.layers.0.q_proj"], ["model.head"], config)
+    assert not started

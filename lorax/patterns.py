@@ -1,0 +1,72 @@
+"""Regular expressions from a config or an adapter, tried where they can be stopped.
+
+Matching can take exponential time, and within this process nothing would end it.
+"""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Collection, Iterable
+from typing import NamedTuple
+
+SECONDS = 2
+"""Of the processor, for all that is tried at once; honest patterns take microseconds."""
+
+_TRY = """
+import json, re, sys
+try:
+    import resource
+    resource.setrlimit(resource.RLIMIT_CPU, ({seconds}, {seconds}))
+except ImportError:
+    pass
+patterns, names = json.load(sys.stdin)
+for index, pattern in enumerate(patterns):
+    print(index, flush=True)
+    for name in names:
+        re.match(pattern, name)
+        re.fullmatch(pattern, name)
+print(len(patterns))
+"""
+
+_REPEATS = re.compile(r"(?<!\\)[*+{]")
+
+
+class Pattern(NamedTuple):
+    """One of a setting's regular expressions.
+
+    Attributes:
+        setting: Its name.
+        entry: As it was given.
+        whole: As it is matched, against a whole name or its beginning.
+    """
+
+    setting: str
+    entry: str
+    whole: str
+
+    @property
+    def may_be_slow(self) -> bool:
+        """Whether it repeats more than one thing, one of them of its own: no other can be."""
+        return bool(_REPEATS.search(self.entry)) and len(_REPEATS.findall(self.whole)) > 1
+
+
+def find_slow(patterns: Iterable[Pattern], names: Collection[str]) -> Pattern | None:
+    """Returns a pattern that takes too long to be matched against all names, or None.
+
+    Where none can, no process is started.
+    """
+    suspects = [pattern for pattern in patterns if pattern.may_be_slow]
+    if not suspects:
+        return None
+    command = [sys.executable, "-I", "-S", "-c", _TRY.format(seconds=SECONDS)]
+    asked = json.dumps([[pattern.whole for pattern in suspects], sorted(names)])
+    try:
+        done = subprocess.run(
+            command, input=asked, capture_output=True, text=True, timeout=30 * SECONDS, check=False
+        )
+        said = done.stdout
+    except subprocess.TimeoutExpired as error:
+        said = (error.stdout or b"0").decode()
+    reached = int(said.split()[-1]) if said.split() else 0
+    return suspects[reached] if reached < len(suspects) else None
