@@ -19,6 +19,7 @@ from typing import Any
 import jax
 
 from lorax.checkpoint_files import (
+    MANIFEST_FILE,
     Checkpoint,
     OtherFormatError,
     Stacks,
@@ -34,9 +35,14 @@ CHECKPOINT_FOLDER = "checkpoints"
 
 MARKER_FILE, LOCK_FILE = "LORAX", "lock"
 _STEP = re.compile(r"step-(\d{9})")
+_PARTIAL = re.compile(r"\.partial-(step-)?\d{9}-[0-9a-f]{8}")
 _MARKER = "Checkpoints of a lorax run. Folders step-*, damaged-* and .partial-* belong to lorax.\n"
 _ROOM = 32 * 2**20
 """Bytes that must stay free beyond what is written."""
+
+
+class SaveError(CheckpointError):
+    """A checkpoint that could not be written."""
 
 
 class CheckpointStore:
@@ -81,9 +87,12 @@ class CheckpointStore:
                 f"{self.directory} holds files and no {MARKER_FILE}, so it is not lorax's; choose "
                 "another save.output_dir"
             )
+        above = list(self.directory.absolute().parents)
+        existing = next(index for index, folder in enumerate(above) if folder.exists())
         self.directory.mkdir(parents=True, exist_ok=True)
         marker.write_text(_MARKER, encoding="utf-8")
-        for folder in (self.directory, self.directory.parent, self.directory.parent.parent):
+        # All that hold a name that is new; the run's own folder may be, whoever made it.
+        for folder in (self.directory, *above[: max(existing + 1, 2)]):
             sync(folder)
         lock = (self.directory / LOCK_FILE).open("a+", encoding="utf-8")
         try:
@@ -100,11 +109,12 @@ class CheckpointStore:
         lock.write(f"process {os.getpid()}\n")
         lock.flush()
         self._lock = lock
-        for left in self.directory.glob(".partial-*"):
-            shutil.rmtree(left, ignore_errors=True)
+        for left in self.directory.iterdir():
+            if _PARTIAL.fullmatch(left.name):
+                shutil.rmtree(left, ignore_errors=True)
 
     def steps(self) -> list[int]:
-        """Returns the steps of what looks like a checkpoint, in ascending order."""
+        """Returns the steps of what is named like a checkpoint, in ascending order."""
         if not self.directory.is_dir():
             return []
         names = (p.name for p in self.directory.iterdir() if p.is_dir() and not p.is_symlink())
@@ -115,7 +125,7 @@ class CheckpointStore:
     ) -> None:
         """Copies the arrays from the devices and writes them in a thread.
 
-        A step that is there already is not written again.
+        A step that is there already is not written again; if it is not whole, it is set aside.
 
         Args:
             step: Optimizer steps done.
@@ -124,18 +134,31 @@ class CheckpointStore:
             wait: Whether to return only when the checkpoint is on the disk.
 
         Raises:
-            CheckpointError: If this save, with `wait`, or one before failed.
+            SaveError: If this save, with `wait`, or one before failed.
         """
         self.open()
         self._join()
         before, self._error = self._error, None
-        if step not in self.steps():  # a step of a run is the same whenever it is saved
+        if not self._has(step):  # a step of a run is the same whenever it is saved
             self._begin(step, arrays, record)
         if wait:
             self._join()
         # An error of the save before must not keep this one from happening.
         self._error = self._error or before
         self.check()
+
+    def _has(self, step: int) -> bool:
+        """Says whether a step is there; sets aside what only has its name."""
+        if step not in self.steps():
+            return False
+        try:
+            read_manifest(self._folder(step))
+            return True
+        except OtherFormatError:
+            raise
+        except CheckpointError as error:
+            self._set_aside(step, error)
+            return False
 
     def _begin(self, step: int, arrays: Mapping[str, Any], record: Mapping[str, Any]) -> None:
         started = time.monotonic()
@@ -157,10 +180,10 @@ class CheckpointStore:
         if self._error is not None:
             error, self._error = self._error, None
             if isinstance(error, CheckpointError):
-                raise error
+                raise SaveError(str(error)) from error
             found = self.steps()
             safe = f"; step {found[-1]} is the newest checkpoint" if found else ""
-            raise CheckpointError(f"{self.directory}: saving failed: {error}{safe}") from error
+            raise SaveError(f"{self.directory}: saving failed: {error}{safe}") from error
 
     def wait(self) -> None:
         """Waits for the thread, and raises what it raised."""
@@ -210,10 +233,7 @@ class CheckpointStore:
             except OtherFormatError:
                 raise
             except CheckpointError as error:
-                aside = self.directory / f"damaged-{step:09d}-{time.time_ns()}"
-                folder.rename(aside)
-                sync(self.directory)
-                self._tell(f"checkpoint of step {step} is damaged and set aside: {error}")
+                self._set_aside(step, error)
         damaged = sorted(path.name for path in self.directory.glob("damaged-*"))
         if damaged:
             raise CheckpointError(
@@ -221,6 +241,11 @@ class CheckpointStore:
                 f"{', '.join(damaged)}. Start anew in another save.output_dir"
             )
         return None
+
+    def _set_aside(self, step: int, error: CheckpointError) -> None:
+        self._folder(step).rename(self.directory / f"damaged-{step:09d}-{time.time_ns()}")
+        sync(self.directory)
+        self._tell(f"checkpoint of step {step} is damaged and set aside: {error}")
 
     def _folder(self, step: int) -> Path:
         return self.directory / f"step-{step:09d}"
@@ -246,16 +271,20 @@ class CheckpointStore:
         except BaseException:
             shutil.rmtree(fresh, ignore_errors=True)
             raise
-        self._prune()
+        self._prune(step)
 
-    def _prune(self) -> None:
-        """Removes what is too old, once the newest one has been read back."""
-        old = self.steps()[: -self.keep]
+    def _prune(self, newest: int) -> None:
+        """Removes what is too old, once the newest one has been read back.
+
+        What was not written here, whatever its name, stays.
+        """
+        folders = [self._folder(step) for step in self.steps() if step <= newest]
+        old = [folder for folder in folders if (folder / MANIFEST_FILE).is_file()][: -self.keep]
         if not old:
             return
-        read_checkpoint(self._folder(self.steps()[-1]))
-        for step in old:
-            self._remove(self._folder(step))
+        read_checkpoint(self._folder(newest))
+        for folder in old:
+            self._remove(folder)
 
     def _remove(self, folder: Path) -> None:
         # Renamed first, so that no half of a checkpoint is ever seen under its name.

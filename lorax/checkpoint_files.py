@@ -6,6 +6,8 @@ import errno
 import hashlib
 import json
 import logging
+import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -17,8 +19,11 @@ from lorax.interop.files import CheckpointError, read_json, sync_tree
 
 MANIFEST_FILE = "manifest.json"
 _FORMAT, _PLACE = 2, ("stack", "row")
-_PASSING = {errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.ESTALE}
-"""Errors that say nothing about whether a file is whole."""
+_GONE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR}
+"""Errors that say that a checkpoint is not whole. Any other says nothing about that."""
+
+_PASSING = re.compile(r"OS error (\d+)|PERMISSION_DENIED|UNAVAILABLE|RESOURCE_EXHAUSTED")
+"""What TensorStore, which raises no OSError, says of such others."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,6 +162,7 @@ def _read_arrays(folder: Path, names: list[str]) -> dict[str, np.ndarray]:
     import orbax.checkpoint as ocp
 
     wanted = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
+    _open_all(folder)
     try:
         with contextlib.closing(ocp.Checkpointer(ocp.PyTreeCheckpointHandler())) as checkpointer:
             args = ocp.args.PyTreeRestore(restore_args=wanted)
@@ -165,11 +171,35 @@ def _read_arrays(folder: Path, names: list[str]) -> dict[str, np.ndarray]:
     except MemoryError:
         raise
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in _PASSING:
+        if is_passing(error):
             raise
         # Orbax and TensorStore raise a dozen kinds, most of which do not name the file.
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{folder} cannot be read: {reason[:300]}") from error
+
+
+def is_passing(error: BaseException | None) -> bool:
+    """Says whether an error is about the system as it is now, and not about what is in a file."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno is not None:
+            return error.errno not in _GONE
+        said = _PASSING.search(str(error))
+        if said and not (said[1] and int(said[1]) in _GONE):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _open_all(folder: Path) -> None:
+    """Raises the system's own error if a file cannot be read: Orbax has other words for it."""
+
+    def fail(error: OSError) -> None:
+        if is_passing(error):
+            raise error
+
+    for parent, _, files in os.walk(folder, onerror=fail):
+        for name in files:
+            (Path(parent) / name).open("rb").close()
 
 
 def refuse_nonfinite(arrays: Mapping[str, np.ndarray] | Stacks, where: str) -> None:

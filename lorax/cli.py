@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from lorax.card import write_card
+from lorax.checkpoint import SaveError
 from lorax.config import RunConfig, load_config
 from lorax.data import encode_prompt, load_tokenizer
 from lorax.export import export_model
@@ -57,14 +58,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(width=None if sys.stdout.isatty() else WIDTH_IN_LOGS)
     try:
         parsed.run(parsed, console)
+    except (FloatingPointError, OutOfMemoryError, SaveError) as error:
+        _print_error(parsed.command, error)
+        return 1
     except (ValueError, OSError) as error:
         _print_error(parsed.command, error)
         return 2
-    except (FloatingPointError, OutOfMemoryError) as error:
-        _print_error(parsed.command, error)
-        return 1
     except RunStopped as stopped:
-        print(f"lorax: {stopped}; go on with --resume", file=sys.stderr)
+        print(f"lorax: {stopped}; go on with --resume auto", file=sys.stderr)
         return STOPPED_STATUS
     except KeyboardInterrupt:
         print("lorax: stopped", file=sys.stderr)
@@ -156,14 +157,17 @@ def _train(parsed, console: Console) -> None:
     phases = Phases(process_age() or 0.0)
     phases.end("imports")
     # While it trains, the trainer listens; before and after that there is nothing to save.
-    signal.signal(signal.SIGTERM, _stop)
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, _stop)
     config = load_config(parsed.config, parsed.overrides)
     run_training(config, console, phases, resume=parsed.resume)
 
 
 def _stop(number: int, _: object) -> None:
-    signal.signal(number, signal.SIG_DFL)
-    raise RunStopped("stopped by SIGTERM while it did not train; what was saved is whole")
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, signal.SIG_DFL)
+    name = signal.Signals(number).name
+    raise RunStopped(f"stopped by {name} while it did not train; what was saved, if any, is whole")
 
 
 def _validate(parsed, console: Console) -> None:
@@ -215,7 +219,7 @@ def _generate(parsed, console: Console) -> None:
         if run.train.method == "full":
             source = str(merged)
         elif adapter is None:
-            adapter = str(Path(parsed.model) / EXPORT_FOLDERS["peft"])
+            adapter = str(_adapter_of(Path(parsed.model)))
     base = resolve_checkpoint(source, parsed.revision if run is None else run.model.revision)
     load_hf_config(base)  # says so if the folder is no model, or an adapter
     dtype = parsed.dtype or (run.model.dtype if run else _stored_dtype(base))
@@ -260,9 +264,9 @@ def _export(parsed, console: Console) -> None:
     refuse_occupied(parsed.out)
     source = Path(parsed.source)
     run = _read_run(source)
-    adapter = source / EXPORT_FOLDERS["peft"] if run is not None else source
     if run is not None and run.train.method == "full":
         raise ValueError(f"{source} trained the whole model: {source / 'merged'} is its checkpoint")
+    adapter = _adapter_of(source) if run is not None else source
     recorded = read_json(adapter / CONFIG_FILE).get("base_model_name_or_path")
     name = parsed.base or recorded
     if not name:
@@ -283,6 +287,19 @@ def _export(parsed, console: Console) -> None:
         f"{parsed.format}: {parsed.out} (base in {dtype.name})\nverified: {found.describe()}",
         highlight=False,
         soft_wrap=True,
+    )
+
+
+def _adapter_of(run: Path) -> Path:
+    """Returns the adapter of a run that has ended."""
+    adapter = run / EXPORT_FOLDERS["peft"]
+    if adapter.is_dir():
+        return adapter
+    saved = sorted((run / "weights").glob("step-*"))
+    instead = f", or take {saved[-1]}, an adapter as it was then" if saved else ""
+    raise ValueError(
+        f"{run} has no folder {adapter.name}: the run has not ended. Finish it with `lorax train "
+        f"{run / 'config.yaml'} --resume`{instead}"
     )
 
 

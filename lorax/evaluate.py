@@ -63,10 +63,10 @@ class Evaluator:
         """Returns the mean loss in nats per supervised token; calls `beat` now and then."""
         sums = []
         for batch in prefetch(self.plan.epoch(0), lambda b: place_batch(b, self.mesh)):
+            beat()
             sums.append(self._sums(trainable, frozen, batch))
-            if len(sums) % 16 == 0:
-                jax.block_until_ready(sums[-1])
-                beat()
+            # A few ahead, so that the device has work and `beat` is called as they end.
+            jax.block_until_ready(sums[-4:][0])
         totals, counts = zip(*jax.device_get(sums), strict=True)
         return math.fsum(map(float, totals)) / sum(map(int, counts))
 

@@ -67,6 +67,10 @@ def report_rows(
         "tokens_by_row": {str(row): int(lengths[row]) for part in rows for row in part},
     }
     path = folder / f"nonfinite-step-{step}.json"
-    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    try:
+        path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        where = str(path)
+    except OSError as error:  # what went wrong with the numbers is the news
+        where = f"not written: {error}"
     described = describe_rows(micro_batches, rows)
-    return f"step {step}: loss {loss}, gradient norm {norm}: {described} ({path})"
+    return f"step {step}: loss {loss}, gradient norm {norm}: {described} ({where})"

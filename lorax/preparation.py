@@ -4,7 +4,7 @@ import itertools
 import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from lorax.config import EvalConfig, RunConfig, TrainConfig
-from lorax.data import BatchPlan, EncodedDataset
+from lorax.data import BatchPlan, EncodedDataset, prefetch
 from lorax.loss import LossFunction, causal_lm_loss
 from lorax.models import DocumentLayout
 from lorax.optimizer import make_optimizer
@@ -176,6 +176,27 @@ def _common_layout(plans: list[BatchPlan]) -> DocumentLayout:
     layouts = [plan.document_window() for plan in plans]
     window = max(width for width, _ in layouts)
     return DocumentLayout(window, max(count * (window // width) for width, count in layouts))
+
+
+def batches_after(
+    done: int, plan: BatchPlan, total_steps: int, place: Callable[[Any], Any]
+) -> Iterator[tuple[int, int, int, dict[str, jax.Array], bool]]:
+    """Yields (step from 1, epoch, its step from 0, batch on the devices, whether the epoch ends).
+
+    Args:
+        done: Steps that were done before.
+        plan: Of the run.
+        total_steps: Of the run.
+        place: Puts a batch on the devices, ahead of its step.
+    """
+    before = 0
+    for epoch, steps in run_epochs(plan, total_steps):
+        first = min(max(done - before, 0), steps)
+        if first < steps:
+            source = itertools.islice(plan.epoch(epoch, first), steps - first)
+            for index, batch in enumerate(prefetch(source, place), start=first):
+                yield before + index + 1, epoch, index, batch, index == steps - 1
+        before += steps
 
 
 def ends_epoch(plan: BatchPlan, total_steps: int, step: int) -> bool:

@@ -62,4 +62,5 @@ class Recorder:
     def _is_logged(self, step: int, event: Event) -> bool:
         finite = math.isfinite(event["loss"]) and math.isfinite(event["grad_norm"])
         edge = step in (1, event["total_steps"])
-        return edge or not finite or step % self.logging_steps == 0
+        spike = "spike_rows" in event
+        return edge or spike or not finite or step % self.logging_steps == 0

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -48,7 +48,7 @@ from lorax.run_inputs import (
 )
 from lorax.sharding import make_mesh
 from lorax.stopping import OutOfMemoryError
-from lorax.train import Trainer, TrainResult
+from lorax.train import Trainer
 
 type Resume = Literal["never", "auto", "always"]
 
@@ -111,6 +111,24 @@ def run_training(
             console.print(f"{output}: this run has ended; there is nothing to resume")
             return RunSummary(**read_json(output / SUMMARY_FILE))
     phases.end("data and device")
+    with _memory_explained(config, policy):
+        summary = _run(config, console, inputs, policy, files, phases, resumed, started)
+    console.rule("Result")
+    print_summary(console, summary)
+    return summary
+
+
+def _run(
+    config: RunConfig,
+    console: Console,
+    inputs: Inputs,
+    policy: GradientCheckpointing,
+    files: Mapping[str, str],
+    phases: Phases,
+    resumed: bool,
+    started: float,
+) -> RunSummary:
+    """Loads, trains and exports what was checked."""
     shapes = model_shapes(config, inputs.base, policy)
     compiled = compile_ahead(shapes, config, inputs.train, inputs.eval)
     model = build_model(config, policy)
@@ -137,18 +155,11 @@ def run_training(
         phases.end("first answers" if config.eval.exact_match else "trainer")
         if compiled.done():
             compiled.result()  # raises what the compiler raised, before anything is written
-        summary = _train_and_export(trainer, recorder, inputs, policy, started)
-    console.rule("Result")
-    print_summary(console, summary)
-    return summary
+        return _train_and_export(trainer, recorder, inputs, started)
 
 
 def _train_and_export(
-    trainer: Trainer,
-    recorder: Recorder,
-    inputs: Inputs,
-    policy: GradientCheckpointing,
-    started: float,
+    trainer: Trainer, recorder: Recorder, inputs: Inputs, started: float
 ) -> RunSummary:
     config, console = trainer.config, recorder.console
     output, before = trainer.output_dir, trainer.progress.notes.get("exact match")
@@ -159,7 +170,7 @@ def _train_and_export(
         recorder.log = log
         with show_progress(console, trainer.total_steps) as show:
             recorder.show = show
-            result = _train(trainer, config, policy)
+            result = trainer.train()
     after = _score(config, trainer.model, inputs, console, "after training")
     console.rule("Export")
     files = _export_all(config, trainer.model, inputs, console, result, (before, after))
@@ -241,9 +252,11 @@ def refuse_changes(
     refuse_other_run(saved, now, str(output))
 
 
-def _train(trainer: Trainer, config: RunConfig, policy: GradientCheckpointing) -> TrainResult:
+@contextlib.contextmanager
+def _memory_explained(config: RunConfig, policy: GradientCheckpointing) -> Iterator[None]:
+    """Raises `OutOfMemoryError`, which says what would fit, in the place of XLA's error."""
     try:
-        return trainer.train()
+        yield
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -4,7 +4,6 @@ import contextlib
 import faulthandler
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,6 +15,10 @@ STUCK_STATUS = 70  # EX_SOFTWARE
 
 class RunStopped(KeyboardInterrupt):
     """A run that was asked to stop and has saved what it had."""
+
+
+class StopAskedError(Exception):
+    """A signal, by whose name it is called, has asked the run to stop."""
 
 
 class OutOfMemoryError(RuntimeError):
@@ -47,6 +50,11 @@ class StopRequest:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def check(self) -> None:
+        """Raises `StopAskedError` if a signal has come."""
+        if self.received:
+            raise StopAskedError(self.received)
 
     def _note(self, number: int, _: Any) -> None:
         self.received = signal.Signals(number).name
@@ -92,12 +100,14 @@ class Watchdog:
         assert self.seconds is not None
         while not self._ended.wait(min(1.0, self.seconds / 4)):
             if time.monotonic() - self._last > self.seconds:
-                print(
-                    f"lorax: no step has ended for {self.seconds:g} s "
-                    "(train.stuck_after_seconds); the stacks of all threads follow. The "
-                    "checkpoints saved before are whole: go on with --resume",
-                    file=sys.stderr,
-                    flush=True,
-                )
-                faulthandler.dump_traceback(sys.stderr, all_threads=True)
-                os._exit(STUCK_STATUS)
+                try:
+                    message = (
+                        f"lorax: no step has ended for {self.seconds:g} s "
+                        "(train.stuck_after_seconds); the stacks of all threads follow. The "
+                        "checkpoints saved before are whole: go on with --resume\n"
+                    )
+                    # Past sys.stderr, which may be no file, or be locked by what is stuck.
+                    os.write(2, message.encode())
+                    faulthandler.dump_traceback(2, all_threads=True)
+                finally:
+                    os._exit(STUCK_STATUS)

@@ -213,7 +213,13 @@ def _refuse_unmatched(matched, linear_names, other_names, config, output_layer):
         alone = config
         if not isinstance(targets, str):
             alone = config.model_copy(update={"target_modules": (entry,)})
-        if not any(is_target(n, alone, output_layer) for n in linear_names):
+        if any(is_target(n, alone, output_layer) for n in linear_names):
+            continue
+        anywhere = alone.model_copy(update={"layers_to_transform": None, "layers_pattern": None})
+        found = [n for n in linear_names if is_target(n, anywhere, output_layer)]
+        if found:
+            _refuse_layers(config, found, linear_names)
+        else:
             raise TargetError(
                 f"lora.target_modules: {entry!r} matches no linear module; "
                 f"{nearest(entry, linear_names)}{_REGEX_HINT if isinstance(targets, str) else ''}"
@@ -226,13 +232,7 @@ def _refuse_unmatched(matched, linear_names, other_names, config, output_layer):
                 f"lora.exclude_modules: {entry!r} matches no module; {nearest(entry, names)}"
             )
     in_layers = [n for n in linear_names if is_target(n, config, output_layer)]
-    for index in _layers(config):
-        if not any(_layer_index(n, config) == index for n in in_layers):
-            known = {i for n in linear_names if (i := _layer_index(n, config)) is not None}
-            raise TargetError(
-                f"lora.layers_to_transform: no target module lies in layer {index}; the model's "
-                f"layers are {_listed(sorted(known))}"
-            )
+    _refuse_layers(config, in_layers, linear_names)
     if not matched:
         raise TargetError(
             "lora.exclude_modules and lora.modules_to_save leave no module to adapt; narrow them"
@@ -247,6 +247,17 @@ def _refuse_unmatched(matched, linear_names, other_names, config, output_layer):
         if not any(is_saved(n, entry) for n in names):
             raise TargetError(
                 f"lora.modules_to_save: {entry!r} matches no module; {nearest(entry, names)}"
+            )
+
+
+def _refuse_layers(config: LoraConfig, targets: list[str], linear_names: Sequence[str]) -> None:
+    """Raises if a layer of `layers_to_transform` has none of some targets."""
+    for index in _layers(config):
+        if not any(_layer_index(n, config) == index for n in targets):
+            known = {i for n in linear_names if (i := _layer_index(n, config)) is not None}
+            raise TargetError(
+                f"lora.layers_to_transform: no target module lies in layer {index}; the model's "
+                f"layers are {_listed(sorted(known))}"
             )
 
 

@@ -3,10 +3,9 @@
 import contextlib
 import dataclasses
 import functools
-import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ from flax import nnx
 
 from lorax.checkpoint import CHECKPOINT_FOLDER, CheckpointStore
 from lorax.config import RunConfig
-from lorax.data import EncodedDataset, prefetch
+from lorax.data import EncodedDataset
 from lorax.evaluate import Evaluator
 from lorax.interop.checkpoint import resolve_checkpoint
 from lorax.interop.files import CheckpointError, refuse_occupied
@@ -30,6 +29,7 @@ from lorax.nonfinite import find_micro_batches, report_rows
 from lorax.optimizer import make_optimizer, make_schedule
 from lorax.preparation import (
     CompiledStep,
+    batches_after,
     compile_widths,
     count_steps,
     ends_epoch,
@@ -38,7 +38,6 @@ from lorax.preparation import (
     plan_training,
     prepare_model,
     refuse_empty_steps,
-    run_epochs,
     step_options,
 )
 from lorax.resume import (
@@ -51,7 +50,7 @@ from lorax.resume import (
 from lorax.saving import Saver
 from lorax.sharding import make_mesh, place_batch
 from lorax.step import TrainState, TrainStep, make_train_step
-from lorax.stopping import RunStopped, StopRequest, Watchdog
+from lorax.stopping import RunStopped, StopAskedError, StopRequest, Watchdog
 from lorax.weights import WeightStore
 
 type Event = dict[str, Any]
@@ -194,32 +193,46 @@ class Trainer:
             self.checkpoints.open()
             compiled = self._compile()
             with stop.listening(), watchdog.watching():
+                self._beat = lambda: (watchdog.beat(), stop.check())
                 try:
-                    self._run_steps(compiled, stop, watchdog)
+                    self._run_until_asked(compiled)
+                except RunStopped:
+                    raise
                 except BaseException as error:
                     self._rescue(error)
                     raise
             return self._finish()
 
-    def _run_steps(
-        self, compiled: dict[int, TrainStep], stop: StopRequest, watchdog: Watchdog
-    ) -> None:
-        progress, self._beat = self.progress, watchdog.beat
+    def _run_until_asked(self, compiled: dict[int, TrainStep]) -> None:
+        try:
+            self._run_steps(compiled)
+            self._beat()
+        except StopAskedError as asked:
+            self._finish_pending()
+            if self.progress.step == 0:
+                raise RunStopped(f"stopped by {asked} before the first step") from None
+            saved = "saved" if self.saver.save(self.state, wait=True) else "NOT SAVED"
+            where = f"after step {self.progress.step}, {saved}"
+            raise RunStopped(f"stopped by {asked} {where}") from None
+
+    def _run_steps(self, compiled: dict[int, TrainStep]) -> None:
+        progress = self.progress
         if progress.step == 0:
             progress.eval_loss_before = progress.eval_loss = self._evaluate(0)
         elif progress.settled < progress.step:  # the run was stopped right after this step
             self._settle(progress.step, ends_epoch(self.plan, self.total_steps, progress.step))
         self._clock = time.perf_counter()
-        for done, epoch, index, batch, is_epoch_end in self._batches(progress.step):
-            watchdog.beat()
+        place = lambda batch: place_batch(batch, self.mesh)
+        done = self.total_steps if progress.stopped_early else progress.step
+        batches = batches_after(done, self.plan, self.total_steps, place)
+        for done, epoch, index, batch, is_epoch_end in batches:
+            self._beat()
             width = batch["input_ids"].shape[-1]
             self.state, metrics = compiled[width](self.state, batch)
             # The previous step's numbers are read while this one runs.
             self._finish_pending(_Dispatched(done, epoch, index, batch, metrics))
-            if stop.received:
-                self._finish_pending()
-                saved = "saved" if self.saver.save(self.state, wait=True) else "NOT SAVED"
-                raise RunStopped(f"stopped by {stop.received} after step {done}, {saved}")
+            if self.config.train.skip_nonfinite_steps:
+                self._finish_pending()  # at once: the next one is not run if too many were skipped
             self._settle(done, is_epoch_end)
             self.saver.check()
             if progress.stopped_early:
@@ -266,8 +279,6 @@ class Trainer:
 
     def _rescue(self, error: BaseException) -> None:
         """Saves what was reached before an error is passed on."""
-        if isinstance(error, RunStopped):
-            return
 
         def reach() -> TrainState:
             if self._pending is not None:  # the state has it, whatever its listeners would say
@@ -287,20 +298,6 @@ class Trainer:
             compiled[width] = dataclasses.replace(self.step, compiled=executable)
             self._tell({"compiled_width": width, "seconds": seconds})
         return compiled
-
-    def _batches(self, after: int) -> Iterator[tuple[int, int, int, dict[str, jax.Array], bool]]:
-        """Yields (step from 1, epoch, its step from 0, batch on the devices, whether it ends)."""
-        if self.progress.stopped_early:
-            return
-        done = 0
-        place = lambda batch: place_batch(batch, self.mesh)
-        for epoch, steps in run_epochs(self.plan, self.total_steps):
-            first = min(max(after - done, 0), steps)
-            if first < steps:
-                source = itertools.islice(self.plan.epoch(epoch, first), steps - first)
-                for index, batch in enumerate(prefetch(source, place), start=first):
-                    yield done + index + 1, epoch, index, batch, index == steps - 1
-            done += steps
 
     def _finish_pending(self, following: _Dispatched | None = None) -> None:
         """Waits for the numbers of the last step, passes them on, and stops if not finite."""
@@ -357,6 +354,9 @@ class Trainer:
                 {"note": f"WARNING: {found}. Left out, {self.progress.skipped} of {allowed}"}
             )
             return
+        if allowed:  # a run that goes on tries this step again
+            self.progress.step, self.progress.skipped = event["step"] - 1, allowed
+            self.state = dataclasses.replace(self.state, step=self.state.step - 1)
         limit = f"; {allowed} were allowed (train.skip_nonfinite_steps)" if allowed else ""
         raise FloatingPointError(
             f"{found}{limit}. The weights are those before it; {self.store.describe()}. Lower "

@@ -73,7 +73,7 @@ class WeightStore:
     def describe(self) -> str:
         """Says which weights are on disk."""
         if not self._written:
-            return "no weights were saved before it"
+            return "checkpoints/ holds what was reached, if anything was"
         return f"the last weights saved are in {self._written[max(self._written)]}"
 
     def _folder(self, step: int) -> Path:

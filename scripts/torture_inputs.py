@@ -281,7 +281,7 @@ LEAKS: dict[str, tuple[str, str, list[str], str]] = {
         SAID,
         "validate",
         ["data.chat_template=repeating.jinja"],
-        "repeats the messages",
+        "may repeat the messages",
     ),
     "a table without a header": (
         f"{WORDS[0]} is asked,and {WORDS[1]} said\n" * 2,

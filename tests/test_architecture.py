@@ -46,7 +46,7 @@ ALLOWED = {
     },
     "lorax.run_inputs": {"lorax"},
     "lorax.compilation_cache": set(),
-    "lorax.data": {"lorax.config", "lorax.data"},
+    "lorax.data": {"lorax.config", "lorax.data", "lorax.interop.files"},
     "lorax.data.render_worker": set(),
     "lorax.models": {"lorax.models"},
     "lorax.interop": {

@@ -341,6 +341,26 @@ def test_tools_and_tool_calls_reach_the_template(encode):
     assert [text for text, flag in pieces if flag] == ["look<|im_end|>", "It is 42.<|im_end|>"]
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "look"}}]}]},
+        {"messages": [{"role": "assistant", "content": "b"}], "tools": [{"name": "look"}]},
+    ],
+)
+def test_tools_and_calls_that_the_template_leaves_out_are_refused(encode, row):
+    row["messages"].insert(0, {"role": "user", "content": "hi"})
+    with pytest.raises(ValueError, match=r"rows.jsonl:1: .* leaves out 1 functions of the row's"):
+        encode([row], byte_tokenizer(CHATML))
+
+
+def test_half_a_character_from_a_template_is_refused(encode):
+    messages = [{"role": "user", "content": "hi", "name": "\ud800"}, TWO_TURNS[1]]
+    template = CHATML.replace("m['content']", "(m['name'] or '') + m['content']")
+    with pytest.raises(ValueError, match=r"rows.jsonl:1: the rendered conversation holds half"):
+        encode([{"messages": messages}], byte_tokenizer(template))
+
+
 def test_template_of_a_file_is_used(encode, tmp_path):
     path = tmp_path / "chat.jinja"
     path.write_text(CHATML)

@@ -4,8 +4,10 @@ import datetime
 import os
 import resource
 import signal
+import subprocess
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -42,9 +44,17 @@ HOSTILE = {
     "a file": ("{% include '/etc/passwd' %}", "no loader"),
     "an error that repeats the words": (
         "{{ raise_exception('cannot ' ~ messages[0].content) }}",
-        "too long or repeats",
+        "too long or may repeat",
     ),
-    "an error without end": ("{{ raise_exception('a' * 5000000) }}", "too long or repeats"),
+    "an error with a word of them": (
+        "{{ raise_exception('cannot ' ~ messages[1].content[:4] | upper) }}",
+        "too long or may repeat",
+    ),
+    "an error of a method on them": (
+        "{{ ('{' ~ messages[0].content ~ '}').format() }}",
+        "KeyError, whose text is too long or may repeat",
+    ),
+    "an error without end": ("{{ raise_exception('a' * 5000000) }}", "too long or may repeat"),
     "its own error": ("{{ raise_exception('no system role') }}", "no system role"),
     "no syntax": ("{% for %}", "Expected|expected"),
 }
@@ -190,3 +200,33 @@ def test_the_process_sees_no_token_and_ends_when_it_is_closed(monkeypatch):
     asked = time.monotonic()
     renderer.close()
     assert process.returncode is not None and time.monotonic() - asked < 10
+
+
+def test_the_words_of_tools_are_kept_too(renderer):
+    tools = [{"name": "look", "description": "secret words"}]
+    request = Request(MESSAGES, (WHOLE,), tools)
+    template = "{{ raise_exception(tools[0].description) }}"
+    with pytest.raises(DataError, match="TemplateError, whose text is too long or may repeat"):
+        list(renderer.render(template, [request], special_tokens={}))
+
+
+def test_a_start_that_is_interrupted_leaves_nothing_for_the_next_one(monkeypatch):
+    renderer, popen, interrupted = Renderer(), subprocess.Popen, []
+
+    def start(*arguments, **options):
+        process = popen(*arguments, **options)
+        if not interrupted:
+            interrupted.append(process)
+
+            def readline():
+                raise KeyboardInterrupt
+
+            process.stdout = SimpleNamespace(readline=readline, close=process.stdout.close)
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    with pytest.raises(KeyboardInterrupt):
+        render(renderer)
+    assert render(renderer).text == "<|user|>Hello<|assistant|>Fine"
+    assert interrupted[0].wait(10) == -signal.SIGKILL
+    renderer.close()

@@ -3,6 +3,8 @@
 import itertools
 import json
 import math
+import os
+import signal
 from collections import Counter
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +16,7 @@ import pytest
 from flax import nnx
 
 import lorax
+from lorax.checkpoint_files import read_checkpoint
 from lorax.config import RunConfig
 from lorax.data import EncodedDataset
 from lorax.evaluate import Evaluator
@@ -23,6 +26,7 @@ from lorax.lora import lora_layers
 from lorax.loss import causal_lm_loss
 from lorax.models import CausalLM, DecoderConfig
 from lorax.optimizer import make_schedule
+from lorax.stopping import RunStopped
 from lorax.train import Trainer
 
 VOCAB = 64
@@ -543,3 +547,85 @@ def test_scales_of_the_adapters_survive_the_run(make_trainer, model):
         {n: layer.scale for n, layer in lora_layers(m).items()} for m in (trainer.model, model)
     ]
     assert scales[0] == scales[1]
+
+
+def resumed(trainer, of, rows, held_out=None, loss_fn=causal_lm_loss):
+    """Returns a trainer that goes on where another one stopped."""
+    return Trainer(of, trainer.config, rows, held_out, loss_fn=loss_fn, resume=True)
+
+
+def signal_at(step, name="loss"):
+    def listen(event):
+        if event.get("step") == step and name in event:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return listen
+
+
+def test_a_signal_during_the_last_step_is_not_lost(make_trainer, model, rows, plain):
+    trainer, _ = make_trainer()
+    trainer.listeners += (signal_at(5),)
+    with pytest.raises(RunStopped, match=r"stopped by SIGTERM after step 5, saved"):
+        trainer.train()
+    again = resumed(trainer, model, rows)
+    assert again.train().steps == 5
+    assert_same(values_of(again.model), plain.weights)
+
+
+def test_a_signal_during_an_evaluation_ends_it_and_the_resumed_run_makes_it_again(
+    make_trainer, model, rows, plain
+):
+    trainer, _ = make_trainer(held_out=rows, eval={"strategy": "steps", "steps": 2})
+    evaluated = trainer.evaluator._sums
+    calls = []
+
+    def slow(*arguments):
+        calls.append(trainer.progress.step)
+        if trainer.progress.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluated(*arguments)
+
+    trainer.evaluator._sums = slow
+    with pytest.raises(RunStopped, match=r"stopped by SIGTERM after step 2, saved"):
+        trainer.train()
+    assert calls.count(2) == 1 < calls.count(0)
+    again = resumed(trainer, model, rows, rows)
+    events = []
+    again.listeners = (events.append,)
+    again.train()
+    assert [e["step"] for e in events if "eval_loss" in e] == [2, 4, 5]
+    assert_same(values_of(again.model), plain.weights)
+
+
+def test_a_signal_before_the_first_step_ends_the_run(make_trainer, model, rows, plain):
+    trainer, _ = make_trainer(held_out=rows)
+    trainer.listeners += (signal_at(0, "eval_loss"),)
+    with pytest.raises(RunStopped, match="stopped by SIGTERM before the first step"):
+        trainer.train()
+    again = resumed(trainer, model, rows, rows)
+    again.train()
+    assert_same(values_of(again.model), plain.weights)
+
+
+def test_where_too_many_steps_are_left_out_none_that_follows_is_run(make_trainer, model, rows):
+    bad = {2, 4}
+
+    def loss_fn(model, batch):
+        total, count = causal_lm_loss(model, batch)
+        spoiled = jnp.isin(batch["input_ids"].sum(), jnp.asarray(sums))
+        return jnp.where(spoiled, jnp.nan, total), count
+
+    plan = make_trainer()[0].plan
+    sums = [int(b["input_ids"].sum()) for i, b in enumerate(plan.epoch(0), 1) if i in bad]
+    settings = {"skip_nonfinite_steps": 1, "lr_scheduler_type": "constant"}
+    trainer, events = make_trainer(loss_fn=loss_fn, train=settings)
+    with pytest.raises(FloatingPointError, match=r"step 4: .* 1 were allowed .* those before it"):
+        trainer.train()
+    assert [e["step"] for e in steps_of(events)] == [1, 2, 3, 4]
+    saved = read_checkpoint(trainer.checkpoints._folder(3))
+    only = make_trainer(loss_fn=loss_fn, train=settings | {"max_steps": 3})[0]
+    only.train()
+    assert_same(saved.arrays, read_checkpoint(only.checkpoints._folder(3)).arrays)
+    again = resumed(trainer, model, rows, loss_fn=loss_fn)
+    with pytest.raises(FloatingPointError, match=r"step 4: .* 1 were allowed"):
+        again.train()

@@ -68,6 +68,7 @@ class ChatTemplate:
                 mark_generation=marked,
             )
             for (conversation, turns), found in zip(asked, rendered, strict=True):
+                _refuse_lost_functions(conversation, found.text)
                 yield self._find_turns(conversation, turns, marked, found)
 
     def _turns(self, conversation: Conversation, marked: bool) -> tuple[int, ...]:
@@ -158,6 +159,16 @@ class ChatTemplate:
         names = sorted(added | set(self.tokenizer.all_special_tokens), key=len, reverse=True)
         found = re.findall("|".join(map(re.escape, names)), text) if names else []
         return list(dict.fromkeys(found))
+
+
+def _refuse_lost_functions(conversation: Conversation, text: str) -> None:
+    """Refuses a row whose tools, or calls of them, the template leaves out."""
+    lost = len([name for name in conversation.functions if name not in text])
+    if lost:
+        raise DataError(
+            f"the chat template leaves out {lost} functions of the row's tools and tool_calls: "
+            "take a template that writes them, or remove them from the row"
+        )
 
 
 def load_chat_template(tokenizer: Tokenizer, config: DataConfig) -> ChatTemplate | None:

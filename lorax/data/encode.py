@@ -20,11 +20,12 @@ from lorax.data.formats import (
     read_example,
 )
 from lorax.data.masks import StopTokens, mask_plain, mask_turns
-from lorax.data.rows import DataError, Row, Rows
+from lorax.data.rows import DataError, Row, Rows, check_unicode
 from lorax.data.sources import open_source
 from lorax.data.tokenizer import TokenizedText, Tokenizer, check_fast, tokenize_texts
 
 _ROWS_PER_BATCH, _SIZE_PER_BATCH = 256, 2**20
+_DEEPEST = 100
 
 
 def load_encoded_dataset(
@@ -132,6 +133,7 @@ class _RowEncoder:
         for example in examples:
             if isinstance(example, Conversation):
                 item = next(rendered)
+                check_unicode(item.text, "the rendered conversation")
             else:
                 self._refuse_chat_settings(data_format)
                 item = self._read_plain(example)
@@ -256,7 +258,8 @@ def _batches(rows: Rows) -> Iterator[list[tuple[int, Row]]]:
     size = 0
     for index, row in enumerate(rows):
         batch.append((index, row))
-        size += _size(row)
+        with _named(rows, index):
+            size += _size(row)
         if len(batch) == _ROWS_PER_BATCH or size >= _SIZE_PER_BATCH:
             yield batch
             batch, size = [], 0
@@ -264,18 +267,27 @@ def _batches(rows: Rows) -> Iterator[list[tuple[int, Row]]]:
         yield batch
 
 
-def _size(value: Any) -> int:
-    """Returns about how many characters a value has as JSON."""
-    match value:
-        case str():
-            return len(value)
-        case dict():
-            return sum(map(_size, value.values()))
-        case list() if value and isinstance(value[0], int):
-            return 4 * len(value)
-        case list():
-            return sum(map(_size, value))
-    return 4
+def _size(row: Any) -> int:
+    """Returns about how many characters a row has as JSON."""
+    size, level = 0, [row]
+    for _ in range(_DEEPEST):
+        inner = []
+        for value in level:
+            match value:
+                case str():
+                    size += len(value)
+                case dict():
+                    inner.extend(value.values())
+                case list() if value and isinstance(value[0], int):
+                    size += 4 * len(value)
+                case list():
+                    inner.extend(value)
+                case _:
+                    size += 4
+        if not inner:
+            return size
+        level = inner
+    raise DataError(f"the row is nested more than {_DEEPEST} deep")
 
 
 def _mask_labels(row: TokenRow) -> EncodedRow:

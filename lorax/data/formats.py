@@ -1,11 +1,10 @@
 """What a row may look like, and the example it is read as."""
 
 import dataclasses
-import datetime
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from lorax.data.rows import DataError, Row
+from lorax.data.rows import DataError, Row, check_unicode, describe, is_word
 
 FORMAT_COLUMNS: dict[str, tuple[str, ...]] = {
     "messages": ("messages",),
@@ -38,6 +37,12 @@ class Conversation:
     messages: tuple[Message, ...]
     tools: list[Any] | None = None
     completion_start: int | None = None
+
+    @property
+    def functions(self) -> set[str]:
+        """Names of the functions that are offered or called."""
+        offered = {_function_name(tool, "tools") for tool in self.tools or ()}
+        return offered.union(*(_called_names(message, "messages") for message in self.messages))
 
     @property
     def replies(self) -> tuple[int, ...]:
@@ -90,7 +95,7 @@ def detect_format(columns: Collection[str]) -> str:
         return fitting[0]
     accepted = "; ".join(f"{name}: {', '.join(keys)}" for name, keys in FORMAT_COLUMNS.items())
     # Without a header the first row of a table stands for its columns: they may be training text.
-    words = sorted(key for key in columns if _is_word(key))
+    words = sorted(key for key in columns if is_word(key))
     others = f" and {len(columns) - len(words)} that are no words" * (len(words) < len(columns))
     found = f"the columns {words}{others}"
     problem = (
@@ -114,7 +119,7 @@ def read_example(row: Row, data_format: str, *, chat: bool) -> Example:
     """
     missing = [key for key in FORMAT_COLUMNS[data_format] if row.get(key) is None]
     if missing:
-        words = (key if _is_word(key) else _describe(key) for key in row)
+        words = (key if is_word(key) else describe(key) for key in row)
         names = (
             word + " (null)" * (row[key] is None) for word, key in zip(words, row, strict=True)
         )
@@ -145,12 +150,32 @@ def _read_message(message: Mapping[str, Any], where: str) -> Message:
     if role not in ROLES:
         raise DataError(f"{where}.role must be one of {', '.join(ROLES)}, got {_role(role)}")
     _refuse_train_flags(kept, where)
+    _called_names(kept, where)
     if "content" not in kept and not kept.get("tool_calls"):
         raise DataError(f"{where}.content is missing or null; needed is text")
     content = _text(kept.get("content", ""), f"{where}.content", empty=True)
     if role == "assistant" and not content.strip() and not kept.get("tool_calls"):
         raise DataError(f"{where}.content is empty, and it is what the assistant should say")
     return kept
+
+
+def _called_names(message: Mapping[str, Any], where: str) -> list[str]:
+    """Returns the functions that a message calls."""
+    calls = message.get("tool_calls")
+    if calls is None:
+        return []
+    if not isinstance(calls, list):
+        raise DataError(f"{where}.tool_calls must be a list of objects, got {describe(calls)}")
+    return [_function_name(call, f"{where}.tool_calls[{i}]") for i, call in enumerate(calls)]
+
+
+def _function_name(value: Any, where: str) -> str:
+    """Returns the name in a tool or a call, which may stand in an object of its own."""
+    inner = value.get("function", value) if isinstance(value, Mapping) else None
+    name = inner.get("name") if isinstance(inner, Mapping) else None
+    if not isinstance(name, str) or not name:
+        raise DataError(f"{where} needs a function's name, got {describe(value)}")
+    return name
 
 
 def _read_sharegpt(turn: Mapping[str, Any], where: str) -> Message:
@@ -193,7 +218,10 @@ def _conversation(row: Row, messages: list[Message]) -> Conversation:
 def _read_tools(row: Row) -> list[Any] | None:
     if not row.get("tools"):
         return None
-    return [dict(tool) for tool, _ in _list_of_dicts(row, "tools")]
+    tools = _list_of_dicts(row, "tools")
+    for tool, where in tools:
+        _function_name(tool, where)
+    return [dict(tool) for tool, _ in tools]
 
 
 def _read_alpaca(row: Row, *, chat: bool) -> Example:
@@ -235,7 +263,7 @@ def _read_prompt_completion(row: Row) -> Example:
     if isinstance(prompt, list) or isinstance(completion, list):
         raise DataError(
             "prompt and completion must both be text or both be lists of messages, got "
-            f"{_describe(prompt)} and {_describe(completion)}"
+            f"{describe(prompt)} and {describe(completion)}"
         )
     return Completion(_text(prompt, "prompt", empty=True), _text(completion, "completion"))
 
@@ -243,6 +271,8 @@ def _read_prompt_completion(row: Row) -> Example:
 def _read_tokens(row: Row) -> TokenRow:
     tokens = _integers(row["input_ids"], "input_ids")
     mask = row.get("attention_mask")
+    if mask is not None and not (isinstance(mask, list) and {type(i) for i in mask} <= {int, bool}):
+        raise DataError(f"attention_mask must be a list of 0 and 1, got {describe(mask)}")
     if mask is not None and not all(mask):
         raise DataError("attention_mask holds zeros: store the rows without their padding")
     if row.get("labels") is None:
@@ -261,10 +291,10 @@ def _read_tokens(row: Row) -> TokenRow:
 
 def _integers(value: Any, where: str) -> list[int]:
     if not isinstance(value, list) or not value:
-        raise DataError(f"{where} must be a list of token ids, got {_describe(value)}")
+        raise DataError(f"{where} must be a list of token ids, got {describe(value)}")
     for index, item in enumerate(value):
         if type(item) is not int:
-            raise DataError(f"{where}[{index}] must be an integer, got {_describe(item)}")
+            raise DataError(f"{where}[{index}] must be an integer, got {describe(item)}")
     return value
 
 
@@ -272,55 +302,21 @@ def _list_of_dicts(row: Row, column: str) -> list[tuple[Mapping[str, Any], str]]
     """Returns each object of a column with the name it has in messages."""
     value = row[column]
     if not isinstance(value, list) or not value:
-        raise DataError(f"{column} must be a list of objects, got {_describe(value)}")
+        raise DataError(f"{column} must be a list of objects, got {describe(value)}")
     for index, item in enumerate(value):
         if not isinstance(item, Mapping):
-            raise DataError(f"{column}[{index}] must be an object, got {_describe(item)}")
+            raise DataError(f"{column}[{index}] must be an object, got {describe(item)}")
     return [(item, f"{column}[{index}]") for index, item in enumerate(value)]
 
 
 def _text(value: Any, where: str, *, empty: bool = False) -> str:
     if not isinstance(value, str):
-        raise DataError(f"{where} must be text, got {_describe(value)}")
+        raise DataError(f"{where} must be text, got {describe(value)}")
     if not value.strip() and not empty:
         raise DataError(f"{where} is empty")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{where} holds half a surrogate pair at character {error.start}, which is no Unicode "
-            "text"
-        ) from error
-    return value
+    return check_unicode(value, where)
 
 
 def _role(value: Any) -> str:
     """Says which role was given, if it is a word at all."""
-    return repr(value) if _is_word(value) else _describe(value)
-
-
-def _is_word(value: Any) -> bool:
-    short = isinstance(value, str) and len(value) <= 20 and value.isascii()
-    return short and value.replace("-", "_").isidentifier()
-
-
-def _describe(value: Any) -> str:
-    """Says what a value is and never the words in it: they are training text."""
-    match value:
-        case datetime.date() | datetime.time():
-            return (
-                "a timestamp (the dataset's reader took text that looks like dates for dates; "
-                "load the file itself, as .jsonl, and it stays text)"
-            )
-        case None:
-            return "null"
-        case str():
-            return f"text of {len(value):,} characters"
-        case bool() | int() | float():
-            text = repr(value)
-            return f"{type(value).__name__} {text if len(text) <= 40 else text[:37] + '...'}"
-        case list():
-            return f"a list of {len(value):,}" if value else "an empty list"
-        case Mapping():
-            return f"an object of {len(value)} keys"
-    return f"a {type(value).__name__}"
+    return repr(value) if is_word(value) else describe(value)

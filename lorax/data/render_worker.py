@@ -10,6 +10,7 @@ not bounded.
 import json
 import math
 import os
+import re
 import resource
 import signal
 import sys
@@ -88,19 +89,21 @@ def render(
     except MemoryError:
         return {"length": length, "error": "it takes more memory than any conversation needs"}
     except Exception as error:
-        return {"length": length, "error": _without_words(error, request["messages"])}
+        words = [request["messages"], request["tools"]]
+        return {"length": length, "error": _without_words(error, words, options["chat_template"])}
     return {"text": whole, "blocks": blocks, "parts": parts}
 
 
-def _without_words(error: Exception, messages: list[dict[str, Any]]) -> str:
-    """Returns what an error says, unless it repeats the messages: they are training text."""
-    said = str(error)
-    contents = [
-        str(value) for message in messages for key, value in message.items() if key != "role"
-    ]
-    # A shorter one stands in many a word of an error's own.
-    if len(said) > 200 or any(len(text) > 4 and text in said for text in contents):
-        return f"{type(error).__name__}, whose text is too long or repeats the messages"
+def _without_words(error: Exception, texts: list[Any], template: str) -> str:
+    """Returns what an error says, unless a word of it may be from the row: that is training text.
+
+    The template's own words may be said, and so may short ones.
+    """
+    said, template = str(error), template.casefold()
+    row = json.dumps(texts, ensure_ascii=False, default=str).casefold()
+    words = {word for word in re.findall(r"\w+", said.casefold()) if len(word) > 3}
+    if len(said) > 200 or any(word in row and word not in template for word in words):
+        return f"{type(error).__name__}, whose text is too long or may repeat the messages"
     return said or type(error).__name__
 
 

@@ -134,8 +134,7 @@ class Renderer:
         if self._process is not None and self._process.poll() is not None:
             self.close()
         if self._process is None or self._owner != os.getpid():  # a fork must not share it
-            self._owner = os.getpid()
-            self._process = process = subprocess.Popen(
+            process = subprocess.Popen(
                 [sys.executable, "-P", str(_WORKER)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -143,8 +142,14 @@ class Renderer:
                 env={k: v for k, v in os.environ.items() if k in _KEPT}
                 | {"TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"},
             )
-            assert process.stdout is not None
-            if process.stdout.readline() != "ready\n":
+            self._owner, self._process = os.getpid(), process
+            try:
+                assert process.stdout is not None
+                said = process.stdout.readline()
+            except BaseException:  # Ctrl-C: what it says later must not be taken for an answer
+                self.close()
+                raise
+            if said != "ready\n":
                 self.close()
                 raise RuntimeError(f"{_WORKER}, which renders chat templates, cannot be started")
         return self._process

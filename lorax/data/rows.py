@@ -1,8 +1,9 @@
 """Rows of one source, read one at a time, each with the place it stands in."""
 
 import array
+import datetime
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -135,9 +136,9 @@ def parse_object(text: str, place: str) -> Row:
         value = json.loads(text, object_pairs_hook=_refuse_duplicate_keys)
     except json.JSONDecodeError as error:
         hint = "; the lines end in CR alone, which is no line end here" * ("\r" in text.strip())
-        raise DataError(
-            f"{place}: invalid JSON: {error.msg} at column {error.colno}{hint}"
-        ) from error
+        # The end of the line is part of the text, and what is cut off fails behind it.
+        column = min(error.pos, len(text.rstrip())) + 1
+        raise DataError(f"{place}: invalid JSON: {error.msg} at column {column}{hint}") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{place}: invalid JSON: {error}") from error
     return check_object(value, place)
@@ -176,12 +177,54 @@ def undecodable_place(path: Path, name: str) -> str:
     return name
 
 
+def check_unicode(value: str, where: str) -> str:
+    """Returns `value`; raises DataError if it holds what no encoding of Unicode can."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where} holds half a surrogate pair at character {error.start}, which is no Unicode "
+            "text"
+        ) from error
+    return value
+
+
+def is_word(value: Any) -> bool:
+    """Says whether a name may be shown: a short identifier is no training text."""
+    short = isinstance(value, str) and len(value) <= 20 and value.isascii()
+    return short and value.replace("-", "_").isidentifier()
+
+
+def describe(value: Any) -> str:
+    """Says what a value is and never the words in it: they are training text."""
+    match value:
+        case datetime.date() | datetime.time():
+            return (
+                "a timestamp (the dataset's reader took text that looks like dates for dates; "
+                "load the file itself, as .jsonl, and it stays text)"
+            )
+        case None:
+            return "null"
+        case str():
+            return f"text of {len(value):,} characters"
+        case bool() | int() | float():
+            text = repr(value)
+            # A long number may be somebody's.
+            return f"{type(value).__name__} {text if len(text) <= 6 else f'of {len(text)} digits'}"
+        case list():
+            return f"a list of {len(value):,}" if value else "an empty list"
+        case Mapping():
+            return f"an object of {len(value)} keys"
+    return f"a {type(value).__name__}"
+
+
 def _refuse_duplicate_keys(pairs: list[tuple[str, Any]]) -> Row:
     row = dict(pairs)
     if len(row) != len(pairs):
         keys = [key for key, _ in pairs]
         repeated = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"key {repeated!r} stands twice in one object")
+        shown = repr(repeated) if is_word(repeated) else f"of {len(repeated):,} characters"
+        raise ValueError(f"key {shown} stands twice in one object")
     return row
 
 

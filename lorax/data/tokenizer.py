@@ -10,6 +10,7 @@ import transformers
 from jaxtyping import Bool, Int32, Int64
 
 from lorax.data.rows import DataError
+from lorax.interop.files import refuse_stand_ins
 
 type Tokenizer = transformers.PreTrainedTokenizerBase
 
@@ -32,12 +33,18 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> Tokenizer:
     local = Path(name_or_path).is_dir()
     if not local and (Path(name_or_path).is_absolute() or name_or_path.startswith(("./", "../"))):
         raise ValueError(f"{name_or_path}: no such directory to load a tokenizer from")
+    for path in sorted(Path(name_or_path).glob("*token*")) if local else ():
+        refuse_stand_ins(path)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             name_or_path, revision=revision, trust_remote_code=False, local_files_only=local
         )
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())
+    except BaseException as error:
+        # The tokenizers library panics on some files, which is no Exception.
+        panicked = type(error).__name__ == "PanicException"
+        if isinstance(error, MemoryError) or not (panicked or isinstance(error, Exception)):
+            raise
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
         raise ValueError(
             f"{name_or_path}: cannot load its tokenizer; needed is a tokenizer.json: {reason}"
         ) from error

@@ -50,7 +50,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
             JSON, holds anything but an object, or gives a key twice.
     """
     path = Path(path)
-    _refuse_stand_ins(path)
+    refuse_stand_ins(path)
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
@@ -122,7 +122,7 @@ def open_tensors(path: str | Path) -> Iterator[Any]:
         CheckpointError: If it is absent, a stand-in, truncated or not safetensors.
     """
     path = Path(path)
-    _refuse_stand_ins(path)
+    refuse_stand_ins(path)
     with path.open("rb") as raw:
         header = int.from_bytes(raw.read(8), "little")
     if header > MAX_HEADER_BYTES:
@@ -140,7 +140,7 @@ def open_tensors(path: str | Path) -> Iterator[Any]:
         yield file
 
 
-def _refuse_stand_ins(path: Path) -> None:
+def refuse_stand_ins(path: Path) -> None:
     """Refuses what downloads leave in the place of a file."""
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist, or is not a file")
