@@ -55,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     parsed = _parser().parse_args(_move_resume(words))
-    console = Console(width=None if sys.stdout.isatty() else WIDTH_IN_LOGS)
+    # Without markup: a path may hold brackets.
+    console = Console(width=None if sys.stdout.isatty() else WIDTH_IN_LOGS, markup=False)
     try:
         parsed.run(parsed, console)
     except (FloatingPointError, OutOfMemoryError, SaveError) as error:
@@ -175,7 +176,7 @@ def _validate(parsed, console: Console) -> None:
     inputs = load_inputs(config)
     adapted = check_targets(config, inputs.base)
     rows = module_rows(adapted) if adapted is not None else []
-    report_data(console, config, inputs.datasets, inputs.tokenizer, rows=0)
+    report_data(console, config, inputs.datasets, inputs.tokenizer, rows=0, context=inputs.context)
     plan = check_plan(config, inputs)
     modules = sum(row.count for row in rows)
     trained = sum(row.parameters for row in rows)
@@ -198,7 +199,14 @@ def _inspect(parsed, console: Console) -> None:
     console.rule("Settings")
     print_config(console, config)
     console.rule("Data")
-    report_data(console, config, inputs.datasets, inputs.tokenizer, rows=parsed.rows)
+    report_data(
+        console,
+        config,
+        inputs.datasets,
+        inputs.tokenizer,
+        rows=parsed.rows,
+        context=inputs.context,
+    )
     if adapted is not None:
         console.rule("Modules")
         report_kernels(console, config, adapted)

@@ -23,6 +23,7 @@ from lorax.targets import (
     is_saved,
     is_target,
     match_targets,
+    refuse_patterns,
 )
 from lorax_kernels import Kernels, check_kernels_name
 
@@ -98,6 +99,7 @@ def targets_of(model: nnx.Module, config: LoraConfig) -> list[Target]:
         TargetError: As `apply_lora`.
     """
     modules, tied = named_modules(model), tied_modules(model)
+    refuse_patterns(config, modules.keys() | tied.keys())
     _refuse_odd_layers(model, modules, config)
     linear = [n for n, m in modules.items() if is_adaptable(m)]
     _name_what_is_left_out(modules, config)

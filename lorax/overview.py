@@ -26,8 +26,19 @@ def report_data(
     datasets: dict[str, EncodedDataset],
     tokenizer: Tokenizer,
     rows: int = 1,
+    *,
+    context: int,
 ) -> None:
-    """Prints what was read, and a few rendered rows of the first dataset with their loss mask."""
+    """Prints what was read, and a few rendered rows of the first dataset with their loss mask.
+
+    Args:
+        console: Where.
+        config: The run's settings.
+        datasets: By what they are for.
+        tokenizer: The model's.
+        rows: How many to show.
+        context: Tokens that the model was made for.
+    """
     for name, data in datasets.items():
         report = data.report
         console.print(
@@ -44,6 +55,14 @@ def report_data(
         ):
             if count:
                 console.print(f"{name}: {count:,} rows {what}", style="yellow", highlight=False)
+        if (longest := int(data.lengths.max())) > context:
+            console.print(
+                f"{name}: rows of up to {longest:,} tokens, the model was made for {context:,}: "
+                "lower data.max_seq_length, unless it is to learn that",
+                style="yellow",
+                highlight=False,
+                soft_wrap=True,
+            )
     first = next(iter(datasets.values()))
     for index in range(min(rows, len(first))):
         pieces = render_example(first, index, tokenizer)

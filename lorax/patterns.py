@@ -3,11 +3,11 @@
 Matching can take exponential time, and within this process nothing would end it.
 """
 
+import functools
 import json
 import re
 import subprocess
 import sys
-from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 SECONDS = 2
@@ -51,7 +51,8 @@ class Pattern(NamedTuple):
         return bool(_REPEATS.search(self.entry)) and len(_REPEATS.findall(self.whole)) > 1
 
 
-def find_slow(patterns: Iterable[Pattern], names: Collection[str]) -> Pattern | None:
+@functools.lru_cache(maxsize=8)
+def find_slow(patterns: tuple[Pattern, ...], names: frozenset[str]) -> Pattern | None:
     """Returns a pattern that takes too long to be matched against all names, or None.
 
     Where none can, no process is started.

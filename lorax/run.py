@@ -98,7 +98,7 @@ def run_training(
     check_plan(config, inputs)
     console.rule("Data")
     rows = 1 if shows_text(console) else 0
-    report_data(console, config, inputs.datasets, inputs.tokenizer, rows)
+    report_data(console, config, inputs.datasets, inputs.tokenizer, rows, context=inputs.context)
     if not rows:
         console.print("no row is shown in a log; `lorax inspect` shows some", highlight=False)
     console.rule("Model")

@@ -51,6 +51,11 @@ class Inputs:
         """The data by name, training data first."""
         return {"train": self.train} | ({} if self.eval is None else {"eval": self.eval})
 
+    @property
+    def context(self) -> int:
+        """Tokens of a row that the base model was made for."""
+        return load_hf_config(self.base).context
+
 
 def load_inputs(config: RunConfig) -> Inputs:
     """Reads the tokenizer and the data of a run.

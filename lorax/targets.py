@@ -60,7 +60,7 @@ def match_targets(
 
     Source: the behaviour of PEFT 0.21 (`check_target_module_exists`).
     """
-    _refuse_patterns(config, (*linear_names, *other_names))
+    refuse_patterns(config, {*linear_names, *other_names})
     excluded = {n for n in (*linear_names, *other_names) if is_excluded(n, config)}
     matched = [n for n in linear_names if n not in excluded and is_target(n, config, output_layer)]
     if not is_all_linear(config):
@@ -188,9 +188,9 @@ def _sized(name: str, config: LoraConfig) -> Target:
     return Target(name, r, alpha, alpha / (r**0.5 if config.use_rslora else r))
 
 
-def _refuse_patterns(config: LoraConfig, names: Collection[str]) -> None:
+def refuse_patterns(config: LoraConfig, names: Collection[str]) -> None:
     """Raises `TargetError` if a regular expression is none, or takes too long."""
-    patterns = list(_patterns(config))
+    patterns = tuple(_patterns(config))
     for pattern in patterns:
         try:
             re.compile(pattern.whole)
@@ -198,7 +198,7 @@ def _refuse_patterns(config: LoraConfig, names: Collection[str]) -> None:
             raise TargetError(
                 f"lora.{pattern.setting}: {pattern.entry!r} is no regular expression: {error}"
             ) from None
-    if slow := find_slow(patterns, names):
+    if slow := find_slow(patterns, frozenset(names)):
         raise TargetError(
             f"lora.{slow.setting}: matching {slow.entry[:200]!r} with the names of the modules "
             f"takes more than {SECONDS} s; repeat fewer things in it, or list name endings"

@@ -343,7 +343,7 @@ CASES = {
     "F2": (kill_at_every_call, 0, 8),
     "F3": (damage_files, 500, 25),
     "F4": (fail_writes, 20, 4),
-    "F6": (leave_foreign_files, 10, 3),
+    "F6": (leave_foreign_files, 12, 3),
     "F7": (share_a_folder, 20, 3),
     "F8": (find_partial_folders, 10, 4),
     "F9": (refuse_nonfinite, 10, 2),

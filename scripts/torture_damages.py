@@ -229,6 +229,31 @@ ADAPTERS: dict[str, tuple[Damage, str]] = {
     "tensor missing": (edit_tensors(lambda t: t.pop(A0), WEIGHTS), "lacks 1 tensors"),
     "only a pickle": (rename(WEIGHTS, "adapter_model.bin"), "is a pickle and is never loaded"),
 }
+UNREADABLE = "cannot load its tokenizer; needed is a tokenizer.json"
+TOKENIZERS: dict[str, tuple[Damage, str]] = {
+    "a list": (put(b"[]", "tokenizer.json"), UNREADABLE),
+    "nested deeply": (put(b"[" * 100_000, "tokenizer.json"), UNREADABLE),
+    "Git LFS pointer": (
+        put(b"version https://git-lfs.github.com/spec/v1\n", "tokenizer.json"),
+        "tokenizer.json is a Git LFS pointer",
+    ),
+    "web page": (put(b"<!doctype html><p>", "tokenizer_config.json"), "is a web page"),
+    "settings in a list": (put(b"[1]", "tokenizer_config.json"), UNREADABLE),
+    "no such model": (edit_json("tokenizer.json", model={"type": "EVIL"}), UNREADABLE),
+    "vocabulary in a list": (
+        edit_json("tokenizer.json", model={"type": "BPE", "vocab": [1], "merges": []}),
+        UNREADABLE,
+    ),
+    "end token is a number": (edit_json("tokenizer_config.json", eos_token=7), UNREADABLE),
+    "code of its own": (
+        edit_json(
+            "tokenizer_config.json",
+            auto_map={"AutoTokenizer": ["evil.T", None]},
+            tokenizer_class="T",
+        ),
+        UNREADABLE,
+    ),
+}
 TEMPLATES: dict[str, tuple[Damage, str]] = {
     name: (put(text, "chat.jinja"), pattern)
     for name, (text, pattern) in {

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from torture_damages import ADAPTERS, GOOD, MODELS, ROWS, TEMPLATES
+from torture_damages import ADAPTERS, GOOD, MODELS, ROWS, TEMPLATES, TOKENIZERS
 from torture_processes import in_child, read_status
 
 ROOT = Path(__file__).parents[1]
@@ -51,6 +51,7 @@ def make_models(folder: Path) -> None:
     settings = lorax.LoraConfig(r=4, target_modules=("q_proj",))
     adapted = lorax.apply_lora(model, settings, rngs=nnx.Rngs(0))
     save_adapter(adapted, folder / "adapter")
+    shutil.copytree(TOKENIZER, folder / "tokenizer", ignore=shutil.ignore_patterns("*.safetensors"))
 
 
 def read_model(folder: Path) -> Callable[[], object]:
@@ -62,6 +63,14 @@ def read_model(folder: Path) -> Callable[[], object]:
     # What is compiled once for a sound model is no cost of a damaged one.
     load_model(folder.parent / "good" / "model", dtype=jnp.float32)
     return lambda: load_model(folder, dtype=jnp.float32)
+
+
+def read_tokenizer(folder: Path) -> Callable[[], object]:
+    """Returns what reads a damaged tokenizer."""
+    from lorax.data import load_tokenizer
+
+    load_tokenizer(str(folder.parent / "good" / "tokenizer"))
+    return lambda: load_tokenizer(str(folder))
 
 
 def read_adapter(folder: Path) -> Callable[[], object]:
@@ -136,11 +145,12 @@ def try_apart(folder: Path, pattern: str, reader: Callable[[Path], Callable[[], 
 
 
 def refuse_hostile_files(count: int, folder: Path) -> tuple[int, int]:
-    """S1: hostile models, adapters and chat templates are refused by name, in bounds, unchanged."""
+    """S1: hostile models, adapters, tokenizers, templates: refused by name, bounded, as before."""
     import_once()
     assert in_child(lambda: make_models(folder / "good") is None)
     cases = [(f"model, {k}", "model", read_model, *v) for k, v in MODELS.items()]
     cases += [(f"adapter, {k}", "adapter", read_adapter, *v) for k, v in ADAPTERS.items()]
+    cases += [(f"tokenizer, {k}", "tokenizer", read_tokenizer, *v) for k, v in TOKENIZERS.items()]
     cases += [(f"template, {k}", None, read_rows, *v) for k, v in TEMPLATES.items()]
     chosen = cases[:: max(1, len(cases) // count)] if count < len(cases) else cases
     passed = 0

@@ -343,6 +343,16 @@ CONFIG_JSON = {
         lambda folder: (folder / "tokenizer.json").write_text('{"version": "1.0"'),
         r"model: cannot load its tokenizer; needed is a tokenizer.json",
     ),
+    "tokenizer.json of a shape of its own": (
+        lambda folder: (folder / "tokenizer.json").write_text("[]"),
+        r"model: cannot load its tokenizer; needed is a tokenizer.json: TypeError",
+    ),
+    "tokenizer.json is a pointer": (
+        lambda folder: (folder / "tokenizer.json").write_text(
+            "version https://git-lfs.github.com/spec/v1\n"
+        ),
+        r"tokenizer.json is a Git LFS pointer, not the file itself",
+    ),
     "no chat template": (
         lambda folder: (folder / "chat_template.jinja").unlink(),
         r"rows.jsonl:1: .*no chat template; set data.chat_template to the path of a .jinja",

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from flax import nnx
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorax import patterns, targets
 from lorax.config import LoraConfig
+from lorax.lora import targets_of
 from lorax.targets import TargetError, match_targets
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -240,3 +242,20 @@ def test_a_process_is_started_only_for_what_may_be_slow(monkeypatch):
     )
     match_targets(["model.layers.0.q_proj"], ["model.head"], config)
     assert not started
+
+
+def test_layers_that_are_not_there_are_named_and_not_the_targets():
+    config = LoraConfig(target_modules=["q_proj"], layers_to_transform=[7])
+    names = [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
+    expected = r"layers_to_transform: no target module lies in layer 7; .* layers are 0, 1"
+    with pytest.raises(TargetError, match=expected):
+        match_targets(names, ["model"], config)
+
+
+@pytest.mark.timeout(60)
+def test_no_way_into_the_matching_goes_past_the_limit():
+    model = nnx.eval_shape(
+        lambda: nnx.Dict(q_proj_of_a_long_name_indeed=nnx.Linear(8, 8, rngs=nnx.Rngs(0)))
+    )
+    with pytest.raises(TargetError, match=r"lora.target_modules: matching .* more than 2 s"):
+        targets_of(model, LoraConfig(target_modules=HANGS))

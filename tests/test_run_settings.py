@@ -1,8 +1,11 @@
 """Settings that change what trains or what is written, through the commands, on the tiny model."""
 
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -193,3 +196,52 @@ def test_asking_for_evaluation_without_rows_is_refused(trainer_of):
     unsupervised = EncodedDataset.from_rows([(np.arange(3, 9), np.zeros(6, bool))])
     with pytest.raises(ValueError, match="the held-out rows hold no supervised token"):
         trainer_of(EvalConfig(strategy="epoch"), unsupervised)
+
+
+@pytest.mark.parametrize("where", ["lorax.run.build_model", "lorax.run.Trainer"])
+def test_memory_that_runs_out_before_the_first_step_is_explained_too(run, monkeypatch, where):
+    def exhausted(*_, **__):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
+
+    monkeypatch.setattr(where, exhausted)
+    code, printed = run("train")
+    assert code == 1 and "out of memory" in printed.lower() and "Traceback" not in printed
+    assert "per_device_train_batch_size" in printed
+
+
+def test_a_checkpoint_that_cannot_be_written_is_a_failure_and_no_bad_input(run, monkeypatch):
+    full = SimpleNamespace(free=0)
+    monkeypatch.setattr("lorax.checkpoint.shutil.disk_usage", lambda _: full)
+    code, printed = run("train")
+    assert code == 1 and "0 MiB are free" in printed
+
+
+@pytest.mark.parametrize("command", [["generate", "--prompt", "x"], ["export", "--format", "peft"]])
+def test_a_run_that_has_not_ended_says_how_it_ends(run, tmp_path, monkeypatch, capsys, command):
+    def stop(*_, **__):
+        raise OSError("no room")
+
+    monkeypatch.setattr("lorax.run.export_model", stop)
+    assert run("train")[0] == 2
+    name, *options = command
+    more = ["--out", str(tmp_path / "out")] if name == "export" else []
+    assert main([name, str(tmp_path / "run"), *options, *more]) == 2
+    said = capsys.readouterr().err
+    assert "the run has not ended. Finish it with `lorax train" in said
+    assert "config.yaml --resume`, or take" in said and "step-000001, an adapter" in said
+
+
+def test_rows_longer_than_the_model_was_made_for_are_told(run, tmp_path):
+    model = tmp_path / "short"
+    shutil.copytree(TINY / "model", model)
+    settings = json.loads((model / "config.json").read_text()) | {"max_position_embeddings": 8}
+    (model / "config.json").write_text(json.dumps(settings))
+    for command in ("validate", "inspect"):
+        code, printed = run(command, f"model.name_or_path={model}")
+        assert code == 0 and "the model was made for 8:" in " ".join(printed.split())
+        assert "was made for" not in run(command)[1]
+
+
+def test_brackets_in_a_path_are_printed(run, tmp_path):
+    code, printed = run("train", f"save.output_dir={tmp_path}/x[/b][red]", "save.export=[peft]")
+    assert code == 0 and f"peft: {tmp_path}/x[/b][red]/adapter" in printed

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from rich.console import Console
 
 import lorax
 from lorax.checkpoint_files import read_checkpoint
@@ -25,7 +26,10 @@ from lorax.interop.peft import load_adapter
 from lorax.lora import lora_layers
 from lorax.loss import causal_lm_loss
 from lorax.models import CausalLM, DecoderConfig
+from lorax.nonfinite import report_rows
 from lorax.optimizer import make_schedule
+from lorax.phases import Phases
+from lorax.recorder import Recorder
 from lorax.stopping import RunStopped
 from lorax.train import Trainer
 
@@ -629,3 +633,22 @@ def test_where_too_many_steps_are_left_out_none_that_follows_is_run(make_trainer
     again = resumed(trainer, model, rows, loss_fn=loss_fn)
     with pytest.raises(FloatingPointError, match=r"step 4: .* 1 were allowed"):
         again.train()
+
+
+def test_a_spike_is_logged_at_a_step_that_otherwise_is_not():
+    event = {"step": 13, "total_steps": 20, "loss": 9.0, "grad_norm": 1.0}
+    event |= {"learning_rate": 0.1, "tokens_per_s": 1.0}
+    written = []
+    recorder = Recorder(Console(quiet=True), 10, Phases())
+    recorder.log = SimpleNamespace(write=lambda step, _: written.append(step))
+    recorder(event)
+    assert not written
+    recorder(event | {"spike_rows": "3 4"})
+    assert written == [13]
+
+
+def test_a_step_that_is_not_finite_is_named_though_its_rows_cannot_be_written(tmp_path):
+    numbers = {"step": 3, "loss": math.nan, "grad_norm": 1.0}
+    found = report_rows(tmp_path / "gone", numbers, [0], [[7]], {7: 5})
+    assert found.startswith("step 3: loss nan, gradient norm 1.0: micro-batch 0, dataset rows 7 (")
+    assert "not written: [Errno 2]" in found

@@ -156,6 +156,12 @@ class DecoderConfig:
         """Returns how many tokens the layer sees, itself included, or None for all before it."""
         return self.sliding_window if self.layer_types[layer] == SLIDING else None
 
+    @property
+    def context(self) -> int:
+        """Returns the tokens of a row that the model was made for, stretching included."""
+        stretched = self.rope.original_max_position_embeddings or self.max_position_embeddings
+        return max(self.max_position_embeddings, round(stretched * (self.rope.factor or 1.0)))
+
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], where: str) -> "DecoderConfig":
         """Reads the contents of a config.json, honouring or refusing every field.
