@@ -305,8 +305,8 @@ def find_partial_folders(count: int, folder: Path) -> tuple[int, int]:
             for path in [*draw.sample(files, len(files) // 2), newer / "manifest.json"]:
                 path.unlink(missing_ok=True)
         else:
-            shutil.copytree(run / "step-000000002", run / ".partial-000000009-abcd")
-        left = run / ".partial-000000009-abcd"
+            shutil.copytree(run / "step-000000002", run / ".partial-000000009-0123abcd")
+        left = run / ".partial-000000009-0123abcd"
         passed += restores(run, (2,)) and not left.exists()
     return passed, count
 

@@ -1,6 +1,9 @@
 """The README's Python runs as it stands."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -61,3 +64,10 @@ def test_every_link_leads_somewhere(page):
     path = ROOT / page
     for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
         assert "://" in target or (path.parent / target).exists(), f"{page}: {target}"
+
+
+def test_the_list_of_settings_is_up_to_date():
+    command = [sys.executable, "scripts/make_settings_doc.py", "--check"]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
