@@ -6,6 +6,7 @@ Matching can take exponential time, and within this process nothing would end it
 import functools
 import json
 import re
+import signal
 import subprocess
 import sys
 from typing import NamedTuple
@@ -26,7 +27,6 @@ for index, pattern in enumerate(patterns):
     for name in names:
         re.match(pattern, name)
         re.fullmatch(pattern, name)
-print(len(patterns))
 """
 
 _REPEATS = re.compile(r"(?<!\\)[*+{]")
@@ -64,10 +64,12 @@ def find_slow(patterns: tuple[Pattern, ...], names: frozenset[str]) -> Pattern |
     asked = json.dumps([[pattern.whole for pattern in suspects], sorted(names)])
     try:
         done = subprocess.run(
-            command, input=asked, capture_output=True, text=True, timeout=30 * SECONDS, check=False
+            command, input=asked.encode(), capture_output=True, timeout=30 * SECONDS, check=False
         )
-        said = done.stdout
+        status, said, failed = done.returncode, done.stdout, done.stderr
     except subprocess.TimeoutExpired as error:
-        said = (error.stdout or b"0").decode()
-    reached = int(said.split()[-1]) if said.split() else 0
-    return suspects[reached] if reached < len(suspects) else None
+        status, said, failed = -signal.SIGKILL, error.stdout or b"", b""
+    if status > 0:
+        raise RuntimeError(f"the process that tries patterns failed: {failed.decode()[-300:]}")
+    # It says the number of each before it tries it, and is ended by a signal if that takes long.
+    return suspects[int((said.split() or [b"0"])[-1])] if status < 0 else None

@@ -6,14 +6,17 @@
 The step of a model with random weights runs from one state again and again; a digest of every bit
 of the new state says how many different results there were. It is timed in turns with one of
 `train.full_determinism`, and with one that does not guard against numbers that are not finite. The
-other part stops a run of a smaller model halfway, resumes it, and compares it with one that was not
-stopped, with `train.full_determinism` and without.
+other part resumes a run of a smaller model from its middle, in a process of its own, which chooses
+its products anew, and compares it with the one that went on, with `train.full_determinism` and
+without.
 """
 
 import argparse
 import json
 import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -84,33 +87,38 @@ def repeat(compiled, batch, times: int) -> int:
     return len(found)
 
 
-def resume(model, folder: Path, full_determinism: bool) -> dict[str, Any]:
-    """Returns whether a resumed run equals one that never stopped, and how long saving took."""
-
-    def make(name: str, **options):
-        settings = {
-            "data.train": "in memory",
-            "data.packing": "true",
-            "train.per_device_train_batch_size": 4,
-            "train.gradient_accumulation_steps": 2,
-            "train.gradient_checkpointing": "none",
-            "train.max_steps": 8,
-            "train.full_determinism": str(full_determinism).lower(),
-            "eval.strategy": "no",
-            "save.save_steps": 4,
-            "save.output_dir": folder / name,
-        }
-        overrides = [f"{key}={value}" for key, value in settings.items()]
-        config = load_config("configs/llama3_8b_lora.yaml", ["data.eval=[]", *overrides])
-        return Trainer(model, config, draw_rows(200, model.config.vocab_size, 0), **options)
-
+def run_trainer(model_name: str, folder: Path, full_determinism: bool, resume: bool) -> float:
+    """Trains in a folder, or goes on there; returns how long a save held it up."""
+    model = build_model(model_name, 16)
     model.gradient_checkpointing = "none"
-    trainer = make("straight")
+    settings = {
+        "data.train": "in memory",
+        "data.packing": "true",
+        "train.per_device_train_batch_size": 4,
+        "train.gradient_accumulation_steps": 2,
+        "train.gradient_checkpointing": "none",
+        "train.max_steps": 8,
+        "train.full_determinism": str(full_determinism).lower(),
+        "eval.strategy": "no",
+        "save.save_steps": 4,
+        "save.output_dir": folder,
+    }
+    overrides = [f"{key}={value}" for key, value in settings.items()]
+    config = load_config("configs/llama3_8b_lora.yaml", ["data.eval=[]", *overrides])
+    rows = draw_rows(200, model.config.vocab_size, 0)
+    trainer = Trainer(model, config, rows, resume=resume)
     trainer.train()
-    blocked = trainer.checkpoints.blocked_seconds
+    return trainer.checkpoints.blocked_seconds
+
+
+def compare_resumed(model_name: str, folder: Path, full_determinism: bool) -> dict[str, Any]:
+    """Returns whether a resumed run equals one that never stopped, and how long saving took."""
+    blocked = run_trainer(model_name, folder / "straight", full_determinism, resume=False)
     shutil.copytree(folder / "straight", folder / "resumed")
     shutil.rmtree(folder / "resumed" / "checkpoints" / "step-000000008")
-    make("resumed", resume=True).train()
+    command = [sys.executable, sys.argv[0], "--part", "go-on", "--resumed-model", model_name]
+    command += ["--folder", str(folder / "resumed"), "--full-determinism", str(full_determinism)]
+    subprocess.run(command, check=True)
     last = [folder / n / "checkpoints" / "step-000000008" for n in ("straight", "resumed")]
     straight, resumed = (read_checkpoint(path).arrays for path in last)
     equal = sum(straight[k].tobytes() == resumed[k].tobytes() for k in straight)
@@ -143,9 +151,8 @@ def measure_resume(parsed: argparse.Namespace) -> list[dict[str, Any]]:
     """Returns rows about a run that is stopped and resumed."""
     rows = []
     for wanted in (False, True):
-        model = build_model(parsed.resumed_model, 16)
         with tempfile.TemporaryDirectory() as folder:
-            found = resume(model, Path(folder), wanted)
+            found = compare_resumed(parsed.resumed_model, Path(folder), wanted)
         row = {"call": parsed.call, "part": "resume", "model": parsed.resumed_model}
         rows.append(row | {"full_determinism": wanted} | found)
     return rows
@@ -154,15 +161,21 @@ def measure_resume(parsed: argparse.Namespace) -> list[dict[str, Any]]:
 def main() -> None:
     """Measures one part and appends its rows."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--part", choices=("step", "resume"), required=True)
+    parser.add_argument("--part", choices=("step", "resume", "go-on"), required=True)
     parser.add_argument("--model", default="llama-8b")
     parser.add_argument("--resumed-model", default="llama-1b")
     parser.add_argument("--repeats", type=int, default=100)
     parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--call", required=True, help="names this run on this machine")
-    parser.add_argument("--commit", required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--call", default="", help="names this run on this machine")
+    parser.add_argument("--commit", default="")
+    parser.add_argument("--out", type=Path, default=Path("determinism.jsonl"))
+    parser.add_argument("--folder", type=Path, help="of the run that goes on")
+    parser.add_argument("--full-determinism", choices=("True", "False"), default="False")
     parsed = parser.parse_args()
+    if parsed.part == "go-on":
+        wanted = parsed.full_determinism == "True"
+        run_trainer(parsed.resumed_model, parsed.folder, wanted, resume=True)
+        return
     rows = measure_step(parsed) if parsed.part == "step" else measure_resume(parsed)
     for row in rows:
         print(json.dumps(row))
