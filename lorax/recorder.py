@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
 from rich.console import Console
 
@@ -12,10 +13,24 @@ from lorax.train import Event
 
 
 class Recorder:
-    """Sends the trainer's events to the log and to the screen."""
+    """Sends the trainer's events to the log and to the screen.
 
-    def __init__(self, console: Console, logging_steps: int, phases: Phases):
+    Args:
+        console: The screen.
+        logging_steps: Steps between two that are logged.
+        phases: Of the start.
+        on_error: What follows when the log cannot be written, as for `save.on_save_error`.
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        logging_steps: int,
+        phases: Phases,
+        on_error: Literal["stop", "warn"] = "stop",
+    ):
         self.console, self.logging_steps, self.phases = console, logging_steps, phases
+        self.on_error = on_error
         self.log: RunLog | None = None
         self.show: Callable[[StepLine], object] = lambda _: None
 
@@ -46,8 +61,7 @@ class Recorder:
             )
         elif not self._is_logged(step, event):
             return
-        if self.log is not None:
-            self.log.write(step, event)
+        self._write(step, event)
         if "loss" in event:
             self.show(
                 StepLine(
@@ -58,6 +72,16 @@ class Recorder:
                     tokens_per_s=event["tokens_per_s"],
                 )
             )
+
+    def _write(self, step: int, event: Event) -> None:
+        try:
+            if self.log is not None:
+                self.log.write(step, event)
+        except OSError as error:
+            if self.on_error == "stop":
+                raise
+            text = f"WARNING: step {step} is not logged: {error} (save.on_save_error: warn)"
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _is_logged(self, step: int, event: Event) -> bool:
         finite = math.isfinite(event["loss"]) and math.isfinite(event["grad_norm"])

@@ -134,7 +134,8 @@ def _run(
     model = build_model(config, policy)
     phases.end("model and weights")
     report_model(console, config, model)
-    recorder = Recorder(console, config.log.logging_steps, phases)
+    on_error = config.save.on_save_error
+    recorder = Recorder(console, config.log.logging_steps, phases, on_error)
     data = inputs.train, inputs.eval
     trainer = Trainer(
         model,

@@ -1,11 +1,13 @@
 """The trainer: what each step reports, what runs equal each other, and what stays on disk."""
 
+import io
 import itertools
 import json
 import math
 import os
 import signal
 from collections import Counter
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -652,3 +654,17 @@ def test_a_step_that_is_not_finite_is_named_though_its_rows_cannot_be_written(tm
     found = report_rows(tmp_path / "gone", numbers, [0], [[7]], {7: 5})
     assert found.startswith("step 3: loss nan, gradient norm 1.0: micro-batch 0, dataset rows 7 (")
     assert "not written: [Errno 2]" in found
+
+
+def test_a_log_that_cannot_be_written_ends_the_run_or_warns():
+    def refuse(*_):
+        raise OSError(28, "No space left on device")
+
+    event = {"step": 10, "total_steps": 20, "eval_loss": 2.0}
+    for on_error in ("stop", "warn"):
+        console = Console(file=io.StringIO(), width=200)
+        recorder = Recorder(console, 10, Phases(), on_error)
+        recorder.log = SimpleNamespace(write=refuse)
+        with pytest.raises(OSError, match="No space") if on_error == "stop" else nullcontext():
+            recorder(event)
+    assert "WARNING: step 10 is not logged: [Errno 28] No space left" in console.file.getvalue()
