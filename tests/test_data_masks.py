@@ -344,7 +344,11 @@ def test_tools_and_tool_calls_reach_the_template(encode):
 @pytest.mark.parametrize(
     "row",
     [
-        {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "look"}}]}]},
+        {
+            "messages": [
+                {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "look"}}]}
+            ]
+        },
         {"messages": [{"role": "assistant", "content": "b"}], "tools": [{"name": "look"}]},
     ],
 )
