@@ -171,14 +171,14 @@ def _read_arrays(folder: Path, names: list[str]) -> dict[str, np.ndarray]:
     except MemoryError:
         raise
     except Exception as error:
-        if is_passing(error):
+        if _is_passing(error):
             raise
         # Orbax and TensorStore raise a dozen kinds, most of which do not name the file.
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{folder} cannot be read: {reason[:300]}") from error
 
 
-def is_passing(error: BaseException | None) -> bool:
+def _is_passing(error: BaseException | None) -> bool:
     """Says whether an error is about the system as it is now, and not about what is in a file."""
     while error is not None:
         if isinstance(error, OSError) and error.errno is not None:
@@ -194,7 +194,7 @@ def _open_all(folder: Path) -> None:
     """Raises the system's own error if a file cannot be read: Orbax has other words for it."""
 
     def fail(error: OSError) -> None:
-        if is_passing(error):
+        if _is_passing(error):
             raise error
 
     for parent, _, files in os.walk(folder, onerror=fail):

@@ -99,6 +99,7 @@ def targets_of(model: nnx.Module, config: LoraConfig) -> list[Target]:
         TargetError: As `apply_lora`.
     """
     modules, tied = named_modules(model), tied_modules(model)
+    # `match_targets` asks the same, and gets the same answer at once: what follows matches before.
     refuse_patterns(config, modules.keys() | tied.keys())
     _refuse_odd_layers(model, modules, config)
     linear = [n for n, m in modules.items() if is_adaptable(m)]

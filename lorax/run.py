@@ -84,11 +84,15 @@ def run_training(
         ValueError: Naming what cannot be used and what to do.
         RunStopped: If a signal asked the run to stop, after saving.
     """
+    with _memory_explained(config):
+        return _run(config, console, phases or Phases(), resume)
+
+
+def _run(config: RunConfig, console: Console, phases: Phases, resume: Resume) -> RunSummary:
     started = time.monotonic()
     output = Path(config.save.output_dir)
     resumed = find_run(output, resume)
     check_reporters(config.log.report_to)
-    phases = phases or Phases()
     console.rule("Settings")
     print_config(console, config)
     if jax.default_backend() == "gpu":
@@ -111,24 +115,6 @@ def run_training(
             console.print(f"{output}: this run has ended; there is nothing to resume")
             return RunSummary(**read_json(output / SUMMARY_FILE))
     phases.end("data and device")
-    with _memory_explained(config, policy):
-        summary = _run(config, console, inputs, policy, files, phases, resumed, started)
-    console.rule("Result")
-    print_summary(console, summary)
-    return summary
-
-
-def _run(
-    config: RunConfig,
-    console: Console,
-    inputs: Inputs,
-    policy: GradientCheckpointing,
-    files: Mapping[str, str],
-    phases: Phases,
-    resumed: bool,
-    started: float,
-) -> RunSummary:
-    """Loads, trains and exports what was checked."""
     shapes = model_shapes(config, inputs.base, policy)
     compiled = compile_ahead(shapes, config, inputs.train, inputs.eval)
     model = build_model(config, policy)
@@ -156,7 +142,10 @@ def _run(
         phases.end("first answers" if config.eval.exact_match else "trainer")
         if compiled.done():
             compiled.result()  # raises what the compiler raised, before anything is written
-        return _train_and_export(trainer, recorder, inputs, started)
+        summary = _train_and_export(trainer, recorder, inputs, started)
+    console.rule("Result")
+    print_summary(console, summary)
+    return summary
 
 
 def _train_and_export(
@@ -254,14 +243,14 @@ def refuse_changes(
 
 
 @contextlib.contextmanager
-def _memory_explained(config: RunConfig, policy: GradientCheckpointing) -> Iterator[None]:
+def _memory_explained(config: RunConfig) -> Iterator[None]:
     """Raises `OutOfMemoryError`, which says what would fit, in the place of XLA's error."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise OutOfMemoryError(explain_memory(config, policy, error)) from error
+        raise OutOfMemoryError(explain_memory(config, choose_policy(config)[0], error)) from error
 
 
 def _make_directory(output: Path, config: RunConfig, inputs: Inputs) -> None:

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from lorax.data.rows import DataError, Row, check_unicode, describe, is_word
+from lorax.data.rows import DataError, Row, check_unicode, describe, is_word, show_name
 
 FORMAT_COLUMNS: dict[str, tuple[str, ...]] = {
     "messages": ("messages",),
@@ -148,7 +148,7 @@ def _read_message(message: Mapping[str, Any], where: str) -> Message:
     kept = {key: value for key, value in message.items() if value is not None}
     role = kept.get("role")
     if role not in ROLES:
-        raise DataError(f"{where}.role must be one of {', '.join(ROLES)}, got {_role(role)}")
+        raise DataError(f"{where}.role must be one of {', '.join(ROLES)}, got {show_name(role)}")
     _refuse_train_flags(kept, where)
     _called_names(kept, where)
     if "content" not in kept and not kept.get("tool_calls"):
@@ -182,7 +182,7 @@ def _read_sharegpt(turn: Mapping[str, Any], where: str) -> Message:
     known = (*_SHAREGPT_ROLES, *ROLES)
     role = turn.get("from")
     if role not in known:
-        raise DataError(f"{where}.from must be one of {', '.join(known)}, got {_role(role)}")
+        raise DataError(f"{where}.from must be one of {', '.join(known)}, got {show_name(role)}")
     _refuse_train_flags(turn, where)
     content = _text(turn.get("value"), f"{where}.value", empty=True)
     message = {"role": _SHAREGPT_ROLES.get(role, role), "content": content}
@@ -315,8 +315,3 @@ def _text(value: Any, where: str, *, empty: bool = False) -> str:
     if not value.strip() and not empty:
         raise DataError(f"{where} is empty")
     return check_unicode(value, where)
-
-
-def _role(value: Any) -> str:
-    """Says which role was given, if it is a word at all."""
-    return repr(value) if is_word(value) else describe(value)

@@ -195,6 +195,11 @@ def is_word(value: Any) -> bool:
     return short and value.replace("-", "_").isidentifier()
 
 
+def show_name(value: Any) -> str:
+    """Returns a role or a column's name if it may be shown, else what it is."""
+    return repr(value) if is_word(value) else describe(value)
+
+
 def describe(value: Any) -> str:
     """Says what a value is and never the words in it: they are training text."""
     match value:

@@ -22,10 +22,9 @@ from lorax.data.rows import (
     LineRows,
     Rows,
     TableRows,
-    describe,
     index_lines,
-    is_word,
     parse_array,
+    show_name,
     undecodable_place,
 )
 
@@ -147,8 +146,9 @@ def _check_csv(path: Path, name: str) -> list[str]:
             if len(set(columns)) != len(columns):
                 # Without a header it is the first row: its words may be training text.
                 twice = next(column for column in columns if columns.count(column) > 1)
-                shown = repr(twice) if is_word(twice) else describe(twice)
-                raise DataError(f"{name}:1: a column name stands twice in the header: {shown}")
+                raise DataError(
+                    f"{name}:1: a column name stands twice in the header: {show_name(twice)}"
+                )
             empty = True
             for record in records:
                 empty = False
