@@ -113,10 +113,10 @@ class Planner:
         if self._writes_scores:
             layer += rows * a.num_attention_heads * length**2 * (c + 8.0)
         elif self.config.train.full_determinism:
-            # The gradient of q in float32, once per 256 keys, added up afterwards. (Of packed rows
-            # whose longest document is shorter, less.)
-            parts = max(0.0, length / 256.0 - 1.0)
-            layer += 4.0 * tokens * a.num_attention_heads * a.head_dim * parts
+            # The gradient of every score, in place of one of q in float32; and the documents' mask.
+            scores = 2.0 * length - 4.0 * a.head_dim
+            layer += max(0.0, tokens * a.num_attention_heads * scores)
+            layer += 2.0 * tokens * length * self.config.data.packing
         _, chunk = logit_chunks(rows, length, a.vocab_size)
         # Logits and their gradient, and the states and their gradient, chunk by chunk.
         loss = rows * chunk * a.vocab_size * 2.0 * c + 3 * tokens * a.hidden_size * c

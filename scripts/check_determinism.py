@@ -6,9 +6,9 @@
 The step of a model with random weights runs from one state again and again; a digest of every bit
 of the new state says how many different results there were. It is timed in turns with one of
 `train.full_determinism`, and with one that does not guard against numbers that are not finite. The
-other part resumes a run of a smaller model from its middle, in a process of its own, which chooses
+next part resumes a run of a smaller model from its middle, in a process of its own, which chooses
 its products anew, and compares it with the one that went on, with `train.full_determinism` and
-without.
+without. The last one measures how long saving holds a run up.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -87,8 +88,10 @@ def repeat(compiled, batch, times: int) -> int:
     return len(found)
 
 
-def run_trainer(model_name: str, folder: Path, full_determinism: bool, resume: bool) -> float:
-    """Trains in a folder, or goes on there; returns how long a save held it up."""
+def run_trainer(
+    model_name: str, folder: Path, full_determinism: bool, resume: bool = False
+) -> list[float]:
+    """Trains in a folder, or goes on there; returns how long each save held it up."""
     model = build_model(model_name, 16)
     model.gradient_checkpointing = "none"
     settings = {
@@ -107,13 +110,32 @@ def run_trainer(model_name: str, folder: Path, full_determinism: bool, resume: b
     config = load_config("configs/llama3_8b_lora.yaml", ["data.eval=[]", *overrides])
     rows = draw_rows(200, model.config.vocab_size, 0)
     trainer = Trainer(model, config, rows, resume=resume)
+    held = watch_saves(trainer.saver)
     trainer.train()
-    return trainer.checkpoints.blocked_seconds
+    return held
+
+
+def watch_saves(saver) -> list[float]:
+    """Returns a list that gets the seconds of every save, of the weights and a checkpoint."""
+    held: list[float] = []
+
+    def timed(save: Callable[..., bool], begins: bool) -> Callable[..., bool]:
+        def call(*arguments, **options):
+            begin = time.perf_counter()
+            found = save(*arguments, **options)
+            seconds = time.perf_counter() - begin
+            held.append(seconds) if begins else held.append(held.pop() + seconds)
+            return found
+
+        return call
+
+    saver.save_weights, saver.save = timed(saver.save_weights, True), timed(saver.save, False)
+    return held
 
 
 def compare_resumed(model_name: str, folder: Path, full_determinism: bool) -> dict[str, Any]:
-    """Returns whether a resumed run equals one that never stopped, and how long saving took."""
-    blocked = run_trainer(model_name, folder / "straight", full_determinism, resume=False)
+    """Returns whether a resumed run equals one that never stopped."""
+    run_trainer(model_name, folder / "straight", full_determinism)
     shutil.copytree(folder / "straight", folder / "resumed")
     shutil.rmtree(folder / "resumed" / "checkpoints" / "step-000000008")
     command = [sys.executable, sys.argv[0], "--part", "go-on", "--resumed-model", model_name]
@@ -122,7 +144,7 @@ def compare_resumed(model_name: str, folder: Path, full_determinism: bool) -> di
     last = [folder / n / "checkpoints" / "step-000000008" for n in ("straight", "resumed")]
     straight, resumed = (read_checkpoint(path).arrays for path in last)
     equal = sum(straight[k].tobytes() == resumed[k].tobytes() for k in straight)
-    return {"arrays": len(straight), "equal_after_resume": equal, "blocked_s": round(blocked, 3)}
+    return {"arrays": len(straight), "equal_after_resume": equal}
 
 
 def measure_step(parsed: argparse.Namespace) -> list[dict[str, Any]]:
@@ -158,10 +180,18 @@ def measure_resume(parsed: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def measure_save(parsed: argparse.Namespace) -> list[dict[str, Any]]:
+    """Returns a row about how long saving the adapters of the larger model takes."""
+    with tempfile.TemporaryDirectory() as folder:
+        held = run_trainer(parsed.model, Path(folder), full_determinism=False)
+    row = {"call": parsed.call, "part": "save", "model": parsed.model}
+    return [row | {"held_up_s": [round(seconds, 3) for seconds in held]}]
+
+
 def main() -> None:
     """Measures one part and appends its rows."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--part", choices=("step", "resume", "go-on"), required=True)
+    parser.add_argument("--part", choices=("step", "resume", "save", "go-on"), required=True)
     parser.add_argument("--model", default="llama-8b")
     parser.add_argument("--resumed-model", default="llama-1b")
     parser.add_argument("--repeats", type=int, default=100)
@@ -176,7 +206,8 @@ def main() -> None:
         wanted = parsed.full_determinism == "True"
         run_trainer(parsed.resumed_model, parsed.folder, wanted, resume=True)
         return
-    rows = measure_step(parsed) if parsed.part == "step" else measure_resume(parsed)
+    measure = {"step": measure_step, "resume": measure_resume, "save": measure_save}
+    rows = measure[parsed.part](parsed)
     for row in rows:
         print(json.dumps(row))
     append_rows(parsed.out, [row | origin(parsed.commit) for row in rows])

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from lorax.config import LoraConfig
+from lorax.determinism import compiler_options
 from lorax.lora import apply_lora, set_kernels
 from lorax.models import CausalLM, DecoderConfig, DocumentLayout
 from lorax.step import make_train_step
@@ -207,24 +208,53 @@ def test_the_trained_result_does_not_depend_on_the_path():
     assert np.abs(our_losses - exact_losses).max() <= 1.5 * np.abs(losses - exact_losses).max()
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", ["", "by document", "by mask"])
 @pytest.mark.parametrize("policy", ["none", "full", "offload"])
 def test_a_step_of_full_determinism_repeats_bit_by_bit(policy, packed):
     # Layers whose attention is equal: XLA finds a program for all of them only if all are marked.
     model, batch = make_model(jnp.bfloat16, layers=3), draw_batch(8, 2048)
     model.gradient_checkpointing = policy
+    if packed == "by document":
+        model.document_layout = DocumentLayout(1024, 2)
     if packed:
-        model.document_layout = DocumentLayout(2048, 2)
-        batch["segment_ids"] = np.repeat([1, 2], [700, 1348])[None, None].repeat(8, axis=1)
-    results = set()
+        lengths = [(700, 1000, 300), (900, 1000, 0)]  # the rest is padding
+        segments = np.zeros((1, 8, 2048), np.int32)
+        for row in range(8):
+            segments[0, row, : sum(lengths[row % 2])] = np.repeat([1, 2, 3], lengths[row % 2])
+        batch["segment_ids"] = segments
+    usual, start = make_train_step(model, optax.sgd(0.5))
+    expected, told = usual(jax.tree.map(jnp.copy, start), batch)
+    results, state, metrics = set(), start, dict[str, jax.Array]()
     for _ in range(2):  # two programs, which XLA might make differently
         step, start = make_train_step(model, optax.sgd(0.5), full_determinism=True)
         step = step.compile(start, batch)
-        for _ in range(20):
-            state, _ = step(jax.tree.map(jnp.copy, start), batch)
+        for turn in range(20):
+            # What was in memory before must not matter.
+            jnp.full((2**30,), (jnp.nan, 1e30, 0.0)[turn % 3]).block_until_ready().delete()
+            state, metrics = step(jax.tree.map(jnp.copy, start), batch)
             leaves = jax.tree.leaves(jax.device_get(state.trainable))
             results.add(b"".join(leaf.tobytes() for leaf in leaves))
     assert len(results) == 1
+    assert metrics["applied"] and abs(metrics["loss"] - told["loss"]) < 1e-4
+    move = lambda state: jax.tree.map(jnp.subtract, state.trainable, start.trainable)
+    ours, theirs = (
+        np.concatenate([np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(move(s))])
+        for s in (state, expected)
+    )
+    assert distance(ours, theirs) < 0.01
+
+
+@pytest.mark.parametrize("outside", [False, True])
+def test_rows_are_added_up_as_they_should_be_where_what_does_not_repeat_is_left_out(outside):
+    # The gradient of an embedding; and one whose indices lie outside, which are to be dropped.
+    ids = np.random.default_rng(0).integers(0, 97, (4, 512))
+    ids[:, ::3] = 97 if outside else 5
+    x = np.random.default_rng(1).integers(-8, 8, (4, 512, 64)).astype(np.float32)
+    expected = np.zeros((98, 64), np.float32)
+    np.add.at(expected, ids, x)
+    add = lambda x, ids: jnp.zeros((97, 64)).at[ids].add(x, mode="drop")
+    found = jax.jit(add, compiler_options=compiler_options(True))(x, ids)
+    np.testing.assert_array_equal(found, expected[:97])
 
 
 @pytest.mark.parametrize("policy", [None, "lora_h"])

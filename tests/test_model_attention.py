@@ -1,5 +1,7 @@
 """Attention: documents are found and kept apart, and cuDNN gets rows the way it needs them."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -80,6 +82,13 @@ def test_runs_of_documents_and_padding():
     )
 
 
+def test_runs_are_found_without_a_scatter():
+    # XLA compiles one that drops something wrongly where it leaves out what does not repeat.
+    segments, layout = jnp.asarray(SEGMENTS), DocumentLayout(8, 3)
+    text = str(jax.make_jaxpr(lambda s: find_documents(s, layout))(segments))
+    assert "cumsum" in text and "scatter" not in text
+
+
 def test_runs_are_counted_from_their_window_and_padding_is_cut_there():
     segments = jnp.asarray([[1, 1, 1, 2, 2, 2, 3, 0], [1, 1, 0, 0, 0, 0, 0, 0]])
     found = find_documents(segments, DocumentLayout(4, 2))
@@ -156,10 +165,37 @@ def test_packed_rows_are_handed_to_cudnn_in_windows_by_device(
     np.testing.assert_allclose(found, reference(q, k, v, segments, sliding_window), atol=1e-6)
 
 
-def test_packed_cudnn_without_runs_is_refused(monkeypatch):
+@pytest.mark.parametrize("devices", [0, 4])
+@pytest.mark.parametrize("sliding_window", [None, 3])
+def test_packed_rows_without_runs_are_handed_to_cudnn_with_a_mask(
+    devices, sliding_window, monkeypatch
+):
+    shapes, plain = [], jax.nn.dot_product_attention
+
+    def kernel(q, k, v, *, implementation, **options):
+        assert implementation == "cudnn"
+        shapes.append(q.shape)
+        return plain(q, k, v, implementation="xla", **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", kernel)
     monkeypatch.setattr(attention, "cudnn_obstacle", lambda *a, **k: None)
-    with pytest.raises(ValueError, match="set the model's document_layout"):
-        attend(*draw(), documents=Documents(jnp.asarray(SEGMENTS)), impl="cudnn")
+    segments = np.concatenate([SEGMENTS, SEGMENTS[::-1], SEGMENTS[:2]])
+    q, k, v = draw(rows=8)
+
+    @jax.jit
+    def run(q, k, v, segments):
+        return attend(q, k, v, documents=Documents(segments), sliding_window=sliding_window)
+
+    arguments = (q, k, v, jnp.asarray(segments))
+    if devices:
+        mesh = Mesh(np.array(jax.devices()[:devices]), ("data",), axis_types=(AxisType.Auto,))
+        arguments = jax.device_put(arguments, NamedSharding(mesh, PartitionSpec("data")))
+        with jax.set_mesh(mesh):
+            found = run(*arguments)
+    else:
+        found = run(*arguments)
+    assert shapes == [(8 // max(devices, 1), 128, 4, 8)]
+    np.testing.assert_allclose(found, reference(q, k, v, segments, sliding_window), atol=1e-6)
 
 
 def on_gpu(monkeypatch, capability):
@@ -224,8 +260,11 @@ def packed_segments(documents, length):
 @pytest.mark.gpu
 @pytest.mark.parametrize("groups", [8, 2])
 @pytest.mark.parametrize("sliding_window", [None, 37])
-@pytest.mark.parametrize("case", [*GPU_ROWS, "unpacked"])
-def test_cudnn_equals_masked_float32(case, sliding_window, groups):
+@pytest.mark.parametrize(
+    ("case", "form"),
+    [*itertools.product(GPU_ROWS, ("by document", "by mask")), ("unpacked", "whole rows")],
+)
+def test_cudnn_equals_masked_float32(case, form, sliding_window, groups):
     length, heads, head_dim = 512, 8, 128
     documents = GPU_ROWS.get(case, [[512], [512]])
     segments = jnp.asarray(packed_segments(documents, length))
@@ -239,9 +278,11 @@ def test_cudnn_equals_masked_float32(case, sliding_window, groups):
     g = jnp.where((segments > 0)[:, :, None, None], g, jnp.zeros((), g.dtype))
 
     def compute(impl, dtype):
-        documents = (
-            None if case == "unpacked" else find_documents(segments, DocumentLayout(window, 6))
-        )
+        documents = None
+        if form == "by document":
+            documents = find_documents(segments, DocumentLayout(window, 6))
+        elif form == "by mask":
+            documents = Documents(segments)
 
         def loss(*inputs):
             out = attend(*inputs, documents=documents, sliding_window=sliding_window, impl=impl)

@@ -238,12 +238,6 @@ def test_rows_with_more_documents_than_promised_become_nan(monkeypatch):
     assert bad.tolist() == [True, False, False]
 
 
-def test_packed_rows_on_cudnn_need_the_number_of_documents(monkeypatch):
-    monkeypatch.setattr(attention, "cudnn_obstacle", lambda *a, **k: None)
-    with pytest.raises(ValueError, match=r"set model\.document_layout"):
-        make().hidden_states(*pack(draw_documents(), 16))
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -268,8 +262,9 @@ def test_activations_have_the_compute_dtype_and_logits_are_float32():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("layout", [DocumentLayout(128, 3), None])
 @pytest.mark.parametrize("gradient_checkpointing", ["none", "selective", "full"])
-def test_packed_training_on_cudnn_equals_xla(gradient_checkpointing):
+def test_packed_training_on_cudnn_equals_xla(gradient_checkpointing, layout):
     settings = SMALL | dict(hidden_size=256, num_attention_heads=4, head_dim=64)
     config = DecoderConfig.from_hf(settings, "here")
     inputs = pack(draw_documents(), 128)
@@ -287,7 +282,7 @@ def test_packed_training_on_cudnn_equals_xla(gradient_checkpointing):
             gradient_checkpointing=gradient_checkpointing,
             rngs=nnx.Rngs(0),
         )
-        model.document_layout = DocumentLayout(128, 3)
+        model.document_layout = layout
         (_, gradient), _, _ = value_and_gradient(model, *inputs)
         leaves = [np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(gradient)]
         found[name] = np.concatenate(leaves)

@@ -186,8 +186,11 @@ def test_auto_says_what_it_picked_and_why(monkeypatch):
 def test_the_planner_knows_the_memory_that_it_takes(rows, length, extra):
     # As cuDNN asked for on an H200 with the heads of Llama-8B, in MiB.
     usual = make_planner().memory("none", rows, length)
-    repeatable = make_planner("all-linear", "train.full_determinism=true")
+    settings = ["train.full_determinism=true", "data.packing=false"]
+    repeatable = make_planner("all-linear", *settings)
     planned = repeatable.memory("none", rows, length)
     # A little of it takes the place of what the loss would need at another time.
     assert extra - 128 <= (planned.peak - usual.peak) / 2**20 <= extra
+    packed = make_planner("all-linear", settings[0]).memory("none", rows, length)
+    assert packed.peak - planned.peak == 2 * rows * length**2  # the documents' mask
     assert repeatable.seconds("none", rows, length) > make_planner().seconds("none", rows, length)

@@ -15,6 +15,8 @@ type LayerCache = tuple[Float[Array, "b s groups d"], Float[Array, "b s groups d
 DATA_AXIS = "data"
 """The mesh axis that rows are spread over, as in `lorax.sharding`."""
 
+_TILE = 128
+
 
 @dataclasses.dataclass(frozen=True)
 class DocumentLayout:
@@ -40,7 +42,7 @@ class Documents:
     Attributes:
         segment_ids: Number of each token's document in its row; 0 is padding.
         starts: First token of each run that begins in a window, counted from the window's own
-            first token, -1 after the last; None where only XLA will run.
+            first token, -1 after the last; None where cuDNN, if it runs, is to be given a mask.
         lengths: Tokens of each run, which may end in a later window; -1 after the last.
     """
 
@@ -81,12 +83,14 @@ def find_documents(segment_ids: Int[Array, "b t"], layout: DocumentLayout) -> Do
     upcoming = jax.lax.cummin(jnp.where(is_start, token, length), axis=1, reverse=True)
     following = jnp.pad(upcoming[:, 1:], ((0, 0), (0, 1)), constant_values=length)
     shape = (rows * (length // window), window)
-    in_window, starting = (token % window).reshape(shape), is_start.reshape(shape)
-    slot = jnp.where(starting, jnp.cumsum(starting, axis=1) - 1, runs)
-    line = jnp.broadcast_to(jnp.arange(shape[0])[:, None], shape)
-    empty = jnp.full((shape[0], runs), -1, jnp.int32)
-    starts = empty.at[line, slot].set(in_window, mode="drop")
-    lengths = empty.at[line, slot].set((following - token).reshape(shape), mode="drop")
+    starting = jnp.cumsum(is_start.reshape(shape), axis=1)
+    # Before the start of run i lie the tokens that count at most i starts. (No scatter: with
+    # xla_gpu_exclude_nondeterministic_ops XLA 0.11.2 writes what is to be dropped elsewhere.)
+    before = starting[:, None, :] <= jnp.arange(runs)[None, :, None]
+    starts = before.sum(axis=2, dtype=jnp.int32)
+    left = (following - token).reshape(shape)
+    lengths = jnp.take_along_axis(left, jnp.minimum(starts, window - 1), axis=1)
+    starts, lengths = (jnp.where(starts < window, x, -1) for x in (starts, lengths))
     by_row = (rows, length // window, runs)
     return Documents(segment_ids, starts.reshape(by_row), lengths.reshape(by_row))
 
@@ -185,6 +189,9 @@ def attend(
     Token i sees token j if j ≤ i, both are of one document, and i - j < `sliding_window`. Padding
     on the right needs no mask of its own: no earlier token sees it.
 
+    Packed rows on cuDNN are computed by document if the runs are known. If not, it is given a mask:
+    that takes about twice the time, and memory for t² elements of each row.
+
     Args:
         q: Queries.
         k: Keys; head h of `q` reads group h // (heads / groups).
@@ -194,22 +201,25 @@ def attend(
         impl: What runs; see `resolve_implementation`. XLA writes all (t, t) scores to memory.
 
     Raises:
-        ValueError: If cuDNN is asked for and cannot run, or `documents` has no runs for it.
+        ValueError: If cuDNN is asked for and cannot run.
     """
     runs = resolve_implementation(impl, q.dtype, q.shape[-1], packed=documents is not None)
     if runs == "xla":
         mask = _visible(q.shape[1], documents, sliding_window)
         return _attend_masked(q, k, v, mask)
-    if documents is None:
-        window = None if sliding_window is None else (sliding_window - 1, 0)
-        return jax.nn.dot_product_attention(
-            q, k, v, is_causal=True, local_window_size=window, implementation="cudnn"
-        )
-    if documents.starts is None or documents.lengths is None:
-        raise ValueError("cuDNN needs the runs of packed rows: set the model's document_layout")
-    return _attend_packed(
-        q, k, v, documents.starts, documents.lengths, sliding_window=sliding_window
+    if documents is not None and documents.starts is not None and documents.lengths is not None:
+        by_document = functools.partial(_attend_windows, sliding_window=sliding_window)
+        return _by_row(by_document, q, k, v, documents.starts, documents.lengths)
+    window = None if sliding_window is None else (sliding_window - 1, 0)
+    plain = functools.partial(
+        jax.nn.dot_product_attention,
+        is_causal=True,
+        local_window_size=window,
+        implementation="cudnn",
     )
+    if documents is None:
+        return plain(q, k, v)
+    return _by_row(functools.partial(_attend_by_mask, plain), q, k, v, documents.segment_ids)
 
 
 def attend_cache(
@@ -292,15 +302,28 @@ def _visible(
     return visible
 
 
-def _attend_packed(q, k, v, starts, lengths, *, sliding_window):
+def _by_row(attend_rows, *arrays) -> jax.Array:
     """Runs cuDNN over each device's own rows."""
-    local = functools.partial(_attend_windows, sliding_window=sliding_window)
     mesh = jax.sharding.get_abstract_mesh()
-    sharded = mesh.shape.get(DATA_AXIS, 1) > 1 and DATA_AXIS not in mesh.manual_axes
-    if sharded:
+    if mesh.shape.get(DATA_AXIS, 1) > 1 and DATA_AXIS not in mesh.manual_axes:
         rows = PartitionSpec(DATA_AXIS)
-        local = jax.shard_map(local, in_specs=(rows,) * 5, out_specs=rows, axis_names={DATA_AXIS})
-    return local(q, k, v, starts, lengths)
+        specs = (rows,) * len(arrays)
+        attend_rows = jax.shard_map(
+            attend_rows, in_specs=specs, out_specs=rows, axis_names={DATA_AXIS}
+        )
+    return attend_rows(*arrays)
+
+
+def _attend_by_mask(attend_plain, q, k, v, segment_ids):
+    """Keeps documents apart by a mask, in rows of whole tiles: others are known to give NaN."""
+    length = q.shape[1]
+    q, k, v, segment_ids = (
+        jnp.pad(x, ((0, 0), (0, -length % _TILE), *[(0, 0)] * (x.ndim - 2)))
+        for x in (q, k, v, segment_ids)
+    )
+    run = run_index(segment_ids)
+    mask = (run[:, :, None] == run[:, None, :])[:, None]
+    return attend_plain(q, k, v, mask=mask)[:, :length]
 
 
 def _attend_windows(q, k, v, starts, lengths, *, sliding_window):

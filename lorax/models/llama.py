@@ -200,7 +200,8 @@ class CausalLM(nnx.Module):
     Attributes:
         config: The architecture.
         dtype: Of activations and products.
-        document_layout: How long and how many the documents of packed rows are; cuDNN needs it.
+        document_layout: How long and how many the documents of packed rows are; if it is None,
+            cuDNN is given a mask, and takes longer.
     """
 
     lm_head: Any
@@ -282,8 +283,7 @@ class CausalLM(nnx.Module):
             cache: From `init_cache`, or returned by an earlier call.
 
         Raises:
-            ValueError: If packed rows are given a cache, a used cache no positions, or cuDNN runs
-                on packed rows and `document_layout` is not set.
+            ValueError: If packed rows are given a cache, or a used cache no positions.
         """
         if cache is not None and segment_ids is not None:
             raise ValueError("a cache holds one document per row: pass no segment_ids with it")
@@ -315,10 +315,7 @@ class CausalLM(nnx.Module):
             return Documents(segment_ids), hidden
         layout = self.document_layout
         if layout is None:
-            raise ValueError(
-                "packed rows on cuDNN: set model.document_layout to the longest document and the "
-                "most that begin in a window"
-            )
+            return Documents(segment_ids), hidden
         # An array cannot raise inside jit; rows that would be attended wrongly become NaN.
         wrong = too_many_documents(segment_ids, layout)[:, None, None]
         hidden = jnp.where(wrong, jnp.asarray(jnp.nan, hidden.dtype), hidden)
