@@ -1,6 +1,5 @@
 """What a run measures: a JSON line per step, tokens per second, model FLOPs, memory, versions."""
 
-import collections
 import dataclasses
 import fnmatch
 import importlib.metadata
@@ -235,23 +234,18 @@ class Throughput:
         return None if self.peak_flops is None else flops / (seconds * self.peak_flops)
 
 
-class LossSpikes:
-    """Notices a loss that stands out among the fifty before it."""
+def is_spike(loss: float, before: Sequence[float]) -> bool:
+    """Says whether a loss stands out: six standard deviations and a tenth above the mean.
 
-    def __init__(self):
-        self._losses = collections.deque[float](maxlen=50)
-
-    def add(self, loss: float) -> bool:
-        """Says whether `loss` lies six standard deviations and a tenth above their mean."""
-        before = list(self._losses)
-        if not math.isfinite(loss):
-            return False
-        self._losses.append(loss)
-        if len(before) < 20:
-            return False
-        mean = sum(before) / len(before)
-        deviation = math.sqrt(sum((x - mean) ** 2 for x in before) / len(before))
-        return loss > mean + 6 * deviation and loss > 1.1 * mean
+    Args:
+        loss: Of a step.
+        before: Of the steps before it; of fewer than twenty nothing is said.
+    """
+    if not math.isfinite(loss) or len(before) < 20:
+        return False
+    mean = sum(before) / len(before)
+    deviation = math.sqrt(sum((x - mean) ** 2 for x in before) / len(before))
+    return loss > mean + 6 * deviation and loss > 1.1 * mean
 
 
 def peak_bf16_tflops(device_kind: str) -> float | None:

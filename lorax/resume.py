@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ class Progress:
     Attributes:
         step: Optimizer steps done.
         train_loss: Loss of the last step.
+        recent_losses: Of the last fifty steps, which a loss is compared with.
         eval_loss: Last held-out loss.
         eval_loss_before: Held-out loss before the first step.
         settled: Last step after which all that was due has been evaluated and saved.
@@ -64,6 +66,7 @@ class Progress:
 
     step: int = 0
     train_loss: float | None = None
+    recent_losses: list[float] = dataclasses.field(default_factory=list)
     eval_loss: float | None = None
     eval_loss_before: float | None = None
     settled: int = 0
@@ -74,6 +77,12 @@ class Progress:
     skipped: int = 0
     weights: list[int] = dataclasses.field(default_factory=list)
     notes: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def note(self, step: int, loss: float) -> None:
+        """Notes that a step is done, and its loss."""
+        self.step, self.train_loss = step, loss
+        if math.isfinite(loss):
+            self.recent_losses = [*self.recent_losses, loss][-50:]
 
 
 @dataclasses.dataclass(frozen=True)

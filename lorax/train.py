@@ -23,7 +23,7 @@ from lorax.interop.huggingface import save_model
 from lorax.interop.peft import save_adapter
 from lorax.lora import fingerprint_adapters
 from lorax.loss import LossFunction, causal_lm_loss
-from lorax.metrics import LossSpikes, Throughput, library_versions, memory_gib
+from lorax.metrics import Throughput, is_spike, library_versions, memory_gib
 from lorax.model_size import model_size
 from lorax.nonfinite import find_micro_batches, report_rows
 from lorax.optimizer import make_optimizer, make_schedule
@@ -123,12 +123,9 @@ class Trainer:
         self.model = prepare_model(model, config, plans)
         self._compiled_ahead = compiled
         self.schedule = make_schedule(train, self.total_steps)
+        optimizer = make_optimizer(train, self.total_steps)
         self.step, self.state = make_train_step(
-            self.model,
-            make_optimizer(train, self.total_steps),
-            loss_fn,
-            mesh=self.mesh,
-            **step_options(train),
+            self.model, optimizer, loss_fn, mesh=self.mesh, **step_options(train)
         )
         self.loss_fn, self._lengths = loss_fn, train_data.lengths
         self.evaluator = None
@@ -151,7 +148,6 @@ class Trainer:
         self._clock = time.perf_counter()
         self._pending: _Dispatched | None = None
         self._beat: Callable[[], object] = lambda: None
-        self._spikes = LossSpikes()
         datasets = name_datasets(train_data, eval_data)
         policy = getattr(self.model, "gradient_checkpointing", "none")
         tell = lambda text: self._tell({"note": text})
@@ -305,6 +301,7 @@ class Trainer:
         if pending is None:
             return
         step, epoch, at, batch, _ = pending
+        before = self.progress.recent_losses
         numbers = self._note_numbers(pending)
         loss, norm, supervised = (float(numbers[k]) for k in ("loss", "grad_norm", "tokens"))
         tokens = int(self._tokens(epoch)[at])
@@ -326,7 +323,7 @@ class Trainer:
             "memory_gib": memory.gib,
             "memory_of": memory.source,
         }
-        if self._spikes.add(loss):
+        if is_spike(loss, before):
             rows = [row for part in self.plan.rows(epoch, at) for row in part]
             event["spike_rows"] = " ".join(map(str, rows))
         self._tell(event)
@@ -337,7 +334,7 @@ class Trainer:
         """Waits for the numbers of a step, and notes where the run stands after it."""
         numbers = jax.device_get(pending.metrics)
         if numbers["applied"] or self.config.train.skip_nonfinite_steps:
-            self.progress.step, self.progress.train_loss = pending.step, float(numbers["loss"])
+            self.progress.note(pending.step, float(numbers["loss"]))
         return numbers
 
     def _refuse_nonfinite(
@@ -383,17 +380,20 @@ class Trainer:
         return self.store.best_step
 
     def _update_model(self) -> None:
-        graph, _, _ = nnx.split(self.model, nnx.Param, ...)
-        trained = jax.tree.map(jax.numpy.copy, self.state.trainable)
-        self.model = nnx.merge(graph, trained, self.step.frozen)
+        self.model = self._merge(jax.tree.map(jax.numpy.copy, self.state.trainable))
+
+    def _merge(self, trained: nnx.State) -> Any:
+        return nnx.merge(nnx.graphdef(self.model), trained, self.step.frozen)
 
     def _write_weights(self, folder: Path) -> None:
-        self._update_model()
+        model = self.config.model
         if self.config.train.method == "full":
-            dtype = jax.numpy.dtype(self.config.model.dtype)
+            self._update_model()
+            dtype = jax.numpy.dtype(model.dtype)
             save_model(self.model, folder, dtype=dtype, source_directory=self._base)
-        else:
-            save_adapter(self.model, folder, base_model_name_or_path=self.config.model.name_or_path)
+        else:  # fetched all at once: one by one takes longer than writing them
+            trained = self._merge(jax.device_get(self.state.trainable))
+            save_adapter(trained, folder, base_model_name_or_path=model.name_or_path)
 
     def _tell(self, event: Event) -> None:
         for listener in self.listeners:

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import math
 import os
 import shutil
 import subprocess
@@ -20,7 +21,7 @@ import pytest
 from lorax.checkpoint import CheckpointStore
 from lorax.checkpoint_files import read_checkpoint
 from lorax.interop.files import CheckpointError
-from lorax.metrics import LossSpikes
+from lorax.metrics import is_spike
 from lorax.resume import Progress, fingerprint_file, fingerprint_weights, refuse_other_run
 from lorax.state_tree import fill_tree, flatten_tree
 from lorax.stopping import STUCK_STATUS
@@ -228,7 +229,8 @@ def test_progress_survives_json():
     import dataclasses
     import json
 
-    progress = Progress(step=3, train_loss=0.1, weights=[1, 3], notes={"exact match": None})
+    progress = Progress(weights=[1, 3], notes={"exact match": None})
+    progress.note(3, 0.1)
     assert Progress(**json.loads(json.dumps(dataclasses.asdict(progress)))) == progress
 
 
@@ -248,11 +250,18 @@ def test_a_change_at_either_end_of_a_file_changes_its_fingerprint(tmp_path, size
 
 
 def test_a_spike_is_noticed_and_noise_is_not():
-    spikes = LossSpikes()
-    noise = np.random.default_rng(0).normal(2.0, 0.1, 200)
-    assert not any(spikes.add(float(loss)) for loss in noise)
-    assert spikes.add(4.0)
-    assert not spikes.add(float("nan"))
+    noise = [float(x) for x in np.random.default_rng(0).normal(2.0, 0.1, 200)]
+    assert not any(is_spike(loss, noise[max(at - 50, 0) : at]) for at, loss in enumerate(noise))
+    assert is_spike(4.0, noise[-50:]) and not is_spike(4.0, noise[-19:])
+    assert not is_spike(float("nan"), noise[-50:])
+
+
+def test_the_losses_that_a_loss_is_compared_with_are_the_last_fifty_finite_ones():
+    progress = Progress()
+    for step, loss in enumerate([9.0, *[2.0] * 30, math.nan, *[3.0] * 20], start=1):
+        progress.note(step, loss)
+    assert (progress.step, progress.train_loss) == (52, 3.0)
+    assert progress.recent_losses == [2.0] * 30 + [3.0] * 20
 
 
 STUCK = """
