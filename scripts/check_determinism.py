@@ -151,9 +151,12 @@ def measure_step(parsed: argparse.Namespace) -> list[dict[str, Any]]:
     """Returns a row per way to compile the step: its time, and how many results it came to."""
     model = build_model(parsed.model, 16)
     batch = draw_batch(model.config.vocab_size, 1, 4, 2048)
-    guarded = compile_variant(model, Variant("auto", "selective"), batch)
-    variants = {"default": guarded, "unguarded": compile_unguarded(model, batch)}
-    variants["full_determinism"] = compile_repeatable(model, batch)
+    ways = {
+        "default": lambda: compile_variant(model, Variant("auto", "selective"), batch),
+        "unguarded": lambda: compile_unguarded(model, batch),
+        "full_determinism": lambda: compile_repeatable(model, batch),
+    }
+    variants = {name: ways[name]() for name in ("default", *parsed.compiled)}
     times = time_in_turns(variants, batch, parsed.turns, 3)
     rows = []
     for name, seconds in times.items():
@@ -194,6 +197,8 @@ def main() -> None:
     parser.add_argument("--part", choices=("step", "resume", "save", "go-on"), required=True)
     parser.add_argument("--model", default="llama-8b")
     parser.add_argument("--resumed-model", default="llama-1b")
+    others = ["unguarded", "full_determinism"]
+    parser.add_argument("--compiled", nargs="+", choices=others, default=others, metavar="WAY")
     parser.add_argument("--repeats", type=int, default=100)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--call", default="", help="names this run on this machine")
