@@ -190,7 +190,7 @@ def attend(
     on the right needs no mask of its own: no earlier token sees it.
 
     Packed rows on cuDNN are computed by document if the runs are known. If not, it is given a mask:
-    that takes about twice the time, and memory for t² elements of each row.
+    that takes longer, and memory for t² elements of each row.
 
     Args:
         q: Queries.
