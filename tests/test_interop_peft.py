@@ -240,10 +240,9 @@ def test_portable_export_refuses_what_it_cannot_hold(bases, variant, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    "r, hidden, exact", [(4, 64, True), (16, 128, True), (128, 256, True), (200, 256, False)]
-)
-def test_bfloat16_merge_equals_pefts_default(r, hidden, exact, tmp_path):
+@pytest.mark.parametrize("r, hidden", [(4, 64), (16, 128), (128, 256), (200, 256)])
+def test_bfloat16_merge_equals_pefts_default(r, hidden, tmp_path):
+    """Up to the order in which the r products are summed in float32, which the CPU decides."""
     torch.manual_seed(1)
     shape = SHAPE | {"hidden_size": hidden, "intermediate_size": 2 * hidden}
     model = LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=True)).to(torch.bfloat16)
@@ -256,14 +255,22 @@ def test_bfloat16_merge_equals_pefts_default(r, hidden, exact, tmp_path):
     ours = load_file(tmp_path / "merged" / "model.safetensors")
     torch_model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
     merged: Any = load_in_peft(torch_model, tmp_path / "adapter").merge_and_unload()
+    layers = {f"{name}.weight": layer for name, layer in lora_layers(adapted).items()}
     differing = total = 0
     for key, value in merged.state_dict().items():
         if key == "lm_head.weight":
             continue
-        theirs = value.view(torch.int16).numpy().astype(np.int32)
-        distance = np.abs(ours[key].view(np.int16).astype(np.int32) - theirs)
-        assert distance.max() <= (0 if exact else 1)
+        theirs = value.float().numpy()
+        distance = np.abs(ours[key].astype(np.float32) - theirs)
+        allowed = np.zeros_like(theirs)
+        if layer := layers.get(key):
+            # Two orders of a sum of r products differ by 2·r·u·Σ|a·b| at most; the sum with the
+            # kernel, which may nearly cancel, is rounded to bfloat16 after that.
+            products = np.abs(layer.lora_a[...]) @ np.abs(layer.lora_b[...])
+            allowed = 2 * r * 2.0**-24 * 2 * products.T + 2.0**-7 * np.abs(theirs)
+        assert (distance <= allowed).all()
         differing, total = differing + (distance > 0).sum(), total + distance.size
+    assert sum(key in layers for key in ours) == len(layers) == 6
     assert differing <= 2e-4 * total
 
 
