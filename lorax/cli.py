@@ -35,9 +35,10 @@ WIDTH_IN_LOGS = 100
 def run(arguments: Sequence[str] | None = None) -> None:
     """Runs one command and ends the process with its exit status; see `main`."""
     status = main(arguments)
-    if any(thread.name == COMPILER_THREAD for thread in threading.enumerate()):
-        # The compiler still runs for a run that could not begin; Python's own way out would take
-        # its memory away from under it.
+    compiles = any(thread.name == COMPILER_THREAD for thread in threading.enumerate())
+    if compiles or status == STOPPED_STATUS:
+        # The compiler still runs for a run that could not begin: Python's own way out would take
+        # its memory away from under it. Or a step that was dropped runs: it would be waited for.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

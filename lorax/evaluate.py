@@ -58,15 +58,18 @@ class Evaluator:
         self._sums = jax.jit(sums, compiler_options=options)
 
     def __call__(
-        self, trainable: nnx.State, frozen: nnx.State, beat: Callable[[], object] = lambda: None
+        self,
+        trainable: nnx.State,
+        frozen: nnx.State,
+        wait: Callable[[Any], object] = jax.block_until_ready,
     ) -> float:
-        """Returns the mean loss in nats per supervised token; calls `beat` now and then."""
+        """Returns the mean loss in nats per supervised token; `wait` waits for each batch's."""
         sums = []
         for batch in prefetch(self.plan.epoch(0), lambda b: place_batch(b, self.mesh)):
-            beat()
             sums.append(self._sums(trainable, frozen, batch))
-            # A few ahead, so that the device has work and `beat` is called as they end.
-            jax.block_until_ready(sums[-4:][0])
+            wait(sums[-4:][0])  # a few ahead, so that the device has work
+        for last in sums[-3:]:
+            wait(last)
         totals, counts = zip(*jax.device_get(sums), strict=True)
         return math.fsum(map(float, totals)) / sum(map(int, counts))
 

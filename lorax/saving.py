@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from safetensors import SafetensorError
 
 from lorax.checkpoint import CheckpointStore
@@ -83,8 +83,9 @@ class Saver:
         See `CheckpointStore.save`.
         """
         progress = self.progress
-        # A run that is resumed tries again what was not finite.
-        state = dataclasses.replace(state, halted=jnp.zeros_like(state.halted))
+        # A run that is resumed tries again what was not finite. No array of the device's: it would
+        # wait for the step that runs.
+        state = dataclasses.replace(state, halted=np.zeros((), bool))
         tree: dict[str, Any] = {"state": state}
         if int(state.step) != progress.step:
             raise CheckpointError(

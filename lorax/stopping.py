@@ -9,8 +9,12 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import jax
+
 STOPPED_STATUS = 75  # EX_TEMPFAIL: try again, which `--resume` does
 STUCK_STATUS = 70  # EX_SOFTWARE
+
+_POLL_SECONDS = 0.0005
 
 
 class RunStopped(KeyboardInterrupt):
@@ -37,6 +41,7 @@ class StopRequest:
 
     def __init__(self):
         self.received: str | None = None
+        self._since = 0.0
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -56,8 +61,21 @@ class StopRequest:
         if self.received:
             raise StopAskedError(self.received)
 
+    def age(self) -> float:
+        """Returns the seconds since a signal has come, 0 if none has."""
+        return time.monotonic() - self._since if self.received else 0.0
+
+    def hear_while_waiting(self, arrays: Any) -> Iterator[None]:
+        """Yields now and then until the arrays are there.
+
+        JAX's own waiting is deaf: Python hears of a signal only between its own instructions.
+        """
+        while not all(leaf.is_ready() for leaf in jax.tree.leaves(arrays)):
+            yield
+            time.sleep(_POLL_SECONDS)
+
     def _note(self, number: int, _: Any) -> None:
-        self.received = signal.Signals(number).name
+        self.received, self._since = signal.Signals(number).name, time.monotonic()
         for each in self._SIGNALS:
             signal.signal(each, signal.SIG_DFL)
         message = f"\n{self.received}: saving and stopping; once more stops at once\n"

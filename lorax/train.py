@@ -2,9 +2,7 @@
 
 import contextlib
 import dataclasses
-import functools
 import math
-import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
@@ -21,9 +19,10 @@ from lorax.interop.checkpoint import resolve_checkpoint
 from lorax.interop.files import CheckpointError, refuse_occupied
 from lorax.interop.huggingface import save_model
 from lorax.interop.peft import save_adapter
+from lorax.long_steps import LongSteps, StepDroppedError
 from lorax.lora import fingerprint_adapters
 from lorax.loss import LossFunction, causal_lm_loss
-from lorax.metrics import Throughput, is_spike, library_versions, memory_gib
+from lorax.metrics import Throughput, library_versions
 from lorax.model_size import model_size
 from lorax.nonfinite import find_micro_batches, report_rows
 from lorax.optimizer import make_optimizer, make_schedule
@@ -50,10 +49,10 @@ from lorax.resume import (
 from lorax.saving import Saver
 from lorax.sharding import make_mesh, place_batch
 from lorax.step import TrainState, TrainStep, make_train_step
+from lorax.step_events import Event, StepEvents
 from lorax.stopping import RunStopped, StopAskedError, StopRequest, Watchdog
 from lorax.weights import WeightStore
 
-type Event = dict[str, Any]
 type Listener = Callable[[Event], None]
 
 
@@ -122,7 +121,6 @@ class Trainer:
             plans.append(plan_evaluation(config, eval_data, devices))
         self.model = prepare_model(model, config, plans)
         self._compiled_ahead = compiled
-        self.schedule = make_schedule(train, self.total_steps)
         optimizer = make_optimizer(train, self.total_steps)
         self.step, self.state = make_train_step(
             self.model, optimizer, loss_fn, mesh=self.mesh, **step_options(train)
@@ -142,11 +140,14 @@ class Trainer:
         if not resume:
             refuse_occupied(self.output_dir / "weights")
         self.store = WeightStore(self.output_dir / "weights", self._write_weights)
-        self.throughput = Throughput(model_size(self.model), list(self.mesh.devices.flat))
-        self._mean_document = len(train_data.tokens) / len(train_data)
-        self._tokens = functools.lru_cache(maxsize=2)(self.plan.tokens)
-        self._clock = time.perf_counter()
+        devices_used = list(self.mesh.devices.flat)
+        self.throughput = Throughput(model_size(self.model), devices_used)
+        schedule = make_schedule(train, self.total_steps)
+        self.events = StepEvents(
+            self.plan, self.total_steps, schedule, self.throughput, devices_used
+        )
         self._pending: _Dispatched | None = None
+        self._stop, self._long = StopRequest(), LongSteps()
         self._beat: Callable[[], object] = lambda: None
         datasets = name_datasets(train_data, eval_data)
         policy = getattr(self.model, "gradient_checkpointing", "none")
@@ -181,15 +182,16 @@ class Trainer:
             RunStopped: If a signal asked the run to stop, after saving.
             CheckpointError: If a checkpoint could not be saved, and `save.on_save_error` is `stop`.
         """
-        stop, watchdog = StopRequest(), Watchdog(self.config.train.stuck_after_seconds)
+        self._stop, self._long = StopRequest(), LongSteps()
+        watchdog = Watchdog(self.config.train.stuck_after_seconds)
         with contextlib.ExitStack() as stack:
             stack.enter_context(jax.set_mesh(self.mesh))
             if not self.keeps_lock:
                 stack.enter_context(contextlib.closing(self.checkpoints))
             self.checkpoints.open()
             compiled = self._compile()
-            with stop.listening(), watchdog.watching():
-                self._beat = lambda: (watchdog.beat(), stop.check())
+            with self._stop.listening(), watchdog.watching():
+                self._beat = lambda: (watchdog.beat(), self._stop.check())
                 try:
                     self._run_until_asked(compiled)
                 except RunStopped:
@@ -204,9 +206,11 @@ class Trainer:
             self._run_steps(compiled)
             self._beat()
         except StopAskedError as asked:
-            self._finish_pending()
+            with contextlib.suppress(StepDroppedError):
+                self._finish_pending()
+            self.state = self._long.reached(self.state)
             if self.progress.step == 0:
-                raise RunStopped(f"stopped by {asked} before the first step") from None
+                raise RunStopped(f"stopped by {asked} before the first step was done") from None
             saved = "saved" if self.saver.save(self.state, wait=True) else "NOT SAVED"
             where = f"after step {self.progress.step}, {saved}"
             raise RunStopped(f"stopped by {asked} {where}") from None
@@ -217,13 +221,14 @@ class Trainer:
             progress.eval_loss_before = progress.eval_loss = self._evaluate(0)
         elif progress.settled < progress.step:  # the run was stopped right after this step
             self._settle(progress.step, ends_epoch(self.plan, self.total_steps, progress.step))
-        self._clock = time.perf_counter()
+        self.events.restart_clock()
         place = lambda batch: place_batch(batch, self.mesh)
         done = self.total_steps if progress.stopped_early else progress.step
         batches = batches_after(done, self.plan, self.total_steps, place)
         for done, epoch, index, batch, is_epoch_end in batches:
-            self._beat()
             width = batch["input_ids"].shape[-1]
+            self._prepare_to_drop(width)
+            self._beat()
             self.state, metrics = compiled[width](self.state, batch)
             # The previous step's numbers are read while this one runs.
             self._finish_pending(_Dispatched(done, epoch, index, batch, metrics))
@@ -233,6 +238,14 @@ class Trainer:
             self.saver.check()
             if progress.stopped_early:
                 break
+
+    def _prepare_to_drop(self, width: int) -> None:
+        """Keeps what is before the next step, if that may take too long for a signal."""
+        if self._long.before is not None or self._long.may_come(width):
+            self._finish_pending()  # which may tell that none comes
+        self._long.before = None
+        if self._long.may_come(width):
+            self._long.keep(self.state)
 
     def _settle(self, step: int, is_epoch_end: bool) -> None:
         """Evaluates and saves as it is due after a step."""
@@ -278,8 +291,9 @@ class Trainer:
 
         def reach() -> TrainState:
             if self._pending is not None:  # the state has it, whatever its listeners would say
-                self._note_numbers(self._pending)
-            return self.state
+                with contextlib.suppress(StepDroppedError):
+                    self._note_numbers(self._pending)
+            return self._long.reached(self.state)
 
         self.saver.rescue(reach, error)
 
@@ -300,38 +314,18 @@ class Trainer:
         pending, self._pending = self._pending, following
         if pending is None:
             return
-        step, epoch, at, batch, _ = pending
         before = self.progress.recent_losses
         numbers = self._note_numbers(pending)
-        loss, norm, supervised = (float(numbers[k]) for k in ("loss", "grad_norm", "tokens"))
-        tokens = int(self._tokens(epoch)[at])
-        now = time.perf_counter()
-        seconds, self._clock = now - self._clock, now
-        speed = self.throughput.add(tokens, seconds, context_tokens=self._mean_document)
-        memory = memory_gib(list(self.mesh.devices.flat))
-        event = {
-            "step": step,
-            "total_steps": self.total_steps,
-            "loss": loss,
-            "learning_rate": float(self.schedule(step - 1)),
-            "grad_norm": norm,
-            "supervised_tokens": int(supervised),
-            "epoch": epoch + 1,
-            "tokens": tokens,
-            **speed,
-            "step_seconds": seconds,
-            "memory_gib": memory.gib,
-            "memory_of": memory.source,
-        }
-        if is_spike(loss, before):
-            rows = [row for part in self.plan.rows(epoch, at) for row in part]
-            event["spike_rows"] = " ".join(map(str, rows))
+        step, epoch, at, batch, _ = pending
+        event = self.events.describe(step, epoch, at, numbers, before)
+        self._long.note(batch["input_ids"].shape[-1], event["step_seconds"])
         self._tell(event)
         if not numbers["applied"]:
             self._refuse_nonfinite(event, self.plan.rows(epoch, at), batch)
 
     def _note_numbers(self, pending: _Dispatched) -> dict[str, Any]:
         """Waits for the numbers of a step, and notes where the run stands after it."""
+        self._long.wait(pending.metrics, self._stop)
         numbers = jax.device_get(pending.metrics)
         if numbers["applied"] or self.config.train.skip_nonfinite_steps:
             self.progress.note(pending.step, float(numbers["loss"]))
@@ -363,10 +357,15 @@ class Trainer:
     def _evaluate(self, step: int) -> float | None:
         if self.evaluator is None:
             return None
-        loss = self.evaluator(self.state.trainable, self.step.frozen, self._beat)
+        loss = self.evaluator(self.state.trainable, self.step.frozen, self._wait_for_evaluation)
         self._tell({"step": step, "eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700))})
-        self._clock = time.perf_counter()
+        self.events.restart_clock()
         return loss
+
+    def _wait_for_evaluation(self, sums: Any) -> None:
+        for _ in self._stop.hear_while_waiting(sums):
+            self._stop.check()  # it is not finished first, but made again by a run that goes on
+        self._beat()
 
     def _load_best(self) -> int | None:
         if self.saver.best is None:

@@ -235,24 +235,49 @@ def kill_twenty_times(count: int, folder: Path) -> tuple[int, int]:
     return passed, count
 
 
+def make_endless(model, batch):
+    """Returns the usual loss of a step that takes half an hour, but for the row with the mark."""
+    import jax
+    import jax.numpy as jnp
+
+    from lorax.loss import causal_lm_loss
+
+    total, count = causal_lm_loss(model, batch)
+    marked = (batch["input_ids"] == 63).any()
+    square = jnp.ones((64, 64)) * marked
+    turns = marked * 10**8
+    spun = jax.lax.fori_loop(0, turns, lambda _, x: jnp.tanh(x @ x), square)
+    return total + 0 * spun.sum(), count
+
+
 def terminate(count: int, folder: Path) -> tuple[int, int]:
-    """P1: SIGTERM during training: saved, and exit status 75, within ten seconds."""
+    """P1: SIGTERM during steps, short ones and endless ones: saved, status 75, within 10 s."""
     passed = 0
     for trial in range(count):
-        run = folder / str(trial)
+        run, is_endless = folder / str(trial), trial % 2 == 1
 
-        def work(run=run):
+        def work(run=run, is_endless=is_endless):
+            from lorax import long_steps
+
             def slowly(event):
                 (run / "trains").touch()
                 time.sleep(0.05)
 
             options: dict[str, Any] = {"train__max_steps": 200, "save__save_steps": 500}
-            make_trainer(run, listeners=(slowly,), **options)[0].train()
+            if is_endless:
+                long_steps.LONG_SECONDS = 0.0  # the steps before the endless one are none
+                options["loss_fn"] = make_endless
+            trainer, _ = make_trainer(run, listeners=(slowly,), **options)
+            if is_endless:
+                epoch, at = divmod(2, trainer.plan.steps_per_epoch)
+                data = trainer.plan.dataset
+                data.tokens[data.offsets[trainer.plan.rows(epoch, at)[0][0]]] = 63
+            trainer.train()
 
         child, end = start(work), time.monotonic() + 60
         while not (run / "trains").exists() and time.monotonic() < end:
             time.sleep(0.01)
-        time.sleep(random.Random(trial).uniform(0.3, 2.0))
+        time.sleep(random.Random(trial).uniform(0.3, 2.0) + 2.0 * is_endless)
         asked = time.monotonic()
         os.kill(child, signal.SIGTERM)
         status = wait(child, 30)

@@ -28,6 +28,7 @@ SLOW_FILES = {
     "test_kernel_faults.py",
     "test_kernel_interpreted.py",
     "test_kernel_op.py",
+    "test_long_steps.py",
     "test_model_llama.py",
     "test_model_parity.py",
     "test_readme.py",

@@ -123,6 +123,26 @@ def test_a_run_that_is_stopped_and_resumed_equals_one_that_is_not(data, straight
     assert (code, "this run has ended" in out) == (0, True)
 
 
+@pytest.mark.timeout(300)
+def test_a_long_first_step_holds_up_neither_a_signal_nor_the_end_of_the_process(data, tmp_path):
+    lines = (data / "train.jsonl").read_text()
+    (tmp_path / "many.jsonl").write_text(lines * 200)
+    changes = {"data.train": tmp_path / "many.jsonl", "eval.strategy": "no"}
+    changes |= {"train.gradient_accumulation_steps": 1000, "save.load_best_model_at_end": "false"}
+    run = tmp_path / "run"
+    process = start(data, run, **changes)
+    metrics, end = run / "metrics.jsonl", time.monotonic() + 200
+    while time.monotonic() < end and not (metrics.exists() and "eval_loss" in metrics.read_text()):
+        time.sleep(0.02)
+    time.sleep(1.5)  # now its step runs, of some 12,000 rows
+    asked = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    code, _, err = finish(process)
+    assert time.monotonic() - asked < 10
+    assert code == 75, err
+    assert "stopped by SIGTERM before the first step was done" in err
+
+
 def test_what_is_to_be_resumed_must_be_there(data, tmp_path):
     code, _, err = finish(start(data, tmp_path / "none", "--resume"))
     assert code == 2
