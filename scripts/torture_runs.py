@@ -127,6 +127,25 @@ def resume_everywhere(count: int, folder: Path) -> tuple[int, int]:
     return passed, total
 
 
+def repeat_in_processes(count: int, folder: Path) -> tuple[int, int]:
+    """K4: the same run in processes of their own: the same bits, here on a CPU."""
+    for trial in range(count):
+        options: dict[str, Any] = {"dropout": 0.1, "data__packing": trial % 2 == 1}
+        options |= {"train__gradient_accumulation_steps": 2, "train__max_steps": 4}
+        run = folder / str(trial)
+
+        def work(run=run, options=options):
+            make_trainer(run, **options)[0].train()
+
+        wait(start(work), 300)
+    # Only now, since reading starts threads, with which this process must not fork again.
+    found = [
+        last_arrays(folder / str(t), 4) if newest(folder / str(t)) else {} for t in range(count)
+    ]
+    passed = sum(arrays == found[trial % 2] != {} for trial, arrays in enumerate(found))
+    return passed, count
+
+
 def change_something(count: int, folder: Path) -> tuple[int, int]:
     """R2: a run that is resumed as another one is refused, by the name of what changed."""
     changes: list[tuple[dict[str, Any], str]] = [
@@ -384,6 +403,7 @@ CASES = {
     "R2": (change_something, 14, 14),
     "R3": (kill_twenty_times, 5, 0),
     "P1": (terminate, 20, 2),
+    "K4": (repeat_in_processes, 20, 3),
     "N1": (poison, 12, 3),
     "D2": (leave_nothing_to_learn, 4, 4),
 }

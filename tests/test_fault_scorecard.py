@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FAULTS = ["F1", "F2", "F3", "F4", "F5", "F6", "F7", "F8", "F9"]
-CASES = [*FAULTS, "R1", "R2", "P1", "N1", "D1", "D2", "S1", "S2", "S3"]
+CASES = [*FAULTS, "R1", "R2", "P1", "N1", "K4", "D1", "D2", "S1", "S2", "S3", "L3"]
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
