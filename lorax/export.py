@@ -1,6 +1,5 @@
 """Exports, each read back from disk and compared with the trained model before it counts."""
 
-import contextlib
 import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from lorax.interop.files import open_tensors, read_headers, refuse_occupied
+from lorax.interop.files import read_headers, read_tensor, refuse_occupied
 from lorax.interop.huggingface import load_model, model_tensors, save_model
 from lorax.interop.peft import TENSOR_FILE, adapter_tensors, load_adapter, save_adapter
 from lorax.lora import lora_layers, set_kernels
@@ -135,18 +134,16 @@ def _weight_dtype(model) -> Any:
 def _compare(expected: Iterable[tuple[str, np.ndarray]], files: list[Path]) -> int:
     """Compares named arrays with safetensors files bit by bit, one at a time."""
     entries, folder, count = read_headers(files), files[0].parent, 0
-    with contextlib.ExitStack() as stack:
-        opened = {path: stack.enter_context(open_tensors(path)) for path in files}
-        for name, value in expected:
-            count += 1
-            if name not in entries:
-                raise ExportError(f"{folder} lacks {name} after the export")
-            found = opened[entries[name].file].get_tensor(name)
-            same = found.dtype == value.dtype and found.shape == value.shape
-            if not same or found.tobytes() != np.ascontiguousarray(value).tobytes():
-                raise ExportError(
-                    f"{entries[name].file}: {name} differs from the trained model after the export"
-                )
+    for name, value in expected:
+        count += 1
+        if name not in entries:
+            raise ExportError(f"{folder} lacks {name} after the export")
+        found = read_tensor(entries[name])
+        same = found.dtype == value.dtype and found.shape == value.shape
+        if not same or found.tobytes() != np.ascontiguousarray(value).tobytes():
+            raise ExportError(
+                f"{entries[name].file}: {name} differs from the trained model after the export"
+            )
     if count != len(entries):
         raise ExportError(f"{folder} holds {len(entries)} tensors, expected {count}")
     return count

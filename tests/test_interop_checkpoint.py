@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from lorax.interop.checkpoint import resolve_checkpoint
-from lorax.interop.files import CheckpointError, read_tensors
+from lorax.interop.files import CheckpointError, read_ahead, read_headers, read_tensors
 from lorax.interop.huggingface import load_hf_config, load_model, save_model
 from lorax.models import DecoderConfig, init_model
 
@@ -308,6 +309,44 @@ def test_a_header_that_begins_like_a_page_is_read(folder):
     header = data[8 : 8 + size].ljust(0x3C20)
     path.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + size :])
     load_model(folder)
+
+
+@pytest.fixture
+def three_files(tmp_path):
+    """Tensors of every dtype and odd shapes, over files; and the library's own reading of them."""
+    draw = np.random.default_rng(0)
+    dtypes, shapes = (np.float32, np.float16, ml_dtypes.bfloat16), ((), (0, 3), (7,), (129, 257))
+    expected = {}
+    for file in range(3):
+        tensors = {
+            f"{file}.{i}": np.asarray(draw.normal(size=shape)).astype(dtype)
+            for i, (dtype, shape) in enumerate((d, s) for d in dtypes for s in shapes)
+        }
+        save_file(tensors, tmp_path / f"{file}.safetensors", metadata={"format": "pt"})
+        expected |= load_file(tmp_path / f"{file}.safetensors")
+    return sorted(tmp_path.glob("*.safetensors")), expected
+
+
+def test_tensors_read_ahead_are_those_that_the_library_reads(three_files):
+    files, expected = three_files
+    entries = read_headers(files)
+    found = list(read_ahead(entries))
+    order = [(entries[name].file, entries[name].offset) for name, _ in found]
+    assert order == sorted(order)
+    for values in (dict(found), {name: value for _, name, value in read_tensors(files)}):
+        assert values.keys() == expected.keys()
+        for name, value in values.items():
+            assert (value.dtype, value.shape) == (expected[name].dtype, expected[name].shape)
+            assert value.tobytes() == expected[name].tobytes()
+
+
+def test_a_file_that_is_cut_off_while_it_is_read_is_refused(three_files):
+    files, _ = three_files
+    entries = read_headers(files)
+    os.truncate(files[1], files[1].stat().st_size - 1)
+    with pytest.raises(CheckpointError, match=f"{files[1]} was cut off while it was read"):
+        list(read_ahead(entries))
+    assert not [t for t in threading.enumerate() if t.name.startswith("lorax-read")]
 
 
 def test_links_inside_the_hubs_cache_are_followed(folder, tmp_path):

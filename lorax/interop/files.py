@@ -6,21 +6,27 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401  (numpy knows bfloat16 only once this is imported)
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-READABLE_DTYPES = ("BF16", "F16", "F32")
+READABLE_DTYPES = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32}
+"""By the name that safetensors gives them."""
 
 MAX_HEADER_BYTES = 2**24
 """Of a safetensors file: room for 100,000 tensors. A larger one takes long to parse, and memory."""
 
 MAX_JSON_BYTES = 2**25
+
+_READERS = 2
+"""Threads that read weights."""
 
 
 class CheckpointError(ValueError):
@@ -35,11 +41,13 @@ class TensorEntry:
         file: Where it is.
         shape: Its shape there.
         dtype: Its dtype as safetensors names it, one of `READABLE_DTYPES`.
+        offset: Byte of the file at which its data begin.
     """
 
     file: Path
     shape: tuple[int, ...]
     dtype: str
+    offset: int
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
@@ -85,9 +93,11 @@ def read_headers(paths: Iterable[Path]) -> dict[str, TensorEntry]:
     entries: dict[str, TensorEntry] = {}
     for path in paths:
         with open_tensors(path) as file:
+            offsets = _read_offsets(path)  # as the library has checked them
             for name in file.keys():
                 header = file.get_slice(name)
-                entry = TensorEntry(path, tuple(header.get_shape()), header.get_dtype())
+                shape, dtype = tuple(header.get_shape()), header.get_dtype()
+                entry = TensorEntry(path, shape, dtype, offsets[name])
                 if entry.dtype not in READABLE_DTYPES:
                     raise CheckpointError(
                         f"{path}: {name} has dtype {entry.dtype}; lorax reads "
@@ -107,11 +117,58 @@ def read_tensors(paths: Iterable[Path]) -> Iterator[tuple[Path, str, np.ndarray]
     Raises:
         CheckpointError: As `read_headers`, before the first value is read.
     """
-    entries = read_headers(paths)
-    for path in dict.fromkeys(entry.file for entry in entries.values()):
-        with open_tensors(path) as file:
-            for name in (n for n, entry in entries.items() if entry.file == path):
-                yield path, name, file.get_tensor(name)
+    for name, entry in read_headers(paths).items():
+        yield entry.file, name, read_tensor(entry)
+
+
+def read_tensor(entry: TensorEntry) -> np.ndarray:
+    """Reads one tensor, without Python's lock: other threads run meanwhile.
+
+    Raises:
+        CheckpointError: If the file has become shorter.
+    """
+    value = np.empty(entry.shape, READABLE_DTYPES[entry.dtype])
+    left = memoryview(value.reshape(-1).view(np.uint8))
+    with entry.file.open("rb", buffering=0) as raw:
+        raw.seek(entry.offset)
+        while left:
+            if not (count := raw.readinto(left)):
+                raise CheckpointError(f"{entry.file} was cut off while it was read; fetch it again")
+            left = left[count:]
+    return value
+
+
+def read_ahead(entries: Mapping[str, TensorEntry]) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields name and value of every tensor as they follow each other in the files.
+
+    The next ones are read in threads meanwhile.
+
+    Raises:
+        CheckpointError: As `read_tensor`.
+    """
+    ahead: deque[tuple[str, Future[np.ndarray]]] = deque()
+    with ThreadPoolExecutor(_READERS, thread_name_prefix="lorax-read") as pool:
+        try:
+            for name in sorted(entries, key=lambda n: (entries[n].file, entries[n].offset)):
+                ahead.append((name, pool.submit(read_tensor, entries[name])))
+                if len(ahead) > _READERS:
+                    done, value = ahead.popleft()
+                    yield done, value.result()
+            while ahead:
+                done, value = ahead.popleft()
+                yield done, value.result()
+        finally:
+            for _, value in ahead:
+                value.cancel()
+
+
+def _read_offsets(path: Path) -> dict[str, int]:
+    """Returns where in a whole safetensors file the data of each tensor begin."""
+    with path.open("rb") as raw:
+        size = int.from_bytes(raw.read(8), "little")
+        header = json.loads(raw.read(size))
+    header.pop("__metadata__", None)
+    return {name: 8 + size + entry["data_offsets"][0] for name, entry in header.items()}
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from lorax.interop.checkpoint import (
     resolve_checkpoint,
     write_checkpoint,
 )
-from lorax.interop.files import CheckpointError, TensorEntry, open_tensors
+from lorax.interop.files import CheckpointError, TensorEntry, open_tensors, read_ahead
 from lorax.models import AttentionImplementation, CausalLM, DecoderConfig, GradientCheckpointing
 
 type ParameterPath = tuple[Any, ...]
@@ -112,9 +112,9 @@ def load_model(
 ) -> CausalLM:
     """Loads a checkpoint, tensor by tensor, onto JAX's default device.
 
-    The host holds about two tensors at a time; transposing and casting happen on the device.
-    Every tensor must be there, be expected, have its shape and be finite. Two extras are known to
-    be harmless: ``rotary_emb.inv_freq`` buffers, and a copy of tied embeddings as
+    The host holds a few tensors at a time, which threads read ahead; transposing and casting happen
+    on the device. Every tensor must be there, be expected, have its shape and be finite. Two extras
+    are known to be harmless: ``rotary_emb.inv_freq`` buffers, and a copy of tied embeddings as
     ``lm_head.weight`` if it equals them.
 
     Args:
@@ -212,21 +212,15 @@ def _place(value: jax.Array, transpose: bool, dtype: jnp.dtype):
 def _load_values(
     table: Mapping[str, TensorSpec], entries: dict[str, TensorEntry], dtype: jnp.dtype
 ) -> Iterator[tuple[str, jax.Array]]:
-    by_file: dict[Path, list[str]] = {}
-    for name in table:
-        by_file.setdefault(entries[name].file, []).append(name)
     finite: dict[str, tuple[jax.Array, jax.Array]] = {}
     previous = None
-    for path, names in by_file.items():
-        with open_tensors(path) as file:
-            for name in names:
-                host = file.get_tensor(name)
-                value, before, after = _place(host, table[name].transpose, dtype)
-                finite[name] = before, after
-                # Waiting for the tensor before keeps the host's copies to two, without idling.
-                jax.block_until_ready(previous)
-                previous = value
-                yield name, value
+    for name, host in read_ahead({name: entries[name] for name in table}):
+        value, before, after = _place(host, table[name].transpose, dtype)
+        finite[name] = before, after
+        # Waiting for the tensor before bounds the host's copies, without idling.
+        jax.block_until_ready(previous)
+        previous = value
+        yield name, value
     # The flags stay on the device until all is loaded: one transfer instead of one per tensor.
     for name, (before, after) in jax.device_get(finite).items():
         where = f"{entries[name].file}: {name}"
