@@ -1,20 +1,11 @@
-"""What a person sees of a run: settings, modules, one example, progress, a summary and a curve."""
+"""What a person sees of a run: settings, modules, one example, progress and a summary."""
 
 import contextlib
 import dataclasses
-import itertools
-import json
-import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
-from pathlib import Path
-from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -279,118 +270,3 @@ def _format(value: float | None, specification: str) -> str:
 
 def _format_time(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
-
-
-def draw_loss_curve(
-    metrics_path: str | os.PathLike[str],
-    png_path: str | os.PathLike[str],
-    *,
-    title: str = "Training",
-) -> None:
-    """Draws loss, learning rate and gradient norm over the steps of a `metrics.jsonl`.
-
-    Read are `loss`, `eval_loss`, `learning_rate` and `grad_norm`, where a line has them.
-
-    Raises:
-        ValueError: If the file has no loss yet, or a line of it is broken.
-    """
-    records = read_metrics(metrics_path)
-    steps, losses = _find_series(records, "loss")
-    if not any(map(math.isfinite, losses)):
-        raise ValueError(f"{metrics_path}: no step has a loss: nothing to draw yet")
-    figure = Figure(figsize=(9, 7), dpi=150, layout="constrained")
-    loss_axes, rate_axes, norm_axes = figure.subplots(
-        3, sharex=True, gridspec_kw={"height_ratios": [4, 1, 1.4]}
-    )
-    _draw_losses(loss_axes, steps, losses, *_find_series(records, "eval_loss"))
-    loss_axes.set_title(title, loc="left", fontweight="bold")
-    rate_axes.plot(*_find_series(records, "learning_rate"), color="tab:gray", linewidth=1.5)
-    rate_axes.set_ylabel("learning rate")
-    rate_axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    rate_axes.set_ylim(bottom=0)
-    norm_steps, norms = _find_series(records, "grad_norm")
-    _draw_smoothed(norm_axes, norm_steps, norms, "tab:purple", "gradient norm")
-    norm_axes.set_ylabel("gradient norm")
-    norm_axes.set_ylim(bottom=0)
-    norm_axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    norm_axes.set_xlabel("optimizer step")
-    for axes in (loss_axes, rate_axes, norm_axes):
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.align_ylabels()
-    figure.savefig(png_path, format="png")
-
-
-def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Reads a `metrics.jsonl`, without a last line that is still being written.
-
-    Raises:
-        ValueError: Naming the line that is not a JSON object with a step.
-    """
-    records = []
-    text = Path(path).read_text(encoding="utf-8")
-    for number, line in enumerate(text.split("\n")[:-1], start=1):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number}: not JSON: {error.msg}") from error
-        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-            raise ValueError(f"{path}:{number}: needs an object with a whole number `step`")
-        records.append(record)
-    return records
-
-
-def _find_series(records: Sequence[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    """Returns the steps that have a value; null is NaN, and the last line of a step counts."""
-    series = {
-        record["step"]: math.nan if record[name] is None else float(record[name])
-        for record in records
-        if name in record
-    }
-    return sorted(series), [series[step] for step in sorted(series)]
-
-
-def _draw_losses(
-    axes: Axes,
-    steps: list[int],
-    losses: list[float],
-    eval_steps: list[int],
-    eval_losses: list[float],
-) -> None:
-    _draw_smoothed(axes, steps, losses, "tab:blue", "training loss")
-    if eval_steps:
-        label = f"held-out loss, at the end {eval_losses[-1]:.4f}"
-        axes.plot(eval_steps, eval_losses, "o-", color="tab:orange", markersize=5, label=label)
-    for step, loss in zip(steps, losses, strict=True):
-        if not math.isfinite(loss):
-            axes.axvline(step, color="tab:red", linewidth=1, label="not finite")
-    axes.set_ylabel("loss (nats per token)")
-    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    axes.legend(handles.values(), handles.keys(), frameon=False)
-
-
-def _draw_smoothed(
-    axes: Axes, steps: list[int], values: list[float], color: str, label: str
-) -> None:
-    """Draws every value thinly, and over it their moving mean."""
-    window = len(values) // 60 * 2 + 1
-    if window == 1:
-        axes.plot(steps, values, ".-", color=color, linewidth=1.5, label=label)
-        return
-    axes.plot(steps, values, color=color, alpha=0.3, linewidth=0.8, label=f"{label}, each step")
-    smooth = _smooth(values, window)
-    axes.plot(steps, smooth, color=color, linewidth=2, label=f"{label}, mean of {window} steps")
-
-
-def _smooth(values: Sequence[float], window: int) -> list[float]:
-    """Mean over a centred window, narrower towards both ends so that it never lags; skips NaN."""
-    finite = [value if math.isfinite(value) else 0.0 for value in values]
-    totals = [0.0, *itertools.accumulate(finite)]
-    counts = [0, *itertools.accumulate(map(math.isfinite, values))]
-    smooth = []
-    for index in range(len(values)):
-        half = min(window // 2, index, len(values) - 1 - index)
-        start, end = index - half, index + half + 1
-        count = counts[end] - counts[start]
-        smooth.append((totals[end] - totals[start]) / count if count else math.nan)
-    return smooth

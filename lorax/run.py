@@ -30,7 +30,6 @@ from lorax.preparation import compile_ahead
 from lorax.recorder import Recorder
 from lorax.report import (
     RunSummary,
-    draw_loss_curve,
     print_config,
     print_summary,
     show_progress,
@@ -165,6 +164,8 @@ def _train_and_export(
     console.rule("Export")
     files = _export_all(config, trainer.model, inputs, console, result, (before, after))
     if "jsonl" in config.log.report_to:
+        from lorax.loss_curve import draw_loss_curve
+
         draw_loss_curve(output / "metrics.jsonl", output / "loss.png", title=_title(config))
         files |= {"loss curve": str(output / "loss.png")}
     files |= {"run": str(output)}

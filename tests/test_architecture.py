@@ -1,6 +1,9 @@
 """The dependency rule, enforced: arrows point one way only."""
 
 import ast
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +28,7 @@ ALLOWED = {
     "lorax.optimizer": {"lorax.config", "lorax.stacking"},
     "lorax.metrics": set(),
     "lorax.report": {"lorax.config", "lorax.metrics"},
+    "lorax.loss_curve": set(),
     "lorax.card": {"lorax.config"},
     "lorax.checkpoint": {"lorax.checkpoint_files", "lorax.interop"},
     "lorax.checkpoint_files": {"lorax.interop"},
@@ -199,3 +203,13 @@ def test_nothing_runs_foreign_code(word):
         for line in path.read_text(encoding="utf-8").splitlines():
             found = line.replace(".eval(", "").replace("_eval(", "")
             assert word not in found, f"{module}: {line.strip()}"
+
+
+def test_a_start_imports_nothing_slow_that_it_may_not_need():
+    code = "import sys, lorax.cli; print(*sys.modules)"
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert "lorax.run" in loaded
+    assert not loaded & {"datasets", "pandas", "pyarrow", "matplotlib", "torch", "orbax"}

@@ -9,17 +9,15 @@ from matplotlib.image import imread
 from rich.console import Console
 
 from lorax.config import DataConfig, DataSource, ModelConfig, RunConfig, SaveConfig, load_config
+from lorax.loss_curve import _smooth, draw_loss_curve, read_metrics
 from lorax.report import (
     ModuleRow,
     RunSummary,
     StepLine,
-    _smooth,
-    draw_loss_curve,
     print_config,
     print_example,
     print_modules,
     print_summary,
-    read_metrics,
     show_progress,
 )
 
@@ -282,7 +280,7 @@ def test_curve_without_a_loss_is_refused(tmp_path, records):
 
 def test_curve_takes_the_last_line_of_a_repeated_step(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr("lorax.report._draw_losses", lambda axes, *series: seen.extend(series))
+    monkeypatch.setattr("lorax.loss_curve._draw_losses", lambda axes, *series: seen.extend(series))
     records = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.5}, {"step": 2, "loss": 2.0}]
     write_metrics(tmp_path / "metrics.jsonl", records)
     draw_loss_curve(tmp_path / "metrics.jsonl", tmp_path / "loss.png")

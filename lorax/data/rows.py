@@ -3,11 +3,10 @@
 import array
 import datetime
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-import datasets
 import numpy as np
 from jaxtyping import Int64
 
@@ -77,19 +76,19 @@ class LineRows:
         return f"{self.name}:{self._numbers[index] + 1}"
 
 
-class TableRows:
-    """Rows of a table: parquet, CSV, a hub dataset or a JSON array.
+class NumberedRows:
+    """Rows that are told by their number: those of a JSON array, or of a table.
 
     Args:
         name: The file or hub id, as the user wrote it.
-        table: All rows.
+        table: All rows, by number.
         numbers: Which of them are read, counted from 0.
     """
 
     def __init__(
         self,
         name: str,
-        table: datasets.Dataset | Sequence[Row],
+        table: Any,
         numbers: Int64[np.ndarray, " rows"],
     ) -> None:
         self.name = name
@@ -100,12 +99,8 @@ class TableRows:
         return len(self._numbers)
 
     def __iter__(self) -> Iterator[Row]:
-        if isinstance(self._table, datasets.Dataset):
-            # Arrow gives every struct of a column all the keys that any of them has.
-            yield from map(_without_none, self._table.select(self._numbers))
-        else:
-            for number in self._numbers:
-                yield check_object(self._table[number], f"{self.name}: row {number}")
+        for number in self._numbers:
+            yield check_object(self._table[number], f"{self.name}: row {number}")
 
     def place(self, index: int) -> str:
         """Returns ``file: row i``, counted from 0 in the whole file."""
@@ -231,11 +226,3 @@ def _refuse_duplicate_keys(pairs: list[tuple[str, Any]]) -> Row:
         shown = repr(repeated) if is_word(repeated) else f"of {len(repeated):,} characters"
         raise ValueError(f"key {shown} stands twice in one object")
     return row
-
-
-def _without_none(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_none(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [_without_none(item) if isinstance(item, dict | list) else item for item in value]
-    return value

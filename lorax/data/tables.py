@@ -1,0 +1,166 @@
+"""Parquet, CSV and hub datasets, read with `datasets`, which takes a second to import."""
+
+import contextlib
+import csv
+import glob
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+from datasets.exceptions import DatasetsError
+from jaxtyping import Int64
+
+from lorax.config import DataSource
+from lorax.data.rows import DataError, NumberedRows, Row, Rows, show_name, undecodable_place
+
+_READ_ERRORS = (DatasetsError, pyarrow.ArrowException, OSError, ValueError)
+
+
+class ArrowRows(NumberedRows):
+    """Rows of a table."""
+
+    def __iter__(self) -> Iterator[Row]:
+        # Arrow gives every struct of a column all the keys that any of them has.
+        yield from map(_without_none, self._table.select(self._numbers))
+
+
+def read_table(path: Path, name: str, cache: str) -> datasets.Dataset:
+    """Reads a .csv or .parquet file.
+
+    Args:
+        path: The file.
+        name: As the user wrote it.
+        cache: Folder for what `datasets` makes of it.
+
+    Raises:
+        DataError: If it is broken or holds no rows.
+    """
+    return (_read_csv if path.suffix.lower() == ".csv" else _read_parquet)(path, name, cache)
+
+
+def slice_split(split: str, count: int) -> Int64[np.ndarray, " kept"]:
+    """Returns which of `count` rows a split such as ``train[:10%]`` keeps, counted from 0.
+
+    Raises:
+        ValueError: If it is no split of them; or AssertionError.
+    """
+    instruction = datasets.ReadInstruction.from_spec(split)
+    parts = instruction.to_absolute({"train": count})
+    return np.concatenate([np.arange(part.from_, part.to) for part in parts])
+
+
+def _read_csv(path: Path, name: str, cache: str) -> datasets.Dataset:
+    try:
+        columns = _check_csv(path, name)
+        # Every cell stays the text it is: no numbers, no dates, and "NA" is no missing value.
+        options: dict[str, Any] = {
+            "features": datasets.Features({column: datasets.Value("string") for column in columns}),
+            "keep_default_na": False,
+            "na_filter": False,
+            "encoding": "utf-8-sig",
+        }
+        with _without_progress_bars():
+            return _table(datasets.Dataset.from_csv, path, cache, **options)
+    except DataError:
+        raise
+    except UnicodeDecodeError as error:
+        raise DataError(f"{undecodable_place(path, name)}: invalid UTF-8") from error
+    except _READ_ERRORS as error:
+        raise _unreadable(name, error) from error
+
+
+def _check_csv(path: Path, name: str) -> list[str]:
+    """Returns the column names; refuses records that pandas would shift or fill in silence."""
+    limit = csv.field_size_limit(2**31 - 1)
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, strict=True)
+        records = filter(None, reader)
+        try:
+            columns = next(records)
+            if len(set(columns)) != len(columns):
+                # Without a header it is the first row: its words may be training text.
+                twice = next(column for column in columns if columns.count(column) > 1)
+                raise DataError(
+                    f"{name}:1: a column name stands twice in the header: {show_name(twice)}"
+                )
+            empty = True
+            for record in records:
+                empty = False
+                if len(record) != len(columns):
+                    raise DataError(
+                        f"{name}:{reader.line_num}: the record has {len(record)} fields and the "
+                        f"header {len(columns)}; a field with a comma needs quotes"
+                    )
+        except csv.Error as error:
+            raise DataError(f"{name}:{reader.line_num}: invalid CSV: {error}") from error
+        finally:
+            csv.field_size_limit(limit)
+    if empty:
+        raise DataError(f"{name}: the file holds no rows")
+    return columns
+
+
+def _read_parquet(path: Path, name: str, cache: str) -> datasets.Dataset:
+    try:
+        if pyarrow.parquet.read_metadata(path).num_rows == 0:
+            raise DataError(f"{name}: the file holds no rows")
+        with _without_progress_bars():
+            return _table(datasets.Dataset.from_parquet, path, cache)
+    except DataError:
+        raise
+    except _READ_ERRORS as error:
+        raise _unreadable(name, error) from error
+
+
+def _table(read: Any, path: Path, cache: str, **options: Any) -> datasets.Dataset:
+    # `datasets` takes the path for a pattern: "a[1].jsonl" would find nothing.
+    return read(glob.escape(str(path.absolute())), cache_dir=cache, **options)
+
+
+def _unreadable(name: str, error: BaseException) -> DataError:
+    return DataError(f"{name}: cannot be read: {str(error.__cause__ or error).strip()}")
+
+
+def open_hub(source: DataSource) -> Rows:
+    """Opens a hub dataset.
+
+    Raises:
+        DataError: If there is none, or it holds no rows.
+    """
+    try:
+        with _without_progress_bars():
+            table = datasets.load_dataset(source.path, source.name, split=source.split)
+    except _READ_ERRORS as error:
+        what = f"configuration {source.name!r}, " if source.name else ""
+        raise DataError(
+            f"{source.path}: cannot load this hub dataset ({what}split {source.split!r}): "
+            f"{error.__cause__ or error}"
+        ) from error
+    if not isinstance(table, datasets.Dataset):
+        raise DataError(f"{source.path}: split {source.split!r} gave {type(table).__name__}")
+    if not len(table):
+        raise DataError(f"{source.path}: split {source.split!r} holds no rows")
+    return ArrowRows(f"{source.path} ({source.split})", table, np.arange(len(table)))
+
+
+@contextlib.contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    bars_were_off = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not bars_were_off:
+            datasets.enable_progress_bars()
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_none(item) if isinstance(item, dict | list) else item for item in value]
+    return value
