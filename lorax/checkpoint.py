@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from lorax.checkpoint_files import (
     MANIFEST_FILE,
@@ -59,6 +60,11 @@ class CheckpointStore:
         versions: Of the libraries, for the manifest.
         tell: Is told, in words, what a user should know.
 
+    Attributes:
+        prunes: Whether what is too old goes; set to False where there is no time to verify that the
+            newest one is whole.
+        saved: The last step that was saved, and when, by `time.time`.
+
     Raises:
         CheckpointError: If `directory` is something else, or another process uses it.
     """
@@ -72,6 +78,8 @@ class CheckpointStore:
         tell: Callable[[str], object] = print,
     ):
         self.directory, self.keep, self.versions = directory, keep, dict(versions or {})
+        self.prunes = True
+        self.saved: tuple[int, float] | None = None
         self._tell, self._thread = tell, None
         self._error: BaseException | None = None
         self._lock: Any = None
@@ -162,13 +170,14 @@ class CheckpointStore:
 
     def _begin(self, step: int, arrays: Mapping[str, Any], record: Mapping[str, Any]) -> None:
         started = time.monotonic()
-        host = Stacks.copy(jax.device_get(dict(arrays)))
+        found = jax.device_get(dict(arrays))
+        host = {path: _own(arrays[path], value) for path, value in found.items()}
         self.blocked_seconds = time.monotonic() - started
         record = json.loads(json.dumps(record, allow_nan=False))
 
         def work() -> None:
             try:
-                self._write(step, host, record)
+                self._write(step, Stacks.copy(host), record)
             except BaseException as error:
                 self._error = error
 
@@ -257,8 +266,8 @@ class CheckpointStore:
         free = shutil.disk_usage(self.directory).free
         if free < size + _ROOM:
             raise CheckpointError(
-                f"{self.directory}: the checkpoint of step {step} needs "
-                f"{(size + _ROOM) / 2**20:,.0f} MiB and {free / 2**20:,.0f} MiB are free; the "
+                f"{self.directory}: the checkpoint of step {step} needs {size / 2**20:,.1f} MiB, "
+                f"and {_ROOM / 2**20:.0f} to spare, but {free / 2**20:,.1f} MiB are free; the "
                 "checkpoints before it are untouched. Make room, or set save.output_dir to another "
                 "disk"
             )
@@ -271,7 +280,9 @@ class CheckpointStore:
         except BaseException:
             shutil.rmtree(fresh, ignore_errors=True)
             raise
-        self._prune(step)
+        self.saved = step, time.time()
+        if self.prunes:
+            self._prune(step)
 
     def _prune(self, newest: int) -> None:
         """Removes what is too old, once the newest one has been read back.
@@ -291,3 +302,9 @@ class CheckpointStore:
         doomed = self.directory / f".partial-{folder.name}-{secrets.token_hex(4)}"
         folder.rename(doomed)
         shutil.rmtree(doomed)
+
+
+def _own(given: Any, found: Any) -> np.ndarray:
+    """Returns what was found on the host as an array that nobody else changes or frees."""
+    is_copy = isinstance(given, jax.Array) and all(d.platform != "cpu" for d in given.devices())
+    return found if is_copy else np.array(found)

@@ -21,12 +21,21 @@ from lorax.interop.checkpoint import read_config, resolve_checkpoint
 from lorax.interop.files import read_json, refuse_occupied
 from lorax.interop.huggingface import load_hf_config, load_model
 from lorax.interop.peft import CONFIG_FILE, load_adapter
+from lorax.long_steps import ABANDONED
+from lorax.metrics import find_version
+from lorax.outlet import Outlet
 from lorax.overview import module_rows, report_data, report_kernels, report_plan
 from lorax.phases import Phases, process_age
 from lorax.preparation import COMPILER_THREAD
 from lorax.report import print_config, print_modules
 from lorax.run import CHAT_TEMPLATE_FILE, EXPORT_FOLDERS, run_training
-from lorax.run_inputs import check_plan, check_targets, load_inputs, make_planner
+from lorax.run_inputs import (
+    check_plan,
+    check_targets,
+    check_weights,
+    load_inputs,
+    make_planner,
+)
 from lorax.stopping import STOPPED_STATUS, OutOfMemoryError, RunStopped
 
 WIDTH_IN_LOGS = 100
@@ -34,9 +43,10 @@ WIDTH_IN_LOGS = 100
 
 def run(arguments: Sequence[str] | None = None) -> None:
     """Runs one command and ends the process with its exit status; see `main`."""
+    sys.stdout, sys.stderr = Outlet(sys.stdout), Outlet(sys.stderr)
     status = main(arguments)
     compiles = any(thread.name == COMPILER_THREAD for thread in threading.enumerate())
-    if compiles or status == STOPPED_STATUS:
+    if compiles or ABANDONED.is_set():
         # The compiler still runs for a run that could not begin: Python's own way out would take
         # its memory away from under it. Or a step that was dropped runs: it would be waited for.
         sys.stdout.flush()
@@ -99,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lorax", description="LoRA fine-tuning of language models in JAX.", allow_abbrev=False
     )
+    parser.add_argument("--version", action="version", version=f"lorax {find_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
     def add(name, run, text):
@@ -108,7 +119,11 @@ def _parser() -> argparse.ArgumentParser:
 
     for name, run, text in (
         ("train", _train, "Fine-tune a model, export it, verify the export."),
-        ("validate", _validate, "Check a config, its data and its targets; loads no weights."),
+        (
+            "validate",
+            _validate,
+            "Check a config, its data, its targets and the files of the weights.",
+        ),
         ("inspect", _inspect, "Show the adapted modules and rendered rows with their loss mask."),
         ("plan", _plan, "Say what memory and time a step will need; reads no weights and no data."),
     ):
@@ -174,6 +189,7 @@ def _stop(number: int, _: object) -> None:
 
 def _validate(parsed, console: Console) -> None:
     config = load_config(parsed.config, parsed.overrides)
+    check_weights(config)
     inputs = load_inputs(config)
     adapted = check_targets(config, inputs.base)
     rows = module_rows(adapted) if adapted is not None else []

@@ -192,7 +192,7 @@ class Throughput:
         """Takes the devices of the run; all of this process's backend when not given."""
         devices = jax.devices() if devices is None else devices
         peaks = [peak_bf16_tflops(device.device_kind) for device in devices]
-        self.size = size
+        self.size, self.devices = size, devices
         self.peak_flops = None if None in peaks else 1e12 * sum(filter(None, peaks))
         self._steps = 0
         self._tokens = 0
@@ -284,7 +284,7 @@ def library_versions() -> dict[str, str]:
     names = {"lorax": "lorax-train"} | {
         name: name for name in ("jax", "jaxlib", "flax", "optax", "transformers")
     }
-    versions = {name: _find_version(package) for name, package in names.items()}
+    versions = {name: find_version(package) for name, package in names.items()}
     devices = jax.devices()
     return versions | {
         "python": platform.python_version(),
@@ -292,7 +292,8 @@ def library_versions() -> dict[str, str]:
     }
 
 
-def _find_version(package: str) -> str:
+def find_version(package: str = "lorax-train") -> str:
+    """Returns the version of an installed package."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

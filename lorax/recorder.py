@@ -31,6 +31,7 @@ class Recorder:
     ):
         self.console, self.logging_steps, self.phases = console, logging_steps, phases
         self.on_error = on_error
+        self._unlogged = 0
         self.log: RunLog | None = None
         self.show: Callable[[StepLine], object] = lambda _: None
 
@@ -74,14 +75,20 @@ class Recorder:
             )
 
     def _write(self, step: int, event: Event) -> None:
+        say = lambda text: self.console.print(text, highlight=False, markup=False, soft_wrap=True)
         try:
             if self.log is not None:
                 self.log.write(step, event)
         except OSError as error:
             if self.on_error == "stop":
                 raise
-            text = f"WARNING: step {step} is not logged: {error} (save.on_save_error: warn)"
-            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            if not self._unlogged:
+                say(f"WARNING: not logged from step {step} on: {error} (save.on_save_error: warn)")
+            self._unlogged += 1
+            return
+        if self._unlogged:
+            say(f"logged again from step {step} on; {self._unlogged} lines were not")
+            self._unlogged = 0
 
     def _is_logged(self, step: int, event: Event) -> bool:
         finite = math.isfinite(event["loss"]) and math.isfinite(event["grad_norm"])

@@ -25,6 +25,7 @@ HARMLESS_KEYS = frozenset(
         "train.gradient_checkpointing",
         # What is reported, written and waited for.
         "train.memory_gib",
+        "train.skip_nonfinite_steps",
         "train.stuck_after_seconds",
         "eval.exact_match",
         "eval.exact_match_rows",
@@ -122,14 +123,19 @@ def identify_run(
         policy: What the backward pass makes again: it decides the last bits.
         files: Fingerprints of files by what they are, such as the base model's.
     """
-    settings = dict(_flatten(config.model_dump(mode="json")))
     return {
-        "settings": {k: v for k, v in settings.items() if _section_key(k) not in HARMLESS_KEYS},
+        "settings": fixed_settings(config),
         "devices": devices,
         "gradient checkpointing": policy,
         **{f"{name} data": fingerprint_data(rows) for name, rows in data.items()},
         **(files or {}),
     }
+
+
+def fixed_settings(config: RunConfig) -> dict[str, Any]:
+    """Returns the settings that a resumed run must share, by dotted name."""
+    settings = dict(_flatten(config.model_dump(mode="json")))
+    return {k: v for k, v in settings.items() if _section_key(k) not in HARMLESS_KEYS}
 
 
 def name_datasets(
@@ -156,7 +162,8 @@ def refuse_other_run(saved: Mapping[str, Any], now: Mapping[str, Any], where: st
     if differing:
         raise ValueError(
             f"{where} cannot be resumed as another run: {'; '.join(differing)}. Undo the change, "
-            "or start anew in another save.output_dir"
+            "or start anew in another save.output_dir (model.adapter: a folder of adapters, such "
+            f"as one of {where}/weights, begins with its weights)"
         )
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
 import time
 from collections.abc import Iterator, Mapping
@@ -14,7 +15,7 @@ from flax import nnx
 from rich.console import Console
 
 from lorax.card import write_card
-from lorax.checkpoint import CHECKPOINT_FOLDER, MARKER_FILE, CheckpointStore
+from lorax.checkpoint import CHECKPOINT_FOLDER, MARKER_FILE, CheckpointStore, SaveError
 from lorax.compilation_cache import use_compilation_cache
 from lorax.config import RunConfig, dump_config
 from lorax.evaluate import answer_rows, exact_match, last_answer
@@ -34,12 +35,19 @@ from lorax.report import (
     print_summary,
     show_progress,
 )
-from lorax.resume import fingerprint_folder, identify_run, name_datasets, refuse_other_run
+from lorax.resume import (
+    fingerprint_folder,
+    fixed_settings,
+    identify_run,
+    name_datasets,
+    refuse_other_run,
+)
 from lorax.run_inputs import (
     Inputs,
     build_model,
     check_plan,
     check_targets,
+    check_weights,
     choose_policy,
     explain_memory,
     load_inputs,
@@ -55,6 +63,8 @@ CHAT_TEMPLATE_FILE = "chat_template.jinja"
 """In a run's folder: the template it was trained with, where that is not the tokenizer's own."""
 
 SUMMARY_FILE = "summary.json"
+
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 EXPORT_FOLDERS = {"peft": "adapter", "peft-portable": "adapter-portable", "merged": "merged"}
 
@@ -83,7 +93,7 @@ def run_training(
         ValueError: Naming what cannot be used and what to do.
         RunStopped: If a signal asked the run to stop, after saving.
     """
-    with _memory_explained(config):
+    with _memory_explained(config), _disk_explained(config):
         return _run(config, console, phases or Phases(), resume)
 
 
@@ -91,7 +101,13 @@ def _run(config: RunConfig, console: Console, phases: Phases, resume: Resume) ->
     started = time.monotonic()
     output = Path(config.save.output_dir)
     resumed = find_run(output, resume)
+    if resumed:
+        refuse_changed_settings(config)
+        if (output / SUMMARY_FILE).is_file():
+            console.print(f"{output}: this run has ended; there is nothing to resume")
+            return RunSummary(**read_json(output / SUMMARY_FILE))
     check_reporters(config.log.report_to)
+    check_weights(config)
     console.rule("Settings")
     print_config(console, config)
     if jax.default_backend() == "gpu":
@@ -110,9 +126,6 @@ def _run(config: RunConfig, console: Console, phases: Phases, resume: Resume) ->
     files = fingerprint_inputs(config, inputs)
     if resumed:
         refuse_changes(config, inputs, policy, files)
-        if (output / SUMMARY_FILE).is_file():
-            console.print(f"{output}: this run has ended; there is nothing to resume")
-            return RunSummary(**read_json(output / SUMMARY_FILE))
     phases.end("data and device")
     shapes = model_shapes(config, inputs.base, policy)
     compiled = compile_ahead(shapes, config, inputs.train, inputs.eval)
@@ -197,10 +210,10 @@ def find_run(output: Path, resume: Resume) -> bool:
             or is to be and holds no run.
     """
     checkpoints = output / CHECKPOINT_FOLDER
-    # A run that was killed while it made its folder left it empty.
-    is_run = checkpoints.is_dir() and (
-        (checkpoints / MARKER_FILE).is_file() or not any(checkpoints.iterdir())
-    )
+    is_run = (checkpoints / MARKER_FILE).is_file()
+    if not is_run and checkpoints.is_dir() and not any(checkpoints.iterdir()):
+        # What a run that was killed while it made its folder leaves: this and nothing else.
+        is_run = list(output.iterdir()) == [checkpoints]
     if resume == "never" and is_run:
         raise CheckpointError(
             f"{output} holds a run: go on with --resume, or choose another save.output_dir"
@@ -220,12 +233,29 @@ def fingerprint_inputs(config: RunConfig, inputs: Inputs) -> dict[str, str]:
             base, ("*.safetensors", "*.safetensors.index.json", "config.json")
         ),
         "tokenizer": fingerprint_folder(
-            inputs.base, ("tokenizer*", "chat_template*", "special_tokens_map.json")
+            inputs.base,
+            (
+                "tokenizer*",
+                "chat_template*",
+                "special_tokens_map.json",
+                "added_tokens.json",
+                "vocab.json",
+                "merges.txt",
+            ),
         ),
     }
     if config.model.adapter is not None:
         found["adapter"] = fingerprint_folder(Path(config.model.adapter), ("adapter_*",))
     return found
+
+
+def refuse_changed_settings(config: RunConfig) -> None:
+    """Refuses to resume with other settings, before anything else is read."""
+    output = Path(config.save.output_dir)
+    record = CheckpointStore(output / CHECKPOINT_FOLDER).newest_record()
+    if record is not None:
+        saved = {"settings": record["identity"]["settings"]}
+        refuse_other_run(saved, {"settings": fixed_settings(config)}, str(output))
 
 
 def refuse_changes(
@@ -252,6 +282,23 @@ def _memory_explained(config: RunConfig) -> Iterator[None]:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise OutOfMemoryError(explain_memory(config, choose_policy(config)[0], error)) from error
+
+
+@contextlib.contextmanager
+def _disk_explained(config: RunConfig) -> Iterator[None]:
+    """Raises `SaveError`, which says what is safe, in the place of an error of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        output = Path(config.save.output_dir)
+        steps = CheckpointStore(output / CHECKPOINT_FOLDER).steps()
+        safe = f"step {steps[-1]} is the newest checkpoint" if steps else "no checkpoint was saved"
+        raise SaveError(
+            f"{error.filename or output}: {error.strerror}; {safe}. Make room and go on with "
+            "--resume auto"
+        ) from error
 
 
 def _make_directory(output: Path, config: RunConfig, inputs: Inputs) -> None:

@@ -16,8 +16,8 @@ from lorax.data import (
     load_tokenizer,
 )
 from lorax.interop.checkpoint import resolve_checkpoint
-from lorax.interop.huggingface import load_hf_config, load_model
-from lorax.interop.peft import load_adapter, read_adapter_config, trains_base_weights
+from lorax.interop.huggingface import check_checkpoint, load_hf_config, load_model
+from lorax.interop.peft import check_adapter, load_adapter, read_adapter_config, trains_base_weights
 from lorax.kernel_choice import check_kernels
 from lorax.lora import apply_lora, set_kernels
 from lorax.models import CausalLM, GradientCheckpointing
@@ -121,6 +121,22 @@ def make_planner(config: RunConfig) -> Planner:
     model = config.model
     base = resolve_checkpoint(model.name_or_path, model.revision, weights=False)
     return Planner(config, load_hf_config(base), model_shapes(config, base))
+
+
+def check_weights(config: RunConfig) -> None:
+    """Checks all that can be seen of the weights without reading the base model's.
+
+    That is what files and their headers say: of a base model in a folder, and of an adapter.
+
+    Raises:
+        ValueError: Naming the file and the tensor that cannot be used.
+    """
+    model = config.model
+    base = resolve_checkpoint(model.name_or_path, model.revision, weights=False)
+    if Path(model.name_or_path).is_dir():
+        check_checkpoint(base)
+    if model.adapter:
+        check_adapter(model_shapes(config, base), model.adapter)
 
 
 def check_targets(config: RunConfig, base: Path) -> nnx.Module | None:

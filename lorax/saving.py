@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -42,6 +43,7 @@ class Saver:
         self.identity, self._tell = identity, tell
         self.progress = Progress()
         self.best: Any = None  # trained weights with the lowest held-out loss, on the host
+        self._told: tuple[int, float] | None = None
 
     def resume(self, state: TrainState) -> TrainState:
         """Returns the state of the newest whole checkpoint; `state` if there was never one.
@@ -109,12 +111,18 @@ class Saver:
         return improved
 
     def check(self) -> None:
-        """Raises, or tells, what a save in the background raised."""
+        """Tells what was saved in the background; raises, or tells, what that raised."""
         self._guard(self.checkpoints.check)
+        if self._told != (saved := self.checkpoints.saved):
+            assert saved is not None
+            self._told = saved
+            at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(saved[1]))
+            self._tell(f"checkpoint of step {saved[0]} saved at {at}")
 
     def wait(self) -> None:
         """Waits for the save in the background."""
         self._guard(self.checkpoints.wait)
+        self.check()
 
     def rescue(self, reach: Callable[[], TrainState], error: BaseException) -> None:
         """Saves what was reached before an error is passed on; `reach` brings it up to date."""
@@ -124,7 +132,8 @@ class Saver:
                 self.save(state, wait=True)
         except Exception as second:
             # The first error is the one to see; the checkpoints before this one are whole.
-            error.add_note(f"and nothing could be saved after it: {second}")
+            if str(second) != str(error):
+                error.add_note(f"and nothing could be saved after it: {second}")
 
     def _guard(self, action: Callable[[], object]) -> bool:
         try:

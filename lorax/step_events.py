@@ -3,12 +3,13 @@
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
 
 from lorax.data import BatchPlan
-from lorax.metrics import Device, Throughput, is_spike, memory_gib
+from lorax.metrics import Throughput, is_spike, memory_gib
 
 type Event = dict[str, Any]
 
@@ -20,8 +21,7 @@ class StepEvents:
         plan: The run's batches.
         total_steps: Of the run.
         schedule: Learning rate by steps done.
-        throughput: Counts what the steps took.
-        devices: Whose memory is told.
+        throughput: Counts what the steps took, and on which devices.
     """
 
     def __init__(
@@ -30,10 +30,9 @@ class StepEvents:
         total_steps: int,
         schedule: Callable[[int], Any],
         throughput: Throughput,
-        devices: Sequence[Device],
     ):
         self.plan, self.total_steps, self.schedule = plan, total_steps, schedule
-        self.throughput, self.devices = throughput, devices
+        self.throughput = throughput
         self._mean_document = len(plan.dataset.tokens) / len(plan.dataset)
         self._tokens: Callable[[int], np.ndarray] = functools.lru_cache(maxsize=2)(plan.tokens)
         self.restart_clock()
@@ -63,7 +62,7 @@ class StepEvents:
         seconds, self._began = now - self._began, now
         loss, tokens = float(numbers["loss"]), int(self._tokens(epoch)[at])
         speed = self.throughput.add(tokens, seconds, context_tokens=self._mean_document)
-        memory = memory_gib(self.devices)
+        memory = memory_gib(self.throughput.devices)
         event = {
             "step": step,
             "total_steps": self.total_steps,
@@ -77,6 +76,7 @@ class StepEvents:
             "step_seconds": seconds,
             "memory_gib": memory.gib,
             "memory_of": memory.source,
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         if is_spike(loss, losses_before):
             rows = [row for part in self.plan.rows(epoch, at) for row in part]

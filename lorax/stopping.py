@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -32,14 +32,18 @@ class OutOfMemoryError(RuntimeError):
 class StopRequest:
     """Whether a signal has asked the run to stop.
 
-    The first SIGTERM or SIGINT is noted, for the run to save and end. A second one ends the process
-    at once, in the operating system's way. Only the main thread can listen; elsewhere nothing is
-    ever noted.
+    The first SIGTERM or SIGINT, or SIGHUP of a terminal that goes away unless it is ignored, is
+    noted, for the run to save and end. A second one ends the process at once, in the operating
+    system's way. Only the main thread can listen; elsewhere nothing is ever noted.
+
+    Args:
+        heard: Is called when a signal has come, from its handler.
     """
 
-    _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+    _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
-    def __init__(self):
+    def __init__(self, heard: Callable[[], object] = lambda: None):
+        self._heard = heard
         self.received: str | None = None
         self._since = 0.0
 
@@ -49,7 +53,8 @@ class StopRequest:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._note) for number in self._SIGNALS}
+        wanted = [n for n in self._SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, self._note) for number in wanted}
         try:
             yield
         finally:
@@ -77,9 +82,12 @@ class StopRequest:
     def _note(self, number: int, _: Any) -> None:
         self.received, self._since = signal.Signals(number).name, time.monotonic()
         for each in self._SIGNALS:
-            signal.signal(each, signal.SIG_DFL)
+            if signal.getsignal(each) is not signal.SIG_IGN:
+                signal.signal(each, signal.SIG_DFL)
+        self._heard()
         message = f"\n{self.received}: saving and stopping; once more stops at once\n"
-        os.write(2, message.encode())
+        with contextlib.suppress(OSError):  # whoever read it may have had the signal too
+            os.write(2, message.encode())
 
 
 class Watchdog:
@@ -125,7 +133,8 @@ class Watchdog:
                         "checkpoints saved before are whole: go on with --resume\n"
                     )
                     # Past sys.stderr, which may be no file, or be locked by what is stuck.
-                    os.write(2, message.encode())
+                    with contextlib.suppress(OSError):
+                        os.write(2, message.encode())
                     faulthandler.dump_traceback(2, all_threads=True)
                 finally:
                     os._exit(STUCK_STATUS)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import math
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
@@ -47,7 +48,7 @@ from lorax.resume import (
     name_datasets,
 )
 from lorax.saving import Saver
-from lorax.sharding import make_mesh, place_batch
+from lorax.sharding import make_mesh, place_batch, place_parameters
 from lorax.step import TrainState, TrainStep, make_train_step
 from lorax.step_events import Event, StepEvents
 from lorax.stopping import RunStopped, StopAskedError, StopRequest, Watchdog
@@ -64,6 +65,7 @@ class _Dispatched(NamedTuple):
     at: int
     batch: dict[str, jax.Array]
     metrics: dict[str, jax.Array]
+    begun: float
 
 
 class Trainer:
@@ -137,16 +139,12 @@ class Trainer:
         if train.method == "full":
             self._base = resolve_checkpoint(config.model.name_or_path, config.model.revision)
         self.output_dir = Path(config.save.output_dir)
-        if not resume:
-            refuse_occupied(self.output_dir / "weights")
         self.store = WeightStore(self.output_dir / "weights", self._write_weights)
-        devices_used = list(self.mesh.devices.flat)
-        self.throughput = Throughput(model_size(self.model), devices_used)
+        self.throughput = Throughput(model_size(self.model), list(self.mesh.devices.flat))
         schedule = make_schedule(train, self.total_steps)
-        self.events = StepEvents(
-            self.plan, self.total_steps, schedule, self.throughput, devices_used
-        )
+        self.events = StepEvents(self.plan, self.total_steps, schedule, self.throughput)
         self._pending: _Dispatched | None = None
+        self._watchdog = Watchdog(train.stuck_after_seconds)
         self._stop, self._long = StopRequest(), LongSteps()
         self._beat: Callable[[], object] = lambda: None
         datasets = name_datasets(train_data, eval_data)
@@ -163,7 +161,12 @@ class Trainer:
         if resume:
             self.state = self.saver.resume(self.state)
         elif self.checkpoints.steps():
-            raise CheckpointError(f"{folder} holds another run's checkpoints; pass resume=True")
+            raise CheckpointError(
+                f"{folder} holds a run's checkpoints: go on with it by resume=True (`lorax train … "
+                "--resume`), or choose another save.output_dir"
+            )
+        else:
+            refuse_occupied(self.output_dir / "weights")
 
     @property
     def progress(self) -> Progress:
@@ -182,16 +185,17 @@ class Trainer:
             RunStopped: If a signal asked the run to stop, after saving.
             CheckpointError: If a checkpoint could not be saved, and `save.on_save_error` is `stop`.
         """
-        self._stop, self._long = StopRequest(), LongSteps()
-        watchdog = Watchdog(self.config.train.stuck_after_seconds)
+        self._stop, self._long = StopRequest(self._watchdog.beat), LongSteps()
+        self.state = place_parameters(self.state, self.mesh)  # a run that was stopped may go on
         with contextlib.ExitStack() as stack:
             stack.enter_context(jax.set_mesh(self.mesh))
             if not self.keeps_lock:
                 stack.enter_context(contextlib.closing(self.checkpoints))
             self.checkpoints.open()
+            self.checkpoints.prunes = True
             compiled = self._compile()
-            with self._stop.listening(), watchdog.watching():
-                self._beat = lambda: (watchdog.beat(), self._stop.check())
+            with self._stop.listening(), self._watchdog.watching():
+                self._beat = lambda: (self._watchdog.beat(), self._stop.check())
                 try:
                     self._run_until_asked(compiled)
                 except RunStopped:
@@ -206,9 +210,11 @@ class Trainer:
             self._run_steps(compiled)
             self._beat()
         except StopAskedError as asked:
+            self.checkpoints.prunes = False  # a resumed run does; now it would take time
             with contextlib.suppress(StepDroppedError):
                 self._finish_pending()
             self.state = self._long.reached(self.state)
+            self._watchdog.beat()
             if self.progress.step == 0:
                 raise RunStopped(f"stopped by {asked} before the first step was done") from None
             saved = "saved" if self.saver.save(self.state, wait=True) else "NOT SAVED"
@@ -229,9 +235,10 @@ class Trainer:
             width = batch["input_ids"].shape[-1]
             self._prepare_to_drop(width)
             self._beat()
+            begun = time.perf_counter()
             self.state, metrics = compiled[width](self.state, batch)
             # The previous step's numbers are read while this one runs.
-            self._finish_pending(_Dispatched(done, epoch, index, batch, metrics))
+            self._finish_pending(_Dispatched(done, epoch, index, batch, metrics, begun))
             if self.config.train.skip_nonfinite_steps:
                 self._finish_pending()  # at once: the next one is not run if too many were skipped
             self._settle(done, is_epoch_end)
@@ -275,7 +282,12 @@ class Trainer:
     def _finish(self) -> TrainResult:
         progress = self.progress
         self.saver.wait()
-        best_step = self._load_best()
+        self._long.before = None
+        best_step = None
+        if self.saver.best is not None:
+            best = place_parameters(self.saver.best, self.mesh)
+            self.state = dataclasses.replace(self.state, trainable=best)
+            best_step = self.store.best_step
         self._update_model()
         return TrainResult(
             steps=progress.step,
@@ -316,16 +328,16 @@ class Trainer:
             return
         before = self.progress.recent_losses
         numbers = self._note_numbers(pending)
-        step, epoch, at, batch, _ = pending
+        step, epoch, at, batch, *_ = pending
         event = self.events.describe(step, epoch, at, numbers, before)
-        self._long.note(batch["input_ids"].shape[-1], event["step_seconds"])
         self._tell(event)
         if not numbers["applied"]:
             self._refuse_nonfinite(event, self.plan.rows(epoch, at), batch)
 
     def _note_numbers(self, pending: _Dispatched) -> dict[str, Any]:
         """Waits for the numbers of a step, and notes where the run stands after it."""
-        self._long.wait(pending.metrics, self._stop)
+        width = pending.batch["input_ids"].shape[-1]
+        self._long.wait(pending.metrics, width, pending.begun, self._stop)
         numbers = jax.device_get(pending.metrics)
         if numbers["applied"] or self.config.train.skip_nonfinite_steps:
             self.progress.note(pending.step, float(numbers["loss"]))
@@ -339,19 +351,19 @@ class Trainer:
         self._update_model()
         bad = find_micro_batches(self.model, self.loss_fn, batch)
         found = report_rows(self.output_dir, event, bad, rows, self._lengths)
-        self.progress.skipped += 1
-        if self.progress.skipped <= allowed:
+        if self.progress.skipped < allowed:
+            self.progress.skipped += 1
             self._tell(
                 {"note": f"WARNING: {found}. Left out, {self.progress.skipped} of {allowed}"}
             )
             return
         if allowed:  # a run that goes on tries this step again
-            self.progress.step, self.progress.skipped = event["step"] - 1, allowed
+            self.progress.step = event["step"] - 1
             self.state = dataclasses.replace(self.state, step=self.state.step - 1)
-        limit = f"; {allowed} were allowed (train.skip_nonfinite_steps)" if allowed else ""
         raise FloatingPointError(
-            f"{found}{limit}. The weights are those before it; {self.store.describe()}. Lower "
-            "train.learning_rate, or look at its rows"
+            f"{found}. The weights are those before it; {self.store.describe()}. Lower "
+            "train.learning_rate, look at its rows, or go on without it: --resume and a higher "
+            f"train.skip_nonfinite_steps ({allowed} allowed)"
         )
 
     def _evaluate(self, step: int) -> float | None:
@@ -366,17 +378,6 @@ class Trainer:
         for _ in self._stop.hear_while_waiting(sums):
             self._stop.check()  # it is not finished first, but made again by a run that goes on
         self._beat()
-
-    def _load_best(self) -> int | None:
-        if self.saver.best is None:
-            return None
-        best = jax.tree.map(
-            lambda value, like: jax.device_put(value, like.sharding),
-            self.saver.best,
-            self.state.trainable,
-        )
-        self.state = dataclasses.replace(self.state, trainable=best)
-        return self.store.best_step
 
     def _update_model(self) -> None:
         self.model = self._merge(jax.tree.map(jax.numpy.copy, self.state.trainable))

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -48,15 +49,14 @@ class WeightStore:
         """
         if step not in self._written:
             self.directory.mkdir(parents=True, exist_ok=True)
-            folder = self._folder(step)
-            # Weights from after the checkpoint that the run was resumed from.
-            left = folder.with_name(f".{folder.name}.superseded")
+            folder, left = self._folder(step), None
             if folder.exists():
-                shutil.rmtree(left, ignore_errors=True)
+                left = folder.with_name(f".{folder.name}.superseded-{time.time_ns()}")
                 folder.rename(left)
             self._write(folder)
             self._written[step] = folder
-            if left.exists():
+            # From after the checkpoint that the run was resumed from; what else it may be stays.
+            if left is not None and _names(left) == _names(folder):
                 shutil.rmtree(left)
         improved = eval_loss is not None and eval_loss < self.best_loss
         if improved:
@@ -92,3 +92,7 @@ class WeightStore:
         newest = max(self._written)
         for step in [s for s in self._written if s not in (newest, self.best_step)]:
             shutil.rmtree(self._written.pop(step))
+
+
+def _names(folder: Path) -> list[Path]:
+    return sorted(path.relative_to(folder) for path in folder.rglob("*"))

@@ -170,11 +170,12 @@ def weigh_checks(count: int, folder: Path) -> tuple[int, int]:
     trainer, _ = make_trainer(folder / "run", train__max_steps=2)
     trainer.train()
     losses, turns = [2.0 + 0.01 * (i % 7) for i in range(50)], 1000
-    trainer._long.note(64, 0.1)
+    trainer._long.wait((), 64, time.perf_counter(), trainer._stop)
     started = time.perf_counter()
     for step in range(turns):
         trainer._prepare_to_drop(64)
         trainer._beat()
+        trainer._long.wait((), 64, time.perf_counter(), trainer._stop)
         trainer.saver.check()
         trainer.progress.note(step, 2.0)
         is_spike(2.0, losses)
@@ -187,6 +188,8 @@ def weigh_checks(count: int, folder: Path) -> tuple[int, int]:
     started = time.perf_counter()
     store.save(1, arrays, {})
     held_up = time.perf_counter() - started
+    store.wait()
+    on_disk = time.perf_counter() - started
     store.close()
     started = time.perf_counter()
     whole = store.restore() is not None
@@ -194,7 +197,8 @@ def weigh_checks(count: int, folder: Path) -> tuple[int, int]:
     store.close()
     print(
         f"     checks of a step: {checks_ms:.3f} ms and {abs(1 - guard):.2%} of {step_ms} ms; "
-        f"{count} MB: held up for {held_up:.2f} s, verified in {verified:.2f} s"
+        f"{count} MB: held up for {held_up:.2f} s, on the disk after {on_disk:.2f} s, "
+        f"verified in {verified:.2f} s"
     )
     return (share < 0.01) + (whole and held_up < 1.0), 2
 

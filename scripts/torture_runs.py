@@ -271,27 +271,44 @@ def make_endless(model, batch):
 
 def terminate(count: int, folder: Path) -> tuple[int, int]:
     """P1: SIGTERM during steps, short ones and endless ones: saved, status 75, within 10 s."""
+
+    def make(run: Path, is_endless: bool, **options: Any):
+        from lorax import long_steps
+
+        options = {"train__max_steps": 200} | options
+        if is_endless:
+            long_steps.LONG_SECONDS = 0.0  # the steps before the endless one are none
+            options["loss_fn"] = make_endless
+        trainer, _ = make_trainer(run, **options)
+        if is_endless:
+            epoch, at = divmod(2, trainer.plan.steps_per_epoch)
+            data = trainer.plan.dataset
+            data.tokens[data.offsets[trainer.plan.rows(epoch, at)[0][0]]] = 63
+        return trainer
+
+    def straight(is_endless: bool) -> None:
+        last = 2 if is_endless else 80
+
+        def end(event):
+            if event.get("step") == last and "loss" in event:
+                raise SystemExit(0)
+
+        # With these steps alone, the one that does not end is never begun.
+        options: dict[str, Any] = {"listeners": (end,), "save__save_steps": 1}
+        make(folder / f"straight-{is_endless}", is_endless, **options).train()
+
     passed = 0
+    for is_endless in (False, True)[: min(count, 2)]:
+        assert wait(start(lambda is_endless=is_endless: straight(is_endless)), 300) == 0
     for trial in range(count):
         run, is_endless = folder / str(trial), trial % 2 == 1
 
         def work(run=run, is_endless=is_endless):
-            from lorax import long_steps
-
             def slowly(event):
                 (run / "trains").touch()
                 time.sleep(0.05)
 
-            options: dict[str, Any] = {"train__max_steps": 200, "save__save_steps": 500}
-            if is_endless:
-                long_steps.LONG_SECONDS = 0.0  # the steps before the endless one are none
-                options["loss_fn"] = make_endless
-            trainer, _ = make_trainer(run, listeners=(slowly,), **options)
-            if is_endless:
-                epoch, at = divmod(2, trainer.plan.steps_per_epoch)
-                data = trainer.plan.dataset
-                data.tokens[data.offsets[trainer.plan.rows(epoch, at)[0][0]]] = 63
-            trainer.train()
+            make(run, is_endless, listeners=(slowly,), save__save_steps=500).train()
 
         child, end = start(work), time.monotonic() + 60
         while not (run / "trains").exists() and time.monotonic() < end:
@@ -299,8 +316,14 @@ def terminate(count: int, folder: Path) -> tuple[int, int]:
         time.sleep(random.Random(trial).uniform(0.3, 2.0) + 2.0 * is_endless)
         asked = time.monotonic()
         os.kill(child, signal.SIGTERM)
-        status = wait(child, 30)
-        passed += status == 75 and time.monotonic() - asked < 10 and newest(run) > 0
+        in_time = wait(child, 30) == 75 and time.monotonic() - asked < 10
+
+        def is_right(run=run, is_endless=is_endless) -> bool:
+            step = newest(run)
+            expected = last_arrays(folder / f"straight-{is_endless}", step)
+            return step > 0 and last_arrays(run, step) == expected
+
+        passed += in_time and in_child(is_right)
     return passed, count
 
 

@@ -29,6 +29,7 @@ ALLOWED = {
     "lorax.metrics": set(),
     "lorax.report": {"lorax.config", "lorax.metrics"},
     "lorax.loss_curve": set(),
+    "lorax.outlet": set(),
     "lorax.card": {"lorax.config"},
     "lorax.checkpoint": {"lorax.checkpoint_files", "lorax.interop"},
     "lorax.checkpoint_files": {"lorax.interop"},

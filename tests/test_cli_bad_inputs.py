@@ -427,7 +427,9 @@ WEIGHTS = {
 def test_bad_weights_are_refused_before_the_run_directory_is_made(base, here, refused, name):
     damage, pattern = WEIGHTS[name]
     damage(Path(shutil.copytree(base, here / "model")))
-    refused(pattern, "train", "run.yaml", f"model.name_or_path={here / 'model'}")
+    readable = ["validate"] * (name != "tensor that is not finite")
+    for command in (*readable, "train"):
+        refused(pattern, command, "run.yaml", f"model.name_or_path={here / 'model'}")
 
 
 def test_a_missing_model_folder_is_refused(refused):
@@ -540,7 +542,9 @@ ADAPTERS = {
 def test_a_bad_adapter_is_refused(good_adapter, here, refused, name):
     command, damage, pattern = ADAPTERS[name]
     damage(Path(shutil.copytree(good_adapter, here / "adapter")))
-    refused(pattern, command, "run.yaml", f"model.adapter={here / 'adapter'}")
+    in_headers = name not in ("extra tensor", "values that are not finite")
+    for each in dict.fromkeys([*["validate"] * in_headers, command]):
+        refused(pattern, each, "run.yaml", f"model.adapter={here / 'adapter'}")
 
 
 def test_a_lora_section_beside_an_adapter_is_refused(good_adapter, refused):

@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 
 from lorax.checkpoint_files import read_checkpoint
+from lorax.interop.files import CheckpointError
+from lorax.run import find_run
+from lorax.weights import WeightStore
 
 ROOT = Path(__file__).parents[1]
 CANARY = "canaryvogel"
@@ -46,9 +49,9 @@ def data(tmp_path_factory):
     return folder
 
 
-def start(data, output, *more, **changes):
+def start(data, run, *more, output=subprocess.PIPE, **changes):
     sources = {"data.train": data / "train.jsonl", "data.eval": data / "heldout.jsonl"}
-    settings = SETTINGS | sources | {"save.output_dir": output} | changes
+    settings = SETTINGS | sources | {"save.output_dir": run} | changes
     lines = [f"{key}={value}" for key, value in settings.items()]
     base = ROOT / "configs" / "tiny_cpu.yaml"
     command = [sys.executable, "-m", "lorax.cli", "train", str(base), *lines, *more]
@@ -57,8 +60,8 @@ def start(data, output, *more, **changes):
         [*command, *overrides],
         cwd=ROOT,
         env=os.environ | {"HF_TOKEN": TOKEN, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stdout=output,
+        stderr=output,
         text=True,
     )
 
@@ -147,6 +150,50 @@ def test_what_is_to_be_resumed_must_be_there(data, tmp_path):
     code, _, err = finish(start(data, tmp_path / "none", "--resume"))
     assert code == 2
     assert "holds no run of lorax to resume" in err
+
+
+def test_a_folder_of_others_is_not_taken_for_a_run(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    assert find_run(tmp_path, "auto")  # what a run leaves that was killed at once
+    (tmp_path / "config.yaml").write_text("mine")
+    for resume in ("never", "auto", "always"):
+        with pytest.raises(CheckpointError):
+            find_run(tmp_path, resume)
+    assert (tmp_path / "config.yaml").read_text() == "mine"
+
+
+def test_weights_that_a_run_did_not_write_stay(tmp_path):
+    def write(folder):
+        folder.mkdir()
+        (folder / "adapter.safetensors").write_text("ours")
+
+    for step, name in ((1, "mine.txt"), (2, "adapter.safetensors")):
+        (tmp_path / f"step-00000{step}").mkdir()
+        (tmp_path / f"step-00000{step}" / name).write_text("before")
+    store = WeightStore(tmp_path, write)
+    store.save(1)
+    (aside,) = tmp_path.glob(".step-000001.superseded-*")
+    assert (aside / "mine.txt").read_text() == "before"
+    store.save(2)  # of the run that this one goes on with
+    assert not list(tmp_path.glob(".step-000002*"))
+    assert (tmp_path / "step-000002" / "adapter.safetensors").read_text() == "ours"
+
+
+@pytest.mark.timeout(300)
+def test_a_reader_that_is_gone_ends_no_run_and_changes_no_status(data, tmp_path):
+    run, reader = tmp_path / "run", os.pipe()
+    process = start(data, run, output=reader[1], **{"log.logging_steps": 1})
+    os.close(reader[1])
+    metrics, end = run / "metrics.jsonl", time.monotonic() + 200
+    seen = lambda step: metrics.exists() and f'"step": {step},' in metrics.read_text()
+    while time.monotonic() < end and not seen(3):
+        time.sleep(0.02)
+    os.close(reader[0])
+    while time.monotonic() < end and not seen(8):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 75
+    assert arrays(run)[0] >= 8
 
 
 @pytest.mark.timeout(300)

@@ -126,13 +126,45 @@ def test_a_step_that_takes_too_long_is_dropped_and_made_again(tmp_path, turns, m
     assert all(np.array_equal(found[path], wanted[path]) for path in wanted)
 
 
-def test_a_first_step_that_takes_too_long_is_dropped(tmp_path, turns, monkeypatch):
+def test_a_first_step_that_takes_too_long_is_dropped_and_the_trainer_can_go_on(
+    tmp_path, turns, monkeypatch
+):
     monkeypatch.setattr(long_steps, "PATIENCE_SECONDS", 0.3)
+    plain = build(tmp_path / "plain", 0, slow=1)
+    plain.train()
     trainer = build(tmp_path / "run", turns, slow=1)
     signal_after_begin(trainer, 1)
     with pytest.raises(RunStopped, match="by SIGTERM before the first step was done"):
         trainer.train()
     assert trainer.checkpoints.steps() == []
+    assert long_steps.ABANDONED.is_set()
+    assert trainer.train().steps == 5
+    found, wanted = values_of(trainer), values_of(plain)
+    assert all(np.array_equal(found[path], wanted[path]) for path in wanted)
+
+
+def test_an_error_within_a_long_step_saves_what_was_before_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(long_steps, "LONG_SECONDS", 0.0)
+
+    def fail(marked):
+        if marked:
+            raise RuntimeError("planned")
+        return np.float32(0)
+
+    def failing(_):
+        def loss_fn(model, batch):
+            total, count = causal_lm_loss(model, batch)
+            marked = (batch["input_ids"] == MARK).any()
+            shape = jax.ShapeDtypeStruct((), jnp.float32)
+            return total + jax.pure_callback(fail, shape, marked), count
+
+        return loss_fn
+
+    monkeypatch.setitem(globals(), "slow_loss", failing)
+    trainer = build(tmp_path / "run", 0)
+    with pytest.raises(RuntimeError, match="planned"):
+        trainer.train()
+    assert trainer.checkpoints.steps() == [2]
 
 
 def test_an_error_beside_a_signal_saves_what_was_before_the_step_that_is_dropped(
@@ -177,6 +209,31 @@ def test_short_steps_are_not_copied(tmp_path, monkeypatch):
     assert len(kept) == 1 + 5
 
 
+def test_what_the_host_takes_between_steps_makes_none_of_them_long(tmp_path, monkeypatch):
+    monkeypatch.setattr(long_steps, "LONG_SECONDS", 0.3)
+    kept = []
+    keep = long_steps.LongSteps.keep
+    monkeypatch.setattr(
+        long_steps.LongSteps, "keep", lambda self, state: (kept.append(1), keep(self, state))
+    )
+    trainer = build(tmp_path / "run", 0, max_steps=8)
+    trainer.listeners += (lambda event: time.sleep(0.4),)
+    trainer.train()
+    assert len(kept) <= 2
+
+
+def test_what_is_the_same_on_all_devices_is_copied_once():
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    value = jax.device_put(jnp.arange(8.0), everywhere)
+    state = TrainState(jnp.int32(1), {"a": value}, {"m": value}, jnp.zeros((), bool))
+    steps = long_steps.LongSteps()
+    steps.keep(state)
+    assert len(value.addressable_shards) == len(jax.devices()) > 1
+    assert len(steps.before.trainable["a"].addressable_shards) == 1
+    assert np.array_equal(steps.before.trainable["a"], np.arange(8.0))
+
+
 def test_a_copy_outlives_what_it_was_copied_from_unless_it_is_large(monkeypatch):
     steps, values = long_steps.LongSteps(), jnp.arange(1000.0)
     state = TrainState(jnp.int32(1), {"a": values}, {"m": values * 2}, jnp.zeros((), bool))
@@ -186,6 +243,6 @@ def test_a_copy_outlives_what_it_was_copied_from_unless_it_is_large(monkeypatch)
     after = consume(state)
     assert state.trainable["a"].is_deleted()
     assert np.array_equal(steps.before.trainable["a"], np.arange(1000.0))
-    monkeypatch.setattr(long_steps, "_LARGEST_BYTES", 1000)
+    monkeypatch.setattr(long_steps, "LARGEST_BYTES", 1000)
     steps.keep(after)
     assert steps.before is None

@@ -2,8 +2,10 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
+import re
 import secrets
 import shutil
 from collections import deque
@@ -212,8 +214,21 @@ def refuse_stand_ins(path: Path) -> None:
 
 
 def save_tensors(tensors: dict[str, np.ndarray], path: Path) -> None:
-    """Writes a safetensors file that whoever may read the folder can read."""
-    save_file(tensors, path, metadata={"format": "pt"})
+    """Writes a safetensors file that whoever may read the folder can read.
+
+    Raises:
+        OSError: If the disk has no room for it.
+    """
+    size = sum(value.nbytes for value in tensors.values())
+    if size > (free := shutil.disk_usage(path.parent).free):
+        room = f"{size / 2**20:,.1f} MiB are needed and {free / 2**20:,.1f} MiB are free"
+        raise OSError(errno.ENOSPC, f"no space left on the disk: {room}", str(path))
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        if found := re.search(r"os error (\d+)", str(error)):
+            raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+        raise
     # safetensors makes its files for the owner alone; a server often runs as someone else.
     mask = os.umask(0)
     os.umask(mask)

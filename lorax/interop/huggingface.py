@@ -151,6 +151,16 @@ def load_model(
     return nnx.merge(graph, nnx.from_flat_state(variables))
 
 
+def check_checkpoint(directory: Path) -> None:
+    """Compares a checkpoint's tensors with its config.json, without reading their data.
+
+    Raises:
+        ValueError: As `load_model`, but for the values.
+    """
+    config = load_hf_config(directory)
+    _check_entries(directory, config, tensor_table(config), find_tensors(directory))
+
+
 def _check_entries(
     directory: Path,
     config: DecoderConfig,

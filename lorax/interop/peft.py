@@ -13,7 +13,7 @@ from flax import nnx
 from pydantic import ValidationError
 
 from lorax.config import LoraConfig
-from lorax.interop.files import read_json, read_tensors, save_tensors, write_directory
+from lorax.interop.files import read_headers, read_json, read_tensors, save_tensors, write_directory
 from lorax.interop.huggingface import hf_name
 from lorax.lora import LoraLinear, apply_lora, lora_layers, named_modules, tied_modules
 from lorax.targets import TargetError, match_targets
@@ -246,12 +246,7 @@ def load_adapter[M: nnx.Module](model: M, directory: str | Path) -> M:
         adapted = apply_lora(model, config, rngs=nnx.Rngs(0))
     except TargetError as error:
         raise TargetError(f"{directory} does not fit this model: {error}") from None
-    path = directory / TENSOR_FILE
-    if not path.exists() and (directory / "adapter_model.bin").exists():
-        raise AdapterError(
-            f"{directory}: adapter_model.bin is a pickle and is never loaded; save it again with "
-            "PEFT's save_pretrained(safe_serialization=True)"
-        )
+    path = _tensor_file(directory)
     found = {key: value for _, key, value in read_tensors([path])}
     expected = {key: value.shape for key, value in adapter_tensors(adapted).items()}
     _accept_base_copies(found, expected, adapted, path)
@@ -269,6 +264,34 @@ def load_adapter[M: nnx.Module](model: M, directory: str | Path) -> M:
             raise AdapterError(f"{path}: {key} holds values that are not finite")
     _fill(adapted, found)
     return adapted
+
+
+def check_adapter(model: nnx.Module, directory: str | Path) -> None:
+    """Compares the shapes of A and B in a PEFT folder with an adapted model, which may be shapes.
+
+    Raises:
+        AdapterError: Naming the file and the tensor.
+    """
+    path = _tensor_file(Path(directory))
+    entries, expected = read_headers([path]), {}
+    for name, layer in lora_layers(model).items():
+        expected[f"{PREFIX}{name}.lora_A.weight"] = layer.r, layer.in_features
+        expected[f"{PREFIX}{name}.lora_B.weight"] = layer.out_features, layer.r
+    if missing := sorted(expected.keys() - entries.keys()):
+        raise AdapterError(f"{path} lacks {len(missing)} tensors, first {missing[0]}")
+    for key, shape in expected.items():
+        if entries[key].shape != shape:
+            raise AdapterError(f"{path}: {key} has shape {entries[key].shape}, needed {shape}")
+
+
+def _tensor_file(directory: Path) -> Path:
+    path = directory / TENSOR_FILE
+    if not path.exists() and (directory / "adapter_model.bin").exists():
+        raise AdapterError(
+            f"{directory}: adapter_model.bin is a pickle and is never loaded; save it again with "
+            "PEFT's save_pretrained(safe_serialization=True)"
+        )
+    return path
 
 
 def _fill(model: nnx.Module, tensors: dict[str, np.ndarray]) -> None:
