@@ -127,8 +127,9 @@ def main() -> int:
         import torture_inputs
         import torture_loads
         import torture_runs
+        import torture_signals
 
-        cases = torture_checkpoints.CASES | torture_runs.CASES
+        cases = torture_checkpoints.CASES | torture_signals.CASES | torture_runs.CASES
         cases |= torture_inputs.CASES | torture_loads.CASES
         unknown = sorted(set(parsed.only or ()) - cases.keys())
         if unknown:
