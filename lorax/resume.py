@@ -134,7 +134,11 @@ def identify_run(
 
 def fixed_settings(config: RunConfig) -> dict[str, Any]:
     """Returns the settings that a resumed run must share, by dotted name."""
-    settings = dict(_flatten(config.model_dump(mode="json")))
+    return _fixed(dict(_flatten(config.model_dump(mode="json"))))
+
+
+def _fixed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    # Those that were saved too: an older run may have saved what is harmless now.
     return {k: v for k, v in settings.items() if _section_key(k) not in HARMLESS_KEYS}
 
 
@@ -147,7 +151,7 @@ def name_datasets(
 
 def refuse_other_run(saved: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:
     """Raises `ValueError` naming every setting and every other thing that differs."""
-    before, after = dict(saved["settings"]), dict(now["settings"])
+    before, after = _fixed(saved["settings"]), _fixed(now["settings"])
     differing = [
         f"{key} was {_show(before, key)} and is {_show(after, key)}"
         for key in sorted(before.keys() | after.keys())

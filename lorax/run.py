@@ -233,15 +233,7 @@ def fingerprint_inputs(config: RunConfig, inputs: Inputs) -> dict[str, str]:
             base, ("*.safetensors", "*.safetensors.index.json", "config.json")
         ),
         "tokenizer": fingerprint_folder(
-            inputs.base,
-            (
-                "tokenizer*",
-                "chat_template*",
-                "special_tokens_map.json",
-                "added_tokens.json",
-                "vocab.json",
-                "merges.txt",
-            ),
+            inputs.base, ("tokenizer*", "chat_template*", "special_tokens_map.json")
         ),
     }
     if config.model.adapter is not None:
