@@ -134,9 +134,10 @@ def report_plan(console: Console, config: RunConfig, planner: Planner) -> None:
         picked = f"auto takes {policy}" if fits else "nothing fits, auto refuses to train"
         console.print(f"within train.memory_gib = {gib:g}: {picked}", highlight=False)
     header = ["recompute", *(f"{size} GB" for size in DEVICES)]
+    made_for = f"the model was made for {planner.architecture.context:,} tokens"
     for title, fits, given in (
         (f"largest batch of rows of {length:,} tokens", planner.largest_batch, length),
-        (f"longest sequence in a batch of {rows}", planner.longest_sequence, rows),
+        (f"longest row in a batch of {rows}; {made_for}", planner.longest_sequence, rows),
     ):
         console.print(title, highlight=False)
         table = [
