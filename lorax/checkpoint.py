@@ -177,7 +177,9 @@ class CheckpointStore:
 
         def work() -> None:
             try:
-                self._write(step, Stacks.copy(host), record)
+                stacks = Stacks.copy(host)
+                host.clear()  # they may be large
+                self._write(step, stacks, record)
             except BaseException as error:
                 self._error = error
 
@@ -280,20 +282,25 @@ class CheckpointStore:
         except BaseException:
             shutil.rmtree(fresh, ignore_errors=True)
             raise
-        self.saved = step, time.time()
         if self.prunes:
-            self._prune(step)
+            self.prune(step)
+        self.saved = step, time.time()
 
-    def _prune(self, newest: int) -> None:
+    def prune(self, newest: int, *, verified: bool = False) -> None:
         """Removes what is too old, once the newest one has been read back.
 
         What was not written here, whatever its name, stays.
+
+        Args:
+            newest: Step that is kept, and up to which all are looked at.
+            verified: Whether it was read back already.
         """
         folders = [self._folder(step) for step in self.steps() if step <= newest]
         old = [folder for folder in folders if (folder / MANIFEST_FILE).is_file()][: -self.keep]
         if not old:
             return
-        read_checkpoint(self._folder(newest))
+        if not verified:
+            read_checkpoint(self._folder(newest))
         for folder in old:
             self._remove(folder)
 

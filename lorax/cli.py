@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,7 +37,13 @@ from lorax.run_inputs import (
     load_inputs,
     make_planner,
 )
-from lorax.stopping import STOPPED_STATUS, OutOfMemoryError, RunStopped
+from lorax.stopping import (
+    STOPPED_STATUS,
+    OutOfMemoryError,
+    RunStopped,
+    asking_signals,
+    await_second,
+)
 
 WIDTH_IN_LOGS = 100
 
@@ -44,7 +51,11 @@ WIDTH_IN_LOGS = 100
 def run(arguments: Sequence[str] | None = None) -> None:
     """Runs one command and ends the process with its exit status; see `main`."""
     sys.stdout, sys.stderr = Outlet(sys.stdout), Outlet(sys.stderr)
-    status = main(arguments)
+    try:
+        status = main(arguments)
+    except Exception:
+        traceback.print_exc()
+        status = 1
     compiles = any(thread.name == COMPILER_THREAD for thread in threading.enumerate())
     if compiles or ABANDONED.is_set():
         # The compiler still runs for a run that could not begin: Python's own way out would take
@@ -174,15 +185,14 @@ def _train(parsed, console: Console) -> None:
     phases = Phases(process_age() or 0.0)
     phases.end("imports")
     # While it trains, the trainer listens; before and after that there is nothing to save.
-    for each in (signal.SIGTERM, signal.SIGINT):
+    for each in asking_signals():
         signal.signal(each, _stop)
     config = load_config(parsed.config, parsed.overrides)
     run_training(config, console, phases, resume=parsed.resume)
 
 
 def _stop(number: int, _: object) -> None:
-    for each in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(each, signal.SIG_DFL)
+    await_second()
     name = signal.Signals(number).name
     raise RunStopped(f"stopped by {name} while it did not train; what was saved, if any, is whole")
 

@@ -92,6 +92,7 @@ def run_training(
     Raises:
         ValueError: Naming what cannot be used and what to do.
         RunStopped: If a signal asked the run to stop, after saving.
+        SaveError: If the disk is full or cannot be written.
     """
     with _memory_explained(config), _disk_explained(config):
         return _run(config, console, phases or Phases(), resume)
@@ -288,8 +289,8 @@ def _disk_explained(config: RunConfig) -> Iterator[None]:
         steps = CheckpointStore(output / CHECKPOINT_FOLDER).steps()
         safe = f"step {steps[-1]} is the newest checkpoint" if steps else "no checkpoint was saved"
         raise SaveError(
-            f"{error.filename or output}: {error.strerror}; {safe}. Make room and go on with "
-            "--resume auto"
+            f"{error.filename or output}: {error.strerror}; {safe}. When that is mended, go on "
+            "with --resume auto"
         ) from error
 
 

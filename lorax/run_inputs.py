@@ -133,7 +133,7 @@ def check_weights(config: RunConfig) -> None:
     """
     model = config.model
     base = resolve_checkpoint(model.name_or_path, model.revision, weights=False)
-    if Path(model.name_or_path).is_dir():
+    if Path(model.name_or_path).expanduser().is_dir():
         check_checkpoint(base)
     if model.adapter:
         check_adapter(model_shapes(config, base), model.adapter)

@@ -70,6 +70,7 @@ class Saver:
         if any(path.startswith("best.") for path in found.arrays):
             like["best"] = state.trainable
         restored = fill_tree(like, found.arrays, where)
+        self.checkpoints.prune(found.step, verified=True)  # a run that is stopped leaves its last
         self.best = jax.device_get(restored["best"]) if "best" in restored else None
         self.weights.adopt(progress.weights, progress.best_step, progress.best_loss)
         then, now = found.versions, library_versions()
@@ -95,6 +96,7 @@ class Saver:
             )
         if self.best is not None:
             tree["best"] = self.best
+        progress.settled = min(progress.settled, progress.step)  # not that of a dropped step
         progress.weights = self.weights.steps
         progress.best_step = self.weights.best_step
         progress.best_loss = None if progress.best_step is None else self.weights.best_loss

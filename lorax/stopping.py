@@ -29,6 +29,22 @@ class OutOfMemoryError(RuntimeError):
     """A step that did not fit the device, with what would."""
 
 
+def asking_signals() -> list[signal.Signals]:
+    """Returns what asks a run to stop: SIGTERM, SIGINT, and SIGHUP unless it is ignored (nohup)."""
+    is_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [signal.SIGTERM, signal.SIGINT, *([] if is_ignored else [signal.SIGHUP])]
+
+
+def await_second() -> None:
+    """After a first signal: has another SIGTERM or SIGINT end the process at once.
+
+    Not SIGHUP: a terminal that goes away may send it twice.
+    """
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class StopRequest:
     """Whether a signal has asked the run to stop.
 
@@ -39,8 +55,6 @@ class StopRequest:
     Args:
         heard: Is called when a signal has come, from its handler.
     """
-
-    _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
     def __init__(self, heard: Callable[[], object] = lambda: None):
         self._heard = heard
@@ -53,11 +67,12 @@ class StopRequest:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        wanted = [n for n in self._SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
-        before = {number: signal.signal(number, self._note) for number in wanted}
+        before = {number: signal.signal(number, self._note) for number in asking_signals()}
         try:
             yield
         finally:
+            if self.received:
+                before.pop(signal.SIGHUP, None)  # the second one may still come
             for number, handler in before.items():
                 signal.signal(number, handler)
 
@@ -81,9 +96,7 @@ class StopRequest:
 
     def _note(self, number: int, _: Any) -> None:
         self.received, self._since = signal.Signals(number).name, time.monotonic()
-        for each in self._SIGNALS:
-            if signal.getsignal(each) is not signal.SIG_IGN:
-                signal.signal(each, signal.SIG_DFL)
+        await_second()
         self._heard()
         message = f"\n{self.received}: saving and stopping; once more stops at once\n"
         with contextlib.suppress(OSError):  # whoever read it may have had the signal too

@@ -234,7 +234,6 @@ class Trainer:
         for done, epoch, index, batch, is_epoch_end in batches:
             width = batch["input_ids"].shape[-1]
             self._prepare_to_drop(width)
-            self._beat()
             begun = time.perf_counter()
             self.state, metrics = compiled[width](self.state, batch)
             # The previous step's numbers are read while this one runs.
@@ -250,6 +249,7 @@ class Trainer:
         """Keeps what is before the next step, if that may take too long for a signal."""
         if self._long.before is not None or self._long.may_come(width):
             self._finish_pending()  # which may tell that none comes
+        self._beat()
         self._long.before = None
         if self._long.may_come(width):
             self._long.keep(self.state)

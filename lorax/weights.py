@@ -14,8 +14,9 @@ from lorax.interop.files import sync
 class WeightStore:
     """Writes a run's weights to ``<directory>/step-000123`` and keeps the newest and the best.
 
-    A folder appears under its name only when it is complete. Only folders that this run wrote are
-    ever removed, and only after a newer one is complete.
+    A folder appears under its name only when it is complete. Only folders that this run wrote, or
+    that hold files of the same names where this run writes, are ever removed, and only after a
+    newer one is complete.
 
     Args:
         directory: A folder of the run, made when first written to.

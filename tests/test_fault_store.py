@@ -5,6 +5,7 @@ import errno
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -24,7 +25,7 @@ from lorax.interop.files import CheckpointError
 from lorax.metrics import is_spike
 from lorax.resume import Progress, fingerprint_file, fingerprint_weights, refuse_other_run
 from lorax.state_tree import fill_tree, flatten_tree
-from lorax.stopping import STUCK_STATUS
+from lorax.stopping import STUCK_STATUS, StopRequest
 
 DTYPES = ["float32", "bfloat16", "float16", "int32", "bool", "uint32"]
 
@@ -307,6 +308,33 @@ def test_the_first_signal_is_noted_and_the_second_ends_at_once():
     assert done.stdout == "noted SIGTERM\n"
     assert done.returncode == -15
     assert "saving and stopping" in done.stderr
+
+
+def test_a_terminal_that_goes_away_asks_once_however_often_it_says_so():
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        stop = StopRequest()
+        with stop.listening():
+            for _ in range(3):
+                os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.received == "SIGHUP"
+        os.kill(os.getpid(), signal.SIGHUP)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+        stop = StopRequest()
+        with stop.listening():
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.received is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_what_stops_left_goes_when_the_run_goes_on(store):
+    store.prunes = False
+    for step in (1, 2, 3, 4):
+        store.save(step, arrays(step), {}, wait=True)
+    assert store.steps() == [1, 2, 3, 4]
+    store.prune(store.restore().step, verified=True)
+    assert store.steps() == [3, 4]
 
 
 def test_the_package_never_runs_what_it_reads():

@@ -100,7 +100,11 @@ def signal_after_begin(trainer, step):
     """Sends SIGTERM half a second after a step was begun."""
 
     def work():
-        while trainer._long.before is None or int(trainer._long.before.step) < step - 1:
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
+            before = trainer._long.before
+            if before is not None and int(before.step) >= step - 1:
+                break
             time.sleep(0.01)
         time.sleep(0.5)
         os.kill(os.getpid(), signal.SIGTERM)

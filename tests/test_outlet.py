@@ -1,5 +1,6 @@
 """Output whose reader is gone drops what it is given, and nothing else."""
 
+import contextlib
 import io
 import os
 import subprocess
@@ -49,6 +50,14 @@ sys.exit(75)
     os.close(reader)
     process.communicate(b"")
     assert process.returncode == 75
+
+
+def test_a_full_disk_is_no_reader_that_is_gone():
+    full = Path("/dev/full").open("w")  # closed below, which raises too
+    with pytest.raises(OSError, match="No space left"):
+        print("x", file=Outlet(full), flush=True)
+    with contextlib.suppress(OSError):
+        full.close()
 
 
 @pytest.mark.parametrize("dropped", [True, False])

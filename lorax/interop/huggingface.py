@@ -152,7 +152,7 @@ def load_model(
 
 
 def check_checkpoint(directory: Path) -> None:
-    """Compares a checkpoint's tensors with its config.json, without reading their data.
+    """Compares a checkpoint's tensors with its config.json; only a tied head's data is read.
 
     Raises:
         ValueError: As `load_model`, but for the values.
