@@ -21,6 +21,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from torture_processes import start, wait
 
@@ -93,9 +94,13 @@ def save(out: Path | None, found: dict[str, dict], commit: str) -> None:
 
 
 def run_apart(
-    run: Callable[[int, Path], tuple[int, int]], count: int, folder: Path
-) -> tuple[int, int]:
-    """Runs a case in a forked process: once JAX has threads, a process must not fork again."""
+    run: Callable[[int, Path], tuple[Any, ...]], count: int, folder: Path
+) -> tuple[int, int, dict[str, float]]:
+    """Runs a case in a forked process: once JAX has threads, a process must not fork again.
+
+    Returns:
+        What passed, of how many, and figures that it measured, by name.
+    """
     result = folder / "result.json"
 
     def work() -> None:
@@ -106,9 +111,9 @@ def run_apart(
             raise
 
     if wait(start(work, silent=False), 86_400) != 0:
-        return 0, 1
-    passed, total = json.loads(result.read_text())
-    return passed, total
+        return 0, 1, {}
+    passed, total, *figures = json.loads(result.read_text())
+    return passed, total, figures[0] if figures else {}
 
 
 def main() -> int:
@@ -141,9 +146,9 @@ def main() -> int:
             folder = Path(temporary) / name
             folder.mkdir()
             started = time.monotonic()
-            passed, total = run_apart(run, count, folder)
+            passed, total, figures = run_apart(run, count, folder)
             seconds = round(time.monotonic() - started, 1)
-            found[name] = {"passed": passed, "total": total, "seconds": seconds}
+            found[name] = {"passed": passed, "total": total, "seconds": seconds} | figures
             save(parsed.out, found, parsed.commit)
             title = title_of(run)
             peer = f" [{PEERS[name]}]" if name in PEERS else ""
