@@ -90,7 +90,9 @@ class CheckpointStore:
         if self._lock is not None:
             return
         marker = self.directory / MARKER_FILE
-        if self.directory.exists() and not marker.is_file() and any(self.directory.iterdir()):
+        # Looked at once: another process may be making it now, and the marker is its first file.
+        names = set(os.listdir(self.directory)) if self.directory.exists() else set()
+        if names and not (MARKER_FILE in names and marker.is_file()):
             raise CheckpointError(
                 f"{self.directory} holds files and no {MARKER_FILE}, so it is not lorax's; choose "
                 "another save.output_dir"
