@@ -4,7 +4,6 @@ import argparse
 import os
 import signal
 import sys
-import threading
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import jax.numpy as jnp
 from rich.console import Console
 
+from lorax.beside import works_beside
 from lorax.card import write_card
 from lorax.checkpoint import SaveError
 from lorax.config import RunConfig, load_config
@@ -27,7 +27,6 @@ from lorax.metrics import find_version
 from lorax.outlet import Outlet
 from lorax.overview import module_rows, report_data, report_kernels, report_plan
 from lorax.phases import Phases, process_age
-from lorax.preparation import COMPILER_THREAD
 from lorax.report import print_config, print_modules
 from lorax.run import CHAT_TEMPLATE_FILE, EXPORT_FOLDERS, run_training
 from lorax.run_inputs import (
@@ -50,16 +49,17 @@ WIDTH_IN_LOGS = 100
 
 def run(arguments: Sequence[str] | None = None) -> None:
     """Runs one command and ends the process with its exit status; see `main`."""
+    # transformers would import torch where it is installed, for seconds; no command needs it.
+    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
     sys.stdout, sys.stderr = Outlet(sys.stdout), Outlet(sys.stderr)
     try:
         status = main(arguments)
     except Exception:
         traceback.print_exc()
         status = 1
-    compiles = any(thread.name == COMPILER_THREAD for thread in threading.enumerate())
-    if compiles or ABANDONED.is_set():
-        # The compiler still runs for a run that could not begin: Python's own way out would take
-        # its memory away from under it. Or a step that was dropped runs: it would be waited for.
+    if works_beside() or ABANDONED.is_set():
+        # Weights are still read, or a step compiled, for a run that could not begin; or a step that
+        # was dropped runs, and would be waited for.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
@@ -202,7 +202,7 @@ def _validate(parsed, console: Console) -> None:
     check_weights(config)
     inputs = load_inputs(config)
     adapted = check_targets(config, inputs.base)
-    rows = module_rows(adapted) if adapted is not None else []
+    rows = module_rows(adapted)
     report_data(console, config, inputs.datasets, inputs.tokenizer, rows=0, context=inputs.context)
     plan = check_plan(config, inputs)
     modules = sum(row.count for row in rows)
@@ -234,7 +234,7 @@ def _inspect(parsed, console: Console) -> None:
         rows=parsed.rows,
         context=inputs.context,
     )
-    if adapted is not None:
+    if config.train.method == "lora":
         console.rule("Modules")
         report_kernels(console, config, adapted)
         print_modules(console, module_rows(adapted), None)

@@ -32,15 +32,17 @@ def use_compilation_cache(directory: str | Path | None = None) -> tuple[Path | N
     try:
         for folder in (path.parent, path):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if problem := _problem(folder):
+            if problem := distrust(folder):
                 return None, f"compiled programs are not kept: {problem}"
     except OSError as error:
         return None, f"compiled programs are not kept: {path}: {error.strerror}"
     jax.config.update("jax_compilation_cache_dir", str(path))
+    # A start compiles dozens of small programs, each under JAX's second, but not together.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     return path, f"compiled programs are kept in {path}"
 
 
-def _problem(path: Path) -> str | None:
+def distrust(path: Path) -> str | None:
     """Returns why nothing in `path` may be trusted, or None."""
     status = path.stat()
     if hasattr(os, "getuid") and status.st_uid != os.getuid():

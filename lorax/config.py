@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, mo
 from lorax.config_file import ConfigError as ConfigError
 from lorax.config_file import read_model, write_yaml
 from lorax.config_lora import LoraConfig as LoraConfig
+from lorax.config_model import ModelConfig as ModelConfig
 from lorax.config_types import (
     BelowOne,
     Conflict,
@@ -34,27 +35,6 @@ def _default(section: Section, name: str) -> Any:
 
 def _listed(names: Sequence[str]) -> str:
     return " and ".join(f"`{name}`" for name in names)
-
-
-class ModelConfig(Section):
-    """The base model.
-
-    Attributes:
-        name_or_path: A local directory in Hugging Face layout, or a hub id.
-        revision: Branch, tag or commit on the hub.
-        dtype: Of the base weights and of the computation.
-        attn_impl: `auto` takes cuDNN on an NVIDIA GPU and XLA elsewhere.
-        kernels: What computes the adapted layers: `pallas` the fused kernels (Hopper GPUs), `xla`
-            plain XLA, `auto` whichever was faster when measured on such a GPU at such sizes.
-        adapter: Folder of a PEFT adapter to train on; its own settings replace the lora section.
-    """
-
-    name_or_path: Text
-    revision: Text | None = None
-    adapter: Text | None = None
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    attn_impl: Literal["auto", "xla", "cudnn"] = "auto"
-    kernels: Literal["auto", "pallas", "xla"] = "auto"
 
 
 class DataSource(Section):
@@ -355,6 +335,8 @@ class RunConfig(Section):
                 yield "lora", "train.method `full` has no adapter: remove it, or set lora=null"
             if self.model.adapter is not None:
                 yield "model.adapter", "train.method `full` has no adapter: remove this key"
+            if self.model.offload_embedding:
+                yield "model.offload_embedding", "train.method `full` trains it: remove this key"
             if self.save.export != ("merged",):
                 got = ", ".join(self.save.export)
                 yield "save.export", f"train.method `full` can only export `merged`, got {got}"

@@ -14,7 +14,7 @@ from lorax.data import BatchPlan, EncodedDataset, prefetch
 from lorax.determinism import compiler_options
 from lorax.generate import generate
 from lorax.loss import LossFunction, causal_lm_loss
-from lorax.sharding import place_batch
+from lorax.sharding import batch_placer
 
 
 class TextDecoder(Protocol):
@@ -48,7 +48,8 @@ class Evaluator:
         evaluated = nnx.clone(model)
         evaluated.eval()
         graph, _, _ = nnx.split(evaluated, nnx.Param, ...)
-        self.plan, self.mesh = plan, mesh
+        self.plan = plan
+        self._place = batch_placer(model, mesh)
 
         def sums(trainable, frozen, batch):
             merged = nnx.merge(graph, trainable, frozen)
@@ -65,7 +66,7 @@ class Evaluator:
     ) -> float:
         """Returns the mean loss in nats per supervised token; `wait` waits for each batch's."""
         sums = []
-        for batch in prefetch(self.plan.epoch(0), lambda b: place_batch(b, self.mesh)):
+        for batch in prefetch(self.plan.epoch(0), self._place):
             sums.append(self._sums(trainable, frozen, batch))
             wait(sums[-4:][0])  # a few ahead, so that the device has work
         for last in sums[-3:]:

@@ -204,11 +204,15 @@ def causal_lm_loss(model: Any, batch: Batch) -> tuple[Float[Array, ""], Int[Arra
     Args:
         model: A `lorax.models.CausalLM`.
         batch: ``input_ids``, ``labels`` (already shifted: the label at t is token t + 1, or
-            `IGNORED`), ``positions`` and, when packed, ``segment_ids``, each rows × sequence.
+            `IGNORED`), ``positions`` and, when packed, ``segment_ids``, each rows × sequence; and
+            ``inputs_embeds``, rows × sequence × d, where the model's embedding is not to be read.
     """
     labels = batch["labels"]
     hidden = model.hidden_states(
-        batch["input_ids"], batch.get("positions"), batch.get("segment_ids")
+        batch["input_ids"],
+        batch.get("positions"),
+        batch.get("segment_ids"),
+        inputs_embeds=batch.get("inputs_embeds"),
     )
     return linear_cross_entropy(model.lm_head, hidden, labels), (labels != IGNORED).sum()
 

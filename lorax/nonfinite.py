@@ -25,6 +25,7 @@ def find_micro_batches(
     graph, state = nnx.split(evaluated)
     loss = jax.jit(lambda state, micro: loss_fn(nnx.merge(graph, state), micro)[0])
     count = jax.tree.leaves(batch)[0].shape[0]
+    batch = jax.device_put(batch, jax.memory.Space.Device)  # some of it may be the host's
     take = lambda i: jax.tree.map(lambda x: x[i], batch)
     return [i for i in range(count) if not math.isfinite(float(loss(state, take(i))))]
 

@@ -19,6 +19,7 @@ from lorax.lora import lora_layers, split_trainable
 from lorax.loss import logit_chunks
 from lorax.models import DecoderConfig, GradientCheckpointing
 from lorax.optimizer import make_optimizer
+from lorax.sharding import HostArray, embedding_on_host
 from lorax_kernels import padded_rank
 
 GIB = 2.0**30
@@ -78,6 +79,7 @@ class Planner:
     def __init__(self, config: RunConfig, architecture: DecoderConfig, model: nnx.Module):
         self.config, self.architecture = config, architecture
         _, trainable, frozen = split_trainable(model)
+        self.embedding_on_host = embedding_on_host(model) is not None
         self.weights, self.trained = _bytes(frozen), _bytes(trainable)
         self.trained_elements = sum(math.prod(x.shape) for x in jax.tree.leaves(trainable))
         init = make_optimizer(config.train, 1_000_000).init
@@ -228,7 +230,8 @@ def device_gib() -> float | None:
 
 
 def _bytes(tree: Any) -> float:
-    leaves = jax.tree.leaves(tree)
+    """Returns what the arrays of a tree take on the device."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if not isinstance(leaf, HostArray)]
     return float(sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in leaves))
 
 

@@ -1,10 +1,10 @@
 """What a run trains on, and its steps compiled before the weights are there."""
 
 import itertools
+import json
 import math
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from typing import Any, NamedTuple
 
@@ -12,22 +12,24 @@ import jax
 import numpy as np
 from flax import nnx
 
+from lorax.beside import start_beside
 from lorax.config import EvalConfig, RunConfig, TrainConfig
 from lorax.data import BatchPlan, EncodedDataset, prefetch
+from lorax.lora import fingerprint_adapters
 from lorax.loss import LossFunction, causal_lm_loss
-from lorax.models import DocumentLayout
+from lorax.models import CausalLM, DocumentLayout
 from lorax.optimizer import make_optimizer
-from lorax.sharding import make_mesh, place_batch
-from lorax.step import TrainState, TrainStep, make_abstract_step
-
-COMPILER_THREAD = "lorax-compile"
+from lorax.program_cache import ProgramCache
+from lorax.sharding import batch_placer, make_mesh
+from lorax.step import METRICS, TrainState, TrainStep, make_abstract_step
 
 
 class CompiledStep(NamedTuple):
-    """A compiled step, and the seconds that it took to compile."""
+    """A compiled step, the seconds that it took, and whether an earlier run had compiled it."""
 
     executable: Any
     seconds: float
+    found: bool
 
 
 def compile_ahead(
@@ -37,6 +39,7 @@ def compile_ahead(
     eval_data: EncodedDataset | None = None,
     *,
     loss_fn: LossFunction = causal_lm_loss,
+    programs: ProgramCache | None = None,
 ) -> Future[dict[int, CompiledStep]]:
     """Compiles the steps of a run in a thread, while its weights are still being read.
 
@@ -46,6 +49,7 @@ def compile_ahead(
         train_data: As for `Trainer`.
         eval_data: As for `Trainer`.
         loss_fn: As for `Trainer`.
+        programs: Where steps with `causal_lm_loss` are kept for other runs, if anywhere.
     """
     mesh, train = make_mesh(config.mesh.data), config.train
     plans = [plan_training(config, train_data, mesh.size)]
@@ -54,26 +58,18 @@ def compile_ahead(
     total_steps = count_steps(config, plans[0])
 
     def compile_steps() -> dict[int, CompiledStep]:
+        model = prepare_model(shapes, config, plans)
+        batches = plans[0], total_steps, batch_placer(model, mesh)
+        optimizer = make_optimizer(train, total_steps)
         step, state = make_abstract_step(
-            prepare_model(shapes, config, plans),
-            make_optimizer(train, total_steps),
-            loss_fn,
-            mesh=mesh,
-            **step_options(train),
+            model, optimizer, loss_fn, mesh=mesh, **step_options(train)
         )
-        return compile_widths(step, state, plans[0], total_steps)
+        if programs is None or loss_fn is not causal_lm_loss:
+            return compile_widths(step, state, *batches)
+        facts = _describe_step(config, model, total_steps)
+        return compile_widths(step, state, *batches, programs, facts)
 
-    future: Future[dict[int, CompiledStep]] = Future()
-
-    def work() -> None:
-        try:
-            future.set_result(compile_steps())
-        except BaseException as error:
-            future.set_exception(error)
-
-    # A daemon, so that a run that fails while it loads need not wait for the compiler.
-    threading.Thread(target=work, name=COMPILER_THREAD, daemon=True).start()
-    return future
+    return start_beside("compile", compile_steps)
 
 
 def step_options(train: TrainConfig) -> dict[str, Any]:
@@ -96,21 +92,56 @@ def prepare_model(model: Any, config: RunConfig, plans: list[BatchPlan]) -> Any:
     return model
 
 
+def _describe_step(config: RunConfig, model: CausalLM, total_steps: int) -> dict[str, str]:
+    """Returns all that decides a step with `causal_lm_loss`, but for the shapes it is given."""
+    settings = config.model_dump(mode="json", include={"model", "lora", "train", "mesh"})
+    return {
+        "settings": json.dumps(settings),
+        "architecture": repr(model.config),
+        "adapters": fingerprint_adapters(model),
+        "recomputed": model.gradient_checkpointing,
+        "documents": repr(model.document_layout),
+        "steps": str(total_steps),
+    }
+
+
 def compile_widths(
-    step: TrainStep, state: TrainState, plan: BatchPlan, total_steps: int
+    step: TrainStep,
+    state: TrainState,
+    plan: BatchPlan,
+    total_steps: int,
+    place: Callable[[Any], Any],
+    programs: ProgramCache | None = None,
+    facts: Mapping[str, str] | None = None,
 ) -> dict[int, CompiledStep]:
-    """Compiles a step for every width of the run's rows."""
-    assert step.mesh is not None
+    """Compiles a step for every width of the run's rows.
+
+    Args:
+        step: From `make_train_step` or `make_abstract_step`.
+        state: What it starts from.
+        plan: Of the run.
+        total_steps: Of the run.
+        place: Puts a batch on the devices.
+        programs: Where compiled steps are kept, if anywhere.
+        facts: What decides the step; see `ProgramCache.find`.
+    """
     widths = {w for e, n in run_epochs(plan, total_steps) for w in plan.step_shapes(e)[:n]}
     first = next(iter(plan.epoch(0)))
-    found = {}
+    compiled = {}
     for width in sorted(widths):
         fill = lambda x, width=width: np.zeros((*x.shape[:-1], width), x.dtype)
-        batch = place_batch(jax.tree.map(fill, first), step.mesh)
+        batch = place(jax.tree.map(fill, first))
         started = time.perf_counter()
-        executable = step.compile(state, batch).compiled
-        found[width] = CompiledStep(executable, time.perf_counter() - started)
-    return found
+        arguments = state, step.frozen, batch
+        kept: Any = facts or {}, arguments, (state, dict.fromkeys(METRICS, 0))
+        executable = programs.find(*kept) if programs else None
+        was_found = executable is not None
+        if executable is None:
+            executable = step.compile(state, batch).compiled
+        compiled[width] = CompiledStep(executable, time.perf_counter() - started, was_found)
+        if programs and not was_found:
+            programs.keep(executable, *kept)
+    return compiled
 
 
 def run_epochs(plan: BatchPlan, total_steps: int) -> Iterator[tuple[int, int]]:

@@ -44,8 +44,9 @@ class Recorder:
         step = event.pop("step", None)
         if step is None:
             self.phases.end("waiting for the compiler")
+            done = "read the program" if event["kept"] else "compiled the step"
             self.console.print(
-                f"compiled rows of {event['compiled_width']} tokens in {event['seconds']:.1f} s, "
+                f"{done} for rows of {event['compiled_width']} tokens in {event['seconds']:.1f} s, "
                 "beside the weights",
                 highlight=False,
             )

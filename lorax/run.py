@@ -14,9 +14,10 @@ import jax.numpy as jnp
 from flax import nnx
 from rich.console import Console
 
+from lorax.beside import start_beside
 from lorax.card import write_card
 from lorax.checkpoint import CHECKPOINT_FOLDER, MARKER_FILE, CheckpointStore, SaveError
-from lorax.compilation_cache import use_compilation_cache
+from lorax.compilation_cache import distrust, use_compilation_cache
 from lorax.config import RunConfig, dump_config
 from lorax.evaluate import answer_rows, exact_match, last_answer
 from lorax.export import export_model
@@ -28,6 +29,7 @@ from lorax.models import GradientCheckpointing
 from lorax.overview import report_data, report_model, shows_text
 from lorax.phases import Phases
 from lorax.preparation import compile_ahead
+from lorax.program_cache import ProgramCache
 from lorax.recorder import Recorder
 from lorax.report import (
     RunSummary,
@@ -44,14 +46,14 @@ from lorax.resume import (
 )
 from lorax.run_inputs import (
     Inputs,
-    build_model,
+    adapt_base,
     check_plan,
     check_targets,
     check_weights,
     choose_policy,
     explain_memory,
+    load_base,
     load_inputs,
-    model_shapes,
 )
 from lorax.sharding import make_mesh
 from lorax.stopping import OutOfMemoryError
@@ -111,10 +113,17 @@ def _run(config: RunConfig, console: Console, phases: Phases, resume: Resume) ->
     check_weights(config)
     console.rule("Settings")
     print_config(console, config)
+    programs = None
     if jax.default_backend() == "gpu":
-        console.print(use_compilation_cache()[1], highlight=False, soft_wrap=True)
+        folder, kept = use_compilation_cache()
+        console.print(kept, highlight=False, soft_wrap=True)
+        if folder is not None and folder.is_dir() and not distrust(folder):
+            tell = lambda text: console.print(text, highlight=False, soft_wrap=True)
+            programs = ProgramCache(folder, tell)
+    # What can be refused at little cost has been by now; the weights need nothing of the rest.
+    base = start_beside("weights", lambda: load_base(config))
     inputs = load_inputs(config)
-    check_targets(config, inputs.base)
+    shapes = check_targets(config, inputs.base)
     check_plan(config, inputs)
     console.rule("Data")
     rows = 1 if shows_text(console) else 0
@@ -128,14 +137,15 @@ def _run(config: RunConfig, console: Console, phases: Phases, resume: Resume) ->
     if resumed:
         refuse_changes(config, inputs, policy, files)
     phases.end("data and device")
-    shapes = model_shapes(config, inputs.base, policy)
-    compiled = compile_ahead(shapes, config, inputs.train, inputs.eval)
-    model = build_model(config, policy)
-    phases.end("model and weights")
+    shapes.gradient_checkpointing = policy
+    data = inputs.train, inputs.eval
+    compiled = compile_ahead(shapes, config, *data, programs=programs)
+    model = adapt_base(base.result(), config, policy)
+    del base
+    phases.end("weights")
     report_model(console, config, model)
     on_error = config.save.on_save_error
     recorder = Recorder(console, config.log.logging_steps, phases, on_error)
-    data = inputs.train, inputs.eval
     trainer = Trainer(
         model,
         config,

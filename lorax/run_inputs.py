@@ -6,10 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from lorax.config import RunConfig
 from lorax.data import (
+    RENDERER,
     BatchPlan,
     EncodedDataset,
     load_encoded_dataset,
@@ -24,8 +26,11 @@ from lorax.models import CausalLM, GradientCheckpointing
 from lorax.optimizer import make_schedule
 from lorax.plan import GIB, POLICIES, Planner, device_gib
 from lorax.preparation import count_steps, plan_training
-from lorax.sharding import make_mesh
+from lorax.sharding import HostArray, make_mesh
 from lorax.targets import TargetError
+
+CHATS = ("auto", "messages", "sharegpt", "alpaca")
+"""Formats of data whose rows a chat template renders, or may render."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +71,8 @@ def load_inputs(config: RunConfig) -> Inputs:
     model = config.model
     base = resolve_checkpoint(model.name_or_path, model.revision, weights=False)
     vocab_size = load_hf_config(base).vocab_size
+    if config.data.format in CHATS:
+        RENDERER.start()
     tokenizer = load_tokenizer(str(base))
     encode = lambda sources: load_encoded_dataset(
         sources, config.data, tokenizer, vocab_size=vocab_size
@@ -81,9 +88,7 @@ def _own_template(config: RunConfig) -> str | None:
     return Path(config.data.chat_template).read_text(encoding="utf-8-sig")
 
 
-def model_shapes(
-    config: RunConfig, base: Path, policy: GradientCheckpointing = "none"
-) -> nnx.Module:
+def model_shapes(config: RunConfig, base: Path) -> CausalLM:
     """Returns the model that trains, adapters included, with shapes instead of weights.
 
     Raises:
@@ -100,7 +105,6 @@ def model_shapes(
             dtype=dtype,
             param_dtype=jnp.float32 if full else dtype,
             attn_impl=config.model.attn_impl,
-            gradient_checkpointing=policy,
             rngs=nnx.Rngs(0),
         )
         if full:
@@ -110,10 +114,28 @@ def model_shapes(
         return model
 
     try:
-        return nnx.eval_shape(build)
+        model = nnx.eval_shape(build)
     except TargetError as error:
         place = f"{adapter} does not fit {base}: " if adapter else ""
         raise TargetError(f"{place}{error}") from None
+    if config.model.offload_embedding:
+        _put_embedding_on_host(model)
+    return model
+
+
+def _put_embedding_on_host(model: CausalLM) -> None:
+    """Says of a model of shapes that its embedding stays in the host's memory."""
+    embedding = model.model.embed_tokens.embedding
+    reason = None
+    if model.config.tie_word_embeddings:
+        reason = "the output head is the same array (tie_word_embeddings), and every step reads it"
+    elif isinstance(embedding, nnx.Param):
+        reason = "lora.modules_to_save trains it"
+    if reason:
+        raise ValueError(f"model.offload_embedding must be false for this model: {reason}")
+    shape = embedding.get_value()
+    nothing = np.broadcast_to(np.zeros((), shape.dtype), shape.shape)  # takes no memory
+    embedding.set_value(nothing.view(HostArray))  # type: ignore[arg-type]
 
 
 def make_planner(config: RunConfig) -> Planner:
@@ -139,19 +161,19 @@ def check_weights(config: RunConfig) -> None:
         check_adapter(model_shapes(config, base), model.adapter)
 
 
-def check_targets(config: RunConfig, base: Path) -> nnx.Module | None:
+def check_targets(config: RunConfig, base: Path) -> CausalLM:
     """Matches the adapter's settings against the model's names, without any weights.
 
     Returns:
-        The adapted model with shapes instead of weights; None for a full fine-tune.
+        The model that trains, with shapes instead of weights.
 
     Raises:
         ValueError: If a setting matches nothing, a rank does not fit, or the kernels asked for
             cannot run here.
     """
-    if config.train.method == "full":
-        return None
     adapted = model_shapes(config, base)
+    if config.train.method == "full":
+        return adapted
     if "peft-portable" in config.save.export and trains_base_weights(adapted):
         raise ValueError(
             "save.export: peft-portable holds A and B only, but lora.bias or lora.modules_to_save "
@@ -198,24 +220,34 @@ def choose_policy(config: RunConfig) -> tuple[GradientCheckpointing, str]:
     return policy, reason
 
 
-def build_model(config: RunConfig, policy: GradientCheckpointing | None = None) -> CausalLM:
-    """Loads the base model and puts fresh or loaded adapters on it, as the config says.
+def build_model(config: RunConfig) -> CausalLM:
+    """Loads the base model and puts fresh or loaded adapters on it, as the config says."""
+    return adapt_base(load_base(config), config, choose_policy(config)[0])
 
-    Args:
-        config: The run's settings.
-        policy: What `choose_policy` returned, if it was asked before.
-    """
-    full = config.train.method == "full"
-    model = load_model(
+
+def load_base(config: RunConfig) -> CausalLM:
+    """Loads the base model, which needs no other input of the run."""
+    return load_model(
         config.model.name_or_path,
         revision=config.model.revision,
         dtype=jnp.dtype(config.model.dtype),
         # Weights that train are float32: in bfloat16 small updates would be rounded away.
-        param_dtype=jnp.float32 if full else None,
+        param_dtype=jnp.float32 if config.train.method == "full" else None,
         attn_impl=config.model.attn_impl,
-        gradient_checkpointing=policy or choose_policy(config)[0],
+        offload_embedding=config.model.offload_embedding,
     )
-    if full:
+
+
+def adapt_base(model: CausalLM, config: RunConfig, policy: GradientCheckpointing) -> CausalLM:
+    """Puts fresh or loaded adapters on the base model, and says what it makes again.
+
+    Args:
+        model: From `load_base`.
+        config: The run's settings.
+        policy: From `choose_policy`.
+    """
+    model.gradient_checkpointing = policy
+    if config.train.method == "full":
         return model
     if config.model.adapter:
         model = load_adapter(model, config.model.adapter)

@@ -1,6 +1,8 @@
 """Where arrays live: one mesh, and one table from parameter paths to partitions."""
 
 import re
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -36,9 +38,32 @@ def parameter_spec(path: str) -> PartitionSpec:
     return next(spec for pattern, spec in PARAMETER_SPECS if re.fullmatch(pattern, path))
 
 
+class HostArray(np.ndarray):
+    """A parameter that stays in the host's memory: ``array.view(HostArray)``.
+
+    A compiled function that reads it gets a copy of it in each call; one that does not, gets none.
+    """
+
+
+def embedding_on_host(model: Any) -> HostArray | None:
+    """Returns the input embedding of a model, if it stays in the host's memory."""
+    embed = getattr(getattr(model, "model", None), "embed_tokens", None)
+    value = None if embed is None else embed.embedding.get_value()
+    return value if isinstance(value, HostArray) else None
+
+
+def batch_placer(
+    model: Any, mesh: Mesh
+) -> Callable[[Mapping[str, np.ndarray]], dict[str, jax.Array]]:
+    """Returns what puts batches for a model onto the mesh; see `place_batch`."""
+    embedding = embedding_on_host(model)
+    return lambda batch: place_batch(batch, mesh, embedding)
+
+
 def place_parameters[T](tree: T, mesh: Mesh) -> T:
-    """Puts every array of `tree` onto the mesh where the table says."""
-    return jax.tree.map(jax.device_put, tree, _parameter_shardings(tree, mesh))
+    """Puts every array of `tree` but a `HostArray` onto the mesh where the table says."""
+    place = lambda leaf, where: leaf if isinstance(leaf, HostArray) else jax.device_put(leaf, where)
+    return jax.tree.map(place, tree, _parameter_shardings(tree, mesh))
 
 
 def placed_shapes[T](tree: T, mesh: Mesh) -> T:
@@ -55,6 +80,22 @@ def _parameter_shardings[T](tree: T, mesh: Mesh) -> T:
     return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
-def place_batch[T](batch: T, mesh: Mesh) -> T:
-    """Puts a host batch of (micro-batches, rows, …) arrays onto the mesh."""
-    return jax.device_put(batch, NamedSharding(mesh, BATCH_SPEC))
+def place_batch(
+    batch: Mapping[str, np.ndarray], mesh: Mesh, embedding: HostArray | None = None
+) -> dict[str, jax.Array]:
+    """Puts a host batch of (micro-batches, rows, …) arrays onto the mesh.
+
+    Args:
+        batch: By name, ``input_ids`` among them.
+        mesh: Where the rows are divided.
+        embedding: (vocabulary, d), if it is in the host's memory: its rows for the batch go along
+            as ``inputs_embeds``, into memory that the device copies them from when it needs them.
+    """
+    sharding = NamedSharding(mesh, BATCH_SPEC)
+    placed = {name: jax.device_put(value, sharding) for name, value in batch.items()}
+    if embedding is not None:
+        # As integers: numpy takes rows of a dtype of its own many times as fast.
+        bits = embedding.view(np.ndarray).view(f"u{embedding.dtype.itemsize}")
+        rows = np.take(bits, batch["input_ids"], axis=0).view(embedding.dtype)
+        placed["inputs_embeds"] = jax.device_put(rows, sharding.with_memory_kind("pinned_host"))
+    return placed

@@ -17,6 +17,9 @@ from lorax.loss import Batch, LossFunction, accumulate, causal_lm_loss
 from lorax.sharding import place_parameters, placed_shapes
 from lorax.stacking import stack_alike
 
+METRICS = ("applied", "grad_norm", "loss", "tokens")
+"""What a step tells of itself."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +120,8 @@ def make_train_step(
     if not jax.tree.leaves(trainable):
         raise ValueError("the model has no nnx.Param: nothing would train. apply_lora it first")
     # The state is donated to the step, so each leaf must be an array of its own.
-    trainable, opt_state = jax.tree.map(jnp.copy, (trainable, optimizer.init(trainable)))
+    begin = lambda trainable: jax.tree.map(jnp.copy, (trainable, optimizer.init(trainable)))
+    trainable, opt_state = jax.jit(begin)(trainable)
     state = TrainState(jnp.zeros((), jnp.int32), trainable, opt_state, jnp.zeros((), bool))
     if mesh is not None:
         state, frozen = place_parameters(state, mesh), place_parameters(frozen, mesh)

@@ -48,7 +48,7 @@ from lorax.resume import (
     name_datasets,
 )
 from lorax.saving import Saver
-from lorax.sharding import make_mesh, place_batch, place_parameters
+from lorax.sharding import batch_placer, make_mesh, place_parameters
 from lorax.step import TrainState, TrainStep, make_train_step
 from lorax.step_events import Event, StepEvents
 from lorax.stopping import RunStopped, StopAskedError, StopRequest, Watchdog
@@ -128,6 +128,7 @@ class Trainer:
             self.model, optimizer, loss_fn, mesh=self.mesh, **step_options(train)
         )
         self.loss_fn, self._lengths = loss_fn, train_data.lengths
+        self._place = batch_placer(self.model, self.mesh)
         self.evaluator = None
         if eval_data is not None:
             repeats = train.full_determinism
@@ -228,9 +229,8 @@ class Trainer:
         elif progress.settled < progress.step:  # the run was stopped right after this step
             self._settle(progress.step, ends_epoch(self.plan, self.total_steps, progress.step))
         self.events.restart_clock()
-        place = lambda batch: place_batch(batch, self.mesh)
         done = self.total_steps if progress.stopped_early else progress.step
-        batches = batches_after(done, self.plan, self.total_steps, place)
+        batches = batches_after(done, self.plan, self.total_steps, self._place)
         for done, epoch, index, batch, is_epoch_end in batches:
             width = batch["input_ids"].shape[-1]
             self._prepare_to_drop(width)
@@ -311,14 +311,12 @@ class Trainer:
 
     def _compile(self) -> dict[int, TrainStep]:
         """Compiles every shape of the run before the first step, so that none stops it later."""
-        if self._compiled_ahead is None:
-            found = compile_widths(self.step, self.state, self.plan, self.total_steps)
-        else:
-            found = self._compiled_ahead.result()
+        batches, ahead = (self.plan, self.total_steps, self._place), self._compiled_ahead
+        found = ahead.result() if ahead else compile_widths(self.step, self.state, *batches)
         compiled = {}
-        for width, (executable, seconds) in found.items():
+        for width, (executable, seconds, kept) in found.items():
             compiled[width] = dataclasses.replace(self.step, compiled=executable)
-            self._tell({"compiled_width": width, "seconds": seconds})
+            self._tell({"compiled_width": width, "seconds": seconds, "kept": kept})
         return compiled
 
     def _finish_pending(self, following: _Dispatched | None = None) -> None:

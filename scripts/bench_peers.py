@@ -4,7 +4,8 @@
         --out docs/measurements/step_h200.jsonl --plot docs/images/peers_h200.png
 
 A cell is model:batch:seq:accumulation; a system is name:policy, such as lorax:full,
-unsloth:offload (its default) or peft:none. Within a cell each peer's policy is a process of its
+unsloth:offload (its default) or peft:none; lorax:full+embedding has the embedding in the host's
+memory too. Within a cell each peer's policy is a process of its
 own, and lorax's policies share one, in turns, as in `bench_step.py`. The plot shows all rows of the
 call in the file, so several runs may share one call; `--cells` with nothing after it only draws.
 """
@@ -16,20 +17,31 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from measured_rows import append_rows
 
 SCRIPTS = Path(__file__).parent
 CELLS = ["llama-8b:4:2048:1", "llama-8b:2:512:8", "llama-1b:8:2048:1", "llama-1b:1:512:1"]
+_HOST = "+embedding"
 SYSTEMS = ["lorax:none", "lorax:selective", "lorax:full", "unsloth:none", "unsloth:offload"]
 
 
 def run_lorax(
-    model: str, batch: str, seq: str, accumulation: str, policies: list[str]
+    model: str,
+    batch: str,
+    seq: str,
+    accumulation: str,
+    policies: list[str],
+    more: Sequence[str] = (),
 ) -> list[dict]:
-    """Returns the rows of `bench_step.py`, run in a process of its own."""
+    """Returns the rows of `bench_step.py`, run in a process of its own for each `+embedding`."""
+    if any(policy.endswith(_HOST) for policy in policies):
+        here = [policy for policy in policies if not policy.endswith(_HOST)]
+        there = [policy.removesuffix(_HOST) for policy in policies if policy.endswith(_HOST)]
+        rows = run_lorax(model, batch, seq, accumulation, here) if here else []
+        return rows + run_lorax(model, batch, seq, accumulation, there, ["--offload-embedding"])
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "rows.jsonl"
         shape = ["--model", model, "--batch", batch, "--seq", seq, "--accumulation", accumulation]
@@ -37,7 +49,7 @@ def run_lorax(
         # Turns of at least a good part of a second; long steps need no more than one.
         tokens = int(batch) * int(seq) * int(accumulation)
         steps = ["--steps", str(max(1, min(40, 32768 // tokens)))]
-        _run([str(SCRIPTS / "bench_step.py"), *shape, *names, *steps, "--out", str(out)])
+        _run([str(SCRIPTS / "bench_step.py"), *shape, *names, *steps, *more, "--out", str(out)])
         return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
 
 
@@ -77,7 +89,7 @@ def draw(rows: list[dict], path: Path) -> None:
     for panel, cell in zip(axes[0], cells, strict=True):
         inside = [row for row in rows if cell_of(row) == cell]
         for system in sorted({r["system"] for r in inside}):
-            points = sorted((memory_of(r), r["tokens_per_s"], r["policy"])
+            points = sorted((memory_of(r), r["tokens_per_s"], policy_of(r))
                             for r in inside if r["system"] == system)  # fmt: skip
             panel.plot([p[0] for p in points], [p[1] for p in points], "o-", label=system)
             for index, (x, y, policy) in enumerate(points):
@@ -144,6 +156,11 @@ def cell_of(row: dict) -> tuple:
     return row["model"], row["accumulation"], row["batch"], row["seq"]
 
 
+def policy_of(row: dict) -> str:
+    """Returns what is kept where, in a word or two."""
+    return row["policy"] + (_HOST if row.get("offload_embedding") else "")
+
+
 def memory_of(row: dict) -> float:
     """Returns the allocator's peak, or what the compiler planned where that is not known."""
     return row.get("peak_gib") or row["planned_gib"]
@@ -153,7 +170,7 @@ def table_line(row: dict) -> str:
     """Returns one line of the table."""
     cell = f"{row['model']} {row['accumulation']} x {row['batch']} x {row['seq']}"
     return (
-        f"{cell:24s} {row['system'] + ' ' + row['policy']:18s} {row['tokens_per_s']:10,.0f} "
+        f"{cell:24s} {row['system'] + ' ' + policy_of(row):24s} {row['tokens_per_s']:10,.0f} "
         f"tokens/s {row['step_ms']:9.1f} ms {memory_of(row):7.2f} GiB"
     )
 

@@ -35,6 +35,7 @@ from lorax.lora import apply_lora, set_kernels
 from lorax.metrics import memory_gib
 from lorax.models import CausalLM, DecoderConfig
 from lorax.optimizer import make_optimizer
+from lorax.sharding import HostArray, embedding_on_host, make_mesh, place_batch
 from lorax.step import make_train_step
 from lorax_kernels import xla_options
 
@@ -83,23 +84,26 @@ class Compiled:
         return float(metrics["loss"]) if times else float("nan")
 
 
-def build_model(shape: str, r: int) -> CausalLM:
+def build_model(shape: str, r: int, offload_embedding: bool = False) -> CausalLM:
     """Returns a model with random weights and adapters on all linear layers."""
     config = DecoderConfig.from_hf(SHAPES[shape], shape)
     bf16 = jnp.bfloat16
     model = CausalLM(config, dtype=bf16, param_dtype=bf16, rngs=nnx.Rngs(0))
     settings = LoraConfig(r=r, lora_alpha=2.0 * r, target_modules="all-linear")
+    if offload_embedding:
+        embedding = model.model.embed_tokens.embedding
+        embedding.set_value(np.asarray(embedding.get_value()).view(HostArray))  # type: ignore[arg-type]
     return apply_lora(model, settings, rngs=nnx.Rngs(1))
 
 
 def draw_batch(vocabulary: int, accumulation: int, batch: int, seq: int) -> dict[str, Any]:
-    """Returns micro-batches of random tokens, all supervised."""
+    """Returns micro-batches of random tokens, all supervised, in the host's memory."""
     tokens = np.random.default_rng(0).integers(0, vocabulary, (accumulation, batch, seq + 1))
     positions = np.broadcast_to(np.arange(seq, dtype=np.int32), (accumulation, batch, seq))
     return {
-        "input_ids": jnp.asarray(tokens[..., :-1], jnp.int32),
-        "labels": jnp.asarray(tokens[..., 1:], jnp.int32),
-        "positions": jnp.asarray(positions),
+        "input_ids": tokens[..., :-1].astype(np.int32),
+        "labels": tokens[..., 1:].astype(np.int32),
+        "positions": positions,
     }
 
 
@@ -174,6 +178,7 @@ def main() -> None:
     parser.add_argument(
         "--options", nargs="*", default=["{}"], help="JSON: XLA's, one variant each"
     )
+    parser.add_argument("--offload-embedding", action="store_true", help="as in model's settings")
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--steps", type=int, default=4, help="per turn")
     parser.add_argument("--warmup", type=int, default=2, help="steps before the first turn")
@@ -188,8 +193,9 @@ def main() -> None:
         for kernels in parsed.kernels
         for options in parsed.options
     ]
-    model = build_model(parsed.model, parsed.r)
+    model = build_model(parsed.model, parsed.r, parsed.offload_embedding)
     batch = draw_batch(model.config.vocab_size, parsed.accumulation, parsed.batch, parsed.seq)
+    batch = place_batch(batch, make_mesh(), embedding_on_host(model))
     compiled: dict[str, Compiled] = {}
     with ThreadPoolExecutor(len(variants)) as pool:
         clones = [nnx.clone(model) for _ in variants]
@@ -220,6 +226,7 @@ def main() -> None:
             "accumulation": parsed.accumulation,
             "seq": parsed.seq,
             "policy": variant.policy,
+            "offload_embedding": parsed.offload_embedding,
             "kernels": variant.kernels,
             "options": dict(variant.options),
             "tokens_per_s": round(tokens / statistics.median(series), 1),

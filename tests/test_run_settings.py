@@ -198,7 +198,7 @@ def test_asking_for_evaluation_without_rows_is_refused(trainer_of):
         trainer_of(EvalConfig(strategy="epoch"), unsupervised)
 
 
-@pytest.mark.parametrize("where", ["lorax.run.build_model", "lorax.run.Trainer"])
+@pytest.mark.parametrize("where", ["lorax.run.adapt_base", "lorax.run.Trainer"])
 def test_memory_that_runs_out_before_the_first_step_is_explained_too(run, monkeypatch, where):
     def exhausted(*_, **__):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")

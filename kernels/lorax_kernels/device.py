@@ -12,6 +12,10 @@ HOPPERS = ("H100", "H200", "H800", "GH200", "H20")
 # an operand, which copies their weights side by side in every call.
 CUBLAS_ONLY = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
 
+# XLA 0.11.2 compiles and times several ways to run each of the hundreds of fusions of a step, and
+# finds none that makes the step faster.
+_NO_TRIALS = {"xla_gpu_experimental_enable_fusion_autotuner": False}
+
 _interpreted_cores: contextvars.ContextVar[int] = contextvars.ContextVar("cores", default=0)
 
 
@@ -53,6 +57,11 @@ def runs_kernels() -> bool:
     return device.platform == "gpu" and capability.split(".")[0] == "9"
 
 
+def load_runtime() -> None:
+    """Makes known what compiled kernels call; comes before a program with kernels is read."""
+    import jax.experimental.mosaic.gpu  # noqa: F401  (tells jaxlib where its library is)
+
+
 def xla_options() -> dict[str, bool | int] | None:
-    """Returns compiler options with which XLA's products are at their best, or None."""
-    return dict(CUBLAS_ONLY) if jax.default_backend() == "gpu" else None
+    """Returns compiler options with which XLA's part of a step is at its best, or None."""
+    return CUBLAS_ONLY | _NO_TRIALS if jax.default_backend() == "gpu" else None

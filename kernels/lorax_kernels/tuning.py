@@ -26,12 +26,14 @@ class Table:
 
     Attributes:
         path: The file.
+        alike: Other devices of the same chip, for which it stands until they have a table.
         matmul: Rows {"transposed", "epilogue", "m", "k", "n", "config"}: the fastest tiles.
         linear: Rows {"m", "k", "n", "r", "ours_us", "xla_us"}: whole operations, both ways, forward
             and backward.
     """
 
     path: Path
+    alike: tuple[str, ...]
     matmul: tuple[dict[str, Any], ...]
     linear: tuple[dict[str, Any], ...]
 
@@ -48,15 +50,18 @@ def load_table(path: Path) -> Table:
         matmul = tuple(fields["matmul"])
         for row in matmul:
             MatmulConfig(**row["config"])
-        return Table(path, matmul, tuple(fields["linear"]))
+        return Table(path, tuple(fields.get("alike", ())), matmul, tuple(fields["linear"]))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a table of tuned kernels: {error!r}") from None
 
 
 def find_table(device_kind: str) -> Table | None:
-    """Returns the table of a device, or None if none was measured there."""
+    """Returns the table of a device or of one alike, or None if none was measured there."""
     path = TUNED / f"{device_kind.lower().replace(' ', '_')}.json"
-    return load_table(path) if path.exists() else None
+    if path.exists():
+        return load_table(path)
+    tables = map(load_table, sorted(TUNED.glob("*.json")))
+    return next((table for table in tables if device_kind in table.alike), None)
 
 
 def _distance(row: dict[str, Any], sizes: dict[str, int]) -> float:

@@ -12,10 +12,12 @@ from lorax.data.encode import load_encoded_dataset
 from lorax.data.packing import pack_rows
 from lorax.data.prefetch import prefetch
 from lorax.data.preview import render_example
+from lorax.data.renderer import RENDERER
 from lorax.data.rows import DataError
 from lorax.data.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
+    "RENDERER",
     "Batch",
     "BatchPlan",
     "DataError",

@@ -62,6 +62,7 @@ class Renderer:
 
     def __init__(self):
         self._process: subprocess.Popen[str] | None = None
+        self._is_ready = False
         self._lock = threading.Lock()
         self._owner = 0
 
@@ -130,11 +131,17 @@ class Renderer:
                 writer.join()
         return answers
 
-    def _running(self) -> subprocess.Popen[str]:
+    def start(self) -> None:
+        """Starts the process without waiting for it, which takes a second."""
+        with self._lock:
+            self._started()
+
+    def _started(self) -> subprocess.Popen[str]:
         if self._process is not None and self._process.poll() is not None:
             self.close()
         if self._process is None or self._owner != os.getpid():  # a fork must not share it
-            process = subprocess.Popen(
+            self._is_ready = False
+            self._process = subprocess.Popen(
                 [sys.executable, "-P", str(_WORKER)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -142,7 +149,12 @@ class Renderer:
                 env={k: v for k, v in os.environ.items() if k in _KEPT}
                 | {"TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"},
             )
-            self._owner, self._process = os.getpid(), process
+            self._owner = os.getpid()
+        return self._process
+
+    def _running(self) -> subprocess.Popen[str]:
+        process = self._started()
+        if not self._is_ready:
             try:
                 assert process.stdout is not None
                 said = process.stdout.readline()
@@ -152,7 +164,8 @@ class Renderer:
             if said != "ready\n":
                 self.close()
                 raise RuntimeError(f"{_WORKER}, which renders chat templates, cannot be started")
-        return self._process
+            self._is_ready = True
+        return process
 
     def close(self) -> None:
         """Ends the process; the next rendering starts another."""

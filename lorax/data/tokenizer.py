@@ -3,14 +3,16 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import transformers
 from jaxtyping import Bool, Int32, Int64
 
 from lorax.data.rows import DataError
 from lorax.interop.files import refuse_stand_ins
+
+if TYPE_CHECKING:
+    import transformers
 
 type Tokenizer = transformers.PreTrainedTokenizerBase
 
@@ -35,6 +37,8 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> Tokenizer:
         raise ValueError(f"{name_or_path}: no such directory to load a tokenizer from")
     for path in sorted(Path(name_or_path).glob("*token*")) if local else ():
         refuse_stand_ins(path)
+    import transformers  # takes a second or more, and much of lorax does without
+
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             name_or_path, revision=revision, trust_remote_code=False, local_files_only=local

@@ -22,6 +22,7 @@ from lorax.interop.checkpoint import (
 )
 from lorax.interop.files import CheckpointError, TensorEntry, open_tensors, read_ahead
 from lorax.models import AttentionImplementation, CausalLM, DecoderConfig, GradientCheckpointing
+from lorax.sharding import HostArray
 
 type ParameterPath = tuple[Any, ...]
 type Value = jax.Array | Callable[[], jax.Array]
@@ -109,6 +110,7 @@ def load_model(
     param_dtype: DTypeLike | None = None,
     attn_impl: AttentionImplementation = "auto",
     gradient_checkpointing: GradientCheckpointing = "none",
+    offload_embedding: bool = False,
 ) -> CausalLM:
     """Loads a checkpoint, tensor by tensor, onto JAX's default device.
 
@@ -124,6 +126,8 @@ def load_model(
         param_dtype: Of the weights; None is `dtype`.
         attn_impl: See `lorax.models.attention.resolve_implementation`.
         gradient_checkpointing: See `CausalLM`.
+        offload_embedding: Leaves the input embedding in the host's memory, as a `HostArray`; not
+            where the output head is the same array.
 
     Raises:
         ValueError: Naming the file and the field or tensor, what was found and what was needed.
@@ -141,12 +145,19 @@ def load_model(
             rngs=nnx.Rngs(0),
         )
     )
+    if offload_embedding and config.tie_word_embeddings:
+        raise CheckpointError(
+            f"{directory / CONFIG_FILE} says tie_word_embeddings: true, so the embedding is the "
+            "output head too, which every step reads: offload_embedding must be false"
+        )
     entries = find_tensors(directory)
     table = tensor_table(config)
     _check_entries(directory, config, table, entries)
     graph, state = nnx.split(model)
     variables = dict(nnx.to_flat_state(state))
     for name, value in _load_values(table, entries, jnp.dtype(param_dtype)):
+        if offload_embedding and name == EMBEDDING:
+            value = np.asarray(value).view(HostArray)
         variables[table[name].path].set_value(value)
     return nnx.merge(graph, nnx.from_flat_state(variables))
 

@@ -270,6 +270,7 @@ class CausalLM(nnx.Module):
         positions: Int[Array, "b t"] | None = None,
         segment_ids: Int[Array, "b t"] | None = None,
         cache: KVCache | None = None,
+        inputs_embeds: Float[Array, "b t d"] | None = None,
     ):
         """Returns the states after the final norm, (b, t, d); with a cache, (states, new cache).
 
@@ -281,6 +282,8 @@ class CausalLM(nnx.Module):
                 every row is one document. If a row does not fit `document_layout` and cuDNN
                 runs, the row comes out as NaN.
             cache: From `init_cache`, or returned by an earlier call.
+            inputs_embeds: The embedding's rows for the tokens, in the device's or the host's
+                memory; the embedding itself is not read then.
 
         Raises:
             ValueError: If packed rows are given a cache, or a used cache no positions.
@@ -292,7 +295,11 @@ class CausalLM(nnx.Module):
                 raise ValueError("a used cache needs the positions of the new tokens")
             count = jnp.arange(input_ids.shape[1], dtype=jnp.int32)[None, :]
             positions = jnp.broadcast_to(count, input_ids.shape)
-        hidden = self.model.embed_tokens(input_ids)
+        if inputs_embeds is None:
+            hidden = self.model.embed_tokens(input_ids)
+        else:
+            on_device = jax.device_put(inputs_embeds, jax.memory.Space.Device)
+            hidden = on_device.astype(self.dtype)
         documents = None
         if segment_ids is not None:
             documents, hidden = self._find_documents(segment_ids, hidden)

@@ -1,0 +1,29 @@
+"""The base model's settings."""
+
+from typing import Literal
+
+from lorax.config_types import Section, Text
+
+
+class ModelConfig(Section):
+    """The base model.
+
+    Attributes:
+        name_or_path: A local directory in Hugging Face layout, or a hub id.
+        revision: Branch, tag or commit on the hub.
+        dtype: Of the base weights and of the computation.
+        attn_impl: `auto` takes cuDNN on an NVIDIA GPU and XLA elsewhere.
+        kernels: What computes the adapted layers: `pallas` the fused kernels (Hopper GPUs), `xla`
+            plain XLA, `auto` whichever was faster when measured on such a GPU at such sizes.
+        offload_embedding: Keeps the frozen input embedding in the host's memory and sends the rows
+            that a batch needs with it: 1 GiB less on the device for Llama-3.1-8B.
+        adapter: Folder of a PEFT adapter to train on; its own settings replace the lora section.
+    """
+
+    name_or_path: Text
+    revision: Text | None = None
+    adapter: Text | None = None
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    attn_impl: Literal["auto", "xla", "cudnn"] = "auto"
+    kernels: Literal["auto", "pallas", "xla"] = "auto"
+    offload_embedding: bool = False

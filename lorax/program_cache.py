@@ -1,0 +1,123 @@
+"""Compiled steps kept between runs, and found again without being traced.
+
+JAX keeps compiled programs by what they were compiled from, which a run must trace and lower before
+it can ask; for a model of eight billion parameters this takes many seconds of Python. Here a step
+is kept by everything that decides what it is traced to.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental.serialize_executable import deserialize_and_load, serialize
+
+import lorax_kernels
+from lorax.metrics import library_versions
+
+type Facts = Mapping[str, str]
+
+_MOST = 24
+"""Programs kept; the one that was used the longest time ago goes first."""
+
+_ENVIRONMENT = ("JAX_", "XLA_", "TF_", "NVIDIA_TF32")
+
+
+class ProgramCache:
+    """Compiled functions of ``(state, frozen, batch)`` in a folder.
+
+    Args:
+        folder: One that only the user can write to: to read a program is to run it.
+        tell: Is told what could not be read or kept, and why.
+    """
+
+    def __init__(self, folder: Path, tell: Callable[[str], object]):
+        self.folder, self._tell = folder, tell
+
+    def find(self, facts: Facts, arguments: tuple[Any, ...], results: Any) -> Any | None:
+        """Returns a compiled function, or None if there is none.
+
+        Args:
+            facts: What decides it besides its arguments, the code and the libraries.
+            arguments: What it takes, or their shapes, with shardings.
+            results: What it returns, or anything of that structure.
+        """
+        path = self._path(facts, arguments)
+        try:
+            stored = path.read_bytes()
+        except OSError:
+            return None
+        try:
+            digest, payload = stored[:32], stored[32:]
+            if hashlib.sha256(payload).digest() != digest:
+                raise ValueError("it is damaged")
+            lorax_kernels.load_runtime()
+            structures = jax.tree.structure((arguments, {})), jax.tree.structure(results)
+            devices = _devices(arguments)
+            program = deserialize_and_load(payload, *structures, execution_devices=devices)
+            os.utime(path)
+            return program
+        except Exception as error:  # whatever it is, the program can be compiled anew
+            self._tell(f"{path} cannot be used, the step is compiled anew: {error}")
+            return None
+
+    def keep(self, program: Any, facts: Facts, arguments: tuple[Any, ...], results: Any) -> None:
+        """Keeps a compiled function; see `find`."""
+        path = self._path(facts, arguments)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}")
+        try:
+            payload, *found = serialize(program)
+            expected = [jax.tree.structure((arguments, {})), jax.tree.structure(results)]
+            if found != expected:
+                raise ValueError("its arguments or results have another structure")
+            partial.write_bytes(hashlib.sha256(payload).digest() + payload)
+            partial.replace(path)
+            kept = sorted(self.folder.glob("step-*.program"), key=lambda p: p.stat().st_mtime)
+            for old in kept[:-_MOST]:
+                old.unlink(missing_ok=True)
+        except Exception as error:  # a full disk, say: the run has its program
+            partial.unlink(missing_ok=True)
+            self._tell(f"the compiled step is not kept in {self.folder}: {error}")
+
+    def _path(self, facts: Facts, arguments: tuple[Any, ...]) -> Path:
+        leaves = jax.tree_util.tree_leaves_with_path(arguments)
+        shapes = [
+            (jax.tree_util.keystr(path), x.shape, x.dtype.name, str(x.sharding))
+            for path, x in leaves
+        ]
+        text = json.dumps([facts, _surroundings(), shapes], sort_keys=True)
+        return self.folder / f"step-{hashlib.sha256(text.encode()).hexdigest()[:32]}.program"
+
+
+def _devices(arguments: Any) -> list[Any]:
+    """Returns the devices of the arguments' mesh, in its order."""
+    return list(jax.tree.leaves(arguments)[0].sharding.mesh.devices.flat)
+
+
+@cache
+def _surroundings() -> dict[str, Any]:
+    """Returns what decides a program besides its settings: code, libraries, environment, device."""
+    environment = {k: v for k, v in os.environ.items() if k.startswith(_ENVIRONMENT)}
+    options = {k: str(v) for k, v in jax.config.values.items() if "cache" not in k}
+    roots = Path(__file__).parent, Path(lorax_kernels.__file__).parent
+    return {
+        "code": _fingerprint(p for root in roots for p in root.rglob("*.py")),
+        "tables": _fingerprint(roots[1].rglob("*.json")),
+        "libraries": library_versions(),
+        "runtime": jax.devices()[0].client.platform_version,
+        "environment": environment,
+        "options": options,
+    }
+
+
+def _fingerprint(files: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        content = path.read_bytes()
+        digest.update(f"{path.name} {len(content)} ".encode() + content)
+    return digest.hexdigest()

@@ -1,0 +1,203 @@
+"""A compiled step that is kept is the one that would be compiled, or it is not used."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import lorax
+from lorax import program_cache
+from lorax.preparation import compile_ahead
+from lorax.program_cache import ProgramCache
+from lorax.run_inputs import load_inputs, model_shapes
+from lorax.step import TrainStep
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def prepared(tmp_path, monkeypatch):
+    """Returns a function: settings → (config, inputs, folder of the programs)."""
+    monkeypatch.chdir(ROOT)
+
+    def prepare(*overrides):
+        settings = ["train.max_steps=2", "eval.strategy=no", "eval.exact_match=false"]
+        settings += [f"save.output_dir={tmp_path}/run", *overrides]
+        config = lorax.load_config("configs/tiny_cpu.yaml", settings)
+        return config, load_inputs(config)
+
+    folder = tmp_path / "programs"
+    folder.mkdir()
+    return prepare, folder
+
+
+def compile_step(config, inputs, folder, said=None):
+    cache = ProgramCache(folder, (said if said is not None else []).append)
+    shapes = model_shapes(config, inputs.base)
+    data = inputs.train, inputs.eval
+    return compile_ahead(shapes, config, *data, programs=cache)
+
+
+def train(config, inputs, compiled, folder):
+    losses = []
+    trainer = lorax.Trainer(
+        lorax.build_model(config),
+        config.model_copy(update={"save": config.save.model_copy(update={"output_dir": folder})}),
+        inputs.train,
+        inputs.eval,
+        listeners=(lambda event: losses.append(event.get("loss")),),
+        compiled=compiled,
+    )
+    trainer.train()
+    return losses, jax.device_get(jax.tree.leaves(nnx.state(trainer.model, nnx.Param)))
+
+
+@pytest.mark.parametrize("overrides", [["lora.lora_dropout=0.1"], ["data.packing=false"]])
+def test_a_kept_step_trains_to_the_same_bits_untraced(prepared, tmp_path, monkeypatch, overrides):
+    prepare, folder = prepared
+    config, inputs = prepare(*overrides)
+    said = []
+    first = compile_step(config, inputs, folder, said)
+    losses, weights = train(config, inputs, first, f"{tmp_path}/first")
+    assert not any(step.found for step in first.result().values())
+
+    def refuse(*_):
+        raise AssertionError("traced again")
+
+    monkeypatch.setattr(TrainStep, "compile", refuse)
+    second = compile_step(config, inputs, folder, said)
+    assert all(step.found for step in second.result().values())
+    again, same = train(config, inputs, second, f"{tmp_path}/second")
+    assert again == losses and not said
+    for ours, theirs in zip(same, weights, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+class Recorder(ProgramCache):
+    """Notes where a step would be kept, and looks no further."""
+
+    def find(self, facts, arguments, results):
+        self._tell(self._path(facts, arguments))
+        raise InterruptedError
+
+
+def place_of(config, inputs, folder):
+    said = []
+    shapes = model_shapes(config, inputs.base)
+    ahead = compile_ahead(shapes, config, inputs.train, programs=Recorder(folder, said.append))
+    assert isinstance(ahead.exception(), InterruptedError)
+    return said[0]
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "train.learning_rate=1e-5",
+        "train.seed=7",
+        "train.max_steps=3",
+        "train.gradient_checkpointing=full",
+        "train.gradient_accumulation_steps=3",
+        "train.per_device_train_batch_size=3",
+        "train.skip_nonfinite_steps=1",
+        "train.weight_decay=0.5",
+        "lora.r=4",
+        "lora.lora_alpha=3",
+        "lora.lora_dropout=0.25",
+        "data.max_seq_length=150",
+        "data.packing=false",
+        "model.dtype=bfloat16",
+    ],
+)
+def test_another_setting_is_another_step(prepared, override):
+    prepare, folder = prepared
+    usual = place_of(*prepare(), folder)
+    assert place_of(*prepare(), folder) == usual
+    assert place_of(*prepare(override), folder) != usual
+
+
+@pytest.mark.parametrize("what", ["code", "tables", "libraries", "runtime", "environment"])
+def test_other_surroundings_are_another_step(prepared, monkeypatch, what):
+    prepare, folder = prepared
+    before = place_of(*prepare(), folder)
+    other = program_cache._surroundings() | {what: "other"}
+    monkeypatch.setattr(program_cache, "_surroundings", lambda: other)
+    assert place_of(*prepare(), folder) != before
+
+
+def test_the_code_of_both_packages_counts(tmp_path):
+    for name, text in (("a.py", "x = 1"), ("b.py", "y = 2")):
+        (tmp_path / name).write_text(text)
+    before = program_cache._fingerprint(tmp_path.glob("*.py"))
+    (tmp_path / "a.py").write_text("x = 2")
+    assert program_cache._fingerprint(tmp_path.glob("*.py")) != before
+    described = json.dumps(program_cache._surroundings())
+    assert jax.__version__ in described and "jax_default_matmul_precision" in described
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda b: b[:-1], lambda b: b[:40] + bytes([b[40] ^ 1]) + b[41:], lambda b: b""],
+    ids=["cut", "flipped", "empty"],
+)
+def test_a_damaged_program_is_told_and_compiled_anew(prepared, damage):
+    prepare, folder = prepared
+    compile_step(*prepare(), folder).result()
+    (path,) = folder.glob("*.program")
+    whole = path.read_bytes()
+    path.write_bytes(damage(whole))
+    said = []
+    found = compile_step(*prepare(), folder, said).result()
+    assert not any(step.found for step in found.values())
+    assert len(said) == 1 and str(path) in said[0] and "damaged" in said[0]
+    found = compile_step(*prepare(), folder, said).result()
+    assert all(step.found for step in found.values()) and len(said) == 1  # it is whole again
+
+
+def test_a_folder_that_takes_nothing_is_told(prepared):
+    prepare, folder = prepared
+    said = []
+    compile_step(*prepare(), folder / "absent", said).result()
+    assert len(said) == 1 and "not kept" in said[0] and "absent" in said[0]
+
+
+def test_the_programs_not_used_for_longest_go_first(prepared, monkeypatch):
+    monkeypatch.setattr(program_cache, "_MOST", 2)
+    prepare, folder = prepared
+    for age, name in enumerate(["step-a.program", "step-b.program"]):
+        (folder / name).write_bytes(b"x")
+        os.utime(folder / name, (1000 - age, 1000 - age))
+    compile_step(*prepare(), folder).result()
+    left = sorted(path.name for path in folder.iterdir())
+    assert len(left) == 2 and "step-a.program" in left
+
+
+PROGRAM = """
+import sys
+sys.path[:0] = [".", "kernels", "tests"]
+from pathlib import Path
+import lorax
+from test_program_cache import compile_step
+from lorax.run_inputs import load_inputs
+config = lorax.load_config("configs/tiny_cpu.yaml", ["train.max_steps=2", "eval.strategy=no"])
+said = []
+(step,) = compile_step(config, load_inputs(config), Path(sys.argv[1]), said).result().values()
+print(step.found, said)
+"""
+
+
+def test_another_process_finds_it(tmp_path):
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path)]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    said = [
+        subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+        ).stdout.split()
+        for _ in range(2)
+    ]
+    assert said == [["False", "[]"], ["True", "[]"]]
