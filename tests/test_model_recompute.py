@@ -12,7 +12,7 @@ from lorax.config import LoraConfig
 from lorax.lora import apply_lora, split_trainable
 from lorax.loss import causal_lm_loss
 from lorax.models import CausalLM, DecoderConfig
-from lorax.models.offload import run_offloaded
+from lorax.models.offload import run_in_order
 
 LAYERS, WIDTH, INNER, ROWS, LENGTH = 2, 64, 192, 2, 24
 CONFIG = DecoderConfig.from_hf(
@@ -116,4 +116,4 @@ def test_a_layer_that_does_not_keep_its_input_cannot_be_offloaded():
     run = lambda layer, x, context: 2 * x
     x = jnp.ones((1, 2, 4))
     with pytest.raises(ValueError, match="does not keep its input"):
-        jax.grad(lambda x: run_offloaded(run, layers, x, None).sum())(x)
+        jax.grad(lambda x: run_in_order(run, layers, x, None, offload=True).sum())(x)

@@ -31,7 +31,7 @@ from lorax.models.linear import (
     apply_together,
     make_linear,
 )
-from lorax.models.offload import run_offloaded
+from lorax.models.offload import run_in_order
 from lorax.models.recompute import GradientCheckpointing, check_policy, checkpointed, kept
 from lorax.models.rope import rotary_tables, rotate
 
@@ -309,8 +309,10 @@ class CausalLM(nnx.Module):
         if cache is not None:
             return self._run_with_cache(hidden, context, cache)
         run = checkpointed(_run_layer, policy)
-        if policy == "offload":
-            hidden = run_offloaded(run, list(self.model.layers), hidden, context)
+        copies = policy == "offload", inputs_embeds is not None
+        if any(copies):
+            layers = list(self.model.layers)
+            hidden = run_in_order(run, layers, hidden, context, offload=copies[0])
         else:
             for layer in self.model.layers:
                 hidden = run(layer, hidden, context)
