@@ -128,6 +128,12 @@ def report_plan(console: Console, config: RunConfig, planner: Planner) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    if spared := planner.spared_by_host / GIB:
+        console.print(
+            f"model.offload_embedding: true would take {spared:,.2f} GiB less on the device",
+            style="dim",
+            highlight=False,
+        )
     if gib := config.train.memory_gib:
         policy = planner.fastest(rows, length, gib)
         fits = planner.memory(policy, rows, length).peak <= gib * GIB

@@ -17,7 +17,7 @@ from lorax.config import RunConfig
 from lorax.kernel_choice import family_of
 from lorax.lora import lora_layers, split_trainable
 from lorax.loss import logit_chunks
-from lorax.models import DecoderConfig, GradientCheckpointing
+from lorax.models import CausalLM, DecoderConfig, GradientCheckpointing
 from lorax.optimizer import make_optimizer
 from lorax.sharding import HostArray, embedding_on_host
 from lorax_kernels import padded_rank
@@ -36,7 +36,7 @@ REPEATABLE_ATTENTION = 1.25  # times the time, where the backward pass adds up i
 STREAM_BYTES = 3.3e12
 COPY_BYTES = 55e9  # each way between device and host
 COPY_SECONDS = 15e-6  # of a copy, not hidden behind anything
-LAUNCH_SECONDS = 2.4e-6  # of a kernel too small to take longer
+LAUNCH_SECONDS = 2.6e-6  # of a kernel too small to take longer
 LAUNCHES = 88  # of one layer, forward and backward
 SKINNY_PASSES = 2.2  # reads of an adapted layer's input and output, for x·A, g, dA and dB
 
@@ -74,12 +74,18 @@ class Planner:
         config: The run's settings.
         architecture: Of the base model.
         model: The model that trains, or its shapes.
+
+    Attributes:
+        spared_by_host: Bytes that `model.offload_embedding` would spare on the device.
     """
 
-    def __init__(self, config: RunConfig, architecture: DecoderConfig, model: nnx.Module):
+    def __init__(self, config: RunConfig, architecture: DecoderConfig, model: CausalLM):
         self.config, self.architecture = config, architecture
         _, trainable, frozen = split_trainable(model)
-        self.embedding_on_host = embedding_on_host(model) is not None
+        table = model.model.embed_tokens.embedding
+        can_leave = not architecture.tie_word_embeddings and not isinstance(table, nnx.Param)
+        is_here = can_leave and embedding_on_host(model) is None
+        self.spared_by_host = _bytes(table) if is_here else 0.0
         self.weights, self.trained = _bytes(frozen), _bytes(trainable)
         self.trained_elements = sum(math.prod(x.shape) for x in jax.tree.leaves(trainable))
         init = make_optimizer(config.train, 1_000_000).init

@@ -270,6 +270,8 @@ def explain_memory(config: RunConfig, policy: GradientCheckpointing, error: Exce
         peak = planner.memory(other, rows, length).peak
         if peak < now:
             moves.append(f"train.gradient_checkpointing: {other} (about {peak / GIB:.1f} GiB)")
+    if spared := planner.spared_by_host:
+        moves.append(f"model.offload_embedding: true ({spared / GIB:.1f} GiB less)")
     smallest = min(POLICIES, key=lambda policy: planner.memory(policy, 1, length).peak)
     if (most := planner.largest_batch(smallest, length, gib)) and most < rows:
         moves.append(f"train.per_device_train_batch_size: {most} with `{smallest}`")

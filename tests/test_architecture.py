@@ -227,3 +227,19 @@ def test_a_start_imports_nothing_slow_that_it_may_not_need():
     loaded = set(done.stdout.split())
     assert "lorax.run" in loaded
     assert not loaded & {"datasets", "pandas", "pyarrow", "matplotlib", "torch", "orbax"}
+
+
+def test_a_command_does_without_torch():
+    # transformers would import it where it is installed, which takes seconds.
+    code = """
+import sys, lorax.cli
+try:
+    lorax.cli.run(["validate", "configs/tiny_cpu.yaml"])
+finally:
+    print(sys.modules["torch"], "transformers" in sys.modules)
+"""
+    environment = os.environ | {"PYTHONPATH": "kernels", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "None True"

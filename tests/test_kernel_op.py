@@ -510,6 +510,18 @@ def test_every_rank_has_tiles_on_the_h200(ranks, rate, monkeypatch):
     assert shapes[0].shape == x.shape
 
 
+def test_a_table_stands_for_devices_alike_that_have_none(table, monkeypatch, tmp_path):
+    row = {"m": 8192, "k": 4096, "n": 4096, "r": 16, "ours_us": 9.0, "xla_us": 10.0}
+    table({"alike": ["NVIDIA H299"], "matmul": [], "linear": [row]})
+    monkeypatch.setattr(tuning, "device_kind", lambda: "NVIDIA H299")
+    assert tuning.is_faster(8192, 4096, 4096, 16)
+    slower = {"matmul": [], "linear": [row | {"ours_us": 11.0}]}  # its own goes first
+    (tmp_path / "nvidia_h299.json").write_text(json.dumps(slower))
+    assert not tuning.is_faster(8192, 4096, 4096, 16)
+    monkeypatch.setattr(tuning, "device_kind", lambda: "NVIDIA H298")
+    assert not tuning.is_faster(8192, 4096, 4096, 16)
+
+
 def test_without_a_table_the_defaults_stand(table):
     assert tuning.matmul_config(8192, 4096, 4096, transposed=False) == MatmulConfig()
     assert not tuning.is_faster(8192, 4096, 4096, 16)
