@@ -15,7 +15,7 @@ from lorax.beside import works_beside
 from lorax.card import write_card
 from lorax.checkpoint import SaveError
 from lorax.config import RunConfig, load_config
-from lorax.data import encode_prompt, load_tokenizer
+from lorax.data import WITHOUT_TORCH, encode_prompt, load_tokenizer
 from lorax.export import export_model
 from lorax.generate import generate, stop_token_ids
 from lorax.interop.checkpoint import read_config, resolve_checkpoint
@@ -49,8 +49,7 @@ WIDTH_IN_LOGS = 100
 
 def run(arguments: Sequence[str] | None = None) -> None:
     """Runs one command and ends the process with its exit status; see `main`."""
-    # transformers would import torch where it is installed, for seconds; no command needs it.
-    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
+    WITHOUT_TORCH.set()
     sys.stdout, sys.stderr = Outlet(sys.stdout), Outlet(sys.stderr)
     try:
         status = main(arguments)

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import jax
 
+_JAX_SECONDS = 1.0
+"""A program that takes less to compile JAX does not keep, unless it is told to."""
+
 
 def default_directory() -> Path:
     """Returns the folder of the user's compiled programs, ``$XDG_CACHE_HOME/lorax/xla``."""
@@ -29,20 +32,28 @@ def use_compilation_cache(directory: str | Path | None = None) -> tuple[Path | N
     if configured := jax.config.jax_compilation_cache_dir:
         return Path(configured), f"compiled programs are kept in {configured}, as JAX was told"
     path = default_directory() if directory is None else Path(directory)
-    try:
-        for folder in (path.parent, path):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if problem := distrust(folder):
-                return None, f"compiled programs are not kept: {problem}"
-    except OSError as error:
-        return None, f"compiled programs are not kept: {path}: {error.strerror}"
+    if problem := make_private(path):
+        return None, f"compiled programs are not kept: {problem}"
     jax.config.update("jax_compilation_cache_dir", str(path))
-    # A start compiles dozens of small programs, each under JAX's second, but not together.
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    if jax.config.jax_persistent_cache_min_compile_time_secs == _JAX_SECONDS:
+        # A start compiles dozens of small programs, which take seconds together.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     return path, f"compiled programs are kept in {path}"
 
 
-def distrust(path: Path) -> str | None:
+def make_private(path: Path) -> str | None:
+    """Makes a folder that only the user can write to; returns why nothing there may be trusted."""
+    try:
+        for folder in (path.parent, path):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if problem := _distrust(folder):
+                return problem
+    except OSError as error:
+        return f"{path}: {error.strerror}"
+    return None
+
+
+def _distrust(path: Path) -> str | None:
     """Returns why nothing in `path` may be trusted, or None."""
     status = path.stat()
     if hasattr(os, "getuid") and status.st_uid != os.getuid():

@@ -14,7 +14,8 @@ class ModelConfig(Section):
         dtype: Of the base weights and of the computation.
         attn_impl: `auto` takes cuDNN on an NVIDIA GPU and XLA elsewhere.
         kernels: What computes the adapted layers: `pallas` the fused kernels (Hopper GPUs), `xla`
-            plain XLA, `auto` whichever was faster when measured on such a GPU at such sizes.
+            plain XLA, `auto` whichever was faster when measured on such a GPU (H200s stand for
+            H100s) at such sizes.
         offload_embedding: Keeps the frozen input embedding in the host's memory and sends the rows
             that a batch needs with it: 1 GiB less on the device for Llama-3.1-8B.
         adapter: Folder of a PEFT adapter to train on; its own settings replace the lora section.

@@ -5,7 +5,9 @@ it can ask; for a model of eight billion parameters this takes many seconds of P
 is kept by everything that decides what it is traced to.
 """
 
+import contextlib
 import hashlib
+import importlib.metadata
 import json
 import os
 import time
@@ -18,6 +20,7 @@ import jax
 from jax.experimental.serialize_executable import deserialize_and_load, serialize
 
 import lorax_kernels
+from lorax.compilation_cache import default_directory, make_private
 from lorax.metrics import library_versions
 
 type Facts = Mapping[str, str]
@@ -25,7 +28,17 @@ type Facts = Mapping[str, str]
 _MOST = 24
 """Programs kept; the one that was used the longest time ago goes first."""
 
+_LIBRARIES = ("jax", "nvidia", "flax", "optax", "numpy", "ml_dtypes")
 _ENVIRONMENT = ("JAX_", "XLA_", "TF_", "NVIDIA_TF32")
+
+
+def open_program_cache(tell: Callable[[str], object]) -> "ProgramCache | None":
+    """Returns the user's own cache, or None, having told why it cannot be trusted."""
+    folder = default_directory().with_name("steps")
+    if problem := make_private(folder):
+        tell(f"compiled steps are not kept: {problem}")
+        return None
+    return ProgramCache(folder, tell)
 
 
 class ProgramCache:
@@ -77,12 +90,19 @@ class ProgramCache:
                 raise ValueError("its arguments or results have another structure")
             partial.write_bytes(hashlib.sha256(payload).digest() + payload)
             partial.replace(path)
-            kept = sorted(self.folder.glob("step-*.program"), key=lambda p: p.stat().st_mtime)
-            for old in kept[:-_MOST]:
-                old.unlink(missing_ok=True)
         except Exception as error:  # a full disk, say: the run has its program
             partial.unlink(missing_ok=True)
             self._tell(f"the compiled step is not kept in {self.folder}: {error}")
+        self._tidy()
+
+    def _tidy(self) -> None:
+        """Removes what was not used for longest, and what ended processes left half-written."""
+        with contextlib.suppress(OSError):  # another process tidies too
+            kept = sorted(self.folder.glob("step-*.program"), key=lambda p: p.stat().st_mtime)
+            partial = self.folder.glob(".step-*")
+            hour_ago = time.time() - 3600
+            for old in (*kept[:-_MOST], *(p for p in partial if p.stat().st_mtime < hour_ago)):
+                old.unlink(missing_ok=True)
 
     def _path(self, facts: Facts, arguments: tuple[Any, ...]) -> Path:
         leaves = jax.tree_util.tree_leaves_with_path(arguments)
@@ -99,20 +119,25 @@ def _devices(arguments: Any) -> list[Any]:
     return list(jax.tree.leaves(arguments)[0].sharding.mesh.devices.flat)
 
 
-@cache
 def _surroundings() -> dict[str, Any]:
     """Returns what decides a program besides its settings: code, libraries, environment, device."""
     environment = {k: v for k, v in os.environ.items() if k.startswith(_ENVIRONMENT)}
     options = {k: str(v) for k, v in jax.config.values.items() if "cache" not in k}
-    roots = Path(__file__).parent, Path(lorax_kernels.__file__).parent
+    installed = [(d.name, d.version) for d in importlib.metadata.distributions()]
     return {
-        "code": _fingerprint(p for root in roots for p in root.rglob("*.py")),
-        "tables": _fingerprint(roots[1].rglob("*.json")),
-        "libraries": library_versions(),
+        "code": _code(),
+        "libraries": sorted(d for d in installed if d[0].lower().startswith(_LIBRARIES)),
+        "versions": library_versions(),
         "runtime": jax.devices()[0].client.platform_version,
         "environment": environment,
         "options": options,
     }
+
+
+@cache
+def _code() -> str:
+    roots = Path(__file__).parent, Path(lorax_kernels.__file__).parent
+    return _fingerprint(p for r in roots for p in r.rglob("*") if p.suffix in (".py", ".json"))
 
 
 def _fingerprint(files: Iterable[Path]) -> str:

@@ -155,7 +155,7 @@ def refuse_other_run(saved: Mapping[str, Any], now: Mapping[str, Any], where: st
     differing = [
         f"{key} was {_show(before, key)} and is {_show(after, key)}"
         for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key)
+        if before.get(key) != after.get(key) and not (key not in before and _is_default(key, after))
     ]
     others = sorted((saved.keys() | now.keys()) - {"settings"})
     for name in others:
@@ -169,6 +169,13 @@ def refuse_other_run(saved: Mapping[str, Any], now: Mapping[str, Any], where: st
             "or start anew in another save.output_dir (model.adapter: a folder of adapters, such "
             f"as one of {where}/weights, begins with its weights)"
         )
+
+
+def _is_default(key: str, settings: Mapping[str, Any]) -> bool:
+    """Says whether a setting that an older version did not have stands as if it had none."""
+    section, _, name = key.partition(".")
+    fields = getattr(RunConfig.model_fields[section].annotation, "model_fields", {})
+    return key in settings and name in fields and fields[name].default == settings[key]
 
 
 def _show(settings: Mapping[str, Any], key: str) -> str:

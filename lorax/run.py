@@ -17,7 +17,7 @@ from rich.console import Console
 from lorax.beside import start_beside
 from lorax.card import write_card
 from lorax.checkpoint import CHECKPOINT_FOLDER, MARKER_FILE, CheckpointStore, SaveError
-from lorax.compilation_cache import distrust, use_compilation_cache
+from lorax.compilation_cache import use_compilation_cache
 from lorax.config import RunConfig, dump_config
 from lorax.evaluate import answer_rows, exact_match, last_answer
 from lorax.export import export_model
@@ -29,7 +29,7 @@ from lorax.models import GradientCheckpointing
 from lorax.overview import report_data, report_model, shows_text
 from lorax.phases import Phases
 from lorax.preparation import compile_ahead
-from lorax.program_cache import ProgramCache
+from lorax.program_cache import open_program_cache
 from lorax.recorder import Recorder
 from lorax.report import (
     RunSummary,
@@ -115,15 +115,15 @@ def _run(config: RunConfig, console: Console, phases: Phases, resume: Resume) ->
     print_config(console, config)
     programs = None
     if jax.default_backend() == "gpu":
-        folder, kept = use_compilation_cache()
-        console.print(kept, highlight=False, soft_wrap=True)
-        if folder is not None and folder.is_dir() and not distrust(folder):
-            tell = lambda text: console.print(text, highlight=False, soft_wrap=True)
-            programs = ProgramCache(folder, tell)
-    # What can be refused at little cost has been by now; the weights need nothing of the rest.
-    base = start_beside("weights", lambda: load_base(config))
+        tell = lambda text: console.print(text, highlight=False, soft_wrap=True)
+        tell(use_compilation_cache()[1])
+        programs = open_program_cache(tell)
+    model = config.model
+    shapes = check_targets(
+        config, resolve_checkpoint(model.name_or_path, model.revision, weights=False)
+    )
+    base = start_beside("weights", lambda: load_base(config))  # which need nothing of the data
     inputs = load_inputs(config)
-    shapes = check_targets(config, inputs.base)
     check_plan(config, inputs)
     console.rule("Data")
     rows = 1 if shows_text(console) else 0
@@ -264,7 +264,7 @@ def refuse_changed_settings(config: RunConfig) -> None:
 def refuse_changes(
     config: RunConfig, inputs: Inputs, policy: GradientCheckpointing, files: Mapping[str, str]
 ) -> None:
-    """Refuses to resume another run, before its weights are read; the trainer looks again."""
+    """Refuses to resume another run, before its steps are compiled; the trainer looks again."""
     output = Path(config.save.output_dir)
     record = CheckpointStore(output / CHECKPOINT_FOLDER).newest_record()
     if record is None:

@@ -79,6 +79,7 @@ def load_inputs(config: RunConfig) -> Inputs:
     )
     train = encode(config.data.train)
     held_out = encode(config.data.eval) if config.data.eval else None
+    RENDERER.close_unused()
     return Inputs(base, tokenizer, train, held_out, _own_template(config))
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 DATA_AXIS = "data"
@@ -47,16 +48,30 @@ class HostArray(np.ndarray):
 
 def embedding_on_host(model: Any) -> HostArray | None:
     """Returns the input embedding of a model, if it stays in the host's memory."""
-    embed = getattr(getattr(model, "model", None), "embed_tokens", None)
-    value = None if embed is None else embed.embedding.get_value()
+    variable = _embedding(model)
+    value = None if variable is None else variable.get_value()
     return value if isinstance(value, HostArray) else None
+
+
+def _embedding(model: Any) -> nnx.Variable | None:
+    embed = getattr(getattr(model, "model", None), "embed_tokens", None)
+    return getattr(embed, "embedding", None)
 
 
 def batch_placer(
     model: Any, mesh: Mesh
 ) -> Callable[[Mapping[str, np.ndarray]], dict[str, jax.Array]]:
-    """Returns what puts batches for a model onto the mesh; see `place_batch`."""
+    """Returns what puts batches for a model onto the mesh; see `place_batch`.
+
+    Raises:
+        ValueError: If an embedding in the host's memory would train, whose rows go out of date.
+    """
     embedding = embedding_on_host(model)
+    if embedding is not None and isinstance(_embedding(model), nnx.Param):
+        raise ValueError(
+            "the input embedding trains, so it must be on the device: load the model without "
+            "offload_embedding (model.offload_embedding: false), or leave it out of what trains"
+        )
     return lambda batch: place_batch(batch, mesh, embedding)
 
 

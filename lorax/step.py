@@ -121,7 +121,9 @@ def make_train_step(
         raise ValueError("the model has no nnx.Param: nothing would train. apply_lora it first")
     # The state is donated to the step, so each leaf must be an array of its own.
     begin = lambda trainable: jax.tree.map(jnp.copy, (trainable, optimizer.init(trainable)))
-    trainable, opt_state = jax.jit(begin)(trainable)
+    if mesh is not None:  # else each array stays where it is, which a compiled function may change
+        begin = jax.jit(begin)
+    trainable, opt_state = begin(trainable)
     state = TrainState(jnp.zeros((), jnp.int32), trainable, opt_state, jnp.zeros((), bool))
     if mesh is not None:
         state, frozen = place_parameters(state, mesh), place_parameters(frozen, mesh)

@@ -73,6 +73,7 @@ def train(config, ahead=False):
         (["data.packing=false", "train.gradient_accumulation_steps=1"], True),
         (["train.gradient_checkpointing=offload"], False),
         (["model.dtype=bfloat16"], False),
+        (["mesh.data=2"], True),
     ],
 )
 def test_a_run_with_it_is_the_run_without_it_bit_for_bit(settings, tmp_path, overrides, ahead):
@@ -164,6 +165,21 @@ def test_an_embedding_that_is_read_or_trained_is_refused(settings, tmp_path, ove
     inputs = load_inputs(config)
     with pytest.raises(ValueError, match=rf"model\.offload_embedding must be false .*{message}"):
         check_targets(config, inputs.base)
+
+
+@pytest.mark.parametrize(
+    "overrides", [["lora.modules_to_save=[embed_tokens]"], ["train.method=full"]]
+)
+def test_a_trainer_refuses_one_that_would_train(settings, untied, tmp_path, overrides):
+    given = [*overrides, f"save.output_dir={tmp_path}/run"]
+    if "full" in overrides[0]:
+        given += ["lora=null", "save.export=[merged]"]
+    config = settings(*given, offload=False)
+    model = load_model(untied, dtype=jnp.float32, offload_embedding=True)
+    if config.train.method == "lora":
+        model = lorax.apply_lora(model, config.lora, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="the input embedding trains, so it must be on the device"):
+        lorax.Trainer(model, config, load_inputs(config).train)
 
 
 def test_a_full_fine_tune_refuses_it_with_the_key(settings):

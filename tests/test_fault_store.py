@@ -227,6 +227,13 @@ def test_another_run_is_refused_with_all_that_differs():
     # Of an older version, which took for fixed what may differ now.
     older = saved | {"settings": saved["settings"] | {"train.skip_nonfinite_steps": 0}}
     refuse_other_run(older, saved, "outputs/run")
+    # Or one without a setting: it ran as that setting's default says.
+    newer = lambda value: (
+        saved | {"settings": {**saved["settings"], "model.offload_embedding": value}}
+    )
+    refuse_other_run(saved, newer(False), "outputs/run")
+    with pytest.raises(ValueError, match=r"model\.offload_embedding was not there and is true"):
+        refuse_other_run(saved, newer(True), "outputs/run")
 
 
 def test_progress_survives_json():

@@ -445,6 +445,7 @@ def table(tmp_path, monkeypatch):
         "[]",
         '{"matmul": []}',
         '{"matmul": [{"m": 1}], "linear": []}',
+        '{"alike": "NVIDIA H100", "matmul": [], "linear": []}',
         '{"matmul": [{"config": {"block_q": 1}}], "linear": []}',
     ],
 )

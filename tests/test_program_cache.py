@@ -1,10 +1,14 @@
 """A compiled step that is kept is the one that would be compiled, or it is not used."""
 
+import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -12,9 +16,11 @@ import pytest
 from flax import nnx
 
 import lorax
-from lorax import program_cache
+from lorax import preparation, program_cache
+from lorax.data import EncodedDataset
+from lorax.models import DocumentLayout
 from lorax.preparation import compile_ahead
-from lorax.program_cache import ProgramCache
+from lorax.program_cache import ProgramCache, open_program_cache
 from lorax.run_inputs import load_inputs, model_shapes
 from lorax.step import TrainStep
 
@@ -87,9 +93,10 @@ class Recorder(ProgramCache):
         raise InterruptedError
 
 
-def place_of(config, inputs, folder):
+def place_of(config, inputs, folder, policy="none"):
     said = []
     shapes = model_shapes(config, inputs.base)
+    shapes.gradient_checkpointing = policy
     ahead = compile_ahead(shapes, config, inputs.train, programs=Recorder(folder, said.append))
     assert isinstance(ahead.exception(), InterruptedError)
     return said[0]
@@ -121,13 +128,75 @@ def test_another_setting_is_another_step(prepared, override):
     assert place_of(*prepare(override), folder) != usual
 
 
-@pytest.mark.parametrize("what", ["code", "tables", "libraries", "runtime", "environment"])
+def test_what_the_settings_do_not_say_counts_too(prepared, monkeypatch):
+    prepare, folder = prepared
+    config, inputs = prepare("train.max_steps=-1")
+    usual = place_of(config, inputs, folder)
+    assert place_of(config, inputs, folder, policy="full") != usual  # as `auto` picks it
+    rows = [inputs.train.row(i) for i in range(200)]  # fewer steps, so another schedule
+    fewer = dataclasses.replace(inputs, train=EncodedDataset.from_rows(rows))
+    monkeypatch.setattr(preparation, "_common_layout", lambda _: DocumentLayout(256, 64))
+    same_layout = place_of(config, inputs, folder)
+    assert same_layout != usual
+    assert place_of(config, fewer, folder) != same_layout
+
+
+def test_another_model_or_adapter_in_the_same_folder_is_another_step(prepared, tmp_path):
+    prepare, folder = prepared
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    shutil.copytree("examples/tiny/model", base)
+    config, inputs = prepare(f"model.name_or_path={base}")
+    before = place_of(config, inputs, folder)
+    lorax.save_adapter(lorax.build_model(config), adapter, base_model_name_or_path=str(base))
+    raw = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(raw | {"rms_norm_eps": 0.01}))
+    assert place_of(config, inputs, folder) != before
+    config, inputs = prepare(f"model.name_or_path={base}", f"model.adapter={adapter}", "lora=null")
+    before = place_of(config, inputs, folder)
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_alpha": 77}))
+    assert place_of(config, inputs, folder) != before
+
+
+@pytest.mark.parametrize("what", ["code", "libraries", "versions", "runtime", "environment"])
 def test_other_surroundings_are_another_step(prepared, monkeypatch, what):
     prepare, folder = prepared
-    before = place_of(*prepare(), folder)
-    other = program_cache._surroundings() | {what: "other"}
-    monkeypatch.setattr(program_cache, "_surroundings", lambda: other)
+    before, usual = place_of(*prepare(), folder), program_cache._surroundings()
+    assert what in usual
+    monkeypatch.setattr(program_cache, "_surroundings", lambda: usual | {what: "other"})
     assert place_of(*prepare(), folder) != before
+
+
+def test_surroundings_are_those_of_the_moment(monkeypatch):
+    usual = program_cache._surroundings()
+    assert program_cache._surroundings() == usual
+    with monkeypatch.context() as patch:
+        patch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", "") + " --xla_cpu_enable_fast_math")
+        assert program_cache._surroundings() != usual
+    with monkeypatch.context() as patch:
+        newer = [SimpleNamespace(name="nvidia-cudnn-cu13", version="99")]
+        patch.setattr("importlib.metadata.distributions", lambda: newer)
+        assert program_cache._surroundings() != usual
+    precision = jax.config.jax_default_matmul_precision
+    try:
+        jax.config.update("jax_default_matmul_precision", "tensorfloat32")
+        assert program_cache._surroundings() != usual
+    finally:
+        jax.config.update("jax_default_matmul_precision", precision)
+    devices = [SimpleNamespace(client=SimpleNamespace(platform_version="cuda 99"), device_kind="x")]
+    monkeypatch.setattr(program_cache.jax, "devices", lambda: devices)
+    assert program_cache._surroundings()["runtime"] == "cuda 99"
+
+
+def test_the_cache_is_the_users_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    said = []
+    cache = open_program_cache(said.append)
+    assert cache is not None and cache.folder == tmp_path / "lorax" / "steps" and not said
+    assert cache.folder.stat().st_mode & 0o777 == 0o700
+    cache.folder.chmod(0o777)
+    assert open_program_cache(said.append) is None
+    assert "compiled steps are not kept: others can write to" in said[0]
 
 
 def test_the_code_of_both_packages_counts(tmp_path):
@@ -172,9 +241,12 @@ def test_the_programs_not_used_for_longest_go_first(prepared, monkeypatch):
     for age, name in enumerate(["step-a.program", "step-b.program"]):
         (folder / name).write_bytes(b"x")
         os.utime(folder / name, (1000 - age, 1000 - age))
+    for age, name in ((9000, ".step-old.program.1.1"), (0, ".step-new.program.1.1")):
+        (folder / name).write_bytes(b"x")
+        os.utime(folder / name, (time.time() - age, time.time() - age))
     compile_step(*prepare(), folder).result()
     left = sorted(path.name for path in folder.iterdir())
-    assert len(left) == 2 and "step-a.program" in left
+    assert len(left) == 3 and left[0] == ".step-new.program.1.1" and "step-a.program" in left
 
 
 PROGRAM = """

@@ -50,7 +50,10 @@ def load_table(path: Path) -> Table:
         matmul = tuple(fields["matmul"])
         for row in matmul:
             MatmulConfig(**row["config"])
-        return Table(path, tuple(fields.get("alike", ())), matmul, tuple(fields["linear"]))
+        alike = fields.get("alike", [])
+        if not isinstance(alike, list):
+            raise TypeError(f'"alike" must be a list of devices, got {alike!r}')
+        return Table(path, tuple(alike), matmul, tuple(fields["linear"]))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a table of tuned kernels: {error!r}") from None
 

@@ -14,10 +14,11 @@ from lorax.data.prefetch import prefetch
 from lorax.data.preview import render_example
 from lorax.data.renderer import RENDERER
 from lorax.data.rows import DataError
-from lorax.data.tokenizer import Tokenizer, load_tokenizer
+from lorax.data.tokenizer import WITHOUT_TORCH, Tokenizer, load_tokenizer
 
 __all__ = [
     "RENDERER",
+    "WITHOUT_TORCH",
     "Batch",
     "BatchPlan",
     "DataError",

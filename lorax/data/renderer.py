@@ -167,6 +167,12 @@ class Renderer:
             self._is_ready = True
         return process
 
+    def close_unused(self) -> None:
+        """Ends the process if it was started and nothing has been rendered."""
+        with self._lock:
+            if not self._is_ready:
+                self.close()
+
     def close(self) -> None:
         """Ends the process; the next rendering starts another."""
         process, self._process = self._process, None

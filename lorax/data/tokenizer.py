@@ -1,9 +1,11 @@
 """Tokenizers: how one is loaded, and what one says about a text."""
 
 import dataclasses
+import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from jaxtyping import Bool, Int32, Int64
@@ -15,6 +17,9 @@ if TYPE_CHECKING:
     import transformers
 
 type Tokenizer = transformers.PreTrainedTokenizerBase
+
+WITHOUT_TORCH = threading.Event()
+"""Set where no one needs torch in this process: transformers imports it if it can, for seconds."""
 
 
 def load_tokenizer(name_or_path: str, revision: str | None = None) -> Tokenizer:
@@ -37,8 +42,7 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> Tokenizer:
         raise ValueError(f"{name_or_path}: no such directory to load a tokenizer from")
     for path in sorted(Path(name_or_path).glob("*token*")) if local else ():
         refuse_stand_ins(path)
-    import transformers  # takes a second or more, and much of lorax does without
-
+    transformers = _import_transformers()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             name_or_path, revision=revision, trust_remote_code=False, local_files_only=local
@@ -54,6 +58,21 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> Tokenizer:
         ) from error
     check_fast(tokenizer)
     return tokenizer
+
+
+def _import_transformers() -> Any:
+    """Imports transformers, which takes a second or more, and torch with it if it may."""
+    hides = WITHOUT_TORCH.is_set() and "torch" not in sys.modules
+    if hides:
+        sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        import transformers
+
+        transformers.utils.is_torch_available()  # which it remembers
+        return transformers
+    finally:
+        if hides:
+            del sys.modules["torch"]
 
 
 def check_fast(tokenizer: Tokenizer) -> None:

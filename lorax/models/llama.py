@@ -256,7 +256,7 @@ class CausalLM(nnx.Module):
 
     @overload
     def hidden_states(
-        self, input_ids, positions=None, segment_ids=None, cache: None = None
+        self, input_ids, positions=None, segment_ids=None, cache: None = None, inputs_embeds=None
     ) -> Float[Array, "b t d"]: ...
 
     @overload
@@ -309,10 +309,10 @@ class CausalLM(nnx.Module):
         if cache is not None:
             return self._run_with_cache(hidden, context, cache)
         run = checkpointed(_run_layer, policy)
-        copies = policy == "offload", inputs_embeds is not None
-        if any(copies):
+        offload = policy == "offload"
+        if offload or inputs_embeds is not None:  # then something is copied from the host
             layers = list(self.model.layers)
-            hidden = run_in_order(run, layers, hidden, context, offload=copies[0])
+            hidden = run_in_order(run, layers, hidden, context, offload=offload)
         else:
             for layer in self.model.layers:
                 hidden = run(layer, hidden, context)
