@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 from rich.console import Console
@@ -184,16 +185,36 @@ def _train(parsed, console: Console) -> None:
     phases = Phases(process_age() or 0.0)
     phases.end("imports")
     # While it trains, the trainer listens; before and after that there is nothing to save.
-    for each in asking_signals():
-        signal.signal(each, _stop)
+    _stop_when_asked()
     config = load_config(parsed.config, parsed.overrides)
     run_training(config, console, phases, resume=parsed.resume)
 
 
-def _stop(number: int, _: object) -> None:
-    await_second()
-    name = signal.Signals(number).name
-    raise RunStopped(f"stopped by {name} while it did not train; what was saved, if any, is whole")
+def _stop_when_asked() -> None:
+    """Has a signal raise `RunStopped`, again if something discards it."""
+
+    def stop(number: int, _: object) -> None:
+        await_second()
+        name = signal.Signals(number).name
+        what = "while it did not train; what was saved, if any, is whole"
+        raise RunStopped(f"stopped by {name} {what}")
+
+    def discarded(unraisable: Any) -> None:
+        stopped = unraisable.exc_value
+        if not isinstance(stopped, RunStopped):
+            sys.__unraisablehook__(unraisable)
+            return
+
+        def again(*_: object) -> None:
+            raise RunStopped(*stopped.args)
+
+        signal.signal(signal.SIGALRM, again)
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
+
+    for each in asking_signals():
+        signal.signal(each, stop)
+    # What a callback of the garbage collector raises, and JAX has one, Python only prints.
+    sys.unraisablehook = discarded
 
 
 def _validate(parsed, console: Console) -> None:

@@ -17,7 +17,8 @@ class ModelConfig(Section):
             plain XLA, `auto` whichever was faster when measured on such a GPU (H200s stand for
             H100s) at such sizes.
         offload_embedding: Keeps the frozen input embedding in the host's memory and sends the rows
-            that a batch needs with it: 1 GiB less on the device for Llama-3.1-8B.
+            that a batch needs with it: 1 GiB less on the device for Llama-3.1-8B. Not where the
+            output head is the same array, or where the embedding trains.
         adapter: Folder of a PEFT adapter to train on; its own settings replace the lora section.
     """
 

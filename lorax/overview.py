@@ -128,6 +128,10 @@ def report_plan(console: Console, config: RunConfig, planner: Planner) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    if held := planner.host_embedding / GIB:
+        console.print(
+            f"the embedding is in the host's memory: {held:,.2f} GiB", style="dim", highlight=False
+        )
     if spared := planner.spared_by_host / GIB:
         console.print(
             f"model.offload_embedding: true would take {spared:,.2f} GiB less on the device",

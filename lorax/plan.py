@@ -77,6 +77,7 @@ class Planner:
 
     Attributes:
         spared_by_host: Bytes that `model.offload_embedding` would spare on the device.
+        host_embedding: Bytes of the embedding where it is in the host's memory.
     """
 
     def __init__(self, config: RunConfig, architecture: DecoderConfig, model: CausalLM):
@@ -86,6 +87,8 @@ class Planner:
         can_leave = not architecture.tie_word_embeddings and not isinstance(table, nnx.Param)
         is_here = can_leave and embedding_on_host(model) is None
         self.spared_by_host = _bytes(table) if is_here else 0.0
+        on_host = embedding_on_host(model)
+        self.host_embedding = 0.0 if on_host is None else float(on_host.nbytes)
         self.weights, self.trained = _bytes(frozen), _bytes(trainable)
         self.trained_elements = sum(math.prod(x.shape) for x in jax.tree.leaves(trainable))
         init = make_optimizer(config.train, 1_000_000).init

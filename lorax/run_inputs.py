@@ -129,11 +129,11 @@ def _put_embedding_on_host(model: CausalLM) -> None:
     embedding = model.model.embed_tokens.embedding
     reason = None
     if model.config.tie_word_embeddings:
-        reason = "the output head is the same array (tie_word_embeddings), and every step reads it"
+        reason = "the model's output head is the same array (tie_word_embeddings)"
     elif isinstance(embedding, nnx.Param):
-        reason = "lora.modules_to_save trains it"
+        reason = "lora.modules_to_save trains the embedding; take it out there to keep this"
     if reason:
-        raise ValueError(f"model.offload_embedding must be false for this model: {reason}")
+        raise ValueError(f"model.offload_embedding must be false: {reason}")
     shape = embedding.get_value()
     nothing = np.broadcast_to(np.zeros((), shape.dtype), shape.shape)  # takes no memory
     embedding.set_value(nothing.view(HostArray))  # type: ignore[arg-type]

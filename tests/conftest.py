@@ -19,6 +19,7 @@ jax.config.update("jax_default_matmul_precision", "highest")
 SLOW_FILES = {
     "test_cli_bad_inputs.py",
     "test_cli_commands.py",
+    "test_embedding_on_host.py",
     "test_generate.py",
     "test_interop_huggingface.py",
     "test_interop_peft.py",
@@ -31,6 +32,7 @@ SLOW_FILES = {
     "test_long_steps.py",
     "test_model_llama.py",
     "test_model_parity.py",
+    "test_program_cache.py",
     "test_readme.py",
     "test_run_settings.py",
     "test_train_accumulation.py",

@@ -2,7 +2,10 @@
 
 import io
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -398,3 +401,38 @@ def test_a_prompt_may_come_from_stdin(monkeypatch, lorax_prints):
     expected = lorax_prints("generate", MODEL, "--prompt", PROMPT, *settings)
     monkeypatch.setattr("sys.stdin", io.StringIO(PROMPT + "\n"))
     assert lorax_prints("generate", MODEL, *settings) == expected
+
+
+HEARS = """
+import gc, os, signal, sys, time
+from lorax import cli
+from lorax.stopping import RunStopped
+cli._stop_when_asked()
+sent = []
+
+
+def collected(phase, _):
+    if not sent:
+        sent.append(phase)
+        os.kill(os.getpid(), signal.SIGTERM)
+        sum(range(1000))  # the handler runs here, and what it raises is discarded
+
+
+gc.callbacks.append(collected)
+try:
+    gc.collect()
+    time.sleep(20)
+    print("deaf")
+except RunStopped as stopped:
+    print(stopped)
+"""
+
+
+def test_a_signal_that_comes_while_garbage_is_collected_is_heard():
+    root = Path(__file__).parents[1]
+    environment = os.environ | {"PYTHONPATH": f"{root}:{root / 'kernels'}", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", HEARS], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.startswith("stopped by SIGTERM while it did not train"), done.stderr
+    assert not done.stderr

@@ -130,8 +130,11 @@ def main() -> None:
         answer = render(request, options, len(line), bounds)
         if "error" in answer:
             bounds = Bounds()  # what the template left behind must not count against the next
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
+        try:
+            answers.write(json.dumps(answer) + "\n")
+            answers.flush()
+        except BrokenPipeError:  # the process that asked has ended
+            os._exit(0)
 
 
 if __name__ == "__main__":
