@@ -1,6 +1,7 @@
 """A compiled step that is kept is the one that would be compiled, or it is not used."""
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -48,6 +49,25 @@ def compile_step(config, inputs, folder, said=None):
     shapes = model_shapes(config, inputs.base)
     data = inputs.train, inputs.eval
     return compile_ahead(shapes, config, *data, programs=cache)
+
+
+@functools.cache
+def any_program():
+    settings = ["train.max_steps=2", "eval.strategy=no", "eval.exact_match=false"]
+    config = lorax.load_config("configs/tiny_cpu.yaml", [*settings, "save.output_dir=unused"])
+    inputs = load_inputs(config)
+    (step,) = (
+        compile_ahead(model_shapes(config, inputs.base), config, inputs.train).result().values()
+    )
+    return step.executable
+
+
+@pytest.fixture
+def compiles_at_once(prepared, monkeypatch):
+    """Where it matters what becomes of a program, not which one it is."""
+    program = any_program()
+    compiled = lambda step, *_: dataclasses.replace(step, compiled=program)
+    monkeypatch.setattr(TrainStep, "compile", compiled)
 
 
 def train(config, inputs, compiled, folder):
@@ -214,7 +234,7 @@ def test_the_code_of_both_packages_counts(tmp_path):
     [lambda b: b[:-1], lambda b: b[:40] + bytes([b[40] ^ 1]) + b[41:], lambda b: b""],
     ids=["cut", "flipped", "empty"],
 )
-def test_a_damaged_program_is_told_and_compiled_anew(prepared, damage):
+def test_a_damaged_program_is_told_and_compiled_anew(prepared, compiles_at_once, damage):
     prepare, folder = prepared
     compile_step(*prepare(), folder).result()
     (path,) = folder.glob("*.program")
@@ -228,14 +248,14 @@ def test_a_damaged_program_is_told_and_compiled_anew(prepared, damage):
     assert all(step.found for step in found.values()) and len(said) == 1  # it is whole again
 
 
-def test_a_folder_that_takes_nothing_is_told(prepared):
+def test_a_folder_that_takes_nothing_is_told(prepared, compiles_at_once):
     prepare, folder = prepared
     said = []
     compile_step(*prepare(), folder / "absent", said).result()
     assert len(said) == 1 and "not kept" in said[0] and "absent" in said[0]
 
 
-def test_the_programs_not_used_for_longest_go_first(prepared, monkeypatch):
+def test_the_programs_not_used_for_longest_go_first(prepared, compiles_at_once, monkeypatch):
     monkeypatch.setattr(program_cache, "_MOST", 2)
     prepare, folder = prepared
     for age, name in enumerate(["step-a.program", "step-b.program"]):
