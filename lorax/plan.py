@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from lorax.config import RunConfig
 from lorax.kernel_choice import family_of
@@ -19,7 +18,7 @@ from lorax.lora import lora_layers, split_trainable
 from lorax.loss import logit_chunks
 from lorax.models import CausalLM, DecoderConfig, GradientCheckpointing
 from lorax.optimizer import make_optimizer
-from lorax.sharding import HostArray, embedding_on_host
+from lorax.sharding import HostArray, embedding_obstacle, embedding_on_host
 from lorax_kernels import padded_rank
 
 GIB = 2.0**30
@@ -83,11 +82,9 @@ class Planner:
     def __init__(self, config: RunConfig, architecture: DecoderConfig, model: CausalLM):
         self.config, self.architecture = config, architecture
         _, trainable, frozen = split_trainable(model)
-        table = model.model.embed_tokens.embedding
-        can_leave = not architecture.tie_word_embeddings and not isinstance(table, nnx.Param)
-        is_here = can_leave and embedding_on_host(model) is None
-        self.spared_by_host = _bytes(table) if is_here else 0.0
-        on_host = embedding_on_host(model)
+        table, on_host = model.model.embed_tokens.embedding, embedding_on_host(model)
+        # On the host it takes nothing of the device, so there is nothing left to spare.
+        self.spared_by_host = 0.0 if embedding_obstacle(model) else _bytes(table)
         self.host_embedding = 0.0 if on_host is None else float(on_host.nbytes)
         self.weights, self.trained = _bytes(frozen), _bytes(trainable)
         self.trained_elements = sum(math.prod(x.shape) for x in jax.tree.leaves(trainable))

@@ -118,10 +118,9 @@ def _run(config: RunConfig, console: Console, phases: Phases, resume: Resume) ->
         tell = lambda text: console.print(text, highlight=False, soft_wrap=True)
         tell(use_compilation_cache()[1])
         programs = open_program_cache(tell)
-    model = config.model
-    shapes = check_targets(
-        config, resolve_checkpoint(model.name_or_path, model.revision, weights=False)
-    )
+    source = config.model
+    folder = resolve_checkpoint(source.name_or_path, source.revision, weights=False)
+    shapes = check_targets(config, folder)
     base = start_beside("weights", lambda: load_base(config))  # which need nothing of the data
     inputs = load_inputs(config)
     check_plan(config, inputs)

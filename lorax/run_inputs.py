@@ -26,7 +26,7 @@ from lorax.models import CausalLM, GradientCheckpointing
 from lorax.optimizer import make_schedule
 from lorax.plan import GIB, POLICIES, Planner, device_gib
 from lorax.preparation import count_steps, plan_training
-from lorax.sharding import HostArray, make_mesh
+from lorax.sharding import HostArray, embedding_obstacle, make_mesh
 from lorax.targets import TargetError
 
 CHATS = ("auto", "messages", "sharegpt", "alpaca")
@@ -126,14 +126,9 @@ def model_shapes(config: RunConfig, base: Path) -> CausalLM:
 
 def _put_embedding_on_host(model: CausalLM) -> None:
     """Says of a model of shapes that its embedding stays in the host's memory."""
-    embedding = model.model.embed_tokens.embedding
-    reason = None
-    if model.config.tie_word_embeddings:
-        reason = "the model's output head is the same array (tie_word_embeddings)"
-    elif isinstance(embedding, nnx.Param):
-        reason = "lora.modules_to_save trains the embedding; take it out there to keep this"
-    if reason:
+    if reason := embedding_obstacle(model):
         raise ValueError(f"model.offload_embedding must be false: {reason}")
+    embedding = model.model.embed_tokens.embedding
     shape = embedding.get_value()
     nothing = np.broadcast_to(np.zeros((), shape.dtype), shape.shape)  # takes no memory
     embedding.set_value(nothing.view(HostArray))  # type: ignore[arg-type]

@@ -58,6 +58,15 @@ def _embedding(model: Any) -> nnx.Variable | None:
     return getattr(embed, "embedding", None)
 
 
+def embedding_obstacle(model: Any) -> str | None:
+    """Returns why the input embedding of a `CausalLM` must be on the device, or None."""
+    if model.config.tie_word_embeddings:
+        return "the model's output head is the same array (tie_word_embeddings)"
+    if isinstance(_embedding(model), nnx.Param):
+        return "lora.modules_to_save trains the embedding; take it out there to keep this"
+    return None
+
+
 def batch_placer(
     model: Any, mesh: Mesh
 ) -> Callable[[Mapping[str, np.ndarray]], dict[str, jax.Array]]:
