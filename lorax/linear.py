@@ -126,10 +126,11 @@ class LoraLinear(nnx.Module):
         outputs = lora_linear_group(x.astype(group.dtype), group.members, **options)
         return [_finish(layer, y) for layer, y in zip(layers, outputs, strict=True)]
 
-    def apply_mlp(self, gate: Any, up: Any, down: Any, x) -> Array | None:
+    def apply_mlp(self, gate: Any, up: Any, down: Any, x, repeated: bool) -> Array | None:
         """Returns ``down(silu(gate(x)) · up(x))``, of which this is one layer.
 
-        None if gate and up cannot run as one operation.
+        None if gate and up cannot run as one operation. See `lorax_kernels.lora_mlp` for
+        `repeated`.
         """
         pair = self._group((gate, up), x.dtype)
         extras = ("bias", "preferred_element_type")
@@ -140,7 +141,7 @@ class LoraLinear(nnx.Module):
         if single is None or single.dtype != pair.dtype:
             return down(lora_swiglu(x, *pair.members, **self._options(dropout_key=pair.key)))
         keys, members = (pair.key, single.key), pair.members + single.members
-        y = lora_mlp(x, *members, dropout_keys=keys, **self._options())
+        y = lora_mlp(x, *members, dropout_keys=keys, **self._options(repeated=repeated))
         return _finish(down, y)
 
     def _options(self, **more: Any) -> dict[str, Any]:

@@ -101,8 +101,8 @@ def test_swiglu_at_a_real_size(recompute):
         assert distance(ours, theirs) <= 1.5e-2
 
 
-@pytest.mark.parametrize("rate", [0.0, 0.1])
-def test_an_mlp_at_a_real_size(rate):
+@pytest.mark.parametrize("rate, repeated", [(0.0, False), (0.1, False), (0.0, True)])
+def test_an_mlp_at_a_real_size(rate, repeated):
     x, w, adapters, _ = operands(4096, 2048, (8192, 8192), (16, 16), "bfloat16")
     inner, w_down, down, dys = operands(4096, 8192, (2048,), (16,), "bfloat16")
     del inner
@@ -112,7 +112,8 @@ def test_an_mlp_at_a_real_size(rate):
             LoraWeights(v, *ab, scale=2.0) for v, ab in zip([*w, *w_down], adapters, strict=True)
         ]
         keys = jax.random.key(3), jax.random.key(4)
-        return lora_mlp(x, *members, kernels=kernels, dropout_rate=rate, dropout_keys=keys)
+        options = {"dropout_rate": rate, "dropout_keys": keys, "repeated": repeated}
+        return lora_mlp(x, *members, kernels=kernels, **options)
 
     def results(kernels):
         y, pull = jax.vjp(lambda x, a: function(x, a, kernels), x, [*adapters, *down])

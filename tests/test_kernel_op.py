@@ -288,15 +288,18 @@ def test_no_kernel_is_missing_where_layers_are_made_again(policy):
 
 
 @pytest.mark.parametrize(
-    "sizes, rate",
+    "sizes, rate, repeated",
     [
-        ([16, 0, 16], 0.0),
-        ([0, 0, 5], RATE),
-        ([8, 8, 40], RATE),
-        ([100, 200, 16], 0.0),  # gate and up in two launches
+        ([16, 0, 16], 0.0, False),
+        ([0, 0, 5], RATE, False),
+        ([8, 8, 40], RATE, False),
+        ([100, 200, 16], 0.0, False),  # gate and up in two launches
+        ([16, 0, 16], 0.0, True),
+        ([0, 0, 5], RATE, True),
+        ([8, 90, 40], RATE, True),
     ],
 )
-def test_an_mlp_s_values_and_gradients(sizes, rate, inline):
+def test_an_mlp_s_values_and_gradients(sizes, rate, repeated, inline):
     inline(0)
     *pair, of_down = sizes
     members = draw_members(128, [(192, r) for r in pair])
@@ -318,7 +321,34 @@ def test_an_mlp_s_values_and_gradients(sizes, rate, inline):
             )
         return [y + down["bias"][None]]
 
-    check(mlp, exact, draw(0, 72, 128), members, dropout_rate=rate, dropout_keys=keys)
+    x, options = draw(0, 72, 128), {"dropout_rate": rate, "dropout_keys": keys}
+    check(functools.partial(mlp, repeated=repeated), exact, x, members, **options)
+
+
+def test_an_mlp_that_is_repeated_makes_in_each_pass_what_that_pass_needs():
+    shape = lambda *sizes, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(sizes, dtype)
+    wide = functools.partial(shape, dtype=jnp.float32)
+    x, pair, down = shape(8192, 4096), (4096, 14336), (14336, 4096)
+    weights = [shape(*pair), shape(*pair), shape(*down)]
+    adapters = [(wide(k, 16), wide(16, n)) for k, n in (pair, pair, down)]
+
+    def mlp(repeated, x, adapters, weights):
+        members = [LoraWeights(w, *ab, scale=1.0) for w, ab in zip(weights, adapters, strict=True)]
+        y = lora_mlp(x, *members, kernels="pallas", repeated=repeated)
+        return y.astype(jnp.float32).sum()
+
+    saves = jax.checkpoint_policies.save_only_these_names("lora_h")
+
+    def kernels_of(repeated):
+        run = jax.checkpoint(functools.partial(mlp, repeated), policy=saves)
+        return count_kernels(jax.make_jaxpr(jax.grad(run, (0, 1)))(x, adapters, weights).jaxpr)
+
+    device = jax.sharding.AbstractDevice("NVIDIA H200", 132, "cuda")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+        apart, together = kernels_of(True), kernels_of(False)
+    keep, only, store = (f"lora_matmul_nn_{e}" for e in ("swiglu_keep", "swiglu", "store"))
+    assert together - apart == {keep: 2, "lora_project": 1}
+    assert apart - together == {only: 1, store: 1}
 
 
 @pytest.mark.parametrize("kernels", ["xla", "pallas"])

@@ -50,11 +50,16 @@ def apply_together(layers: tuple[Any, ...], x: Float[Array, "b t d"]) -> list[Ar
     return [layer(x) for layer in layers]
 
 
-def apply_mlp(gate: Any, up: Any, down: Any, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-    """Returns ``down(silu(gate(x)) · up(x))``, in one operation where a layer knows how."""
+def apply_mlp(
+    gate: Any, up: Any, down: Any, x: Float[Array, "b t d"], repeated: bool
+) -> Float[Array, "b t d"]:
+    """Returns ``down(silu(gate(x)) · up(x))``, in one operation where a layer knows how.
+
+    `repeated` says whether the backward pass makes all of it again.
+    """
     for layer in (gate, up, down):
         if hasattr(layer, "apply_mlp"):
-            found = layer.apply_mlp(gate, up, down, x)
+            found = layer.apply_mlp(gate, up, down, x, repeated)
             if found is not None:
                 return found
     gated, upped = apply_together((gate, up), x)

@@ -32,7 +32,13 @@ from lorax.models.linear import (
     make_linear,
 )
 from lorax.models.offload import run_in_order
-from lorax.models.recompute import GradientCheckpointing, check_policy, checkpointed, kept
+from lorax.models.recompute import (
+    REPEATING,
+    GradientCheckpointing,
+    check_policy,
+    checkpointed,
+    kept,
+)
 from lorax.models.rope import rotary_tables, rotate
 
 type Rotary = tuple[Float[Array, "b t half"], Float[Array, "b t half"]]
@@ -47,11 +53,13 @@ class Context:
         rotary: cos and sin of each token.
         positions: Position of each token in its document.
         documents: Documents of packed rows, or None.
+        repeated: Whether the backward pass makes each layer again.
     """
 
     rotary: Rotary
     positions: Int[Array, "b t"]
     documents: Documents | None
+    repeated: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 class RMSNorm(nnx.Module):
@@ -122,9 +130,9 @@ class MLP(nnx.Module):
         self.up_proj = make_linear(width, inner, bias, execution, rngs)
         self.down_proj = make_linear(inner, width, bias, execution, rngs)
 
-    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-        """Returns the MLP's output."""
-        return apply_mlp(self.gate_proj, self.up_proj, self.down_proj, x)
+    def __call__(self, x: Float[Array, "b t d"], repeated: bool) -> Float[Array, "b t d"]:
+        """Returns the MLP's output; `repeated` says whether the backward pass makes it again."""
+        return apply_mlp(self.gate_proj, self.up_proj, self.down_proj, x, repeated)
 
 
 class DecoderLayer(nnx.Module):
@@ -147,7 +155,7 @@ class DecoderLayer(nnx.Module):
         """Returns the layer's output and its cache."""
         attended, cache = self.self_attn(self.input_layernorm(x), context, cache, empty)
         x = kept(x + attended)
-        return x + self.mlp(self.post_attention_layernorm(x)), cache
+        return x + self.mlp(self.post_attention_layernorm(x), context.repeated), cache
 
 
 class Decoder(nnx.Module):
@@ -193,8 +201,9 @@ class CausalLM(nnx.Module):
         attn_impl: What runs attention: see `lorax.models.attention.resolve_implementation`.
         gradient_checkpointing: What the backward pass computes again instead of keeping: "none";
             "selective" elementwise work, never a product or attention (the norms' outputs and the
-            MLP's inner activation); "full" each layer, of which only the input is kept, and x·A;
-            "offload" as much, but not cuDNN's attention; what is kept lies in the host's memory.
+            MLP's inner activation); "full" each layer but the last, of which only the input is
+            kept, and x·A; "offload" as much, but not cuDNN's attention; what is kept lies in the
+            host's memory.
         rngs: Source of the weights (stream ``params``): normal with deviation 0.02, biases 0.
 
     Attributes:
@@ -308,13 +317,18 @@ class CausalLM(nnx.Module):
         context = Context(rotary, positions, documents)
         if cache is not None:
             return self._run_with_cache(hidden, context, cache)
+        layers: list[Any] = list(self.model.layers)
         run = checkpointed(_run_layer, policy)
+        runs = [run] * len(layers)
+        if policy in REPEATING:
+            # The backward pass begins with the last layer: what it would make again is still there.
+            context = dataclasses.replace(context, repeated=True)
+            runs[-1] = checkpointed(_run_last_layer, "selective")
         offload = policy == "offload"
         if offload or inputs_embeds is not None:  # then something is copied from the host
-            layers = list(self.model.layers)
-            hidden = run_in_order(run, layers, hidden, context, offload=offload)
+            hidden = run_in_order(runs, layers, hidden, context, offload=offload)
         else:
-            for layer in self.model.layers:
+            for run, layer in zip(runs, layers, strict=True):
                 hidden = run(layer, hidden, context)
         return self.model.norm(hidden)
 
@@ -376,3 +390,7 @@ def init_model(
 
 def _run_layer(layer: DecoderLayer, hidden: Float[Array, "b t d"], context: Context):
     return layer(hidden, context)[0]
+
+
+def _run_last_layer(layer: DecoderLayer, hidden: Float[Array, "b t d"], context: Context):
+    return layer(hidden, dataclasses.replace(context, repeated=False))[0]

@@ -16,7 +16,12 @@ _SMALL = 0.25
 
 
 def run_in_order(
-    run: RunLayer, layers: Sequence[nnx.Module], hidden: Hidden, context: Any, *, offload: bool
+    runs: Sequence[RunLayer],
+    layers: Sequence[nnx.Module],
+    hidden: Hidden,
+    context: Any,
+    *,
+    offload: bool,
 ) -> Hidden:
     """Returns what the last of the layers, run one after another, returns.
 
@@ -25,7 +30,7 @@ def run_in_order(
     from: 13 GiB at eight billion parameters and 8,192 tokens. Here each layer's are made with it.
 
     Args:
-        run: Runs one layer. What is offloaded must keep its input: a function under
+        runs: Each runs one layer. What is offloaded must keep its input: a function under
             `jax.checkpoint`.
         layers: The layers; their `nnx.Param` variables get gradients.
         hidden: Input of the first one.
@@ -39,7 +44,7 @@ def run_in_order(
     trainable, rest = ([parts[i] for parts in split] for i in (1, 2))
 
     def apply(index: int, trainable, rest, hidden, context):
-        return run(nnx.merge(graphs[index], trainable, rest), hidden, context)
+        return runs[index](nnx.merge(graphs[index], trainable, rest), hidden, context)
 
     @jax.custom_vjp
     def stack(trainable, rest, hidden, context):
@@ -55,13 +60,14 @@ def run_in_order(
                 own,
                 hidden,
             )
-            stays = (own, other, context)
-            pull, large = _take_out(pull, hidden, stays) if offload else (_Pull.whole(pull), [])
             if offload and index + 1 < len(layers):
+                pull, large = _take_out(pull, hidden, (own, other, context))
                 # Together, so that the copies end with the layer, and their sources can be freed.
                 large, following = jax.lax.optimization_barrier(
                     (jax.device_put(large, _HOST), following)
                 )
+            else:
+                pull, large = _Pull.whole(pull), []
             pulls.append(pull)
             kept.append(large)
             hidden = following

@@ -8,6 +8,9 @@ from jaxtyping import Array
 
 type GradientCheckpointing = Literal["none", "selective", "full", "offload"]
 
+REPEATING = ("full", "offload")
+"""Policies that have the backward pass make each layer's products again."""
+
 # Elementwise work, and what only moves elements: one pass over memory, fused with its neighbours.
 _CHEAP = frozenset(
     "abs add broadcast_in_dim concatenate convert_element_type copy cos custom_jvp_call div eq exp"

@@ -124,8 +124,6 @@ def _kernel_dropout(static: Static, x, operands: Operands):
 
 def _named(saved):
     """Names h for a policy of `jax.checkpoint`: it is small, and saves what it came from."""
-    if isinstance(saved, jax.Array):
-        return checkpoint_name(saved, "lora_h")
     return saved and saved._replace(h=checkpoint_name(saved.h, "lora_h"))
 
 
@@ -133,11 +131,8 @@ def _forward(static: Static, x, operands: Operands) -> tuple[list[jax.Array], An
     """Returns the outputs of a group, and what its backward pass needs besides x."""
     if static.is_kernel:
         outputs, saved = _kernel_forward(static, x, operands)
-    else:
-        outputs, saved = xla.forward(
-            x, _bundle(static, x.dtype, operands), static.rate, operands.key
-        )
-    return outputs, _named(saved)
+        return outputs, _named(saved)
+    return xla.forward(x, _bundle(static, x.dtype, operands), static.rate, operands.key)
 
 
 # Compiled functions of their own, so that equal layers are lowered and compiled once.
@@ -256,25 +251,37 @@ def _swiglu_gradients(static: Static, x, operands: Operands, saved, d_act):
 apply_swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def apply_mlp(
-    statics: tuple[Static, Static], x, gate_up: Operands, down: Operands
+    repeated: bool, statics: tuple[Static, Static], x, gate_up: Operands, down: Operands
 ) -> list[jax.Array]:
     """Returns ``[down(silu(gate(x))·up(x))]``.
 
     The backward pass finds gate(x) and up(x) in memory, and makes the inner product of them.
+    Where a `jax.checkpoint` around it has all of this `repeated`, no pass writes what it does not
+    need: the first one makes the inner product alone, the second one gate(x) and up(x).
     """
     (act,), _ = _swiglu(statics[0], x, gate_up, keep=False)
     return _forward(statics[1], act, down)[0]
 
 
-def _mlp_forward(statics, x, gate_up: Operands, down: Operands):
-    (act, *kept), saved = _swiglu(statics[0], x, gate_up, keep=True)
+def _mlp_forward(repeated: bool, statics, x, gate_up: Operands, down: Operands):
+    apart = repeated and statics[0].is_kernel
+    (act, *kept), saved = _swiglu(statics[0], x, gate_up, keep=not apart)
+    if apart:
+        kept = _multiply_again(statics[0], x, gate_up, saved)
     outputs, saved_of_down = _forward(statics[1], act, down)
     return outputs, (x, gate_up, saved, kept, down, saved_of_down)
 
 
-def _mlp_backward(statics, residuals, dys):
+@functools.partial(jax.jit, static_argnums=0)
+def _multiply_again(static: Static, x, operands: Operands, saved):
+    from lorax_kernels.lora_linear import fused
+
+    return fused.multiply_again(x, saved, _bundle(static, x.dtype, operands))
+
+
+def _mlp_backward(repeated: bool, statics, residuals, dys):
     x, gate_up, saved, kept, down, saved_of_down = residuals
     d_kept, of_down = _backward(statics[1], None, down, saved_of_down, dys, tuple(kept))
     (dx,), of_gate_up = _backward(statics[0], x, gate_up, saved, d_kept)

@@ -156,14 +156,38 @@ def forward(x, group: Group, dropout: Dropout | None) -> tuple[list[jax.Array], 
         begun = (y, width)
     else:
         h = down_project(x, a, dropout)
+    return _multiply(groups, h, b, group, layout, config, bias, begun), Saved(h, a, b)
+
+
+def multiply_again(x, saved: Saved | None, group: Group) -> list[jax.Array]:
+    """Returns the outputs of members without biases, of what `forward` saved of them."""
+    layout = lay_out(group)
+    (m, k), n = x.shape, sum(w.shape[1] for w in group.w)
+    config = matmul_config(m, k, n, transposed=False, short=layout.is_short)
+    groups = [[Term(x, (w,))] for w in group.w]
+    if saved is None:
+        return grouped_matmul(groups, config=config)
+    return _multiply(groups, saved.h, saved.b, group, layout, config)
+
+
+def _multiply(
+    groups: list[list[Term]],
+    h,
+    b,
+    group: Group,
+    layout: Layout,
+    config: MatmulConfig,
+    bias: jax.Array | None = None,
+    begun: tuple[jax.Array, int] | None = None,
+) -> list[jax.Array]:
+    """Returns the sums of the members' terms and of their updates."""
     update = Update(h, b) if layout.is_short else None
     if update is None:
         for index, member in enumerate(group.members):
             first, rows = layout.block(index)
             columns = (layout.columns[member],)
             groups[member].append(Term(h, (b,), rows, first, first, columns))
-    outputs = grouped_matmul(groups, config=config, bias=bias, update=update, begun=begun)
-    return outputs, Saved(h, a, b)
+    return grouped_matmul(groups, config=config, bias=bias, update=update, begun=begun)
 
 
 def _padded_biases(group: Group, config: MatmulConfig) -> jax.Array | None:
@@ -264,7 +288,8 @@ def _through_b(saved: Saved, group: Group, index: int, layout: Layout, dy):
         b = jnp.pad(own, ((0, padded_rank(r) - r), (0, 0)))
     if b.shape[0] > ONE_PASS_RANK:
         parts = project(dy, b, config=project_config(m, n, b.shape[0]))
-        return _gradient_of_b(saved.h, group, index, layout, dy), _add(parts)[:, :r]
+        projected = _add(parts)[:, :r].astype(jnp.float32)
+        return _gradient_of_b(saved.h, group, index, layout, dy), projected
     config = gradient_config(m, n, rows, b.shape[0])
     sums, parts = gradient(dy, saved.h, b, config=config, columns=(first, rows))
     return _own_rows(sums, group, index, layout), _add(parts)[:, :r]

@@ -170,6 +170,7 @@ def lora_mlp(
     dropout_keys: tuple[Key[Array, ""] | None, Key[Array, ""] | None] = (None, None),
     kernels: Kernels = "auto",
     row_axes: Sequence[str] = (),
+    repeated: bool = False,
 ) -> Float[Array, "*batch d"]:
     """Applies a whole SwiGLU layer: ``down(silu(gate(x)) · up(x))``.
 
@@ -186,6 +187,8 @@ def lora_mlp(
         dropout_keys: Of the inputs of gate and up, and of down.
         kernels: As in `lora_linear`.
         row_axes: As in `lora_linear`.
+        repeated: Whether it lies in a `jax.checkpoint` that keeps none of it but x·A; then neither
+            pass writes what only the other one needs. Elsewhere it costs a product.
 
     Returns:
         The output, in `x`'s dtype.
@@ -210,7 +213,8 @@ def lora_mlp(
         options |= {"dropout_rate": _rate(second, dropout_rate)}
         return lora_linear_group(product, second, dropout_key=dropout_keys[1], **options)[0]
     (implementation,) = implementations
-    return run(x, [first, second], rate, dropout_keys, row_axes, apply_mlp, implementation)[0]
+    function = functools.partial(apply_mlp, repeated)
+    return run(x, [first, second], rate, dropout_keys, row_axes, function, implementation)[0]
 
 
 def _rate(members: Sequence[LoraWeights], dropout_rate: float) -> float:

@@ -20,7 +20,8 @@ def forward(x, group: Group, rate: float, key):
     if group.ranks:
         # One product for all members: x is read once.
         a = jnp.concatenate([a.astype(dtype) for a in group.a], axis=1)
-        h = _wide(apply_dropout(x, rate, key), a).astype(dtype)
+        # Named before it is used, so that where it is kept no pass multiplies for it again.
+        h = checkpoint_name(_wide(apply_dropout(x, rate, key), a).astype(dtype), "lora_h")
     outputs = []
     for member, w in enumerate(group.w):
         y = jnp.dot(x, w.astype(dtype))
