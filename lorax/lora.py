@@ -3,6 +3,7 @@
 import hashlib
 import warnings
 from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,14 +30,16 @@ from lorax_kernels import Kernels, check_kernels_name
 
 
 def set_kernels(model: nnx.Module, kernels: Kernels) -> None:
-    """Sets what computes every adapted layer, in place: ``auto``, ``pallas`` or ``xla``.
+    """Sets what computes adapted layers and norms, in place: ``auto``, ``pallas`` or ``xla``.
 
     Raises:
         ValueError: If `kernels` is none of these.
     """
     check_kernels_name(kernels)
-    for layer in lora_layers(model).values():
-        layer.kernels = kernels
+    modules: dict[str, Any] = named_modules(model)
+    for module in modules.values():
+        if hasattr(module, "kernels"):
+            module.kernels = kernels
 
 
 def apply_lora[M: nnx.Module](model: M, config: LoraConfig, *, rngs: nnx.Rngs) -> M:

@@ -63,7 +63,7 @@ ALLOWED = {
     "lorax.beside": set(),
     "lorax.data": {"lorax.config", "lorax.data", "lorax.interop.files"},
     "lorax.data.render_worker": set(),
-    "lorax.models": {"lorax.models"},
+    "lorax.models": {"lorax.models", "lorax.sharding", "lorax_kernels"},
     "lorax.interop": {
         "lorax.config",
         "lorax.interop",

@@ -29,6 +29,11 @@ def interpreted(cores: int) -> Iterator[None]:
         _interpreted_cores.reset(token)
 
 
+def is_interpreted() -> bool:
+    """Says whether kernels are interpreted on the CPU."""
+    return bool(_interpreted_cores.get())
+
+
 def device_kind() -> str:
     """Returns the kind of the device."""
     abstract = jax.sharding.get_abstract_mesh().abstract_device
@@ -47,7 +52,7 @@ def core_count() -> int:
 
 def runs_kernels() -> bool:
     """Says whether the device has compute capability 9 (wgmma, and nothing newer), or pretends."""
-    if _interpreted_cores.get():
+    if is_interpreted():
         return True
     abstract = jax.sharding.get_abstract_mesh().abstract_device
     if abstract is not None:

@@ -31,6 +31,7 @@ from lorax.models.linear import (
     apply_together,
     make_linear,
 )
+from lorax.models.norm import RMSNorm
 from lorax.models.offload import run_in_order
 from lorax.models.recompute import (
     REPEATING,
@@ -60,24 +61,6 @@ class Context:
     positions: Int[Array, "b t"]
     documents: Documents | None
     repeated: bool = dataclasses.field(default=False, metadata={"static": True})
-
-
-class RMSNorm(nnx.Module):
-    """``weight · x / √(mean(x²) + ε)``, the mean and the root in float32.
-
-    Source: Zhang & Sennrich 2019, eq. 4, https://arxiv.org/abs/1910.07467
-    """
-
-    def __init__(self, size: int, epsilon: float, execution: Execution):
-        self.weight = nnx.Param(jnp.ones((size,), execution.param_dtype))
-        self.epsilon, self.dtype = epsilon, execution.dtype
-
-    def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
-        """Returns `x` with unit mean square, times the weight."""
-        wide = x.astype(jnp.float32)
-        scale = jax.lax.rsqrt(jnp.square(wide).mean(axis=-1, keepdims=True) + self.epsilon)
-        weight = self.weight[...].astype(self.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
-        return weight * (wide * scale).astype(self.dtype)
 
 
 class Attention(nnx.Module):
@@ -153,9 +136,10 @@ class DecoderLayer(nnx.Module):
         empty: bool = False,
     ) -> tuple[Float[Array, "b t d"], LayerCache | None]:
         """Returns the layer's output and its cache."""
-        attended, cache = self.self_attn(self.input_layernorm(x), context, cache, empty)
-        x = kept(x + attended)
-        return x + self.mlp(self.post_attention_layernorm(x), context.repeated), cache
+        x, normed = self.input_layernorm.fork(x)
+        attended, cache = self.self_attn(normed, context, cache, empty)
+        x, normed = self.post_attention_layernorm.fork(kept(x + attended))
+        return x + self.mlp(normed, context.repeated), cache
 
 
 class Decoder(nnx.Module):

@@ -1,5 +1,7 @@
 """`lora_linear` and its group in plain XLA: what runs wherever the kernel does not."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -8,9 +10,36 @@ from lorax_kernels.lora_linear.dropout import apply_dropout
 from lorax_kernels.lora_linear.reference import accumulation_dtype
 from lorax_kernels.lora_linear.weights import Group
 
+_FEW = 64  # ranks that are one step of a product, so that a member may as well read all of them
+
 
 def _wide(p, q):
     return jnp.dot(p, q, preferred_element_type=accumulation_dtype(p.dtype))
+
+
+def _span(group: Group, member: int) -> slice | None:
+    """Returns the columns of h that a member's product reads: all of them where they are few."""
+    own = group.columns(member)
+    return slice(0, sum(group.ranks)) if own and sum(group.ranks) <= _FEW else own
+
+
+def _rows(group: Group, member: int) -> slice:
+    """Returns where the member's own columns lie in its span."""
+    own, span = group.columns(member), _span(group, member)
+    assert own is not None and span is not None
+    return slice(own.start - span.start, own.stop - span.start)
+
+
+def _scaled_b(group: Group, member: int, dtype):
+    """Returns ``scale·B`` on its own rows of the span, zero on others'.
+
+    It is multiplied before it is rounded: elsewhere that would be a pass more.
+    """
+    index, rows, span = group.adapter(member), _rows(group, member), _span(group, member)
+    assert span is not None
+    scaled = group.scales[index] * group.b[index].astype(accumulation_dtype(dtype))
+    outside = (rows.start, span.stop - span.start - rows.stop)
+    return jnp.pad(scaled, (outside, (0, 0))).astype(dtype)
 
 
 def forward(x, group: Group, rate: float, key):
@@ -21,16 +50,15 @@ def forward(x, group: Group, rate: float, key):
         # One product for all members: x is read once.
         a = jnp.concatenate([a.astype(dtype) for a in group.a], axis=1)
         # Named before it is used, so that where it is kept no pass multiplies for it again.
-        h = checkpoint_name(_wide(apply_dropout(x, rate, key), a).astype(dtype), "lora_h")
+        h = checkpoint_name(jnp.dot(apply_dropout(x, rate, key), a), "lora_h")
     outputs = []
     for member, w in enumerate(group.w):
         y = jnp.dot(x, w.astype(dtype))
-        if (columns := group.columns(member)) is not None:
+        if (span := _span(group, member)) is not None:
             assert h is not None
-            b = group.b[group.adapter(member)].astype(dtype)
             # Both products leave the matrix unit in x's dtype, so that XLA can fold the sum into
             # the second one instead of writing a float32 copy of y.
-            y += jnp.dot(group.scales[group.adapter(member)] * h[:, columns], b)
+            y += jnp.dot(h[:, span], _scaled_b(group, member, dtype))
         if (bias := group.biases[member]) is not None:
             y += bias.astype(dtype)[None, :]
         # One name, so that a policy of jax.checkpoint keeps the sum and not its terms.
@@ -42,15 +70,15 @@ def backward(x, h, group: Group, rate: float, key, dys):
     """Returns the gradients of x, of every A and of every B."""
     dtype = x.dtype
     g, db = [], []
-    for member in range(len(group.w)):
-        if (columns := group.columns(member)) is None:
-            continue
-        index = group.adapter(member)
-        g.append(group.scales[index] * _wide(dys[member], group.b[index].astype(dtype).T))
-        db.append(group.scales[index] * _wide(h[:, columns].T, dys[member]))
+    for member in group.members:
+        span, scale = _span(group, member), group.scales[group.adapter(member)]
+        g.append(jnp.dot(dys[member], _scaled_b(group, member, dtype).T))
+        db.append(scale * _wide(h[:, span].T, dys[member])[_rows(group, member)])
     dx = None
     if g:
-        g = jnp.concatenate(g, axis=1).astype(dtype)
+        # Where all have the whole span each is zero outside its own, and the sum is exact.
+        whole = sum(group.ranks) <= _FEW
+        g = functools.reduce(jnp.add, g) if whole else jnp.concatenate(g, axis=1)
         a = jnp.concatenate([a.astype(dtype) for a in group.a], axis=1)
         dx = apply_dropout(jnp.dot(g, a.T), rate, key)
     # The large products come last: XLA folds what there is so far into each of them.

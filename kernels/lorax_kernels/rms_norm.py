@@ -1,0 +1,118 @@
+"""The norm at the head of a residual branch, whose backward pass is one pass over memory.
+
+`y = w · x / √(mean(x²) + ε)` opens a branch while `x` itself goes on beside it, so that x's
+gradient is a sum of two. With g = w·dy and i = 1/√(mean(x²) + ε), row by row::
+
+    dx' = dx + i · (g − x · i² · mean(g·x))
+
+XLA makes the two means in one pass over x and dy, and the sum in another; here each array is read
+once. In Pallas's Triton, as it is a reduction and no product. The forward pass is XLA's, which
+joins it with the sum that made x.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.triton as triton
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float
+
+from lorax_kernels.device import is_interpreted, runs_kernels
+from lorax_kernels.lora_linear.choice import Kernels, axis_sizes
+from lorax_kernels.lora_linear.reference import accumulation_dtype
+
+MAX_WIDTH = 16384  # a row is held in registers
+
+
+def rms_norm(x: Float[Array, "*batch d"], weight: Float[Array, " d"], epsilon: float):
+    """Returns ``weight · x / √(mean(x²) + ε)``: mean and root in float32, in `x`'s dtype.
+
+    Source: Zhang & Sennrich 2019, eq. 4, https://arxiv.org/abs/1910.07467
+    """
+    wide = x.astype(accumulation_dtype(x.dtype))
+    scale = jax.lax.rsqrt(jnp.square(wide).mean(axis=-1, keepdims=True) + epsilon)
+    return weight.reshape((1,) * (x.ndim - 1) + (-1,)) * (wide * scale).astype(x.dtype)
+
+
+def rms_norm_fork(
+    x: Float[Array, "*batch d"],
+    weight: Float[Array, " d"],
+    epsilon: float,
+    *,
+    kernels: Kernels = "auto",
+    row_axes: Sequence[str] = (),
+) -> tuple[Float[Array, "*batch d"], Float[Array, "*batch d"]]:
+    """Returns `x` and its `rms_norm`, whose gradients are added where that of the norm is made.
+
+    Args:
+        x: Input rows.
+        weight: One factor per column, in `x`'s dtype, frozen: its gradient is zero.
+        epsilon: Added to the mean.
+        kernels: ``xla`` leaves the backward pass to XLA; else the kernel runs on Hopper GPUs where
+            `x` is bfloat16 or float16 and d is at most 16,384.
+        row_axes: Mesh axes that divide the first dimension of `x`.
+    """
+    axes = axis_sizes(row_axes)
+    narrow = x.dtype in (jnp.bfloat16, jnp.float16)
+    fits = narrow and 0 < x.size and x.shape[-1] <= MAX_WIDTH and runs_kernels()
+    if kernels == "xla" or not fits or x.shape[0] % math.prod(axes.values()):
+        return x, rms_norm(x, jax.lax.stop_gradient(weight), epsilon)
+    fork = functools.partial(_fork, epsilon)
+    if axes:
+        rows = PartitionSpec(tuple(axes))
+        fork = jax.shard_map(
+            fork, in_specs=(rows, PartitionSpec()), out_specs=rows, check_vma=False
+        )
+    return fork(x, weight)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _fork(epsilon: float, x, weight):
+    return x, rms_norm(x, weight, epsilon)
+
+
+def _forward(epsilon: float, x, weight):
+    return _fork(epsilon, x, weight), (x, weight)
+
+
+def _backward(epsilon: float, residuals, gradients):
+    x, weight = residuals
+    return _add_gradients(epsilon, x, weight, *gradients), None
+
+
+_fork.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _add_gradients(epsilon: float, x, weight, dx, dy):
+    """Returns the gradient of x, of those of its two uses."""
+    d = x.shape[-1]
+    width = pl.next_power_of_2(d)
+    flat = lambda array: array.reshape(-1, d)
+    total = pl.pallas_call(
+        functools.partial(_kernel, d=d, width=width, epsilon=epsilon),
+        grid=(x.size // d,),
+        out_shape=jax.ShapeDtypeStruct((x.size // d, d), x.dtype),
+        compiler_params=triton.CompilerParams(num_warps=min(max(width // 512, 4), 32)),
+        interpret=is_interpreted(),
+        name="rms_norm_back",
+    )(flat(x), weight, flat(dx), flat(dy))
+    return total.reshape(x.shape)
+
+
+def _kernel(x_ref, weight_ref, dx_ref, dy_ref, out_ref, *, d: int, width: int, epsilon: float):
+    row, columns = pl.program_id(0), pl.ds(0, width)
+    inside = jnp.arange(width) < d
+
+    def read(ref, *at):
+        return triton.load(ref.at[(*at, columns)], mask=inside, other=0.0).astype(jnp.float32)
+
+    x, g = read(x_ref, row), read(dy_ref, row) * read(weight_ref)
+    inverse = jax.lax.rsqrt(jnp.sum(x * x) / d + epsilon)
+    share = jnp.sum(g * x) / d * inverse * inverse
+    total = read(dx_ref, row) + inverse * (g - share * x)
+    triton.store(out_ref.at[row, columns], total.astype(out_ref.dtype), mask=inside)
