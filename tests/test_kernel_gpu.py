@@ -1,6 +1,7 @@
 """The fused kernels on a Hopper GPU: values at real sizes, repeats, and whole training runs."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,13 @@ from lorax.determinism import compiler_options
 from lorax.lora import apply_lora, set_kernels
 from lorax.models import CausalLM, DecoderConfig, DocumentLayout
 from lorax.step import make_train_step
-from lorax_kernels import LoraWeights, lora_linear_group, lora_mlp, lora_swiglu
+from lorax_kernels import (
+    LoraWeights,
+    lora_linear_group,
+    lora_mlp,
+    lora_swiglu,
+    rms_norm_fork,
+)
 from lorax_kernels.device import runs_kernels
 
 pytestmark = [
@@ -122,6 +129,21 @@ def test_an_mlp_at_a_real_size(rate, repeated):
     got, want = jax.jit(lambda: results("pallas"))(), jax.jit(lambda: results("xla"))()
     for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert distance(ours, theirs) <= 1.5e-2
+
+
+@pytest.mark.parametrize("d", [2048, 3584, 5120])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_norm_s_backward_pass_at_a_real_size(d, dtype):
+    x, dx, dy = (draw(i, (4, 1000, d), 1.0, dtype) for i in range(3))
+    weight = draw(3, (d,), 1.0, dtype)
+
+    def pulled(kernels, *operands):
+        fork = lambda x: rms_norm_fork(x, operands[0], 1e-5, kernels=kernels)
+        return jax.vjp(fork, operands[1])[1](operands[2:])[0]
+
+    got, base = (jax.jit(functools.partial(pulled, k))(weight, x, dx, dy) for k in ("auto", "xla"))
+    want = pulled("xla", *(array.astype(jnp.float32) for array in (weight, x, dx, dy)))
+    assert distance(got, want) <= distance(base, want) <= UNIT[dtype]
 
 
 def test_a_hundred_repeats_are_equal_bit_for_bit():
