@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,11 +12,13 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from lorax.beside import start_beside
 from lorax.determinism import compiler_options, repeatable_attention
 from lorax.lora import named_modules, set_dropout_key, split_trainable
 from lorax.loss import Batch, LossFunction, accumulate, causal_lm_loss
 from lorax.sharding import place_parameters, placed_shapes
 from lorax.stacking import stack_alike
+from lorax_kernels import compile_kernels
 
 METRICS = ("applied", "grad_norm", "loss", "tokens")
 """What a step tells of itself."""
@@ -66,7 +69,11 @@ class TrainStep:
     def compile(self, state: TrainState, batch: Batch) -> "TrainStep":
         """Returns the step compiled for the shapes of `batch`, before it is needed."""
         with self._settings():
-            compiled = self.compiled.lower(state, self.frozen, batch).compile()
+            lowered = self.compiled.lower(state, self.frozen, batch)
+            kernels = start_beside("kernels", compile_kernels) if _on_gpu() else None
+            compiled = lowered.compile()
+        if kernels is not None and (error := kernels.exception()):
+            warnings.warn(f"the kernels were not compiled ahead of the step: {error}", stacklevel=2)
         return dataclasses.replace(self, compiled=compiled)
 
     @contextlib.contextmanager
@@ -194,6 +201,10 @@ def merge_state(model: nnx.Module, state: TrainState) -> nnx.Module:
     """Returns `model` with the trained values of `state` (copied, for a step frees its state)."""
     graph, _, frozen = split_trainable(model)
     return nnx.merge(graph, jax.tree.map(jnp.copy, state.trainable), frozen)
+
+
+def _on_gpu() -> bool:
+    return jax.default_backend() == "gpu"
 
 
 def _reseed(model: nnx.Module, key: jax.Array) -> None:

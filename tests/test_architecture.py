@@ -90,6 +90,7 @@ ALLOWED = {
     "lorax.stacking": set(),
     "lorax.determinism": {"lorax_kernels"},
     "lorax.step": {
+        "lorax.beside",
         "lorax.determinism",
         "lorax.lora",
         "lorax.loss",

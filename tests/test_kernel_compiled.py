@@ -208,6 +208,19 @@ CASES = {
 
 @pytest.mark.parametrize("kind", CASES)
 def test_no_kernel_spills(kind):
+    rows = run_apart(kind)
+    assert len(rows) >= 4
+    assert not [row for row in rows if row["problems"]]
+
+
+def test_kernels_compiled_ahead_are_there_when_the_program_around_them_is_compiled():
+    (row,) = run_apart("ahead")
+    assert row["kernels"] == 2
+    assert (row["compiled_ahead"], row["compiled_then"]) == (2, 0)
+
+
+def run_apart(kind):
+    """Returns what this file, run as a program where there is a compiler, prints."""
     paths = [str(SITE), str(ROOT / "kernels")]
     environment = {
         **os.environ,
@@ -225,8 +238,7 @@ def test_no_kernel_spills(kind):
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     for row in rows:
         print(row)
-    assert len(rows) >= 4
-    assert not [row for row in rows if row["problems"]]
+    return rows
 
 
 def find_problems(folder):
@@ -242,6 +254,26 @@ def find_problems(folder):
         problems += [f"{path.name}: stack, stores, loads {f}" for f in frames if any(map(int, f))]
         problems += [f"{path.name}: {code}" for code in sorted(codes)]
     return problems
+
+
+def compile_ahead(shape, whole):
+    """Returns how many kernels of a program are compiled by `compile_kernels`, and after it."""
+    import jax
+    import jax.numpy as jnp
+
+    from lorax_kernels import compile_kernels, lora_linear
+
+    operands = shape(ROWS, K), shape(K, N), shape(K, 16, dtype=jnp.float32)
+    function = lambda x, w, a, b: lora_linear(x, w, a, b, scale=1.0, kernels="pallas")
+    lowered = jax.jit(function).lower(*operands, shape(16, N, dtype=jnp.float32))
+    counts = []
+    for compile_them in (lambda: compile_kernels(whole), lowered.compile):
+        with tempfile.TemporaryDirectory() as folder:
+            os.environ["MOSAIC_GPU_DUMP_TO"] = folder
+            found = compile_them()
+            counts.append(len(list(Path(folder).rglob("*.ptxas"))))
+        kernels = found if len(counts) == 1 else kernels
+    return {"kernels": kernels, "compiled_ahead": counts[0], "compiled_then": counts[1]}
 
 
 def main(kind):
@@ -260,6 +292,10 @@ def main(kind):
         return jax.ShapeDtypeStruct(sizes, dtype, sharding=whole)
 
     abstract = jax.sharding.AbstractMesh((), (), abstract_device=h200)
+    if kind == "ahead":
+        with jax.sharding.use_abstract_mesh(abstract):
+            print(json.dumps(compile_ahead(shape, whole)), flush=True)
+        return
     with jax.sharding.use_abstract_mesh(abstract):
         cases = list(CASES[kind](shape))
     for name, function, operands in cases:

@@ -1,5 +1,6 @@
 """The operations that decide lorax's speed: pure functions on arrays, importing jax only."""
 
+from lorax_kernels.device import compile_kernels as compile_kernels
 from lorax_kernels.device import load_runtime as load_runtime
 from lorax_kernels.device import xla_options as xla_options
 from lorax_kernels.lora_linear import Kernels as Kernels
