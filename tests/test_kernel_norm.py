@@ -91,9 +91,6 @@ def test_the_norm_is_rounded_as_hugging_face_rounds_it():
     np.testing.assert_array_equal(rms_norm(x, weight, EPSILON), weight[None] * unit.astype(x.dtype))
 
 
-H200 = jax.sharding.AbstractDevice("NVIDIA H200", 132, "cuda")
-
-
 @pytest.mark.parametrize(
     "kernels, dtype, adapted, norms",
     [
@@ -104,11 +101,36 @@ H200 = jax.sharding.AbstractDevice("NVIDIA H200", 132, "cuda")
     ],
 )
 def test_where_the_kernel_runs(kernels, dtype, adapted, norms):
+    loss, trainable = small_model(kernels, dtype, adapted)
+    with on_h200():
+        text = str(jax.make_jaxpr(jax.grad(loss))(trainable))
+    assert text.count("name=_add_gradients") == norms
+
+
+@pytest.mark.parametrize("policy", ["none", "selective", "full"])
+def test_no_more_is_kept_than_without_it(policy):
+    def kept(kernels):
+        loss, trainable = small_model(kernels, "bfloat16", True, policy)
+        with on_h200():
+            leaves = jax.tree.leaves(jax.eval_shape(lambda t: jax.vjp(loss, t)[1], trainable))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+    assert kept("auto") <= kept("xla")
+
+
+def on_h200():
+    device = jax.sharding.AbstractDevice("NVIDIA H200", 132, "cuda")
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
+    return jax.sharding.use_abstract_mesh(mesh)
+
+
+def small_model(kernels, dtype, adapted, policy="none"):
+    """Returns a loss and what it trains."""
     sizes = {"model_type": "llama", "hidden_size": 128, "intermediate_size": 256}
     sizes |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
     sizes |= {"vocab_size": 64, "max_position_embeddings": 64, "tie_word_embeddings": True}
-    options = {"dtype": jnp.dtype(dtype), "attn_impl": "xla", "rngs": nnx.Rngs(0)}
-    model = CausalLM(DecoderConfig.from_hf(sizes, "here"), **options)
+    options = {"dtype": jnp.dtype(dtype), "attn_impl": "xla", "gradient_checkpointing": policy}
+    model = CausalLM(DecoderConfig.from_hf(sizes, "here"), **options, rngs=nnx.Rngs(0))
     if adapted:
         model = apply_lora(model, LoraConfig(target_modules=["q_proj"]), rngs=nnx.Rngs(1))
     set_kernels(model, kernels)
@@ -118,6 +140,4 @@ def test_where_the_kernel_runs(kernels, dtype, adapted, norms):
         hidden = nnx.merge(graph, trainable, rest).hidden_states(jnp.zeros((1, 16), jnp.int32))
         return hidden.astype(jnp.float32).sum()
 
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=H200)):
-        text = str(jax.make_jaxpr(jax.grad(loss))(trainable))
-    assert text.count("name=_add_gradients") == norms
+    return loss, trainable
