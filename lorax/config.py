@@ -145,9 +145,9 @@ class TrainConfig(Section):
         adam_epsilon: Added to the root of the second moment (adamw).
         max_grad_norm: Gradients are scaled down to this norm; 0 leaves them.
         gradient_checkpointing: What the backward pass computes again instead of keeping it in
-            memory: `none`, `selective` (norms and activations, no product), `full` (each layer),
-            `offload` (each layer but its attention; what is kept waits in the host's memory);
-            `auto` takes the fastest that fits.
+            memory: `none`, `selective` (norms and activations, no product), `full` (each layer but
+            the last), `offload` (as `full`, but not attention; what is kept waits in the host's
+            memory); `auto` takes the fastest that fits.
         memory_gib: What `auto` may use on one device; null is what the device has.
         seed: Of everything random in the run.
         full_determinism: The same bits every time on NVIDIA GPUs too; slower, with more memory.

@@ -11,12 +11,12 @@ joins it with the sum that made x.
 """
 
 import functools
+import importlib.util
 import math
 from collections.abc import Sequence
 
 import jax
 import jax.experimental.pallas as pl
-import jax.experimental.pallas.triton as triton
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
@@ -53,12 +53,13 @@ def rms_norm_fork(
         weight: One factor per column, in `x`'s dtype, frozen: its gradient is zero.
         epsilon: Added to the mean.
         kernels: ``xla`` leaves the backward pass to XLA; else the kernel runs on Hopper GPUs where
-            `x` is bfloat16 or float16 and d is at most 16,384.
+            `x` is bfloat16 or float16, d is at most 16,384, and JAX has Pallas's Triton.
         row_axes: Mesh axes that divide the first dimension of `x`.
     """
     axes = axis_sizes(row_axes)
     narrow = x.dtype in (jnp.bfloat16, jnp.float16)
     fits = narrow and 0 < x.size and x.shape[-1] <= MAX_WIDTH and runs_kernels()
+    fits = fits and _has_triton()
     if kernels == "xla" or not fits or x.shape[0] % math.prod(axes.values()):
         return x, rms_norm(x, jax.lax.stop_gradient(weight), epsilon)
     fork = functools.partial(_fork, epsilon)
@@ -68,6 +69,11 @@ def rms_norm_fork(
             fork, in_specs=(rows, PartitionSpec()), out_specs=rows, check_vma=False
         )
     return fork(x, weight)
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("jax.experimental.pallas.triton") is not None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -91,6 +97,8 @@ _fork.defvjp(_forward, _backward)
 @functools.partial(jax.jit, static_argnums=0)
 def _add_gradients(epsilon: float, x, weight, dx, dy):
     """Returns the gradient of x, of those of its two uses."""
+    import jax.experimental.pallas.triton as triton
+
     d = x.shape[-1]
     width = pl.next_power_of_2(d)
     flat = lambda array: array.reshape(-1, d)
@@ -106,6 +114,8 @@ def _add_gradients(epsilon: float, x, weight, dx, dy):
 
 
 def _kernel(x_ref, weight_ref, dx_ref, dy_ref, out_ref, *, d: int, width: int, epsilon: float):
+    import jax.experimental.pallas.triton as triton
+
     row, columns = pl.program_id(0), pl.ds(0, width)
     inside = jnp.arange(width) < d
 
