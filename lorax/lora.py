@@ -3,7 +3,7 @@
 import hashlib
 import warnings
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ def set_kernels(model: nnx.Module, kernels: Kernels) -> None:
     check_kernels_name(kernels)
     modules: dict[str, Any] = named_modules(model)
     for module in modules.values():
-        if hasattr(module, "kernels"):
+        if getattr(module, "kernels", None) in get_args(Kernels.__value__):
             module.kernels = kernels
 
 

@@ -17,6 +17,7 @@ from lorax.kernel_choice import family_of
 from lorax.lora import lora_layers, split_trainable
 from lorax.loss import logit_chunks
 from lorax.models import CausalLM, DecoderConfig, GradientCheckpointing
+from lorax.models.recompute import REPEATING
 from lorax.optimizer import make_optimizer
 from lorax.sharding import HostArray, embedding_obstacle, embedding_on_host
 from lorax_kernels import padded_rank
@@ -111,12 +112,12 @@ class Planner:
         # Of what is offloaded, the layer at hand has its part on the device, and the next one.
         layers = 2 if policy == "offload" else a.num_hidden_layers
         kept = tokens * self._kept_per_token(policy) * layers
-        if policy in ("full", "offload"):
+        if policy in REPEATING:
             kept += tokens * c * self.ranks
         # Of the layer at hand: what is made again, the inner product of the MLP, and the gradients
         # of two arrays like its input; those of gate and up take the places of gate and up.
         layer = tokens * c * (2.0 * a.hidden_size + a.intermediate_size)
-        if policy in ("full", "offload"):
+        if policy in REPEATING:
             layer += everything - tokens * a.hidden_size * c
         if self._writes_scores:
             layer += rows * a.num_attention_heads * length**2 * (c + 8.0)
@@ -128,6 +129,8 @@ class Planner:
         _, chunk = logit_chunks(rows, length, a.vocab_size)
         # Logits and their gradient, and the states and their gradient, chunk by chunk.
         loss = rows * chunk * a.vocab_size * 2.0 * c + 3 * tokens * a.hidden_size * c
+        if policy in REPEATING:  # and the last layer's, which is not made again
+            loss += tokens * (self._kept_per_token("selective") - self._kept_per_token(policy))
         sums = 2 if self.config.train.gradient_accumulation_steps > 1 else 1
         gradients = 4.0 * self.trained_elements * sums
         return MemoryPlan(
@@ -173,12 +176,13 @@ class Planner:
         if policy == "selective":
             streamed += tokens * c * layers * (f + 2.0 * d)
         launches = float(LAUNCHES * layers)
-        if policy in ("full", "offload"):
-            flops += 2.0 * tokens * (products - layers * down)
-            streamed += tokens * c * layers * (f + 8.0 * d)
-            launches *= 1.4
-        if policy == "full" or (policy == "offload" and self._writes_scores):
-            attention += 2.0 * tokens * length * q * layers
+        if policy in REPEATING:
+            repeated = layers - 1  # the last one is still there
+            flops += 2.0 * tokens * repeated * (products / layers - down)
+            streamed += tokens * c * repeated * (f + 8.0 * d)
+            launches += 0.4 * LAUNCHES * repeated
+            if policy == "full" or self._writes_scores:
+                attention += 2.0 * tokens * length * q * repeated
         if self.config.train.full_determinism and not self._writes_scores:
             attention *= REPEATABLE_ATTENTION
         rate = ATTENTION_FLOPS * length / (length + ATTENTION_HALF)

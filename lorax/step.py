@@ -71,8 +71,11 @@ class TrainStep:
         with self._settings():
             lowered = self.compiled.lower(state, self.frozen, batch)
             kernels = start_beside("kernels", compile_kernels) if _on_gpu() else None
-            compiled = lowered.compile()
-        if kernels is not None and (error := kernels.exception()):
+            try:
+                compiled = lowered.compile()
+            finally:  # no thread is left in the compiler
+                error = kernels and kernels.exception()
+        if error:
             warnings.warn(f"the kernels were not compiled ahead of the step: {error}", stacklevel=2)
         return dataclasses.replace(self, compiled=compiled)
 

@@ -115,9 +115,10 @@ def compile_variant(model: CausalLM, variant: Variant, batch) -> Compiled:
     step, state = make_train_step(model, make_optimizer(TrainConfig(learning_rate=2e-4), 1_000_000))
     begin = time.perf_counter()
     lowered = step.compiled.lower(state, step.frozen, batch)
-    start_beside("kernels", compile_kernels)
+    kernels = start_beside("kernels", compile_kernels)
     options = {**(xla_options() or {}), **dict(variant.options)}
     compiled = lowered.compile(compiler_options=options)
+    kernels.result()
     return Compiled(compiled, step.frozen, state, time.perf_counter() - begin)
 
 

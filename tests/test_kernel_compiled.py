@@ -266,14 +266,15 @@ def compile_ahead(shape, whole):
     operands = shape(ROWS, K), shape(K, N), shape(K, 16, dtype=jnp.float32)
     function = lambda x, w, a, b: lora_linear(x, w, a, b, scale=1.0, kernels="pallas")
     lowered = jax.jit(function).lower(*operands, shape(16, N, dtype=jnp.float32))
-    counts = []
-    for compile_them in (lambda: compile_kernels(whole), lowered.compile):
+
+    def count_reports(compile_them):
         with tempfile.TemporaryDirectory() as folder:
             os.environ["MOSAIC_GPU_DUMP_TO"] = folder
-            found = compile_them()
-            counts.append(len(list(Path(folder).rglob("*.ptxas"))))
-        kernels = found if len(counts) == 1 else kernels
-    return {"kernels": kernels, "compiled_ahead": counts[0], "compiled_then": counts[1]}
+            return compile_them(), len(list(Path(folder).rglob("*.ptxas")))
+
+    kernels, ahead = count_reports(lambda: compile_kernels(whole))
+    _, then = count_reports(lowered.compile)
+    return {"kernels": kernels, "compiled_ahead": ahead, "compiled_then": then}
 
 
 def main(kind):

@@ -16,7 +16,6 @@ import math
 from collections.abc import Sequence
 
 import jax
-import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
@@ -29,7 +28,7 @@ MAX_WIDTH = 16384  # a row is held in registers
 
 
 def rms_norm(x: Float[Array, "*batch d"], weight: Float[Array, " d"], epsilon: float):
-    """Returns ``weight · x / √(mean(x²) + ε)``: mean and root in float32, in `x`'s dtype.
+    """Returns ``weight · x / √(mean(x²) + ε)``: mean and root in float32 or wider, in `x`'s dtype.
 
     Source: Zhang & Sennrich 2019, eq. 4, https://arxiv.org/abs/1910.07467
     """
@@ -97,6 +96,7 @@ _fork.defvjp(_forward, _backward)
 @functools.partial(jax.jit, static_argnums=0)
 def _add_gradients(epsilon: float, x, weight, dx, dy):
     """Returns the gradient of x, of those of its two uses."""
+    import jax.experimental.pallas as pl
     import jax.experimental.pallas.triton as triton
 
     d = x.shape[-1]
@@ -114,6 +114,7 @@ def _add_gradients(epsilon: float, x, weight, dx, dy):
 
 
 def _kernel(x_ref, weight_ref, dx_ref, dy_ref, out_ref, *, d: int, width: int, epsilon: float):
+    import jax.experimental.pallas as pl
     import jax.experimental.pallas.triton as triton
 
     row, columns = pl.program_id(0), pl.ds(0, width)

@@ -54,7 +54,7 @@ class Context:
         rotary: cos and sin of each token.
         positions: Position of each token in its document.
         documents: Documents of packed rows, or None.
-        repeated: Whether the backward pass makes each layer again.
+        repeated: Whether the backward pass makes the layer again.
     """
 
     rotary: Rotary

@@ -9,7 +9,7 @@ from jaxtyping import Array
 type GradientCheckpointing = Literal["none", "selective", "full", "offload"]
 
 REPEATING = ("full", "offload")
-"""Policies that have the backward pass make each layer's products again."""
+"""Policies that have the backward pass make the products of each layer but the last again."""
 
 # Elementwise work, and what only moves elements: one pass over memory, fused with its neighbours.
 _CHEAP = frozenset(

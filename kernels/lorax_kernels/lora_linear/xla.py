@@ -10,7 +10,9 @@ from lorax_kernels.lora_linear.dropout import apply_dropout
 from lorax_kernels.lora_linear.reference import accumulation_dtype
 from lorax_kernels.lora_linear.weights import Group
 
-_FEW = 64  # ranks that are one step of a product, so that a member may as well read all of them
+# Ranks that are one step of a product, so that a member may as well read all of them: others' are
+# multiplied by zero, which is exact for all that is finite.
+_FEW = 64
 
 
 def _wide(p, q):
