@@ -133,12 +133,12 @@ def test_recomputation_keeps_only_the_input_of_each_layer_but_the_last():
     # Inputs are 2 × 24 × 32; of the MLP's inner 2 × 24 × 48 and the scores 24 × 24 only those of
     # the last layer are kept.
     kept, everything = (saved_shapes(make(policy), ids) for policy in ("full", "none"))
-    for large in (lambda s: 48 in s, lambda s: s[-2:] == (24, 24)):
+    for large in (lambda s: 48 in s, lambda s: s.count(24) > 1):
         some, all_of_them = (len([*filter(large, shapes)]) for shapes in (kept, everything))
-        assert 0 < all_of_them and some <= all_of_them / SMALL["num_hidden_layers"]
-    # One per layer, and what the final norm and the embedding keep of their own.
+        assert 0 < some <= all_of_them / SMALL["num_hidden_layers"]
+    # One per layer, and what the last one, the final norm and the embedding keep of their own.
     layers = [s for s in kept if s == (2, 24, 32)]
-    assert SMALL["num_hidden_layers"] <= len(layers) <= SMALL["num_hidden_layers"] + 3
+    assert SMALL["num_hidden_layers"] <= len(layers) <= SMALL["num_hidden_layers"] + 4
 
 
 class Doubled(nnx.Module):
