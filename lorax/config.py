@@ -239,7 +239,8 @@ class EvalConfig(Section):
     """When and how the held-out rows are looked at.
 
     Attributes:
-        strategy: `steps`: every `steps` steps; `epoch`: after each epoch.
+        strategy: `steps`: every `steps` steps; `epoch`: after each epoch; `no`: before the first
+            step and after the last alone.
         steps: Steps between two evaluations.
         per_device_eval_batch_size: Rows per device.
         early_stopping_patience: Evaluations without a better loss after which the run stops.

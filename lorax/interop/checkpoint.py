@@ -91,7 +91,8 @@ def read_config(directory: Path) -> dict[str, Any]:
     if not path.exists() and (directory / "adapter_config.json").exists():
         raise CheckpointError(
             f"{directory} holds a LoRA adapter, not a model; load the base model that its "
-            "adapter_config.json names, then give it the adapter with interop.peft.load_adapter"
+            "adapter_config.json names, then give it the adapter: `lorax generate BASE --adapter "
+            "FOLDER`, model.adapter in a config, or lorax.load_adapter"
         )
     return read_json(_inside(directory, path))
 
