@@ -69,14 +69,7 @@ class TrainStep:
     def compile(self, state: TrainState, batch: Batch) -> "TrainStep":
         """Returns the step compiled for the shapes of `batch`, before it is needed."""
         with self._settings():
-            lowered = self.compiled.lower(state, self.frozen, batch)
-            kernels = start_beside("kernels", compile_kernels) if _on_gpu() else None
-            try:
-                compiled = lowered.compile()
-            finally:  # no thread is left in the compiler
-                error = kernels and kernels.exception()
-        if error:
-            warnings.warn(f"the kernels were not compiled ahead of the step: {error}", stacklevel=2)
+            compiled = compile_lowered(self.compiled.lower(state, self.frozen, batch))
         return dataclasses.replace(self, compiled=compiled)
 
     @contextlib.contextmanager
@@ -88,6 +81,24 @@ class TrainStep:
             if self.full_determinism:
                 settings.enter_context(repeatable_attention())
             yield
+
+
+def compile_lowered(lowered: Any, options: dict[str, Any] | None = None) -> Any:
+    """Compiles a lowered step, its kernels in a thread beside the rest.
+
+    Args:
+        lowered: From `lower` of a jitted function.
+        options: The compiler's, added to the function's own.
+    """
+    on_gpu = jax.default_backend() == "gpu"
+    kernels = start_beside("kernels", compile_kernels) if on_gpu else None
+    try:
+        compiled = lowered.compile(compiler_options=options)
+    finally:  # no thread is left in the compiler
+        error = kernels and kernels.exception()
+    if error:
+        warnings.warn(f"the kernels were not compiled ahead of the step: {error}", stacklevel=2)
+    return compiled
 
 
 def make_train_step(
@@ -204,10 +215,6 @@ def merge_state(model: nnx.Module, state: TrainState) -> nnx.Module:
     """Returns `model` with the trained values of `state` (copied, for a step frees its state)."""
     graph, _, frozen = split_trainable(model)
     return nnx.merge(graph, jax.tree.map(jnp.copy, state.trainable), frozen)
-
-
-def _on_gpu() -> bool:
-    return jax.default_backend() == "gpu"
 
 
 def _reseed(model: nnx.Module, key: jax.Array) -> None:

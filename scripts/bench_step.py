@@ -30,15 +30,14 @@ from flax import nnx
 from make_random_checkpoint import SHAPES
 from measured_rows import append_rows, origin
 
-from lorax.beside import start_beside
 from lorax.config import LoraConfig, TrainConfig
 from lorax.lora import apply_lora, set_kernels
 from lorax.metrics import memory_gib
 from lorax.models import CausalLM, DecoderConfig
 from lorax.optimizer import make_optimizer
 from lorax.sharding import HostArray, embedding_on_host, make_mesh, place_batch
-from lorax.step import make_train_step
-from lorax_kernels import compile_kernels, xla_options
+from lorax.step import compile_lowered, make_train_step
+from lorax_kernels import xla_options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,10 +114,8 @@ def compile_variant(model: CausalLM, variant: Variant, batch) -> Compiled:
     step, state = make_train_step(model, make_optimizer(TrainConfig(learning_rate=2e-4), 1_000_000))
     begin = time.perf_counter()
     lowered = step.compiled.lower(state, step.frozen, batch)
-    kernels = start_beside("kernels", compile_kernels)
     options = {**(xla_options() or {}), **dict(variant.options)}
-    compiled = lowered.compile(compiler_options=options)
-    kernels.result()
+    compiled = compile_lowered(lowered, options)
     return Compiled(compiled, step.frozen, state, time.perf_counter() - begin)
 
 

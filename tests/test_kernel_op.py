@@ -27,6 +27,7 @@ from lorax_kernels.lora_linear.choice import padded_rank
 from lorax_kernels.lora_linear.dropout import keep_mask, keep_probability, random_bits, seed_words
 from lorax_kernels.lora_linear.plan import SHARED_MEMORY_BYTES, Dropout, MatmulConfig
 from lorax_kernels.testing import interpret
+from tests.jaxprs import equations
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -245,19 +246,8 @@ def test_a_weight_of_another_dtype_takes_the_inputs(inline):
 
 def count_kernels(jaxpr) -> collections.Counter:
     """Counts the kernels that a function calls, by name."""
-    found = collections.Counter()
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "mpmd_map":
-            found[str(equation.params["name"])] += 1
-            continue
-        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=is_jaxpr):
-            if is_jaxpr(value):
-                found += count_kernels(getattr(value, "jaxpr", value))
-    return found
-
-
-def is_jaxpr(value):
-    return hasattr(value, "eqns") or hasattr(value, "jaxpr")
+    kernels = (e for e in equations(jaxpr) if e.primitive.name == "mpmd_map")
+    return collections.Counter(str(kernel.params["name"]) for kernel in kernels)
 
 
 @pytest.mark.parametrize("policy", [None, "lora_h"])

@@ -15,6 +15,7 @@ from lorax.config import LoraConfig
 from lorax.linear import Frozen
 from lorax.lora import apply_lora, set_dropout_key
 from lorax.loss import IGNORED, linear_cross_entropy, token_nll
+from tests.jaxprs import equations
 
 ROWS, LENGTH, WIDTH, VOCABULARY = 3, 13, 8, 29
 
@@ -120,18 +121,6 @@ def test_a_label_that_is_no_token_makes_the_loss_nan(inputs):
         loss, (_, of_hidden) = loss_and_gradients(head, hidden, labels.at[1, 4].set(wrong))
         assert np.isnan(float(loss))
         assert np.isnan(of_hidden[1, 4]).all() and np.isfinite(of_hidden[1, 5]).all()
-
-
-def equations(jaxpr):
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=is_jaxpr):
-            if is_jaxpr(inner):
-                yield from equations(getattr(inner, "jaxpr", inner))
-
-
-def is_jaxpr(value):
-    return hasattr(value, "eqns") or hasattr(value, "jaxpr")
 
 
 def test_a_frozen_head_is_multiplied_twice_and_its_logits_never_stand_in_memory(monkeypatch):

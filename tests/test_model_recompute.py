@@ -13,6 +13,7 @@ from lorax.lora import apply_lora, split_trainable
 from lorax.loss import causal_lm_loss
 from lorax.models import CausalLM, DecoderConfig
 from lorax.models.offload import run_in_order
+from tests.jaxprs import equations
 
 LAYERS, WIDTH, INNER, ROWS, LENGTH = 3, 64, 192, 2, 24
 REPEATED = LAYERS - 1  # the backward pass begins with the last layer, which is still there
@@ -61,16 +62,8 @@ def kept_shapes(pull):
 
 
 def count_products(function, argument):
-    def count(jaxpr):
-        own = sum(equation.primitive.name == "dot_general" for equation in jaxpr.eqns)
-        values = jax.tree.leaves([e.params for e in jaxpr.eqns], is_leaf=is_jaxpr)
-        return own + sum(count(getattr(v, "jaxpr", v)) for v in values if is_jaxpr(v))
-
-    return count(jax.make_jaxpr(function)(argument).jaxpr)
-
-
-def is_jaxpr(value):
-    return hasattr(value, "eqns") or hasattr(value, "jaxpr")
+    found = equations(jax.make_jaxpr(function)(argument).jaxpr)
+    return sum(equation.primitive.name == "dot_general" for equation in found)
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "up_proj"], ["down_proj"]])

@@ -150,8 +150,9 @@ def _fill_rows(name, array, devices):
     return np.pad(array, ((0, 0), (0, missing), (0, 0)), constant_values=fill)
 
 
-def test_the_mean_of_micro_batch_means_is_far_off(model, dataset, exact):
-    _, _, naive = gradients(model, batch_of(dataset, 3), mean_of_means)
+@pytest.mark.parametrize("micro_batches", [3, 8, 16])
+def test_the_mean_of_micro_batch_means_is_far_off(model, dataset, exact, micro_batches):
+    _, _, naive = gradients(model, batch_of(dataset, micro_batches), mean_of_means)
     assert worst(naive, exact[2]) > 0.1
 
 

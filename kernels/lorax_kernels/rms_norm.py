@@ -57,8 +57,8 @@ def rms_norm_fork(
     """
     axes = axis_sizes(row_axes)
     narrow = x.dtype in (jnp.bfloat16, jnp.float16)
-    fits = narrow and 0 < x.size and x.shape[-1] <= MAX_WIDTH and runs_kernels()
-    fits = fits and _has_triton()
+    runs = runs_kernels() and _has_triton()
+    fits = runs and narrow and 0 < x.size and x.shape[-1] <= MAX_WIDTH
     if kernels == "xla" or not fits or x.shape[0] % math.prod(axes.values()):
         return x, rms_norm(x, jax.lax.stop_gradient(weight), epsilon)
     fork = functools.partial(_fork, epsilon)

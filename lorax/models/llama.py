@@ -302,12 +302,11 @@ class CausalLM(nnx.Module):
         if cache is not None:
             return self._run_with_cache(hidden, context, cache)
         layers: list[Any] = list(self.model.layers)
-        run = checkpointed(_run_layer, policy)
-        runs = [run] * len(layers)
+        runs = [checkpointed(_run_layer, policy)] * len(layers)
         if policy in REPEATING:
+            runs = [checkpointed(_repeat_layer, policy)] * len(layers)
             # The backward pass begins with the last layer: what it would make again is still there.
-            context = dataclasses.replace(context, repeated=True)
-            runs[-1] = checkpointed(_run_last_layer, "selective")
+            runs[-1] = checkpointed(_run_layer, "selective")
         offload = policy == "offload"
         if offload or inputs_embeds is not None:  # then something is copied from the host
             hidden = run_in_order(runs, layers, hidden, context, offload=offload)
@@ -376,5 +375,5 @@ def _run_layer(layer: DecoderLayer, hidden: Float[Array, "b t d"], context: Cont
     return layer(hidden, context)[0]
 
 
-def _run_last_layer(layer: DecoderLayer, hidden: Float[Array, "b t d"], context: Context):
-    return layer(hidden, dataclasses.replace(context, repeated=False))[0]
+def _repeat_layer(layer: DecoderLayer, hidden: Float[Array, "b t d"], context: Context):
+    return _run_layer(layer, hidden, dataclasses.replace(context, repeated=True))

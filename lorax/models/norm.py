@@ -1,7 +1,5 @@
 """The norm at the head of attention and of the MLP."""
 
-from typing import Any
-
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -31,5 +29,4 @@ class RMSNorm(nnx.Module):
         if isinstance(self.weight, nnx.Param) or x.dtype != self.dtype:  # a Param trains
             return x, self(x)
         weight = self.weight[...].astype(self.dtype)
-        options: Any = {"kernels": self.kernels, "row_axes": (DATA_AXIS,)}
-        return rms_norm_fork(x, weight, self.epsilon, **options)
+        return rms_norm_fork(x, weight, self.epsilon, kernels=self.kernels, row_axes=(DATA_AXIS,))

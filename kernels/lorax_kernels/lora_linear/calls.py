@@ -269,16 +269,16 @@ def _mlp_forward(repeated: bool, statics, x, gate_up: Operands, down: Operands):
     apart = repeated and statics[0].is_kernel
     (act, *kept), saved = _swiglu(statics[0], x, gate_up, keep=not apart)
     if apart:
-        kept = _multiply_again(statics[0], x, gate_up, saved)
+        kept = _multiply(statics[0], x, gate_up, saved)
     outputs, saved_of_down = _forward(statics[1], act, down)
     return outputs, (x, gate_up, saved, kept, down, saved_of_down)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _multiply_again(static: Static, x, operands: Operands, saved):
+def _multiply(static: Static, x, operands: Operands, saved):
     from lorax_kernels.lora_linear import fused
 
-    return fused.multiply_again(x, saved, _bundle(static, x.dtype, operands))
+    return fused.multiply(x, saved, _bundle(static, x.dtype, operands))
 
 
 def _mlp_backward(repeated: bool, statics, residuals, dys):

@@ -134,13 +134,10 @@ def _add(parts: jax.Array) -> jax.Array:
 
 def forward(x, group: Group, dropout: Dropout | None) -> tuple[list[jax.Array], Saved | None]:
     """Returns the outputs of the members, and what the backward pass needs."""
+    if not group.ranks:
+        return multiply(x, None, group), None
     (m, k), n = x.shape, sum(w.shape[1] for w in group.w)
     layout = lay_out(group)
-    config = matmul_config(m, k, n, transposed=False, short=layout.is_short)
-    bias = _padded_biases(group, config)
-    groups = [[Term(x, (w,))] for w in group.w]
-    if not group.ranks:
-        return grouped_matmul(groups, config=config, bias=bias), None
     a, b = pack(group, layout, x.dtype)
     begun, n0 = None, group.w[0].shape[1]
     width = 0 if dropout else inline_width(m, k, n, n0, layout.size)
@@ -151,43 +148,42 @@ def forward(x, group: Group, dropout: Dropout | None) -> tuple[list[jax.Array], 
             n=n0,
             width=width,
             config=inline_config(layout.size),
-            bias=bias,
+            bias=_padded_biases(group, _forward_config(x, group)),
         )
         begun = (y, width)
     else:
         h = down_project(x, a, dropout)
-    return _multiply(groups, h, b, group, layout, config, bias, begun), Saved(h, a, b)
+    saved = Saved(h, a, b)
+    return multiply(x, saved, group, begun), saved
 
 
-def multiply_again(x, saved: Saved | None, group: Group) -> list[jax.Array]:
-    """Returns the outputs of members without biases, of what `forward` saved of them."""
-    layout = lay_out(group)
-    (m, k), n = x.shape, sum(w.shape[1] for w in group.w)
-    config = matmul_config(m, k, n, transposed=False, short=layout.is_short)
-    groups = [[Term(x, (w,))] for w in group.w]
-    if saved is None:
-        return grouped_matmul(groups, config=config)
-    return _multiply(groups, saved.h, saved.b, group, layout, config)
-
-
-def _multiply(
-    groups: list[list[Term]],
-    h,
-    b,
-    group: Group,
-    layout: Layout,
-    config: MatmulConfig,
-    bias: jax.Array | None = None,
-    begun: tuple[jax.Array, int] | None = None,
+def multiply(
+    x, saved: Saved | None, group: Group, begun: tuple[jax.Array, int] | None = None
 ) -> list[jax.Array]:
-    """Returns the sums of the members' terms and of their updates."""
-    update = Update(h, b) if layout.is_short else None
-    if update is None:
+    """Returns the outputs of the members.
+
+    Args:
+        x: Input rows.
+        saved: h and the packed operands, or None where no member has an update.
+        group: The members.
+        begun: As in `grouped_matmul`.
+    """
+    layout, config = lay_out(group), _forward_config(x, group)
+    groups, update = [[Term(x, (w,))] for w in group.w], None
+    if saved is not None and layout.is_short:
+        update = Update(saved.h, saved.b)
+    elif saved is not None:
         for index, member in enumerate(group.members):
             first, rows = layout.block(index)
             columns = (layout.columns[member],)
-            groups[member].append(Term(h, (b,), rows, first, first, columns))
+            groups[member].append(Term(saved.h, (saved.b,), rows, first, first, columns))
+    bias = _padded_biases(group, config)
     return grouped_matmul(groups, config=config, bias=bias, update=update, begun=begun)
+
+
+def _forward_config(x, group: Group) -> MatmulConfig:
+    (m, k), n = x.shape, sum(w.shape[1] for w in group.w)
+    return matmul_config(m, k, n, transposed=False, short=lay_out(group).is_short)
 
 
 def _padded_biases(group: Group, config: MatmulConfig) -> jax.Array | None:

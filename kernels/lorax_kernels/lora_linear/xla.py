@@ -22,7 +22,11 @@ def _wide(p, q):
 def _span(group: Group, member: int) -> slice | None:
     """Returns the columns of h that a member's product reads: all of them where they are few."""
     own = group.columns(member)
-    return slice(0, sum(group.ranks)) if own and sum(group.ranks) <= _FEW else own
+    return slice(0, sum(group.ranks)) if own and _reads_all(group) else own
+
+
+def _reads_all(group: Group) -> bool:
+    return sum(group.ranks) <= _FEW
 
 
 def _rows(group: Group, member: int) -> slice:
@@ -79,8 +83,7 @@ def backward(x, h, group: Group, rate: float, key, dys):
     dx = None
     if g:
         # Where all have the whole span each is zero outside its own, and the sum is exact.
-        whole = sum(group.ranks) <= _FEW
-        g = functools.reduce(jnp.add, g) if whole else jnp.concatenate(g, axis=1)
+        g = functools.reduce(jnp.add, g) if _reads_all(group) else jnp.concatenate(g, axis=1)
         a = jnp.concatenate([a.astype(dtype) for a in group.a], axis=1)
         dx = apply_dropout(jnp.dot(g, a.T), rate, key)
     # The large products come last: XLA folds what there is so far into each of them.
