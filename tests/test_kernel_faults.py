@@ -217,7 +217,7 @@ FAULTS = [
     (
         "the update is left out",
         "fused.py",
-        "groups[member].append(Term(h, (b,), rows, first, first, columns))",
+        "groups[member].append(Term(saved.h, (saved.b,), rows, first, first, columns))",
         "pass",
         "layer",
     ),
@@ -252,8 +252,8 @@ FAULTS = [
     (
         "a member reads the first member's rows of B",
         "fused.py",
-        "Term(h, (b,), rows, first, first, columns)",
-        "Term(h, (b,), rows, first, 0, columns)",
+        "Term(saved.h, (saved.b,), rows, first, first, columns)",
+        "Term(saved.h, (saved.b,), rows, first, 0, columns)",
         "group",
     ),
     (
