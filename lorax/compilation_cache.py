@@ -1,7 +1,10 @@
 """Compiled programs kept between runs, so that the second start need not compile."""
 
+import contextlib
+import math
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -39,6 +42,15 @@ def use_compilation_cache(directory: str | Path | None = None) -> tuple[Path | N
         # A start compiles dozens of small programs, which take seconds together.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     return path, f"compiled programs are kept in {path}"
+
+
+@contextlib.contextmanager
+def kept_elsewhere() -> Iterator[None]:
+    """Has JAX not keep what this thread compiles, which takes seconds for a large program."""
+    from jax._src.config import persistent_cache_min_compile_time_secs
+
+    with persistent_cache_min_compile_time_secs(math.inf):
+        yield
 
 
 def make_private(path: Path) -> str | None:

@@ -147,8 +147,10 @@ class TrainConfig(Section):
         gradient_checkpointing: What the backward pass computes again instead of keeping it in
             memory: `none`, `selective` (norms and activations, no product), `full` (each layer but
             the last), `offload` (as `full`, but not attention; what is kept waits in the host's
-            memory); `auto` takes the fastest that fits.
-        memory_gib: What `auto` may use on one device; null is what the device has.
+            memory); `auto` takes the fastest that fits, with as many layers kept as fit.
+        kept_layers: How many layers, counted from the last, `full` and `offload` keep as
+            `selective` does; null is the last alone. Not with `auto`, which decides it.
+        memory_gib: What `auto` may plan with on one device; null is what the device has.
         seed: Of everything random in the run.
         full_determinism: The same bits every time on NVIDIA GPUs too; slower, with more memory.
         skip_nonfinite_steps: Steps whose loss or gradient may be not finite; each is left out and
@@ -183,6 +185,7 @@ class TrainConfig(Section):
     adam_epsilon: Positive = 1e-8
     max_grad_norm: NotNegative = 1.0
     gradient_checkpointing: Literal["auto", "none", "selective", "full", "offload"] = "full"
+    kept_layers: Index | None = None
     memory_gib: Positive | None = None
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 3407
     full_determinism: bool = False
@@ -230,6 +233,11 @@ class TrainConfig(Section):
         if schedule == "polynomial" and lr_end >= self.learning_rate:
             message = f"needs less than learning_rate ({self.learning_rate}), got {lr_end}"
             yield "lr_scheduler_kwargs.lr_end", message
+        policy, readers = self.gradient_checkpointing, ("full", "offload")
+        if self.kept_layers is not None and policy not in readers:
+            does = "decides it itself" if policy == "auto" else "does not read it"
+            message = f"gradient_checkpointing `{policy}` {does}, only {_listed(readers)} read it"
+            yield "kept_layers", message
         for name, readers in self._optimizer_keys.items():
             if self.optim not in readers and getattr(self, name) != _default(self, name):
                 yield name, f"optim `{self.optim}` does not read it, only {_listed(readers)} does"

@@ -138,11 +138,12 @@ def report_plan(console: Console, config: RunConfig, planner: Planner) -> None:
             style="dim",
             highlight=False,
         )
+    console.print("what auto takes", highlight=False)
+    budgets = {f"{size} GB": size * USABLE for size in DEVICES}
     if gib := config.train.memory_gib:
-        policy = planner.fastest(rows, length, gib)
-        fits = planner.memory(policy, rows, length).peak <= gib * GIB
-        picked = f"auto takes {policy}" if fits else "nothing fits, auto refuses to train"
-        console.print(f"within train.memory_gib = {gib:g}: {picked}", highlight=False)
+        budgets[f"train.memory_gib = {gib:g}"] = gib
+    table = [[name, *_pick(planner, rows, length, gib)] for name, gib in budgets.items()]
+    _print_table(console, ["within", "recompute", "peak GiB", "tokens/s"], table)
     header = ["recompute", *(f"{size} GB" for size in DEVICES)]
     made_for = f"the model was made for {planner.architecture.context:,} tokens"
     for title, fits, given in (
@@ -155,6 +156,16 @@ def report_plan(console: Console, config: RunConfig, planner: Planner) -> None:
             for policy in POLICIES
         ]
         _print_table(console, header, table)
+
+
+def _pick(planner: Planner, rows: int, length: int, gib: float) -> tuple[str, str, str]:
+    """Returns what auto takes within `gib`, its peak and its speed, as text."""
+    choice = planner.fastest(rows, length, gib)
+    cell = choice.policy, rows, length, choice.kept_layers
+    peak = planner.memory(*cell).peak / GIB
+    if peak > gib:
+        return "nothing fits", "", ""
+    return str(choice), f"{peak:,.2f}", f"{rows * length / planner.seconds(*cell):,.0f}"
 
 
 def _print_table(console: Console, header: list[str], rows: list[list[str]]) -> None:

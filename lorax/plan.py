@@ -17,7 +17,7 @@ from lorax.kernel_choice import family_of
 from lorax.lora import lora_layers, split_trainable
 from lorax.loss import logit_chunks
 from lorax.models import CausalLM, DecoderConfig, GradientCheckpointing
-from lorax.models.recompute import REPEATING
+from lorax.models.recompute import REPEATING, Recomputation
 from lorax.optimizer import make_optimizer
 from lorax.sharding import HostArray, embedding_obstacle, embedding_on_host
 from lorax_kernels import padded_rank
@@ -28,6 +28,8 @@ DEVICES = (24, 48, 80, 141)
 """Nominal sizes of devices, as in their names."""
 USABLE = 0.95
 """Of a device's nominal GiB: the rest is CUDA's own, and what lies between arrays."""
+FILLED = 0.97
+"""Of what there is, by layers kept that could be made again: the estimate errs a little."""
 
 PRODUCT_FLOPS = 705e12  # per second, bfloat16, sustained at the power limit
 ATTENTION_FLOPS = 520e12  # of long sequences
@@ -98,27 +100,27 @@ class Planner:
         self.full = not layers
         self.element = jnp.dtype(config.model.dtype).itemsize
 
-    def memory(self, policy: GradientCheckpointing, rows: int, length: int) -> MemoryPlan:
+    def memory(
+        self, policy: GradientCheckpointing, rows: int, length: int, kept_layers: int = 1
+    ) -> MemoryPlan:
         """Returns what a micro-batch of `rows` × `length` tokens needs.
 
         Args:
             policy: What is made again in the backward pass.
             rows: Of the micro-batch, on one device.
             length: Tokens of a row.
+            kept_layers: See `lorax.models.recompute.Recomputation`.
         """
         c, a = self.element, self.architecture
         tokens = rows * length
-        everything = tokens * self._kept_per_token("none")
         # Of what is offloaded, the layer at hand has its part on the device, and the next one.
         layers = 2 if policy == "offload" else a.num_hidden_layers
         kept = tokens * self._kept_per_token(policy) * layers
         if policy in REPEATING:
             kept += tokens * c * self.ranks
-        # Of the layer at hand: what is made again, the inner product of the MLP, and the gradients
-        # of two arrays like its input; those of gate and up take the places of gate and up.
+        # Of the layer at hand: the inner product of the MLP, and the gradients of two arrays like
+        # its input; those of gate and up take the places of gate and up.
         layer = tokens * c * (2.0 * a.hidden_size + a.intermediate_size)
-        if policy in REPEATING:
-            layer += everything - tokens * a.hidden_size * c
         if self._writes_scores:
             layer += rows * a.num_attention_heads * length**2 * (c + 8.0)
         elif self.config.train.full_determinism:
@@ -129,13 +131,20 @@ class Planner:
         _, chunk = logit_chunks(rows, length, a.vocab_size)
         # Logits and their gradient, and the states and their gradient, chunk by chunk.
         loss = rows * chunk * a.vocab_size * 2.0 * c + 3 * tokens * a.hidden_size * c
-        if policy in REPEATING:  # and the last layer's, which is not made again
-            loss += tokens * (self._kept_per_token("selective") - self._kept_per_token(policy))
+        working = max(layer, loss)
+        if policy in REPEATING:
+            whole, instead = self._kept_per_token("selective"), self._kept_per_token(policy)
+            # Of what is offloaded, the last layer's part is counted above.
+            counted = kept_layers if policy == "full" else min(kept_layers, 1)
+            more = tokens * (kept_layers * whole - counted * instead)
+            again = tokens * (self._kept_per_token("none") - a.hidden_size * c)
+            if kept_layers == a.num_hidden_layers or more + working > layer + again:
+                kept += more  # until the first layer is made again
+            else:
+                working = layer + again
         sums = 2 if self.config.train.gradient_accumulation_steps > 1 else 1
         gradients = 4.0 * self.trained_elements * sums
-        return MemoryPlan(
-            self.weights, self.trained, self.optimizer, gradients, kept, max(layer, loss)
-        )
+        return MemoryPlan(self.weights, self.trained, self.optimizer, gradients, kept, working)
 
     @property
     def _writes_scores(self) -> bool:
@@ -161,7 +170,9 @@ class Planner:
             elements += d * reads("gate_proj", "up_proj")
         return elements * c + 4.0 * a.num_attention_heads
 
-    def seconds(self, policy: GradientCheckpointing, rows: int, length: int) -> float:
+    def seconds(
+        self, policy: GradientCheckpointing, rows: int, length: int, kept_layers: int = 1
+    ) -> float:
         """Returns the estimated time of a micro-batch on an H200."""
         a, c, tokens = self.architecture, self.element, rows * length
         d, f, layers = a.hidden_size, a.intermediate_size, a.num_hidden_layers
@@ -177,7 +188,8 @@ class Planner:
             streamed += tokens * c * layers * (f + 2.0 * d)
         launches = float(LAUNCHES * layers)
         if policy in REPEATING:
-            repeated = layers - 1  # the last one is still there
+            repeated = layers - kept_layers
+            streamed += tokens * c * kept_layers * (f + 2.0 * d)
             flops += 2.0 * tokens * repeated * (products / layers - down)
             streamed += tokens * c * repeated * (f + 8.0 * d)
             launches += 0.4 * LAUNCHES * repeated
@@ -188,17 +200,18 @@ class Planner:
         rate = ATTENTION_FLOPS * length / (length + ATTENTION_HALF)
         seconds = flops / PRODUCT_FLOPS + attention / rate + streamed / STREAM_BYTES
         if policy == "offload":
-            seconds += 2.0 * layers * COPY_SECONDS
-        copies = 2.0 * self.host_bytes(policy, rows, length) / COPY_BYTES
+            seconds += 2.0 * (layers - kept_layers) * COPY_SECONDS
+        copies = 2.0 * self.host_bytes(policy, rows, length, kept_layers) / COPY_BYTES
         return max(seconds + launches * LAUNCH_SECONDS, copies)
 
-    def host_bytes(self, policy: GradientCheckpointing, rows: int, length: int) -> float:
+    def host_bytes(
+        self, policy: GradientCheckpointing, rows: int, length: int, kept_layers: int = 1
+    ) -> float:
         """Returns what "offload" keeps in the host's memory for a micro-batch."""
         if policy != "offload":
             return 0.0
-        return (
-            rows * length * self._kept_per_token(policy) * (self.architecture.num_hidden_layers - 1)
-        )
+        layers = self.architecture.num_hidden_layers - max(kept_layers, 1)
+        return rows * length * self._kept_per_token(policy) * layers
 
     def largest_batch(self, policy: GradientCheckpointing, length: int, gib: float) -> int:
         """Returns the most rows of `length` tokens that fit `gib`, 0 if not even one does."""
@@ -208,15 +221,20 @@ class Planner:
         """Returns the most tokens per row that fit `gib`, in steps of 128; 0 if none do."""
         return 128 * _last(lambda n: self.memory(policy, rows, 128 * n).peak <= gib * GIB)
 
-    def fastest(self, rows: int, length: int, gib: float) -> GradientCheckpointing:
-        """Returns the policy that is fastest among those that fit, else the smallest."""
-        peaks: dict[GradientCheckpointing, float] = {
-            policy: self.memory(policy, rows, length).peak for policy in POLICIES
-        }
-        fitting: list[GradientCheckpointing] = [p for p in POLICIES if peaks[p] <= gib * GIB]
+    def fastest(self, rows: int, length: int, gib: float) -> Recomputation:
+        """Returns what is fastest among what fits, else the smallest.
+
+        Layers beyond the last are kept where they fit `FILLED` of `gib`.
+        """
+        peak = lambda r: self.memory(r.policy, rows, length, r.kept_layers).peak / GIB
+        seconds = lambda r: self.seconds(r.policy, rows, length, r.kept_layers)
+        policies = [Recomputation(policy) for policy in POLICIES]
+        fitting = [r for r in policies if peak(r) <= gib]
         if not fitting:
-            return min(POLICIES, key=peaks.__getitem__)
-        return min(fitting, key=lambda policy: self.seconds(policy, rows, length))
+            return min(policies, key=peak)
+        counts = range(2, self.architecture.num_hidden_layers)
+        more = [Recomputation(p, k) for p in REPEATING for k in counts]
+        return min((*fitting, *(r for r in more if peak(r) <= FILLED * gib)), key=seconds)
 
 
 def _kept_ranks(ranks: dict[str, int]) -> int:

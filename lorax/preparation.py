@@ -1,5 +1,6 @@
 """What a run trains on, and its steps compiled before the weights are there."""
 
+import contextlib
 import itertools
 import json
 import math
@@ -13,11 +14,13 @@ import numpy as np
 from flax import nnx
 
 from lorax.beside import start_beside
+from lorax.compilation_cache import kept_elsewhere
 from lorax.config import EvalConfig, RunConfig, TrainConfig
 from lorax.data import BatchPlan, EncodedDataset, prefetch
 from lorax.lora import fingerprint_adapters
 from lorax.loss import LossFunction, causal_lm_loss
 from lorax.models import CausalLM, DocumentLayout
+from lorax.models.recompute import Recomputation
 from lorax.optimizer import make_optimizer
 from lorax.program_cache import ProgramCache
 from lorax.sharding import batch_placer, make_mesh
@@ -99,7 +102,7 @@ def _describe_step(config: RunConfig, model: CausalLM, total_steps: int) -> dict
         "settings": json.dumps(settings),
         "architecture": repr(model.config),
         "adapters": fingerprint_adapters(model),
-        "recomputed": model.gradient_checkpointing,
+        "recomputed": str(Recomputation.of(model)),
         "documents": repr(model.document_layout),
         "steps": str(total_steps),
     }
@@ -137,7 +140,8 @@ def compile_widths(
         executable = programs.find(*kept) if programs else None
         was_found = executable is not None
         if executable is None:
-            executable = step.compile(state, batch).compiled
+            with kept_elsewhere() if programs else contextlib.nullcontext():
+                executable = step.compile(state, batch).compiled
         compiled[width] = CompiledStep(executable, time.perf_counter() - started, was_found)
         if programs and not was_found:
             programs.keep(executable, *kept)

@@ -13,6 +13,7 @@ import numpy as np
 
 from lorax.config import RunConfig
 from lorax.data import EncodedDataset
+from lorax.models.recompute import Recomputation
 
 HARMLESS_KEYS = frozenset(
     {
@@ -23,6 +24,7 @@ HARMLESS_KEYS = frozenset(
         "data.eval",
         "mesh.data",
         "train.gradient_checkpointing",
+        "train.kept_layers",
         # What is reported, written and waited for.
         "train.memory_gib",
         "train.skip_nonfinite_steps",
@@ -111,7 +113,7 @@ def identify_run(
     config: RunConfig,
     data: Mapping[str, EncodedDataset],
     devices: int,
-    policy: str,
+    recomputation: Recomputation,
     files: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Returns what must be equal for a run to go on as if it had never stopped.
@@ -120,13 +122,13 @@ def identify_run(
         config: The run's settings.
         data: Encoded rows by name.
         devices: How many share a batch.
-        policy: What the backward pass makes again: it decides the last bits.
+        recomputation: What the backward pass makes again: it decides the last bits.
         files: Fingerprints of files by what they are, such as the base model's.
     """
     return {
         "settings": fixed_settings(config),
         "devices": devices,
-        "gradient checkpointing": policy,
+        "gradient checkpointing": str(recomputation),
         **{f"{name} data": fingerprint_data(rows) for name, rows in data.items()},
         **(files or {}),
     }

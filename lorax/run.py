@@ -25,7 +25,7 @@ from lorax.generate import stop_token_ids
 from lorax.interop.checkpoint import resolve_checkpoint
 from lorax.interop.files import CheckpointError, read_json, refuse_occupied, sync
 from lorax.metrics import RunLog, check_reporters, library_versions, memory_gib
-from lorax.models import GradientCheckpointing
+from lorax.models.recompute import Recomputation
 from lorax.overview import report_data, report_model, shows_text
 from lorax.phases import Phases
 from lorax.preparation import compile_ahead
@@ -50,7 +50,7 @@ from lorax.run_inputs import (
     check_plan,
     check_targets,
     check_weights,
-    choose_policy,
+    choose_recomputation,
     explain_memory,
     load_base,
     load_inputs,
@@ -130,16 +130,19 @@ def _run(config: RunConfig, console: Console, phases: Phases, resume: Resume) ->
     if not rows:
         console.print("no row is shown in a log; `lorax inspect` shows some", highlight=False)
     console.rule("Model")
-    policy, reason = choose_policy(config)
-    console.print(f"gradient checkpointing: {policy}, {reason}", highlight=False, soft_wrap=True)
+    before = recomputed_before(output) if resumed else None
+    recomputation, reason = choose_recomputation(config, before)
+    console.print(
+        f"gradient checkpointing: {recomputation}; {reason}", highlight=False, soft_wrap=True
+    )
     files = fingerprint_inputs(config, inputs)
     if resumed:
-        refuse_changes(config, inputs, policy, files)
+        refuse_changes(config, inputs, recomputation, files)
     phases.end("data and device")
-    shapes.gradient_checkpointing = policy
+    recomputation.put_on(shapes)
     data = inputs.train, inputs.eval
     compiled = compile_ahead(shapes, config, *data, programs=programs)
-    model = adapt_base(base.result(), config, policy)
+    model = adapt_base(base.result(), config, recomputation)
     del base
     phases.end("weights")
     report_model(console, config, model)
@@ -260,8 +263,16 @@ def refuse_changed_settings(config: RunConfig) -> None:
         refuse_other_run(saved, {"settings": fixed_settings(config)}, str(output))
 
 
+def recomputed_before(output: Path) -> Recomputation | None:
+    """Returns what the run in `output` recomputes, if it has saved anything."""
+    record = CheckpointStore(output / CHECKPOINT_FOLDER).newest_record()
+    if record is None:
+        return None
+    return Recomputation.read(record["identity"]["gradient checkpointing"])
+
+
 def refuse_changes(
-    config: RunConfig, inputs: Inputs, policy: GradientCheckpointing, files: Mapping[str, str]
+    config: RunConfig, inputs: Inputs, recomputation: Recomputation, files: Mapping[str, str]
 ) -> None:
     """Refuses to resume another run, before its steps are compiled; the trainer looks again."""
     output = Path(config.save.output_dir)
@@ -269,7 +280,7 @@ def refuse_changes(
     if record is None:
         return
     data = name_datasets(inputs.train, inputs.eval)
-    now = identify_run(config, data, make_mesh(config.mesh.data).size, policy, files)
+    now = identify_run(config, data, make_mesh(config.mesh.data).size, recomputation, files)
     # The trainer knows how the model is adapted; this is about the rest.
     saved = {k: v for k, v in record["identity"].items() if k != "adapter settings"}
     refuse_other_run(saved, now, str(output))
@@ -283,7 +294,8 @@ def _memory_explained(config: RunConfig) -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise OutOfMemoryError(explain_memory(config, choose_policy(config)[0], error)) from error
+        recomputation, _ = choose_recomputation(config)
+        raise OutOfMemoryError(explain_memory(config, recomputation, error)) from error
 
 
 @contextlib.contextmanager

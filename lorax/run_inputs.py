@@ -22,7 +22,8 @@ from lorax.interop.huggingface import check_checkpoint, load_hf_config, load_mod
 from lorax.interop.peft import check_adapter, load_adapter, read_adapter_config, trains_base_weights
 from lorax.kernel_choice import check_kernels
 from lorax.lora import apply_lora, set_kernels
-from lorax.models import CausalLM, GradientCheckpointing
+from lorax.models import CausalLM
+from lorax.models.recompute import Recomputation
 from lorax.optimizer import make_schedule
 from lorax.plan import GIB, POLICIES, Planner, device_gib
 from lorax.preparation import count_steps, plan_training
@@ -94,11 +95,15 @@ def model_shapes(config: RunConfig, base: Path) -> CausalLM:
 
     Raises:
         TargetError: If the adapter's settings do not fit the model.
+        ValueError: If more layers are to be kept than it has.
     """
     full = config.train.method == "full"
     adapter, dtype = config.model.adapter, jnp.dtype(config.model.dtype)
     settings = read_adapter_config(adapter) if adapter else config.lora
     architecture = load_hf_config(base)
+    kept, layers = config.train.kept_layers, architecture.num_hidden_layers
+    if kept is not None and kept > layers:
+        raise ValueError(f"train.kept_layers: the model has {layers} layers, got {kept}")
 
     def build():
         model = CausalLM(
@@ -190,35 +195,47 @@ def check_plan(config: RunConfig, inputs: Inputs) -> BatchPlan:
     return plan
 
 
-def choose_policy(config: RunConfig) -> tuple[GradientCheckpointing, str]:
-    """Returns what the backward pass will recompute, and why: `auto` is the fastest that fits."""
+def choose_recomputation(
+    config: RunConfig, before: Recomputation | None = None
+) -> tuple[Recomputation, str]:
+    """Returns what the backward pass will recompute, and why: `auto` is the fastest that fits.
+
+    Args:
+        config: The run's settings.
+        before: What the run that goes on has recomputed; `auto` stays with it where it fits.
+    """
     train = config.train
     if train.gradient_checkpointing != "auto":
-        return train.gradient_checkpointing, "as asked"
+        kept = 1 if train.kept_layers is None else train.kept_layers
+        return Recomputation(train.gradient_checkpointing, kept), "as asked"
     gib = train.memory_gib or device_gib()
     if gib is None:
-        return "none", f"{jax.devices()[0].device_kind} does not tell its memory"
+        kind = jax.devices()[0].device_kind
+        return before or Recomputation("none"), f"{kind} does not tell its memory"
     planner = make_planner(config)
     shape = train.per_device_train_batch_size, config.data.max_seq_length
-    policy = planner.fastest(*shape, gib)
-    peak = planner.memory(policy, *shape).peak / GIB
+    peak_of = lambda r: planner.memory(r.policy, *shape, r.kept_layers).peak / GIB
+    if before and peak_of(before) <= gib:
+        return before, f"as before, about {peak_of(before):.1f} of {gib:.1f} GiB"
+    choice = planner.fastest(*shape, gib)
+    peak = peak_of(choice)
     if peak > gib:
-        found = f"no policy fits: {policy} takes the least, about {peak:.3g} GiB of {gib:.3g}"
+        found = f"no policy fits: {choice} takes the least, about {peak:.3g} GiB of {gib:.3g}"
         if train.memory_gib:
             raise ValueError(
                 f"train.memory_gib: {found}; lower train.per_device_train_batch_size or "
                 "data.max_seq_length (`lorax plan` shows what fits), or raise it"
             )
-        return policy, f"{found}, by the estimate of `lorax plan`"
+        return choice, f"{found}, by the estimate of `lorax plan`"
     reason = f"about {peak:.1f} of {gib:.1f} GiB, the fastest that fits"
-    if host := planner.host_bytes(policy, *shape) / GIB:
+    if host := planner.host_bytes(choice.policy, *shape, choice.kept_layers) / GIB:
         reason += f", and {host:.1f} GiB of the host's memory per device"
-    return policy, reason
+    return choice, reason
 
 
 def build_model(config: RunConfig) -> CausalLM:
     """Loads the base model and puts fresh or loaded adapters on it, as the config says."""
-    return adapt_base(load_base(config), config, choose_policy(config)[0])
+    return adapt_base(load_base(config), config, choose_recomputation(config)[0])
 
 
 def load_base(config: RunConfig) -> CausalLM:
@@ -234,15 +251,15 @@ def load_base(config: RunConfig) -> CausalLM:
     )
 
 
-def adapt_base(model: CausalLM, config: RunConfig, policy: GradientCheckpointing) -> CausalLM:
+def adapt_base(model: CausalLM, config: RunConfig, recomputation: Recomputation) -> CausalLM:
     """Puts fresh or loaded adapters on the base model, and says what it makes again.
 
     Args:
         model: From `load_base`.
         config: The run's settings.
-        policy: From `choose_policy`.
+        recomputation: From `choose_recomputation`.
     """
-    model.gradient_checkpointing = policy
+    recomputation.put_on(model)
     if config.train.method == "full":
         return model
     if config.model.adapter:
@@ -253,7 +270,7 @@ def adapt_base(model: CausalLM, config: RunConfig, policy: GradientCheckpointing
     return model
 
 
-def explain_memory(config: RunConfig, policy: GradientCheckpointing, error: Exception) -> str:
+def explain_memory(config: RunConfig, recomputation: Recomputation, error: Exception) -> str:
     """Returns what to change when the device's memory did not suffice."""
     train, length = config.train, config.data.max_seq_length
     rows, planner = train.per_device_train_batch_size, make_planner(config)
@@ -261,11 +278,14 @@ def explain_memory(config: RunConfig, policy: GradientCheckpointing, error: Exce
     line = str(error).splitlines()[0]
     if not gib:
         return f"out of memory: {line}. `lorax plan` says what takes less"
-    moves, now = [], planner.memory(policy, rows, length).peak
+    moves, kept = [], recomputation.kept_layers
+    now = planner.memory(recomputation.policy, rows, length, kept).peak
+    without = "" if train.kept_layers is None else " without train.kept_layers"
     for other in POLICIES:
         peak = planner.memory(other, rows, length).peak
         if peak < now:
-            moves.append(f"train.gradient_checkpointing: {other} (about {peak / GIB:.1f} GiB)")
+            about = f"{without} (about {peak / GIB:.1f} GiB)"
+            moves.append(f"train.gradient_checkpointing: {other}{about}")
     if spared := planner.spared_by_host:
         moves.append(f"model.offload_embedding: true ({spared / GIB:.1f} GiB less)")
     smallest = min(POLICIES, key=lambda policy: planner.memory(policy, 1, length).peak)

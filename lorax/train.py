@@ -25,6 +25,7 @@ from lorax.lora import fingerprint_adapters
 from lorax.loss import LossFunction, causal_lm_loss
 from lorax.metrics import Throughput, library_versions
 from lorax.model_size import model_size
+from lorax.models.recompute import Recomputation
 from lorax.nonfinite import find_micro_batches, report_rows
 from lorax.optimizer import make_optimizer, make_schedule
 from lorax.preparation import (
@@ -149,14 +150,13 @@ class Trainer:
         self._stop, self._long = StopRequest(), LongSteps()
         self._beat: Callable[[], object] = lambda: None
         datasets = name_datasets(train_data, eval_data)
-        policy = getattr(self.model, "gradient_checkpointing", "none")
         tell = lambda text: self._tell({"note": text})
         folder, keep = self.output_dir / CHECKPOINT_FOLDER, config.save.save_total_limit
         versions = library_versions()
         self.checkpoints = CheckpointStore(folder, keep=keep, versions=versions, tell=tell)
         files = dict(files or {"base model": fingerprint_weights(self.step.frozen)})
         files["adapter settings"] = fingerprint_adapters(self.model)
-        identity = identify_run(config, datasets, devices, policy, files)
+        identity = identify_run(config, datasets, devices, Recomputation.of(self.model), files)
         self.saver = Saver(config.save, self.store, self.checkpoints, identity, tell)
         self.keeps_lock = False
         if resume:

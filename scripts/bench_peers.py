@@ -5,9 +5,10 @@
 
 A cell is model:batch:seq:accumulation; a system is name:policy, such as lorax:full,
 unsloth:offload (its default) or peft:none; lorax:full+embedding has the embedding in the host's
-memory too. Within a cell each peer's policy is a process of its
-own, and lorax's policies share one, in turns, as in `bench_step.py`. The plot shows all rows of the
-call in the file, so several runs may share one call; `--cells` with nothing after it only draws.
+memory too, lorax:full:6 six layers that are not made again. Within a cell each peer's policy is a
+process of its own, and lorax's policies share one, in turns, as in `bench_step.py`. The plot shows
+all rows of the call in the file, so several runs may share one call; `--cells` with nothing after
+it only draws.
 """
 
 import argparse
@@ -123,15 +124,16 @@ def main() -> None:
     for cell in parsed.cells:
         model, batch, seq, accumulation = cell.split(":")
         shape = batch, seq, accumulation
-        policies = [name.split(":")[1] for name in parsed.systems if name.startswith("lorax:")]
+        named = [name.split(":", 1) for name in parsed.systems]
+        policies = [policy for system, policy in named if system == "lorax"]
         jobs: list[tuple[str, Callable[[], list[dict]]]] = []
         if policies:
             jobs.append(("lorax", functools.partial(run_lorax, model, *shape, policies)))
-        for name in parsed.systems:
-            system, policy = name.split(":")
+        for system, policy in named:
             if system != "lorax":
                 checkpoint = find_checkpoint(model, parsed.folder, parsed.tokenizer)
-                jobs.append((name, functools.partial(run_peer, system, checkpoint, *shape, policy)))
+                run = functools.partial(run_peer, system, checkpoint, *shape, policy)
+                jobs.append((f"{system}:{policy}", run))
         for name, job in jobs:
             try:
                 rows = job()
@@ -158,7 +160,9 @@ def cell_of(row: dict) -> tuple:
 
 def policy_of(row: dict) -> str:
     """Returns what is kept where, in a word or two."""
-    return row["policy"] + (_HOST if row.get("offload_embedding") else "")
+    kept = row.get("kept_layers", 1)
+    more = f":{kept}" if kept != 1 else ""
+    return row["policy"] + more + (_HOST if row.get("offload_embedding") else "")
 
 
 def memory_of(row: dict) -> float:

@@ -34,6 +34,7 @@ from lorax.config import LoraConfig, TrainConfig
 from lorax.lora import apply_lora, set_kernels
 from lorax.metrics import memory_gib
 from lorax.models import CausalLM, DecoderConfig
+from lorax.models.recompute import Recomputation, check_policy
 from lorax.optimizer import make_optimizer
 from lorax.sharding import HostArray, embedding_on_host, make_mesh, place_batch
 from lorax.step import compile_lowered, make_train_step
@@ -45,13 +46,14 @@ class Variant:
     """One way to run the step."""
 
     kernels: str
-    policy: str
+    recomputation: Recomputation
     options: tuple[tuple[str, Any], ...] = ()
 
     @property
     def name(self) -> str:
         """Says what is particular about it."""
-        return " ".join([self.kernels, self.policy, *(f"{k}={v}" for k, v in self.options)])
+        options = [f"{k}={v}" for k, v in self.options]
+        return " ".join([self.kernels, str(self.recomputation), *options])
 
 
 @dataclasses.dataclass
@@ -96,6 +98,12 @@ def build_model(shape: str, r: int, offload_embedding: bool = False) -> CausalLM
     return apply_lora(model, settings, rngs=nnx.Rngs(1))
 
 
+def read_policy(text: str) -> Recomputation:
+    """Returns what ``full`` or ``full:6`` stands for."""
+    policy, _, kept = text.partition(":")
+    return Recomputation(check_policy(policy), int(kept or 1))
+
+
 def draw_batch(vocabulary: int, accumulation: int, batch: int, seq: int) -> dict[str, Any]:
     """Returns micro-batches of random tokens, all supervised, in the host's memory."""
     tokens = np.random.default_rng(0).integers(0, vocabulary, (accumulation, batch, seq + 1))
@@ -110,7 +118,7 @@ def draw_batch(vocabulary: int, accumulation: int, batch: int, seq: int) -> dict
 def compile_variant(model: CausalLM, variant: Variant, batch) -> Compiled:
     """Lowers here, so that the model's settings hold, and returns what compiles in a thread."""
     set_kernels(model, variant.kernels)  # type: ignore[arg-type]
-    model.gradient_checkpointing = variant.policy  # type: ignore[assignment]
+    variant.recomputation.put_on(model)
     step, state = make_train_step(model, make_optimizer(TrainConfig(learning_rate=2e-4), 1_000_000))
     begin = time.perf_counter()
     lowered = step.compiled.lower(state, step.frozen, batch)
@@ -173,7 +181,9 @@ def main() -> None:
     parser.add_argument("--seq", type=int, default=2048)
     parser.add_argument("--accumulation", type=int, default=1)
     parser.add_argument("--r", type=int, default=16)
-    parser.add_argument("--policies", nargs="+", default=["none"])
+    parser.add_argument(
+        "--policies", nargs="+", default=["none"], help="as full, or full:6 with six layers kept"
+    )
     parser.add_argument("--kernels", nargs="+", default=["pallas", "xla"])
     parser.add_argument(
         "--options", nargs="*", default=["{}"], help="JSON: XLA's, one variant each"
@@ -188,7 +198,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parsed = parser.parse_args()
     variants = [
-        Variant(kernels, policy, tuple(json.loads(options).items()))
+        Variant(kernels, read_policy(policy), tuple(json.loads(options).items()))
         for policy in parsed.policies
         for kernels in parsed.kernels
         for options in parsed.options
@@ -225,7 +235,8 @@ def main() -> None:
             "batch": parsed.batch,
             "accumulation": parsed.accumulation,
             "seq": parsed.seq,
-            "policy": variant.policy,
+            "policy": variant.recomputation.policy,
+            "kept_layers": variant.recomputation.kept_layers,
             "offload_embedding": parsed.offload_embedding,
             "kernels": variant.kernels,
             "options": dict(variant.options),

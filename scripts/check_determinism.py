@@ -41,7 +41,10 @@ import lorax.step
 from lorax import Trainer, load_config
 from lorax.checkpoint_files import read_checkpoint
 from lorax.config import TrainConfig
+from lorax.models.recompute import Recomputation
 from lorax.optimizer import make_optimizer
+
+SELECTIVE = Recomputation("selective")
 
 
 @jax.jit
@@ -64,7 +67,7 @@ def compile_unguarded(model, batch):
     unguarded: Any = SimpleNamespace(**names | {"where": lambda _, new, __: new})
     lorax.step.jnp = unguarded
     try:
-        return compile_variant(model, Variant("auto", "selective"), batch)
+        return compile_variant(model, Variant("auto", SELECTIVE), batch)
     finally:
         lorax.step.jnp = plain
 
@@ -152,7 +155,7 @@ def measure_step(parsed: argparse.Namespace) -> list[dict[str, Any]]:
     model = build_model(parsed.model, 16)
     batch = draw_batch(model.config.vocab_size, 1, 4, 2048)
     ways = {
-        "default": lambda: compile_variant(model, Variant("auto", "selective"), batch),
+        "default": lambda: compile_variant(model, Variant("auto", SELECTIVE), batch),
         "unguarded": lambda: compile_unguarded(model, batch),
         "full_determinism": lambda: compile_repeatable(model, batch),
     }

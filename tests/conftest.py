@@ -1,11 +1,22 @@
 """Strictness for the whole suite: no silent promotion, float32 means float32, no network."""
 
+import atexit
+import math
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 # Four virtual devices, so that sharded runs are tested on any machine.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+
+# The processes of one run of the tests, and those that they start, compile each program once.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _cache = tempfile.mkdtemp(prefix="lorax-tests-")
+    atexit.register(shutil.rmtree, _cache, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jax
 import pytest
@@ -39,6 +50,17 @@ SLOW_FILES = {
     "test_train_parity.py",
     "test_train_trainer.py",
 }
+
+
+@pytest.fixture(autouse=True)
+def _kernels_are_compiled_anew(request):
+    """An interpreted kernel calls back into the process that compiled it."""
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    if request.path.name.startswith("test_kernel_"):
+        jax.config.update(name, math.inf)
+    yield
+    jax.config.update(name, before)
 
 
 def pytest_collection_modifyitems(items):

@@ -46,7 +46,7 @@ ALLOWED = {
     "lorax.state_tree": {"lorax.interop"},
     "lorax.model_size": {"lorax.lora", "lorax.metrics"},
     "lorax.nonfinite": {"lorax.loss"},
-    "lorax.resume": {"lorax.config", "lorax.data"},
+    "lorax.resume": {"lorax.config", "lorax.data", "lorax.models"},
     "lorax.saving": {
         "lorax.checkpoint",
         "lorax.config",
@@ -75,6 +75,7 @@ ALLOWED = {
     "lorax.generate": {"lorax.interop", "lorax.models"},
     "lorax.phases": set(),
     "lorax.preparation": {
+        "lorax.compilation_cache",
         "lorax.beside",
         "lorax.config",
         "lorax.data",

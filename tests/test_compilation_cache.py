@@ -67,21 +67,35 @@ def test_what_jax_was_told_stays(tmp_path):
 
 PROGRAM = """
 import sys, jax, jax.numpy as jnp
-from lorax.compilation_cache import use_compilation_cache
+from lorax.compilation_cache import kept_elsewhere, use_compilation_cache
 use_compilation_cache(sys.argv[1])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 hits = []
 jax.monitoring.register_event_listener(lambda name, **_: hits.append(name))
-jax.jit(lambda x: jnp.sin(x) @ x)(jnp.ones((8, 8))).block_until_ready()
-print(sum("cache_hits" in name for name in hits))
+x = jnp.ones((8, 8))
+with kept_elsewhere():
+    jax.jit(lambda x: jnp.cos(x) @ x)(x).block_until_ready()
+elsewhere = len(hits)
+jax.jit(lambda x: jnp.sin(x) @ x)(x).block_until_ready()
+print(*(sum("cache_hits" in name for name in part) for part in (hits[:elsewhere], hits)))
 """
 
 
-def test_a_second_process_finds_what_the_first_compiled(tmp_path):
-    run = lambda: subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(tmp_path / "cache")],
-        capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([".", "kernels"]), "JAX_PLATFORMS": "cpu"},
-    )  # fmt: skip
-    first, second = run(), run()
-    assert int(first.stdout) == 0 < int(second.stdout)
+def test_a_second_process_finds_what_the_first_compiled_but_for_what_is_kept_elsewhere(tmp_path):
+    def run():
+        done = subprocess.run(
+            [sys.executable, "-c", PROGRAM, str(tmp_path / "cache")],
+            capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1],
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join([".", "kernels"]),
+                "JAX_PLATFORMS": "cpu",
+            },
+        )  # fmt: skip
+        kept = list((tmp_path / "cache").glob("jit__lambda*-cache"))
+        return [int(word) for word in done.stdout.split()], len(kept)
+
+    (first_elsewhere, first), kept = run()
+    assert first_elsewhere == first == 0 and kept == 1
+    (elsewhere, both), _ = run()
+    assert both > elsewhere

@@ -464,6 +464,14 @@ def test_defaults_are_not_shared():
     [
         ("train: {optim: sgd, adam_beta1: 0.8}", "train.adam_beta1: optim `sgd` does not read it"),
         ("train: {optim: lion, adam_epsilon: 1.0e-6}", "train.adam_epsilon: optim `lion` does not"),
+        (
+            "train: {gradient_checkpointing: selective, kept_layers: 2}",
+            "train.kept_layers: gradient_checkpointing `selective` does not read it, only `full`",
+        ),
+        (
+            "train: {gradient_checkpointing: auto, kept_layers: 2}",
+            "train.kept_layers: gradient_checkpointing `auto` decides it itself",
+        ),
     ],
 )
 def test_a_key_that_nothing_would_read_is_refused(write, text, message):

@@ -1,5 +1,6 @@
 """What the backward pass keeps and what it makes again, policy by policy."""
 
+import functools
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from lorax.lora import apply_lora, split_trainable
 from lorax.loss import causal_lm_loss
 from lorax.models import CausalLM, DecoderConfig
 from lorax.models.offload import run_in_order
+from lorax.models.recompute import Recomputation
 from tests.jaxprs import equations
 
 LAYERS, WIDTH, INNER, ROWS, LENGTH = 3, 64, 192, 2, 24
@@ -32,12 +34,12 @@ CONFIG = DecoderConfig.from_hf(
     "here",
 )
 POLICIES = ("none", "selective", "full")
-REPEATING = ("selective", "full", "offload")
+CHECKPOINTED = ("selective", "full", "offload")
 
 
-def pullback_of(policy, targets: Any = "all-linear"):
+def pullback_of(policy, targets: Any = "all-linear", kept=1):
     """Returns the loss, its pullback with respect to the adapters, and the function itself."""
-    options: dict[str, Any] = {"gradient_checkpointing": policy}
+    options: dict[str, Any] = {"gradient_checkpointing": policy, "kept_layers": kept}
     model = CausalLM(CONFIG, rngs=nnx.Rngs(0), **options)
     # Larger than at birth, so that attention is far from uniform and its gradient not tiny.
     model = jax.tree.map(lambda x: x if x.ndim == 1 else 5 * x, model)
@@ -66,12 +68,22 @@ def count_products(function, argument):
     return sum(equation.primitive.name == "dot_general" for equation in found)
 
 
-@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "up_proj"], ["down_proj"]])
-@pytest.mark.parametrize("policy", REPEATING)
-def test_every_policy_computes_the_same(policy, targets):
-    _, _, plain, trainable = pullback_of("none", targets)
-    _, _, other, _ = pullback_of(policy, targets)
-    (value, gradient), (other_value, other_gradient) = plain(trainable), other(trainable)
+TARGETS = {"all": "all-linear", "two": ["q_proj", "up_proj"], "one": ["down_proj"]}
+
+
+@functools.cache
+def without_recomputation(targets):
+    """Returns the loss and its gradient."""
+    _, _, function, trainable = pullback_of("none", TARGETS[targets])
+    return function(trainable)
+
+
+@pytest.mark.parametrize("policy", CHECKPOINTED)
+@pytest.mark.parametrize("targets, kept", [("all", 1), ("two", 2), ("one", 0)])
+def test_every_policy_computes_the_same(policy, kept, targets):
+    value, gradient = without_recomputation(targets)
+    _, _, function, trainable = pullback_of(policy, TARGETS[targets], kept)
+    other_value, other_gradient = function(trainable)
     assert float(value) == pytest.approx(float(other_value), rel=1e-6)
     for ours, theirs in zip(*map(jax.tree.leaves, (other_gradient, gradient)), strict=True):
         size = np.linalg.norm(theirs)
@@ -90,6 +102,31 @@ def test_selective_keeps_neither_the_norms_outputs_nor_the_inner_activation():
     assert size("full") < size("selective") - REPEATED * tokens * 2 * INNER
 
 
+@pytest.mark.parametrize("policy", ["full", "offload"])
+def test_kept_layers_are_not_made_again(policy):
+    counts = [count_products(*pullback_of(policy, kept=k)[2:]) for k in range(LAYERS + 1)]
+    assert [counts[k] - counts[-1] for k in range(LAYERS + 1)] == [14 * n for n in (3, 2, 1, 0)]
+    _, _, function, trainable = pullback_of("selective")
+    assert counts[-1] == count_products(function, trainable)
+
+
+@pytest.mark.parametrize("kept", [-1, LAYERS + 1, True, 1.0])
+def test_a_model_keeps_no_more_layers_than_it_has(kept):
+    with pytest.raises(ValueError, match=f"kept_layers must be 0 to the model's {LAYERS} layers"):
+        CausalLM(CONFIG, gradient_checkpointing="full", kept_layers=kept, rngs=nnx.Rngs(0))
+
+
+def test_what_is_made_again_reads_as_it_is_written():
+    for choice in (Recomputation("none"), Recomputation("full"), Recomputation("offload", 7)):
+        assert Recomputation.read(str(choice)) == choice
+        model = CausalLM(CONFIG, rngs=nnx.Rngs(0))
+        choice.put_on(model)
+        assert Recomputation.of(model) == choice
+    assert str(Recomputation("offload", 7)) == "offload, with 7 layers kept"
+    assert str(Recomputation("selective", 7)) == "selective"  # which makes no layer again
+    assert Recomputation.of(nnx.Linear(2, 2, rngs=nnx.Rngs(0))) == Recomputation("none")
+
+
 def test_selective_repeats_no_product_and_full_those_of_all_layers_but_the_last():
     counts = {}
     for policy in POLICIES:
@@ -100,17 +137,18 @@ def test_selective_repeats_no_product_and_full_those_of_all_layers_but_the_last(
     assert counts["full"] == counts["none"] + 14 * REPEATED
 
 
-def test_offload_keeps_on_the_device_what_full_keeps_but_the_layers_inputs():
+@pytest.mark.parametrize("kept", [0, 1, 2])
+def test_offload_keeps_on_the_device_what_full_keeps_but_the_layers_inputs(kept):
     kinds = {}
     for policy in ("full", "offload"):
-        leaves = jax.tree.leaves(pullback_of(policy)[1])
+        leaves = jax.tree.leaves(pullback_of(policy, kept=kept)[1])
         inputs = [leaf for leaf in leaves if leaf.shape == (ROWS, LENGTH, WIDTH)]
         kinds[policy] = sorted(leaf.sharding.memory_kind for leaf in inputs)
     device = jax.devices()[0].default_memory().kind
     assert set(kinds["full"]) == {device}
-    # Of the layers but the last, whose backward pass comes first.
+    # Of the layers that are made again; the last one's backward pass comes first.
     host = [kind for kind in kinds["offload"] if kind == "pinned_host"]
-    assert len(host) == LAYERS - 1
+    assert len(host) == LAYERS - max(kept, 1)
     assert len(kinds["offload"]) == len(kinds["full"])
 
 
@@ -119,4 +157,4 @@ def test_a_layer_that_does_not_keep_its_input_cannot_be_offloaded():
     run = lambda layer, x, context: 2 * x
     x = jnp.ones((1, 2, 4))
     with pytest.raises(ValueError, match="does not keep its input"):
-        jax.grad(lambda x: run_in_order([run] * 2, layers, x, None, offload=True).sum())(x)
+        jax.grad(lambda x: run_in_order([run] * 2, layers, x, None, offloaded=1).sum())(x)

@@ -11,7 +11,7 @@ from flax import nnx
 import lorax
 from lorax.phases import Phases, process_age
 from lorax.preparation import compile_ahead
-from lorax.run_inputs import load_inputs, model_shapes
+from lorax.run_inputs import choose_recomputation, load_inputs, model_shapes
 
 ROOT = Path(__file__).parents[1]
 
@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
     [
         ("none", ["lora.lora_dropout=0.1", "lora.use_rslora=true"]),
         ("offload", ["data.packing=false"]),
+        ("offload", ["data.packing=false", "train.kept_layers=2"]),
         ("offload", ["train.method=full", "lora=null", "save.export=[merged]"]),
     ],
 )
@@ -34,7 +35,7 @@ def test_a_step_compiled_from_shapes_trains_as_one_compiled_from_weights(
     inputs = load_inputs(config)
     data = inputs.train, inputs.eval
     shapes = model_shapes(config, inputs.base)
-    shapes.gradient_checkpointing = policy
+    choose_recomputation(config)[0].put_on(shapes)
     ahead = compile_ahead(shapes, config, *data)
     results = []
     for compiled in (ahead, None):

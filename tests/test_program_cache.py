@@ -20,6 +20,7 @@ import lorax
 from lorax import preparation, program_cache
 from lorax.data import EncodedDataset
 from lorax.models import DocumentLayout
+from lorax.models.recompute import Recomputation
 from lorax.preparation import compile_ahead
 from lorax.program_cache import ProgramCache, open_program_cache
 from lorax.run_inputs import load_inputs, model_shapes
@@ -105,6 +106,9 @@ def test_a_kept_step_trains_to_the_same_bits_untraced(prepared, tmp_path, monkey
         np.testing.assert_array_equal(ours, theirs)
 
 
+NONE = Recomputation("none")
+
+
 class Recorder(ProgramCache):
     """Notes where a step would be kept, and looks no further."""
 
@@ -113,10 +117,10 @@ class Recorder(ProgramCache):
         raise InterruptedError
 
 
-def place_of(config, inputs, folder, policy="none"):
+def place_of(config, inputs, folder, recomputation=NONE):
     said = []
     shapes = model_shapes(config, inputs.base)
-    shapes.gradient_checkpointing = policy
+    recomputation.put_on(shapes)
     ahead = compile_ahead(shapes, config, inputs.train, programs=Recorder(folder, said.append))
     assert isinstance(ahead.exception(), InterruptedError)
     return said[0]
@@ -152,7 +156,9 @@ def test_what_the_settings_do_not_say_counts_too(prepared, monkeypatch):
     prepare, folder = prepared
     config, inputs = prepare("train.max_steps=-1")
     usual = place_of(config, inputs, folder)
-    assert place_of(config, inputs, folder, policy="full") != usual  # as `auto` picks it
+    full = place_of(config, inputs, folder, Recomputation("full"))  # as `auto` picks it
+    kept = place_of(config, inputs, folder, Recomputation("full", 2))
+    assert len({usual, full, kept}) == 3
     rows = [inputs.train.row(i) for i in range(200)]  # fewer steps, so another schedule
     fewer = dataclasses.replace(inputs, train=EncodedDataset.from_rows(rows))
     monkeypatch.setattr(preparation, "_common_layout", lambda _: DocumentLayout(256, 64))

@@ -28,7 +28,10 @@ from lorax.config import (
 from lorax.data import EncodedDataset
 from lorax.interop.huggingface import load_model
 from lorax.interop.peft import load_adapter, save_adapter
-from lorax.run import run_training
+from lorax.models.recompute import Recomputation
+from lorax.plan import GIB
+from lorax.run import recomputed_before, run_training
+from lorax.run_inputs import choose_recomputation, make_planner
 from lorax.train import Trainer
 
 TINY = Path(__file__).parents[1] / "examples" / "tiny"
@@ -196,6 +199,32 @@ def test_asking_for_evaluation_without_rows_is_refused(trainer_of):
     unsupervised = EncodedDataset.from_rows([(np.arange(3, 9), np.zeros(6, bool))])
     with pytest.raises(ValueError, match="the held-out rows hold no supervised token"):
         trainer_of(EvalConfig(strategy="epoch"), unsupervised)
+
+
+def test_a_run_that_goes_on_makes_again_what_it_did(run, tmp_path):
+    full = ("train.gradient_checkpointing=full", "train.kept_layers=3")
+    code, printed = run("train", *full)
+    assert code == 0 and "gradient checkpointing: full, with 3 layers kept; as asked" in printed
+    auto = ["train.gradient_checkpointing=auto", "train.memory_gib=100", "train.max_steps=2"]
+    config = load_config(tmp_path / "run.yaml", auto)
+    before = recomputed_before(tmp_path / "run")
+    assert before == Recomputation("full", 3)
+    assert choose_recomputation(config)[0] == Recomputation("none")
+    assert choose_recomputation(config, before)[0] == before
+    # A device on which it no longer fits may not be the reason for other last bits, unsaid.
+    planner = make_planner(config)
+    choice, least = planner.fastest(2, 128, 0.0), 1.01 / GIB
+    least *= planner.memory(choice.policy, 2, 128).peak
+    small = load_config(tmp_path / "run.yaml", [*auto, f"train.memory_gib={least}"])
+    assert choose_recomputation(small, Recomputation("none"))[0] == choice
+
+
+def test_more_layers_than_there_are_cannot_be_kept(run, tmp_path):
+    settings = ("train.gradient_checkpointing=full", "train.kept_layers=5")
+    for command in ("validate", "plan", "train"):
+        code, printed = run(command, *settings)
+        assert code == 2 and "train.kept_layers: the model has 4 layers, got 5" in printed
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("where", ["lorax.run.adapt_base", "lorax.run.Trainer"])

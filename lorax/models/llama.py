@@ -36,6 +36,7 @@ from lorax.models.offload import run_in_order
 from lorax.models.recompute import (
     REPEATING,
     GradientCheckpointing,
+    check_kept_layers,
     check_policy,
     checkpointed,
     kept,
@@ -185,9 +186,10 @@ class CausalLM(nnx.Module):
         attn_impl: What runs attention: see `lorax.models.attention.resolve_implementation`.
         gradient_checkpointing: What the backward pass computes again instead of keeping: "none";
             "selective" elementwise work, never a product or attention (the norms' outputs and the
-            MLP's inner activation); "full" each layer but the last, of which only the input is
-            kept, and x·A; "offload" as much, but not cuDNN's attention; what is kept lies in the
-            host's memory.
+            MLP's inner activation); "full" each layer, of which only the input is kept, and x·A;
+            "offload" as much, but not cuDNN's attention; what is kept lies in the host's memory.
+        kept_layers: How many layers, counted from the last, "full" and "offload" treat as
+            "selective" does.
         rngs: Source of the weights (stream ``params``): normal with deviation 0.02, biases 0.
 
     Attributes:
@@ -207,6 +209,7 @@ class CausalLM(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         attn_impl: AttentionImplementation = "auto",
         gradient_checkpointing: GradientCheckpointing = "none",
+        kept_layers: int = 1,
         rngs: nnx.Rngs,
     ):
         # Checked here, so that cuDNN where it cannot run is an error before anything is loaded.
@@ -215,6 +218,7 @@ class CausalLM(nnx.Module):
         self.config, self.dtype = config, dtype
         self.attn_impl: AttentionImplementation = attn_impl
         self.gradient_checkpointing: GradientCheckpointing = check_policy(gradient_checkpointing)
+        self.kept_layers = check_kept_layers(kept_layers, config.num_hidden_layers)
         self.document_layout: DocumentLayout | None = None
         self.model = Decoder(config, execution, rngs)
         if not config.tie_word_embeddings:
@@ -302,14 +306,15 @@ class CausalLM(nnx.Module):
         if cache is not None:
             return self._run_with_cache(hidden, context, cache)
         layers: list[Any] = list(self.model.layers)
-        runs = [checkpointed(_run_layer, policy)] * len(layers)
+        runs, offloaded = [checkpointed(_run_layer, policy)] * len(layers), 0
         if policy in REPEATING:
-            runs = [checkpointed(_repeat_layer, policy)] * len(layers)
-            # The backward pass begins with the last layer: what it would make again is still there.
-            runs[-1] = checkpointed(_run_layer, "selective")
-        offload = policy == "offload"
-        if offload or inputs_embeds is not None:  # then something is copied from the host
-            hidden = run_in_order(runs, layers, hidden, context, offload=offload)
+            repeated = len(layers) - self.kept_layers
+            runs = [checkpointed(_repeat_layer, policy)] * repeated
+            runs += [checkpointed(_run_layer, "selective")] * self.kept_layers
+            # What the last layer keeps is wanted first: it would be back before it is gone.
+            offloaded = min(repeated, len(layers) - 1) if policy == "offload" else 0
+        if policy == "offload" or inputs_embeds is not None:  # then the host is copied from
+            hidden = run_in_order(runs, layers, hidden, context, offloaded=offloaded)
         else:
             for run, layer in zip(runs, layers, strict=True):
                 hidden = run(layer, hidden, context)

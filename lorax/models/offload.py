@@ -21,7 +21,7 @@ def run_in_order(
     hidden: Hidden,
     context: Any,
     *,
-    offload: bool,
+    offloaded: int,
 ) -> Hidden:
     """Returns what the last of the layers, run one after another, returns.
 
@@ -35,9 +35,10 @@ def run_in_order(
         layers: The layers; their `nnx.Param` variables get gradients.
         hidden: Input of the first one.
         context: What all of them read besides; it gets no gradient.
-        offload: Whether what each layer but the last keeps, its input and other large arrays,
-            leaves the device while the layer runs, and comes back while the backward pass of the
-            next layer runs. Weights and what is small stay.
+        offloaded: Of how many layers, counted from the first and not the last, that which they
+            keep, their input and other large arrays, leaves the device while the layer runs, and
+            comes back while the backward pass of the next layer runs. Weights and what is small
+            stay.
     """
     split: list[Any] = [nnx.split(layer, nnx.Param, ...) for layer in layers]
     graphs: list[Any] = [parts[0] for parts in split]
@@ -60,7 +61,7 @@ def run_in_order(
                 own,
                 hidden,
             )
-            if offload and index + 1 < len(layers):
+            if index < offloaded:
                 pull, large = _take_out(pull, hidden, (own, other, context))
                 # Together, so that the copies end with the layer, and their sources can be freed.
                 large, following = jax.lax.optimization_barrier(
@@ -77,11 +78,11 @@ def run_in_order(
         pulls, (*kept, fetched) = saved
         of_trainable = []
         for pull in reversed(pulls):
-            following = []
-            if offload and kept:
+            following = kept.pop() if kept else []
+            if following:
                 # Not before this layer's turn, and there by its end.
-                large, gradient = jax.lax.optimization_barrier((kept.pop(), gradient))
-                following = jax.device_put(large, _DEVICE)
+                following, gradient = jax.lax.optimization_barrier((following, gradient))
+                following = jax.device_put(following, _DEVICE)
             found = pull(fetched)(gradient)
             fetched, (own, gradient) = jax.lax.optimization_barrier((following, found))
             of_trainable.append(own)

@@ -1,5 +1,6 @@
 """What the backward pass makes again instead of finding it in memory."""
 
+import dataclasses
 from typing import Any, Literal, get_args
 
 import jax
@@ -9,7 +10,44 @@ from jaxtyping import Array
 type GradientCheckpointing = Literal["none", "selective", "full", "offload"]
 
 REPEATING = ("full", "offload")
-"""Policies that have the backward pass make the products of each layer but the last again."""
+"""Policies that have the backward pass make the products of layers again."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Recomputation:
+    """What the backward pass of a model makes again.
+
+    Attributes:
+        policy: What each layer keeps.
+        kept_layers: How many layers, counted from the last, keep what "selective" would, where the
+            policy is one of `REPEATING`. The backward pass begins with the last layer, which
+            therefore costs no memory at the peak, unless the rows are very long.
+    """
+
+    policy: GradientCheckpointing
+    kept_layers: int = 1
+
+    def __str__(self) -> str:
+        if self.policy not in REPEATING or self.kept_layers == 1:
+            return str(self.policy)
+        return f"{self.policy}, with {self.kept_layers} layers kept"
+
+    @classmethod
+    def read(cls, text: str) -> "Recomputation":
+        """Returns that of which `text` is the string."""
+        policy, _, rest = text.partition(", with ")
+        return cls(check_policy(policy), int(rest.split()[0]) if rest else 1)
+
+    @classmethod
+    def of(cls, model: Any) -> "Recomputation":
+        """Returns what `model` says of itself; a model that says nothing makes nothing again."""
+        policy = check_policy(getattr(model, "gradient_checkpointing", "none"))
+        return cls(policy, getattr(model, "kept_layers", 1))
+
+    def put_on(self, model: Any) -> None:
+        """Sets what `of` returns."""
+        model.gradient_checkpointing, model.kept_layers = self.policy, self.kept_layers
+
 
 # Elementwise work, and what only moves elements: one pass over memory, fused with its neighbours.
 _CHEAP = frozenset(
@@ -53,6 +91,17 @@ def checkpointed(function: Any, policy: GradientCheckpointing) -> Any:
         return function
     policies = {"selective": save_products, "full": save_lora_h, "offload": save_attention}
     return jax.checkpoint(function, policy=policies[policy])
+
+
+def check_kept_layers(count: Any, layers: int) -> int:
+    """Returns `count`.
+
+    Raises:
+        ValueError: If it is no number of layers that a model of `layers` has.
+    """
+    if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= layers:
+        raise ValueError(f"kept_layers must be 0 to the model's {layers} layers, got {count!r}")
+    return count
 
 
 def check_policy(policy: Any) -> GradientCheckpointing:
