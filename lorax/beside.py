@@ -7,8 +7,16 @@ from concurrent.futures import Future
 _PREFIX = "lorax-beside-"
 
 
-def start_beside[T](name: str, work: Callable[[], T]) -> Future[T]:
-    """Returns the result to come of `work`, which a thread of its own does."""
+def start_beside[T](
+    name: str, work: Callable[[], T], then: Callable[[], object] | None = None
+) -> Future[T]:
+    """Returns the result to come of `work`, which a thread of its own does.
+
+    Args:
+        name: Of the thread.
+        work: What to do.
+        then: What that thread does once the result, or an error, is there; see `finish_beside`.
+    """
     future: Future[T] = Future()
 
     def run() -> None:
@@ -16,10 +24,19 @@ def start_beside[T](name: str, work: Callable[[], T]) -> Future[T]:
             future.set_result(work())
         except BaseException as error:
             future.set_exception(error)
+        if then is not None:
+            then()
 
     # A daemon, so that a run that fails meanwhile need not wait for it.
     threading.Thread(target=run, name=_PREFIX + name, daemon=True).start()
     return future
+
+
+def finish_beside(name: str) -> None:
+    """Waits until threads of that name have done what they were started for."""
+    for thread in threading.enumerate():
+        if thread.name == _PREFIX + name:
+            thread.join()
 
 
 def works_beside() -> bool:

@@ -1,6 +1,7 @@
 """The commands: train, validate, inspect, generate, export."""
 
 import argparse
+import gc
 import os
 import signal
 import sys
@@ -51,6 +52,7 @@ WIDTH_IN_LOGS = 100
 def run(arguments: Sequence[str] | None = None) -> None:
     """Runs one command and ends the process with its exit status; see `main`."""
     WITHOUT_TORCH.set()
+    gc.set_threshold(10_000)  # to trace a step of many layers makes objects by the million
     sys.stdout, sys.stderr = Outlet(sys.stdout), Outlet(sys.stderr)
     try:
         status = main(arguments)

@@ -16,6 +16,7 @@ from lorax.kernel_choice import kernel_choices
 from lorax.lora import lora_layers
 from lorax.models import CausalLM
 from lorax.models.attention import cudnn_obstacle, resolve_implementation
+from lorax.models.recompute import Recomputation
 from lorax.plan import DEVICES, GIB, POLICIES, USABLE, Planner
 from lorax.report import ModuleRow, print_example, print_modules
 
@@ -114,11 +115,15 @@ def report_plan(console: Console, config: RunConfig, planner: Planner) -> None:
     )
     header = ["recompute", "weights", "trained", "activations", "working", "peak GiB", "tokens/s"]
     table = []
-    for policy in POLICIES:
-        m = planner.memory(policy, rows, length)
-        speed = rows * length / planner.seconds(policy, rows, length)
+    choices = [Recomputation(policy) for policy in POLICIES]
+    asked, kept = config.train.gradient_checkpointing, config.train.kept_layers
+    if asked != "auto" and kept is not None:
+        choices.append(Recomputation(asked, kept))
+    for choice in dict.fromkeys(choices):
+        cell = choice.policy, rows, length, choice.kept_layers
+        m, speed = planner.memory(*cell), rows * length / planner.seconds(*cell)
         parts = m.weights, m.trained + m.optimizer + m.gradients, m.activations, m.working, m.peak
-        table.append([policy, *(f"{part / GIB:,.2f}" for part in parts), f"{speed:,.0f}"])
+        table.append([str(choice), *(f"{part / GIB:,.2f}" for part in parts), f"{speed:,.0f}"])
     _print_table(console, header, table)
     host = planner.host_bytes("offload", rows, length) / GIB
     console.print(

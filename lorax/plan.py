@@ -113,6 +113,8 @@ class Planner:
         """
         c, a = self.element, self.architecture
         tokens = rows * length
+        if policy in REPEATING and kept_layers == a.num_hidden_layers:
+            policy = "selective"
         # Of what is offloaded, the layer at hand has its part on the device, and the next one.
         layers = 2 if policy == "offload" else a.num_hidden_layers
         kept = tokens * self._kept_per_token(policy) * layers
@@ -138,7 +140,7 @@ class Planner:
             counted = kept_layers if policy == "full" else min(kept_layers, 1)
             more = tokens * (kept_layers * whole - counted * instead)
             again = tokens * (self._kept_per_token("none") - a.hidden_size * c)
-            if kept_layers == a.num_hidden_layers or more + working > layer + again:
+            if more + working > layer + again:
                 kept += more  # until the first layer is made again
             else:
                 working = layer + again
@@ -200,7 +202,7 @@ class Planner:
         rate = ATTENTION_FLOPS * length / (length + ATTENTION_HALF)
         seconds = flops / PRODUCT_FLOPS + attention / rate + streamed / STREAM_BYTES
         if policy == "offload":
-            seconds += 2.0 * (layers - kept_layers) * COPY_SECONDS
+            seconds += 2.0 * (layers - max(kept_layers, 1)) * COPY_SECONDS
         copies = 2.0 * self.host_bytes(policy, rows, length, kept_layers) / COPY_BYTES
         return max(seconds + launches * LAUNCH_SECONDS, copies)
 

@@ -26,6 +26,16 @@ from lorax.program_cache import ProgramCache
 from lorax.sharding import batch_placer, make_mesh
 from lorax.step import METRICS, TrainState, TrainStep, make_abstract_step
 
+_NOT_OF_THE_STEP = (
+    ("model", "name_or_path"),
+    ("model", "revision"),
+    ("train", "gradient_checkpointing"),  # "auto", say: what it comes to counts
+    ("train", "kept_layers"),
+    ("train", "memory_gib"),
+    ("train", "stuck_after_seconds"),
+)
+"""Settings that decide nothing of a compiled step: a step is found again when they change."""
+
 
 class CompiledStep(NamedTuple):
     """A compiled step, the seconds that it took, and whether an earlier run had compiled it."""
@@ -52,7 +62,8 @@ def compile_ahead(
         train_data: As for `Trainer`.
         eval_data: As for `Trainer`.
         loss_fn: As for `Trainer`.
-        programs: Where steps with `causal_lm_loss` are kept for other runs, if anywhere.
+        programs: Where steps with `causal_lm_loss` are kept for other runs, if anywhere; by the
+            same thread, once they are there.
     """
     mesh, train = make_mesh(config.mesh.data), config.train
     plans = [plan_training(config, train_data, mesh.size)]
@@ -72,7 +83,8 @@ def compile_ahead(
         facts = _describe_step(config, model, total_steps)
         return compile_widths(step, state, *batches, programs, facts)
 
-    return start_beside("compile", compile_steps)
+    # The first step need not wait until programs are written.
+    return start_beside("compile", compile_steps, programs.keep_all if programs else None)
 
 
 def step_options(train: TrainConfig) -> dict[str, Any]:
@@ -98,6 +110,8 @@ def prepare_model(model: Any, config: RunConfig, plans: list[BatchPlan]) -> Any:
 def _describe_step(config: RunConfig, model: CausalLM, total_steps: int) -> dict[str, str]:
     """Returns all that decides a step with `causal_lm_loss`, but for the shapes it is given."""
     settings = config.model_dump(mode="json", include={"model", "lora", "train", "mesh"})
+    for section, name in _NOT_OF_THE_STEP:
+        del settings[section][name]
     return {
         "settings": json.dumps(settings),
         "architecture": repr(model.config),
@@ -144,7 +158,7 @@ def compile_widths(
                 executable = step.compile(state, batch).compiled
         compiled[width] = CompiledStep(executable, time.perf_counter() - started, was_found)
         if programs and not was_found:
-            programs.keep(executable, *kept)
+            programs.keep_later(executable, *kept)
     return compiled
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from rich.console import Console
 
-from lorax.beside import start_beside
+from lorax.beside import finish_beside, start_beside
 from lorax.card import write_card
 from lorax.checkpoint import CHECKPOINT_FOLDER, MARKER_FILE, CheckpointStore, SaveError
 from lorax.compilation_cache import use_compilation_cache
@@ -130,8 +130,7 @@ def _run(config: RunConfig, console: Console, phases: Phases, resume: Resume) ->
     if not rows:
         console.print("no row is shown in a log; `lorax inspect` shows some", highlight=False)
     console.rule("Model")
-    before = recomputed_before(output) if resumed else None
-    recomputation, reason = choose_recomputation(config, before)
+    recomputation, reason = choose_recomputation(config)
     console.print(
         f"gradient checkpointing: {recomputation}; {reason}", highlight=False, soft_wrap=True
     )
@@ -168,6 +167,7 @@ def _run(config: RunConfig, console: Console, phases: Phases, resume: Resume) ->
         if compiled.done():
             compiled.result()  # raises what the compiler raised, before anything is written
         summary = _train_and_export(trainer, recorder, inputs, started)
+    finish_beside("compile")  # that which keeps programs
     console.rule("Result")
     print_summary(console, summary)
     return summary
@@ -261,14 +261,6 @@ def refuse_changed_settings(config: RunConfig) -> None:
     if record is not None:
         saved = {"settings": record["identity"]["settings"]}
         refuse_other_run(saved, {"settings": fixed_settings(config)}, str(output))
-
-
-def recomputed_before(output: Path) -> Recomputation | None:
-    """Returns what the run in `output` recomputes, if it has saved anything."""
-    record = CheckpointStore(output / CHECKPOINT_FOLDER).newest_record()
-    if record is None:
-        return None
-    return Recomputation.read(record["identity"]["gradient checkpointing"])
 
 
 def refuse_changes(

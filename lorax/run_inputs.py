@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from lorax.checkpoint import CHECKPOINT_FOLDER, CheckpointStore
 from lorax.config import RunConfig
 from lorax.data import (
     RENDERER,
@@ -195,28 +196,34 @@ def check_plan(config: RunConfig, inputs: Inputs) -> BatchPlan:
     return plan
 
 
-def choose_recomputation(
-    config: RunConfig, before: Recomputation | None = None
-) -> tuple[Recomputation, str]:
-    """Returns what the backward pass will recompute, and why: `auto` is the fastest that fits.
+def choose_recomputation(config: RunConfig) -> tuple[Recomputation, str]:
+    """Returns what the backward pass will recompute, and why.
 
-    Args:
-        config: The run's settings.
-        before: What the run that goes on has recomputed; `auto` stays with it where it fits.
+    `auto` is the fastest that fits; or what it was before, where `save.output_dir` holds a run: it
+    would not go on to the same bits with anything else.
+
+    Raises:
+        ValueError: If `train.memory_gib` is too little.
     """
     train = config.train
     if train.gradient_checkpointing != "auto":
         kept = 1 if train.kept_layers is None else train.kept_layers
         return Recomputation(train.gradient_checkpointing, kept), "as asked"
-    gib = train.memory_gib or device_gib()
+    gib, before = train.memory_gib or device_gib(), recomputed_before(config)
     if gib is None:
         kind = jax.devices()[0].device_kind
         return before or Recomputation("none"), f"{kind} does not tell its memory"
     planner = make_planner(config)
     shape = train.per_device_train_batch_size, config.data.max_seq_length
     peak_of = lambda r: planner.memory(r.policy, *shape, r.kept_layers).peak / GIB
-    if before and peak_of(before) <= gib:
-        return before, f"as before, about {peak_of(before):.1f} of {gib:.1f} GiB"
+    if before is not None:
+        reason = f"as before, about {peak_of(before):.1f} of {gib:.1f} GiB"
+        if peak_of(before) > gib and train.memory_gib:
+            raise ValueError(
+                f"train.memory_gib: {gib:g} is less than the run in {config.save.output_dir} takes "
+                f"by the estimate: {peak_of(before):.1f} for {before}; raise it, or leave it out"
+            )
+        return before, reason
     choice = planner.fastest(*shape, gib)
     peak = peak_of(choice)
     if peak > gib:
@@ -231,6 +238,14 @@ def choose_recomputation(
     if host := planner.host_bytes(choice.policy, *shape, choice.kept_layers) / GIB:
         reason += f", and {host:.1f} GiB of the host's memory per device"
     return choice, reason
+
+
+def recomputed_before(config: RunConfig) -> Recomputation | None:
+    """Returns what the run in `save.output_dir` recomputes, if one is there and has saved."""
+    record = CheckpointStore(Path(config.save.output_dir) / CHECKPOINT_FOLDER).newest_record()
+    if record is None:
+        return None
+    return Recomputation.read(record["identity"]["gradient checkpointing"])
 
 
 def build_model(config: RunConfig) -> CausalLM:
@@ -290,9 +305,9 @@ def explain_memory(config: RunConfig, recomputation: Recomputation, error: Excep
         moves.append(f"model.offload_embedding: true ({spared / GIB:.1f} GiB less)")
     smallest = min(POLICIES, key=lambda policy: planner.memory(policy, 1, length).peak)
     if (most := planner.largest_batch(smallest, length, gib)) and most < rows:
-        moves.append(f"train.per_device_train_batch_size: {most} with `{smallest}`")
+        moves.append(f"train.per_device_train_batch_size: {most} with `{smallest}`{without}")
     if not moves:
         longest = planner.longest_sequence(smallest, 1, gib)
-        moves.append(f"data.max_seq_length: {longest} with one row and `{smallest}`")
+        moves.append(f"data.max_seq_length: {longest} with one row and `{smallest}`{without}")
     found = "; ".join(moves)
     return f"out of memory: {line}. By the estimate of `lorax plan` these take less: {found}"

@@ -34,7 +34,7 @@ from lorax.config import LoraConfig, TrainConfig
 from lorax.lora import apply_lora, set_kernels
 from lorax.metrics import memory_gib
 from lorax.models import CausalLM, DecoderConfig
-from lorax.models.recompute import Recomputation, check_policy
+from lorax.models.recompute import REPEATING, Recomputation, check_policy
 from lorax.optimizer import make_optimizer
 from lorax.sharding import HostArray, embedding_on_host, make_mesh, place_batch
 from lorax.step import compile_lowered, make_train_step
@@ -101,6 +101,8 @@ def build_model(shape: str, r: int, offload_embedding: bool = False) -> CausalLM
 def read_policy(text: str) -> Recomputation:
     """Returns what ``full`` or ``full:6`` stands for."""
     policy, _, kept = text.partition(":")
+    if kept and policy not in REPEATING:
+        raise ValueError(f"{text}: {policy} makes no layer again, so none can be kept")
     return Recomputation(check_policy(policy), int(kept or 1))
 
 

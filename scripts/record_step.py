@@ -31,6 +31,8 @@ def describe_run(run: Path, *, model: str, call: str, commit: str) -> dict:
     if not timed:
         raise SystemExit(f"{run}: needs more than {WARM_UP_STEPS} steps, has {len(steps)}")
     train = config.train
+    if train.gradient_checkpointing == "auto":
+        raise SystemExit(f"{run}: the row needs the policy that ran, the config says auto")
     return {
         "call": call,
         "system": "lorax",
@@ -42,6 +44,7 @@ def describe_run(run: Path, *, model: str, call: str, commit: str) -> dict:
         "seq": config.data.max_seq_length,
         "packing": config.data.packing,
         "policy": train.gradient_checkpointing,
+        "kept_layers": 1 if train.kept_layers is None else train.kept_layers,
         "tokens_per_s": round(statistics.median(row["tokens_per_s"] for row in timed), 1),
         "step_ms": round(1e3 * statistics.median(row["step_seconds"] for row in timed), 2),
         "peak_gib": round(max(row["memory_gib"] for row in steps), 3),

@@ -93,6 +93,7 @@ def test_elsewhere_there_is_nothing_to_tell():
         pass
 
 
+@pytest.mark.slow
 def test_the_setting_reaches_the_step_and_the_evaluation(tmp_path, monkeypatch):
     seen = {}
 

@@ -116,6 +116,13 @@ def test_a_model_keeps_no_more_layers_than_it_has(kept):
         CausalLM(CONFIG, gradient_checkpointing="full", kept_layers=kept, rngs=nnx.Rngs(0))
 
 
+def test_nor_once_it_is_made():
+    model = CausalLM(CONFIG, gradient_checkpointing="offload", rngs=nnx.Rngs(0))
+    model.kept_layers = LAYERS + 1
+    with pytest.raises(ValueError, match=f"kept_layers must be 0 to the model's {LAYERS} layers"):
+        model(jnp.ones((1, 4), jnp.int32))
+
+
 def test_what_is_made_again_reads_as_it_is_written():
     for choice in (Recomputation("none"), Recomputation("full"), Recomputation("offload", 7)):
         assert Recomputation.read(str(choice)) == choice
@@ -124,7 +131,10 @@ def test_what_is_made_again_reads_as_it_is_written():
         assert Recomputation.of(model) == choice
     assert str(Recomputation("offload", 7)) == "offload, with 7 layers kept"
     assert str(Recomputation("selective", 7)) == "selective"  # which makes no layer again
-    assert Recomputation.of(nnx.Linear(2, 2, rngs=nnx.Rngs(0))) == Recomputation("none")
+    other = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+    assert Recomputation.of(other) == Recomputation("none")
+    other.gradient_checkpointing = True  # means something else there
+    assert Recomputation.of(other) == Recomputation("none")
 
 
 def test_selective_repeats_no_product_and_full_those_of_all_layers_but_the_last():

@@ -185,12 +185,14 @@ def test_auto_keeps_as_many_layers_as_fit(planner):
         before = choice
 
 
-def test_with_every_layer_kept_full_takes_what_selective_takes(planner):
-    full, selective = planner.memory("full", 4, 2048, 32), planner.memory("selective", 4, 2048)
-    ranks = 8192 * 2 * planner.ranks  # x·A counts among what "selective" keeps per token
-    assert full.peak == pytest.approx(selective.peak, abs=1.01 * ranks)
-    slow, fast = planner.seconds("full", 4, 2048, 31), planner.seconds("full", 4, 2048, 32)
-    assert slow > fast == pytest.approx(planner.seconds("selective", 4, 2048))
+@pytest.mark.parametrize("policy", ["full", "offload"])
+def test_with_every_layer_kept_a_policy_takes_what_selective_takes(planner, policy):
+    peak = lambda kept: planner.memory(policy, 4, 2048, kept).peak
+    selective = planner.memory("selective", 4, 2048).peak
+    assert peak(30) < peak(31) <= 1.01 * peak(32) and peak(32) == selective
+    assert planner.host_bytes(policy, 4, 2048, 32) == 0
+    slow, fast = planner.seconds(policy, 4, 2048, 31), planner.seconds(policy, 4, 2048, 32)
+    assert slow > fast and fast == pytest.approx(planner.seconds("selective", 4, 2048), rel=1e-3)
 
 
 # As compiled for an H200: eight layers of Llama-8B's shape; accumulation, rows, length, GiB.
@@ -200,6 +202,9 @@ KEPT = [
     ("full", 1, (1, 4, 2048), 6.989),
     ("full", 4, (1, 4, 2048), 8.940),
     ("offload", 4, (1, 4, 2048), 8.671),
+    ("offload", 7, (8, 2, 512), 6.282),
+    ("full", 7, (1, 4, 2048), 10.912),
+    ("offload", 7, (1, 4, 2048), 10.827),
 ]
 
 

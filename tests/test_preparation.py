@@ -16,6 +16,7 @@ from lorax.run_inputs import choose_recomputation, load_inputs, model_shapes
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "policy, overrides",
     [

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from flax import nnx
 
 import lorax
 from lorax import preparation, program_cache
+from lorax.beside import finish_beside
 from lorax.data import EncodedDataset
 from lorax.models import DocumentLayout
 from lorax.models.recompute import Recomputation
@@ -49,7 +51,9 @@ def compile_step(config, inputs, folder, said=None):
     cache = ProgramCache(folder, (said if said is not None else []).append)
     shapes = model_shapes(config, inputs.base)
     data = inputs.train, inputs.eval
-    return compile_ahead(shapes, config, *data, programs=cache)
+    compiled = compile_ahead(shapes, config, *data, programs=cache)
+    finish_beside("compile")
+    return compiled
 
 
 @functools.cache
@@ -132,7 +136,6 @@ def place_of(config, inputs, folder, recomputation=NONE):
         "train.learning_rate=1e-5",
         "train.seed=7",
         "train.max_steps=3",
-        "train.gradient_checkpointing=full",
         "train.gradient_accumulation_steps=3",
         "train.per_device_train_batch_size=3",
         "train.skip_nonfinite_steps=1",
@@ -150,6 +153,18 @@ def test_another_setting_is_another_step(prepared, override):
     usual = place_of(*prepare(), folder)
     assert place_of(*prepare(), folder) == usual
     assert place_of(*prepare(override), folder) != usual
+
+
+def test_settings_that_decide_nothing_of_a_step_find_it_again(prepared, tmp_path):
+    prepare, folder = prepared
+    shutil.copytree("examples/tiny/model", tmp_path / "base")
+    usual = place_of(*prepare(), folder)
+    for overrides in (
+        ["train.memory_gib=99", "train.gradient_checkpointing=auto"],
+        ["train.gradient_checkpointing=full", "train.kept_layers=2"],  # it is given what that is
+        ["train.stuck_after_seconds=7", f"model.name_or_path={tmp_path}/base"],
+    ):
+        assert place_of(*prepare(*overrides), folder) == usual
 
 
 def test_what_the_settings_do_not_say_counts_too(prepared, monkeypatch):
@@ -252,6 +267,25 @@ def test_a_damaged_program_is_told_and_compiled_anew(prepared, compiles_at_once,
     assert len(said) == 1 and str(path) in said[0] and "damaged" in said[0]
     found = compile_step(*prepare(), folder, said).result()
     assert all(step.found for step in found.values()) and len(said) == 1  # it is whole again
+
+
+def test_a_step_is_there_before_it_is_written(prepared, compiles_at_once, monkeypatch):
+    prepare, folder = prepared
+    may_write, keep = threading.Event(), ProgramCache.keep
+
+    def wait_and_keep(*arguments):
+        assert may_write.wait(60)
+        keep(*arguments)
+
+    monkeypatch.setattr(ProgramCache, "keep", wait_and_keep)
+    config, inputs = prepare()
+    cache = ProgramCache(folder, pytest.fail)
+    shapes = model_shapes(config, inputs.base)
+    compile_ahead(shapes, config, inputs.train, programs=cache).result(60)
+    assert not list(folder.iterdir())
+    may_write.set()
+    finish_beside("compile")
+    assert len(list(folder.glob("*.program"))) == 1
 
 
 def test_a_folder_that_takes_nothing_is_told(prepared, compiles_at_once):

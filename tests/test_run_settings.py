@@ -29,9 +29,8 @@ from lorax.data import EncodedDataset
 from lorax.interop.huggingface import load_model
 from lorax.interop.peft import load_adapter, save_adapter
 from lorax.models.recompute import Recomputation
-from lorax.plan import GIB
-from lorax.run import recomputed_before, run_training
-from lorax.run_inputs import choose_recomputation, make_planner
+from lorax.run import run_training
+from lorax.run_inputs import make_planner
 from lorax.train import Trainer
 
 TINY = Path(__file__).parents[1] / "examples" / "tiny"
@@ -201,22 +200,23 @@ def test_asking_for_evaluation_without_rows_is_refused(trainer_of):
         trainer_of(EvalConfig(strategy="epoch"), unsupervised)
 
 
-def test_a_run_that_goes_on_makes_again_what_it_did(run, tmp_path):
-    full = ("train.gradient_checkpointing=full", "train.kept_layers=3")
-    code, printed = run("train", *full)
-    assert code == 0 and "gradient checkpointing: full, with 3 layers kept; as asked" in printed
-    auto = ["train.gradient_checkpointing=auto", "train.memory_gib=100", "train.max_steps=2"]
-    config = load_config(tmp_path / "run.yaml", auto)
-    before = recomputed_before(tmp_path / "run")
-    assert before == Recomputation("full", 3)
-    assert choose_recomputation(config)[0] == Recomputation("none")
-    assert choose_recomputation(config, before)[0] == before
-    # A device on which it no longer fits may not be the reason for other last bits, unsaid.
-    planner = make_planner(config)
-    choice, least = planner.fastest(2, 128, 0.0), 1.01 / GIB
-    least *= planner.memory(choice.policy, 2, 128).peak
-    small = load_config(tmp_path / "run.yaml", [*auto, f"train.memory_gib={least}"])
-    assert choose_recomputation(small, Recomputation("none"))[0] == choice
+def test_a_run_that_goes_on_makes_again_what_it_did(run, tmp_path, monkeypatch):
+    def stop(*_, **__):
+        raise OSError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lorax.run.export_model", stop)
+        asked = ("train.gradient_checkpointing=full", "train.kept_layers=3")
+        code, printed = run("train", *asked)
+    assert code == 2 and "gradient checkpointing: full, with 3 layers kept; as asked" in printed
+    auto = "train.gradient_checkpointing=auto"
+    code, printed = run("train", "--resume", auto, "train.memory_gib=0.0001")
+    assert code == 2 and "train.memory_gib: 0.0001 is less than the run in" in printed
+    config = load_config(tmp_path / "run.yaml", [auto, "train.memory_gib=100"])
+    assert lorax.build_model(config).kept_layers == 3
+    assert make_planner(config).fastest(2, 128, 100.0) == Recomputation("none")
+    code, printed = run("train", "--resume", auto, "train.memory_gib=100")
+    assert code == 0 and "full, with 3 layers kept; as before, about" in printed
 
 
 def test_more_layers_than_there_are_cannot_be_kept(run, tmp_path):

@@ -110,6 +110,7 @@ def load_model(
     param_dtype: DTypeLike | None = None,
     attn_impl: AttentionImplementation = "auto",
     gradient_checkpointing: GradientCheckpointing = "none",
+    kept_layers: int = 1,
     offload_embedding: bool = False,
 ) -> CausalLM:
     """Loads a checkpoint, tensor by tensor, onto JAX's default device.
@@ -126,6 +127,7 @@ def load_model(
         param_dtype: Of the weights; None is `dtype`.
         attn_impl: See `lorax.models.attention.resolve_implementation`.
         gradient_checkpointing: See `CausalLM`.
+        kept_layers: See `CausalLM`.
         offload_embedding: Leaves the input embedding in the host's memory, as a `HostArray`; not
             where the output head is the same array.
 
@@ -142,6 +144,7 @@ def load_model(
             param_dtype=param_dtype,
             attn_impl=attn_impl,
             gradient_checkpointing=gradient_checkpointing,
+            kept_layers=kept_layers,
             rngs=nnx.Rngs(0),
         )
     )

@@ -308,7 +308,7 @@ class CausalLM(nnx.Module):
         layers: list[Any] = list(self.model.layers)
         runs, offloaded = [checkpointed(_run_layer, policy)] * len(layers), 0
         if policy in REPEATING:
-            repeated = len(layers) - self.kept_layers
+            repeated = len(layers) - check_kept_layers(self.kept_layers, len(layers))
             runs = [checkpointed(_repeat_layer, policy)] * repeated
             runs += [checkpointed(_run_layer, "selective")] * self.kept_layers
             # What the last layer keeps is wanted first: it would be back before it is gone.
@@ -364,6 +364,7 @@ def init_model(
     seed: int = 0,
     attn_impl: AttentionImplementation = "auto",
     gradient_checkpointing: GradientCheckpointing = "none",
+    kept_layers: int = 1,
 ) -> CausalLM:
     """Returns a model with fresh weights in `dtype`, for pretraining; see `CausalLM`."""
     return CausalLM(
@@ -372,6 +373,7 @@ def init_model(
         param_dtype=dtype,
         attn_impl=attn_impl,
         gradient_checkpointing=gradient_checkpointing,
+        kept_layers=kept_layers,
         rngs=nnx.Rngs(seed),
     )
 

@@ -35,10 +35,9 @@ def run_in_order(
         layers: The layers; their `nnx.Param` variables get gradients.
         hidden: Input of the first one.
         context: What all of them read besides; it gets no gradient.
-        offloaded: Of how many layers, counted from the first and not the last, that which they
-            keep, their input and other large arrays, leaves the device while the layer runs, and
-            comes back while the backward pass of the next layer runs. Weights and what is small
-            stay.
+        offloaded: How many of the first layers, never the last one, keep nothing large on the
+            device: their input and other large arrays leave it while the layer runs, and come back
+            while the backward pass of the next layer runs. Weights and what is small stay.
     """
     split: list[Any] = [nnx.split(layer, nnx.Param, ...) for layer in layers]
     graphs: list[Any] = [parts[0] for parts in split]

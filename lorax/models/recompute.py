@@ -40,8 +40,10 @@ class Recomputation:
 
     @classmethod
     def of(cls, model: Any) -> "Recomputation":
-        """Returns what `model` says of itself; a model that says nothing makes nothing again."""
-        policy = check_policy(getattr(model, "gradient_checkpointing", "none"))
+        """Returns what `model` says of itself; of any other model, that it makes nothing again."""
+        policy: Any = getattr(model, "gradient_checkpointing", None)
+        if policy not in get_args(GradientCheckpointing.__value__):
+            return cls("none")
         return cls(policy, getattr(model, "kept_layers", 1))
 
     def put_on(self, model: Any) -> None:
