@@ -79,7 +79,14 @@ def without_recomputation(targets):
 
 
 @pytest.mark.parametrize("policy", CHECKPOINTED)
-@pytest.mark.parametrize("targets, kept", [("all", 1), ("two", 2), ("one", 0)])
+@pytest.mark.parametrize(
+    "targets, kept",
+    [
+        ("all", 1),
+        pytest.param("two", 2, marks=pytest.mark.slow),
+        pytest.param("one", 0, marks=pytest.mark.slow),
+    ],
+)
 def test_every_policy_computes_the_same(policy, kept, targets):
     value, gradient = without_recomputation(targets)
     _, _, function, trainable = pullback_of(policy, TARGETS[targets], kept)

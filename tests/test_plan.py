@@ -62,9 +62,14 @@ def make_planner(
     return Planner(config, architecture, model)
 
 
-@pytest.fixture(scope="module")
+@functools.cache
+def planner_with(*overrides: str, layers: int = 32) -> Planner:
+    return make_planner("all-linear", *overrides, num_hidden_layers=layers)
+
+
+@pytest.fixture
 def planner():
-    return make_planner()
+    return planner_with()
 
 
 @functools.cache
@@ -212,7 +217,7 @@ KEPT = [
 def test_what_kept_layers_take_is_known(policy, kept, cell, gib):
     accumulation, rows, length = cell
     setting = f"train.gradient_accumulation_steps={accumulation}"
-    planner = make_planner("all-linear", setting, num_hidden_layers=8)
+    planner = planner_with(setting, layers=8)
     assert planner.memory(policy, rows, length, kept).peak / GIB == pytest.approx(gib, rel=0.02)
 
 
@@ -256,12 +261,12 @@ def test_auto_says_what_it_picked_and_why(monkeypatch):
 )
 def test_the_planner_knows_the_memory_that_it_takes(rows, length, extra):
     # As cuDNN asked for on an H200 with the heads of Llama-8B, in MiB.
-    usual = make_planner().memory("none", rows, length)
+    usual = planner_with().memory("none", rows, length)
     settings = ["train.full_determinism=true", "data.packing=false"]
-    repeatable = make_planner("all-linear", *settings)
+    repeatable = planner_with(*settings)
     planned = repeatable.memory("none", rows, length)
     # A little of it takes the place of what the loss would need at another time.
     assert extra - 128 <= (planned.peak - usual.peak) / 2**20 <= extra
-    packed = make_planner("all-linear", settings[0]).memory("none", rows, length)
+    packed = planner_with(settings[0]).memory("none", rows, length)
     assert packed.peak - planned.peak == 2 * rows * length**2  # the documents' mask
-    assert repeatable.seconds("none", rows, length) > make_planner().seconds("none", rows, length)
+    assert repeatable.seconds("none", rows, length) > planner_with().seconds("none", rows, length)
