@@ -149,7 +149,8 @@ class TrainConfig(Section):
             the last), `offload` (as `full`, but not attention; what is kept waits in the host's
             memory); `auto` takes the fastest that fits, with as many layers kept as fit.
         kept_layers: How many layers, counted from the last, `full` and `offload` keep as
-            `selective` does; null is the last alone. Not with `auto`, which decides it.
+            `selective` does, from 0 to all; null is 1, the last alone. Not with `auto`, which
+            decides it, and where a run is resumed takes policy and layers as they were.
         memory_gib: What `auto` may plan with on one device; null is what the device has.
         seed: Of everything random in the run.
         full_determinism: The same bits every time on NVIDIA GPUs too; slower, with more memory.
@@ -238,6 +239,9 @@ class TrainConfig(Section):
             does = "decides it itself" if policy == "auto" else "does not read it"
             message = f"gradient_checkpointing `{policy}` {does}, only {_listed(readers)} read it"
             yield "kept_layers", message
+        if self.memory_gib is not None and policy != "auto":
+            message = f"gradient_checkpointing `{policy}` does not read it, only `auto` does"
+            yield "memory_gib", message
         for name, readers in self._optimizer_keys.items():
             if self.optim not in readers and getattr(self, name) != _default(self, name):
                 yield name, f"optim `{self.optim}` does not read it, only {_listed(readers)} does"

@@ -67,6 +67,7 @@ class RunSummary:
         loss: Held-out loss before and after, in nats per token.
         exact_match: Share of exactly matched answers before and after.
         files: What was written: a name and its path.
+        gradient_checkpointing: What was made again: what `auto` came to.
     """
 
     steps: int
@@ -78,6 +79,7 @@ class RunSummary:
     loss: tuple[float | None, float | None] = (None, None)
     exact_match: tuple[float | None, float | None] = (None, None)
     files: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    gradient_checkpointing: str | None = None
 
 
 def print_config(console: Console, config: RunConfig) -> None:

@@ -164,6 +164,8 @@ def refuse_other_run(saved: Mapping[str, Any], now: Mapping[str, Any], where: st
         if saved.get(name) != now.get(name):
             plain = name in ("devices", "gradient checkpointing")
             got = f": {saved.get(name)} then, {now.get(name)} now" if plain else ""
+            if name == "gradient checkpointing" and isinstance(was := saved.get(name), str):
+                got += f" (go on with {Recomputation.read(was).as_settings})"
             differing.append(f"the {name} changed{got}")
     if differing:
         raise ValueError(

@@ -206,6 +206,7 @@ def _train_and_export(
         loss=(result.eval_loss_before, result.eval_loss),
         exact_match=(before, after),
         files=files,
+        gradient_checkpointing=str(Recomputation.of(trainer.model)),
     )
     text = json.dumps(dataclasses.asdict(summary), indent=2)
     partial = output / f".{SUMMARY_FILE}.partial"

@@ -102,9 +102,7 @@ def model_shapes(config: RunConfig, base: Path) -> CausalLM:
     adapter, dtype = config.model.adapter, jnp.dtype(config.model.dtype)
     settings = read_adapter_config(adapter) if adapter else config.lora
     architecture = load_hf_config(base)
-    kept, layers = config.train.kept_layers, architecture.num_hidden_layers
-    if kept is not None and kept > layers:
-        raise ValueError(f"train.kept_layers: the model has {layers} layers, got {kept}")
+    _check_kept_layers(config, architecture.num_hidden_layers)
 
     def build():
         model = CausalLM(
@@ -138,6 +136,12 @@ def _put_embedding_on_host(model: CausalLM) -> None:
     shape = embedding.get_value()
     nothing = np.broadcast_to(np.zeros((), shape.dtype), shape.shape)  # takes no memory
     embedding.set_value(nothing.view(HostArray))  # type: ignore[arg-type]
+
+
+def _check_kept_layers(config: RunConfig, layers: int) -> None:
+    kept = config.train.kept_layers
+    if kept is not None and kept > layers:
+        raise ValueError(f"train.kept_layers: needs 0 to the model's {layers} layers, got {kept}")
 
 
 def make_planner(config: RunConfig) -> Planner:
@@ -217,11 +221,11 @@ def choose_recomputation(config: RunConfig) -> tuple[Recomputation, str]:
     shape = train.per_device_train_batch_size, config.data.max_seq_length
     peak_of = lambda r: planner.memory(r.policy, *shape, r.kept_layers).peak / GIB
     if before is not None:
-        reason = f"as before, about {peak_of(before):.1f} of {gib:.1f} GiB"
+        reason = f"as before, about {peak_of(before):.3g} of {gib:.3g} GiB"
         if peak_of(before) > gib and train.memory_gib:
             raise ValueError(
                 f"train.memory_gib: {gib:g} is less than the run in {config.save.output_dir} takes "
-                f"by the estimate: {peak_of(before):.1f} for {before}; raise it, or leave it out"
+                f"by the estimate: {peak_of(before):.3g} for {before}; raise it, or leave it out"
             )
         return before, reason
     choice = planner.fastest(*shape, gib)
@@ -234,7 +238,7 @@ def choose_recomputation(config: RunConfig) -> tuple[Recomputation, str]:
                 "data.max_seq_length (`lorax plan` shows what fits), or raise it"
             )
         return choice, f"{found}, by the estimate of `lorax plan`"
-    reason = f"about {peak:.1f} of {gib:.1f} GiB, the fastest that fits"
+    reason = f"about {peak:.3g} of {gib:.3g} GiB, the fastest that fits"
     if host := planner.host_bytes(choice.policy, *shape, choice.kept_layers) / GIB:
         reason += f", and {host:.1f} GiB of the host's memory per device"
     return choice, reason
@@ -274,6 +278,7 @@ def adapt_base(model: CausalLM, config: RunConfig, recomputation: Recomputation)
         config: The run's settings.
         recomputation: From `choose_recomputation`.
     """
+    _check_kept_layers(config, model.config.num_hidden_layers)
     recomputation.put_on(model)
     if config.train.method == "full":
         return model

@@ -368,7 +368,7 @@ def test_plan_shows_every_policy_and_needs_no_data(here, lorax_prints):
     assert "largest batch of rows of" in printed and "141 GB" in printed
     assert "layers kept" not in printed.partition("what auto takes")[0]
     kept = ("train.gradient_checkpointing=full", "train.kept_layers=2")
-    assert "full, with 2 layers kept" in lorax_prints("plan", "run.yaml", *kept)
+    assert "full with 2 layers kept" in lorax_prints("plan", "run.yaml", *kept)
 
 
 # --- generate ----------------------------------------------------------------------------------

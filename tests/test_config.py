@@ -469,6 +469,10 @@ def test_defaults_are_not_shared():
             "train.kept_layers: gradient_checkpointing `selective` does not read it, only `full`",
         ),
         (
+            "train: {memory_gib: 20}",
+            "train.memory_gib: gradient_checkpointing `full` does not read it, only `auto` does",
+        ),
+        (
             "train: {gradient_checkpointing: auto, kept_layers: 2}",
             "train.kept_layers: gradient_checkpointing `auto` decides it itself",
         ),

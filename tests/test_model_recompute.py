@@ -133,10 +133,14 @@ def test_nor_once_it_is_made():
 def test_what_is_made_again_reads_as_it_is_written():
     for choice in (Recomputation("none"), Recomputation("full"), Recomputation("offload", 7)):
         assert Recomputation.read(str(choice)) == choice
+        settings = dict(pair.split("=") for pair in choice.as_settings.split())
+        assert settings["train.gradient_checkpointing"] == choice.policy
+        kept = {"none": "null", "full": "1", "offload": "7"}[choice.policy]
+        assert settings["train.kept_layers"] == kept
         model = CausalLM(CONFIG, rngs=nnx.Rngs(0))
         choice.put_on(model)
         assert Recomputation.of(model) == choice
-    assert str(Recomputation("offload", 7)) == "offload, with 7 layers kept"
+    assert str(Recomputation("offload", 7)) == "offload with 7 layers kept"
     assert str(Recomputation("selective", 7)) == "selective"  # which makes no layer again
     other = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
     assert Recomputation.of(other) == Recomputation("none")

@@ -208,22 +208,29 @@ def test_a_run_that_goes_on_makes_again_what_it_did(run, tmp_path, monkeypatch):
         patch.setattr("lorax.run.export_model", stop)
         asked = ("train.gradient_checkpointing=full", "train.kept_layers=3")
         code, printed = run("train", *asked)
-    assert code == 2 and "gradient checkpointing: full, with 3 layers kept; as asked" in printed
+    assert code == 2 and "gradient checkpointing: full with 3 layers kept; as asked" in printed
     auto = "train.gradient_checkpointing=auto"
     code, printed = run("train", "--resume", auto, "train.memory_gib=0.0001")
     assert code == 2 and "train.memory_gib: 0.0001 is less than the run in" in printed
     config = load_config(tmp_path / "run.yaml", [auto, "train.memory_gib=100"])
     assert lorax.build_model(config).kept_layers == 3
     assert make_planner(config).fastest(2, 128, 100.0) == Recomputation("none")
+    code, printed = run("train", "--resume", "train.gradient_checkpointing=full")
+    assert code == 2 and (
+        "changed: full with 3 layers kept then, full now (go on with "
+        "train.gradient_checkpointing=full train.kept_layers=3)" in printed
+    )
     code, printed = run("train", "--resume", auto, "train.memory_gib=100")
-    assert code == 0 and "full, with 3 layers kept; as before, about" in printed
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["gradient_checkpointing"] == "full with 3 layers kept"
+    assert code == 0 and "full with 3 layers kept; as before, about" in printed
 
 
 def test_more_layers_than_there_are_cannot_be_kept(run, tmp_path):
     settings = ("train.gradient_checkpointing=full", "train.kept_layers=5")
     for command in ("validate", "plan", "train"):
         code, printed = run(command, *settings)
-        assert code == 2 and "train.kept_layers: the model has 4 layers, got 5" in printed
+        assert code == 2 and "train.kept_layers: needs 0 to the model's 4 layers, got 5" in printed
     assert not (tmp_path / "run").exists()
 
 

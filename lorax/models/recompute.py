@@ -30,12 +30,18 @@ class Recomputation:
     def __str__(self) -> str:
         if self.policy not in REPEATING or self.kept_layers == 1:
             return str(self.policy)
-        return f"{self.policy}, with {self.kept_layers} layers kept"
+        return f"{self.policy} with {self.kept_layers} layers kept"
+
+    @property
+    def as_settings(self) -> str:
+        """Returns the settings that ask for it."""
+        kept = self.kept_layers if self.policy in REPEATING else "null"
+        return f"train.gradient_checkpointing={self.policy} train.kept_layers={kept}"
 
     @classmethod
     def read(cls, text: str) -> "Recomputation":
         """Returns that of which `text` is the string."""
-        policy, _, rest = text.partition(", with ")
+        policy, _, rest = text.partition(" with ")
         return cls(check_policy(policy), int(rest.split()[0]) if rest else 1)
 
     @classmethod
