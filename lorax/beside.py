@@ -7,16 +7,8 @@ from concurrent.futures import Future
 _PREFIX = "lorax-beside-"
 
 
-def start_beside[T](
-    name: str, work: Callable[[], T], then: Callable[[], object] | None = None
-) -> Future[T]:
-    """Returns the result to come of `work`, which a thread of its own does.
-
-    Args:
-        name: Of the thread.
-        work: What to do.
-        then: What that thread does once the result, or an error, is there; see `finish_beside`.
-    """
+def start_beside[T](name: str, work: Callable[[], T]) -> Future[T]:
+    """Returns the result to come of `work`, which a thread of its own does."""
     future: Future[T] = Future()
 
     def run() -> None:
@@ -24,8 +16,6 @@ def start_beside[T](
             future.set_result(work())
         except BaseException as error:
             future.set_exception(error)
-        if then is not None:
-            then()
 
     # A daemon, so that a run that fails meanwhile need not wait for it.
     threading.Thread(target=run, name=_PREFIX + name, daemon=True).start()

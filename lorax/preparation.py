@@ -1,6 +1,7 @@
 """What a run trains on, and its steps compiled before the weights are there."""
 
 import contextlib
+import functools
 import itertools
 import json
 import math
@@ -62,8 +63,8 @@ def compile_ahead(
         train_data: As for `Trainer`.
         eval_data: As for `Trainer`.
         loss_fn: As for `Trainer`.
-        programs: Where steps with `causal_lm_loss` are kept for other runs, if anywhere; by the
-            same thread, once they are there.
+        programs: Where steps with `causal_lm_loss` are kept for other runs, if anywhere: by
+            threads that `finish_beside("keep")` waits for.
     """
     mesh, train = make_mesh(config.mesh.data), config.train
     plans = [plan_training(config, train_data, mesh.size)]
@@ -83,8 +84,7 @@ def compile_ahead(
         facts = _describe_step(config, model, total_steps)
         return compile_widths(step, state, *batches, programs, facts)
 
-    # The first step need not wait until programs are written.
-    return start_beside("compile", compile_steps, programs.keep_all if programs else None)
+    return start_beside("compile", compile_steps)
 
 
 def step_options(train: TrainConfig) -> dict[str, Any]:
@@ -158,7 +158,8 @@ def compile_widths(
                 executable = step.compile(state, batch).compiled
         compiled[width] = CompiledStep(executable, time.perf_counter() - started, was_found)
         if programs and not was_found:
-            programs.keep_later(executable, *kept)
+            # To write it takes seconds, for which the first step need not wait.
+            start_beside("keep", functools.partial(programs.keep, executable, *kept))
     return compiled
 
 

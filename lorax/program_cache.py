@@ -51,7 +51,6 @@ class ProgramCache:
 
     def __init__(self, folder: Path, tell: Callable[[str], object]):
         self.folder, self._tell = folder, tell
-        self._later: list[Callable[[], None]] = []
 
     def find(self, facts: Facts, arguments: tuple[Any, ...], results: Any) -> Any | None:
         """Returns a compiled function, or None if there is none.
@@ -79,15 +78,6 @@ class ProgramCache:
         except Exception as error:  # whatever it is, the program can be compiled anew
             self._tell(f"{path} cannot be used, the step is compiled anew: {error}")
             return None
-
-    def keep_later(self, *arguments: Any) -> None:
-        """Takes what `keep` does, until `keep_all`: to write a program takes seconds."""
-        self._later.append(lambda: self.keep(*arguments))
-
-    def keep_all(self) -> None:
-        """Keeps what was put off."""
-        while self._later:
-            self._later.pop(0)()
 
     def keep(self, program: Any, facts: Facts, arguments: tuple[Any, ...], results: Any) -> None:
         """Keeps a compiled function; see `find`."""

@@ -54,6 +54,7 @@ from lorax.run_inputs import (
     explain_memory,
     load_base,
     load_inputs,
+    saved_identity,
 )
 from lorax.sharding import make_mesh
 from lorax.stopping import OutOfMemoryError
@@ -167,7 +168,7 @@ def _run(config: RunConfig, console: Console, phases: Phases, resume: Resume) ->
         if compiled.done():
             compiled.result()  # raises what the compiler raised, before anything is written
         summary = _train_and_export(trainer, recorder, inputs, started)
-    finish_beside("compile")  # that which keeps programs
+    finish_beside("keep")
     console.rule("Result")
     print_summary(console, summary)
     return summary
@@ -257,26 +258,24 @@ def fingerprint_inputs(config: RunConfig, inputs: Inputs) -> dict[str, str]:
 
 def refuse_changed_settings(config: RunConfig) -> None:
     """Refuses to resume with other settings, before anything else is read."""
-    output = Path(config.save.output_dir)
-    record = CheckpointStore(output / CHECKPOINT_FOLDER).newest_record()
-    if record is not None:
-        saved = {"settings": record["identity"]["settings"]}
-        refuse_other_run(saved, {"settings": fixed_settings(config)}, str(output))
+    identity = saved_identity(config)
+    if identity is not None:
+        saved, now = {"settings": identity["settings"]}, {"settings": fixed_settings(config)}
+        refuse_other_run(saved, now, str(Path(config.save.output_dir)))
 
 
 def refuse_changes(
     config: RunConfig, inputs: Inputs, recomputation: Recomputation, files: Mapping[str, str]
 ) -> None:
     """Refuses to resume another run, before its steps are compiled; the trainer looks again."""
-    output = Path(config.save.output_dir)
-    record = CheckpointStore(output / CHECKPOINT_FOLDER).newest_record()
-    if record is None:
+    identity = saved_identity(config)
+    if identity is None:
         return
     data = name_datasets(inputs.train, inputs.eval)
     now = identify_run(config, data, make_mesh(config.mesh.data).size, recomputation, files)
     # The trainer knows how the model is adapted; this is about the rest.
-    saved = {k: v for k, v in record["identity"].items() if k != "adapter settings"}
-    refuse_other_run(saved, now, str(output))
+    saved = {k: v for k, v in identity.items() if k != "adapter settings"}
+    refuse_other_run(saved, now, str(Path(config.save.output_dir)))
 
 
 @contextlib.contextmanager

@@ -244,12 +244,16 @@ def choose_recomputation(config: RunConfig) -> tuple[Recomputation, str]:
     return choice, reason
 
 
+def saved_identity(config: RunConfig) -> dict[str, Any] | None:
+    """Returns `identify_run` of the run in `save.output_dir`, if one is there and has saved."""
+    record = CheckpointStore(Path(config.save.output_dir) / CHECKPOINT_FOLDER).newest_record()
+    return None if record is None else record["identity"]
+
+
 def recomputed_before(config: RunConfig) -> Recomputation | None:
     """Returns what the run in `save.output_dir` recomputes, if one is there and has saved."""
-    record = CheckpointStore(Path(config.save.output_dir) / CHECKPOINT_FOLDER).newest_record()
-    if record is None:
-        return None
-    return Recomputation.read(record["identity"]["gradient checkpointing"])
+    identity = saved_identity(config)
+    return None if identity is None else Recomputation.read(identity["gradient checkpointing"])
 
 
 def build_model(config: RunConfig) -> CausalLM:

@@ -75,8 +75,8 @@ ALLOWED = {
     "lorax.generate": {"lorax.interop", "lorax.models"},
     "lorax.phases": set(),
     "lorax.preparation": {
-        "lorax.compilation_cache",
         "lorax.beside",
+        "lorax.compilation_cache",
         "lorax.config",
         "lorax.data",
         "lorax.lora",

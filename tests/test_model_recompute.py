@@ -69,6 +69,7 @@ def count_products(function, argument):
 
 
 TARGETS = {"all": "all-linear", "two": ["q_proj", "up_proj"], "one": ["down_proj"]}
+MORE_CASES = [("two", 1), ("one", 1), ("two", 2), ("one", 0)]
 
 
 @functools.cache
@@ -83,8 +84,7 @@ def without_recomputation(targets):
     "targets, kept",
     [
         ("all", 1),
-        pytest.param("two", 2, marks=pytest.mark.slow),
-        pytest.param("one", 0, marks=pytest.mark.slow),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE_CASES),
     ],
 )
 def test_every_policy_computes_the_same(policy, kept, targets):

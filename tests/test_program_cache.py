@@ -53,6 +53,7 @@ def compile_step(config, inputs, folder, said=None):
     data = inputs.train, inputs.eval
     compiled = compile_ahead(shapes, config, *data, programs=cache)
     finish_beside("compile")
+    finish_beside("keep")
     return compiled
 
 
@@ -284,7 +285,7 @@ def test_a_step_is_there_before_it_is_written(prepared, compiles_at_once, monkey
     compile_ahead(shapes, config, inputs.train, programs=cache).result(60)
     assert not list(folder.iterdir())
     may_write.set()
-    finish_beside("compile")
+    finish_beside("keep")
     assert len(list(folder.glob("*.program"))) == 1
 
 
