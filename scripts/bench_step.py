@@ -15,6 +15,7 @@ import collections
 import dataclasses
 import glob
 import json
+import os
 import random
 import statistics
 import tempfile
@@ -242,6 +243,7 @@ def main() -> None:
             "offload_embedding": parsed.offload_embedding,
             "kernels": variant.kernels,
             "options": dict(variant.options),
+            "allocator": os.environ.get("XLA_PYTHON_CLIENT_ALLOCATOR", "default"),
             "tokens_per_s": round(tokens / statistics.median(series), 1),
             "step_ms": round(statistics.median(series) * 1e3, 2),
             "ratio": round(statistics.median(t / u for t, u in zip(series, first, strict=True)), 4),
