@@ -1,7 +1,7 @@
 """Learning-rate schedules with Hugging Face's values, and the chain from gradients to updates."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import jax
@@ -105,17 +105,17 @@ def make_optimizer(train: TrainConfig, total_steps: int) -> optax.GradientTransf
     Raises:
         ValueError: As `make_schedule`.
     """
-    whole = train.optim == "adafactor"  # which looks at rows and columns of each matrix
-    is_matrix = lambda leaf: leaf.ndim >= (2 if whole else 3)
+    matrices = lambda params: jax.tree.map(lambda leaf: leaf.ndim >= 2, params)
     stages = [
         _choose_direction(train),
-        optax.add_decayed_weights(train.weight_decay, mask=lambda p: jax.tree.map(is_matrix, p)),
+        optax.add_decayed_weights(train.weight_decay, mask=matrices),
         optax.scale_by_learning_rate(make_schedule(train, total_steps)),
     ]
     if train.max_grad_norm > 0:
         stages.insert(0, optax.clip_by_global_norm(train.max_grad_norm))
-    chain = optax.chain(*stages)
-    return _compute_in_float32(chain if whole else _stack_alike(chain))
+    if train.optim == "adafactor":  # which looks at rows and columns of each matrix
+        return _compute_in_float32(optax.chain(*stages))
+    return _compute_in_float32(_chain(stages[:-2], stages[-2:]))
 
 
 def _choose_direction(train: TrainConfig) -> optax.GradientTransformation:
@@ -175,22 +175,28 @@ def _one_minus_power(decay: float, count: Int[Array, ""]) -> Float[Array, ""]:
     return -jnp.expm1(count.astype(jnp.float32) * log_decay)
 
 
-def _stack_alike(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Runs `inner` on the leaves of each shape stacked, as one array with one more dimension.
+def _chain(
+    stacked: Sequence[optax.GradientTransformation], apart: Sequence[optax.GradientTransformation]
+) -> optax.GradientTransformation:
+    """Chains what runs on the leaves of each shape stacked, and then what runs on each leaf.
 
     Adapters are hundreds of small leaves of a few shapes: an update of its own for each costs more
-    in launches than in arithmetic. `inner` must treat every element by itself.
+    in launches than in arithmetic. `stacked` must treat every element by itself, and not read the
+    parameters: where XLA finds them read in a stack, it cannot write the new ones over them.
     """
+    first, last, n = optax.chain(*stacked), optax.chain(*apart), len(stacked)
 
     def init(params: PyTree) -> optax.OptState:
-        return inner.init(stack_alike(params))
+        return *cast(tuple, first.init(stack_alike(params))), *cast(tuple, last.init(params))
 
     def update(
         updates: PyTree, state: optax.OptState, params: PyTree = None
     ) -> tuple[PyTree, optax.OptState]:
-        found = inner.update(stack_alike(updates), state, stack_alike(params))
-        stacks, state = cast(tuple[dict[str, jax.Array], optax.OptState], found)
-        return unstack(stacks, updates), state
+        before = cast(tuple, state)
+        stacks, after = first.update(stack_alike(updates), before[:n])
+        updates = unstack(cast(dict[str, jax.Array], stacks), updates)
+        updates, rest = last.update(updates, before[n:], params)
+        return updates, (*cast(tuple, after), *cast(tuple, rest))
 
     return optax.GradientTransformation(init, update)
 

@@ -1,7 +1,6 @@
 """What a run trains on, and its steps compiled before the weights are there."""
 
 import contextlib
-import functools
 import itertools
 import json
 import math
@@ -63,8 +62,8 @@ def compile_ahead(
         train_data: As for `Trainer`.
         eval_data: As for `Trainer`.
         loss_fn: As for `Trainer`.
-        programs: Where steps with `causal_lm_loss` are kept for other runs, if anywhere: by
-            threads that `finish_beside("keep")` waits for.
+        programs: Where steps with `causal_lm_loss` are kept for other runs, if anywhere, once it is
+            told to `keep_waiting`.
     """
     mesh, train = make_mesh(config.mesh.data), config.train
     plans = [plan_training(config, train_data, mesh.size)]
@@ -158,8 +157,7 @@ def compile_widths(
                 executable = step.compile(state, batch).compiled
         compiled[width] = CompiledStep(executable, time.perf_counter() - started, was_found)
         if programs and not was_found:
-            # To write it takes seconds, for which the first step need not wait.
-            start_beside("keep", functools.partial(programs.keep, executable, *kept))
+            programs.keep_later(executable, *kept)
     return compiled
 
 

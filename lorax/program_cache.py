@@ -6,13 +6,13 @@ is kept by everything that decides what it is traced to.
 """
 
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import json
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import jax
 from jax.experimental.serialize_executable import deserialize_and_load, serialize
 
 import lorax_kernels
+from lorax.beside import start_beside
 from lorax.compilation_cache import default_directory, make_private
 from lorax.metrics import library_versions
 
@@ -51,6 +52,7 @@ class ProgramCache:
 
     def __init__(self, folder: Path, tell: Callable[[str], object]):
         self.folder, self._tell = folder, tell
+        self._waiting: list[Callable[[], None]] = []
 
     def find(self, facts: Facts, arguments: tuple[Any, ...], results: Any) -> Any | None:
         """Returns a compiled function, or None if there is none.
@@ -78,6 +80,15 @@ class ProgramCache:
         except Exception as error:  # whatever it is, the program can be compiled anew
             self._tell(f"{path} cannot be used, the step is compiled anew: {error}")
             return None
+
+    def keep_later(self, *program_and_facts: Any) -> None:
+        """Has `keep_waiting` keep a compiled function: to write it takes seconds."""
+        self._waiting.append(functools.partial(self.keep, *program_and_facts))
+
+    def keep_waiting(self) -> None:
+        """Keeps what waits, in threads that `finish_beside("keep")` waits for."""
+        while self._waiting:
+            start_beside("keep", self._waiting.pop())
 
     def keep(self, program: Any, facts: Facts, arguments: tuple[Any, ...], results: Any) -> None:
         """Keeps a compiled function; see `find`."""
@@ -134,7 +145,7 @@ def _surroundings() -> dict[str, Any]:
     }
 
 
-@cache
+@functools.cache
 def _code() -> str:
     roots = Path(__file__).parent, Path(lorax_kernels.__file__).parent
     return _fingerprint(p for r in roots for p in r.rglob("*") if p.suffix in (".py", ".json"))

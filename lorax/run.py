@@ -115,6 +115,7 @@ def _run(config: RunConfig, console: Console, phases: Phases, resume: Resume) ->
     console.rule("Settings")
     print_config(console, config)
     programs = None
+    data = start_beside("data", lambda: load_inputs(config))  # while the device starts
     if jax.default_backend() == "gpu":
         tell = lambda text: console.print(text, highlight=False, soft_wrap=True)
         tell(use_compilation_cache()[1])
@@ -123,7 +124,7 @@ def _run(config: RunConfig, console: Console, phases: Phases, resume: Resume) ->
     folder = resolve_checkpoint(source.name_or_path, source.revision, weights=False)
     shapes = check_targets(config, folder)
     base = start_beside("weights", lambda: load_base(config))  # which need nothing of the data
-    inputs = load_inputs(config)
+    inputs = data.result()
     check_plan(config, inputs)
     console.rule("Data")
     rows = 1 if shows_text(console) else 0
@@ -140,19 +141,21 @@ def _run(config: RunConfig, console: Console, phases: Phases, resume: Resume) ->
         refuse_changes(config, inputs, recomputation, files)
     phases.end("data and device")
     recomputation.put_on(shapes)
-    data = inputs.train, inputs.eval
-    compiled = compile_ahead(shapes, config, *data, programs=programs)
+    datasets = inputs.train, inputs.eval
+    compiled = compile_ahead(shapes, config, *datasets, programs=programs)
     model = adapt_base(base.result(), config, recomputation)
     del base
     phases.end("weights")
     report_model(console, config, model)
     on_error = config.save.on_save_error
     recorder = Recorder(console, config.log.logging_steps, phases, on_error)
+    # After the first step, which would wait for it.
+    keep_step = lambda event: programs and "loss" in event and programs.keep_waiting()
     trainer = Trainer(
         model,
         config,
-        *data,
-        listeners=(recorder,),
+        *datasets,
+        listeners=(recorder, keep_step),
         compiled=compiled,
         resume=resumed,
         files=files,

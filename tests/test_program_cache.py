@@ -53,6 +53,7 @@ def compile_step(config, inputs, folder, said=None):
     data = inputs.train, inputs.eval
     compiled = compile_ahead(shapes, config, *data, programs=cache)
     finish_beside("compile")
+    cache.keep_waiting()
     finish_beside("keep")
     return compiled
 

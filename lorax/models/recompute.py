@@ -7,6 +7,8 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
+from lorax.models.tracing import traced_once
+
 type GradientCheckpointing = Literal["none", "selective", "full", "offload"]
 
 REPEATING = ("full", "offload")
@@ -93,12 +95,12 @@ def save_attention(primitive, *_: Any, **parameters: Any) -> bool:
 save_lora_h = jax.checkpoint_policies.save_only_these_names("lora_h")
 
 
-def checkpointed(function: Any, policy: GradientCheckpointing) -> Any:
-    """Returns `function` with what `policy` says about its backward pass."""
-    if policy == "none":
-        return function
-    policies = {"selective": save_products, "full": save_lora_h, "offload": save_attention}
-    return jax.checkpoint(function, policy=policies[policy])
+def checkpointed(run: Any, policy: GradientCheckpointing) -> Any:
+    """Returns `run`, a function of a layer, with what `policy` says about its backward pass."""
+    if policy != "none":
+        policies = {"selective": save_products, "full": save_lora_h, "offload": save_attention}
+        run = jax.checkpoint(run, policy=policies[policy])
+    return traced_once(run)
 
 
 def check_kept_layers(count: Any, layers: int) -> int:

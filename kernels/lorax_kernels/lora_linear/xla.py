@@ -15,6 +15,11 @@ from lorax_kernels.lora_linear.weights import Group
 _FEW = 64
 
 
+def _fold(total, product):
+    """Adds in the order in which XLA folds a sum into the product that comes last."""
+    return product + total
+
+
 def _wide(p, q):
     return jnp.dot(p, q, preferred_element_type=accumulation_dtype(p.dtype))
 
@@ -83,13 +88,13 @@ def backward(x, h, group: Group, rate: float, key, dys):
     dx = None
     if g:
         # Where all have the whole span each is zero outside its own, and the sum is exact.
-        g = functools.reduce(jnp.add, g) if _reads_all(group) else jnp.concatenate(g, axis=1)
+        g = functools.reduce(_fold, g) if _reads_all(group) else jnp.concatenate(g, axis=1)
         a = jnp.concatenate([a.astype(dtype) for a in group.a], axis=1)
         dx = apply_dropout(jnp.dot(g, a.T), rate, key)
     # The large products come last: XLA folds what there is so far into each of them.
     for dy, w in zip(dys, group.w, strict=True):
         product = jnp.dot(dy, w.astype(dtype).T)
-        dx = product if dx is None else dx + product
+        dx = product if dx is None else _fold(dx, product)
     if not group.ranks:
         return dx, [], []
     da = _wide(apply_dropout(x, rate, key).T, g)
