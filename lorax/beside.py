@@ -6,6 +6,9 @@ from concurrent.futures import Future
 
 _PREFIX = "lorax-beside-"
 
+TRACING = threading.Lock()
+"""Held while a step is traced: one thread runs Python at a time, and all else waits for the step."""
+
 
 def start_beside[T](name: str, work: Callable[[], T]) -> Future[T]:
     """Returns the result to come of `work`, which a thread of its own does."""
@@ -20,6 +23,12 @@ def start_beside[T](name: str, work: Callable[[], T]) -> Future[T]:
     # A daemon, so that a run that fails meanwhile need not wait for it.
     threading.Thread(target=run, name=_PREFIX + name, daemon=True).start()
     return future
+
+
+def await_tracing() -> None:
+    """Waits while a step is traced."""
+    with TRACING:
+        pass
 
 
 def finish_beside(name: str) -> None:

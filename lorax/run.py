@@ -29,7 +29,7 @@ from lorax.models.recompute import Recomputation
 from lorax.overview import report_data, report_model, shows_text
 from lorax.phases import Phases
 from lorax.preparation import compile_ahead
-from lorax.program_cache import open_program_cache
+from lorax.program_cache import ProgramCache, open_program_cache
 from lorax.recorder import Recorder
 from lorax.report import (
     RunSummary,
@@ -57,8 +57,9 @@ from lorax.run_inputs import (
     saved_identity,
 )
 from lorax.sharding import make_mesh
+from lorax.step_events import Event
 from lorax.stopping import OutOfMemoryError
-from lorax.train import Trainer
+from lorax.train import Listener, Trainer
 
 type Resume = Literal["never", "auto", "always"]
 
@@ -149,13 +150,11 @@ def _run(config: RunConfig, console: Console, phases: Phases, resume: Resume) ->
     report_model(console, config, model)
     on_error = config.save.on_save_error
     recorder = Recorder(console, config.log.logging_steps, phases, on_error)
-    # After the first step, which would wait for it.
-    keep_step = lambda event: programs and "loss" in event and programs.keep_waiting()
     trainer = Trainer(
         model,
         config,
         *datasets,
-        listeners=(recorder, keep_step),
+        listeners=(recorder, _keep_after_a_step(programs)),
         compiled=compiled,
         resume=resumed,
         files=files,
@@ -175,6 +174,16 @@ def _run(config: RunConfig, console: Console, phases: Phases, resume: Resume) ->
     console.rule("Result")
     print_summary(console, summary)
     return summary
+
+
+def _keep_after_a_step(programs: ProgramCache | None) -> Listener:
+    """Returns what has compiled steps kept, but not before the first step, which would wait."""
+
+    def listen(event: Event) -> None:
+        if programs is not None and "loss" in event:
+            programs.keep_waiting()
+
+    return listen
 
 
 def _train_and_export(

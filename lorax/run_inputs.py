@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from lorax.beside import await_tracing
 from lorax.checkpoint import CHECKPOINT_FOLDER, CheckpointStore
 from lorax.config import RunConfig
 from lorax.data import (
@@ -271,6 +272,7 @@ def load_base(config: RunConfig) -> CausalLM:
         param_dtype=jnp.float32 if config.train.method == "full" else None,
         attn_impl=config.model.attn_impl,
         offload_embedding=config.model.offload_embedding,
+        pace=await_tracing,
     )
 
 

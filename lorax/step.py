@@ -12,7 +12,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from lorax.beside import start_beside
+from lorax.beside import TRACING, start_beside
 from lorax.determinism import compiler_options, repeatable_attention
 from lorax.lora import named_modules, set_dropout_key, split_trainable
 from lorax.loss import Batch, LossFunction, accumulate, causal_lm_loss
@@ -69,7 +69,9 @@ class TrainStep:
     def compile(self, state: TrainState, batch: Batch) -> "TrainStep":
         """Returns the step compiled for the shapes of `batch`, before it is needed."""
         with self._settings():
-            compiled = compile_lowered(self.compiled.lower(state, self.frozen, batch))
+            with TRACING:
+                lowered = self.compiled.lower(state, self.frozen, batch)
+            compiled = compile_lowered(lowered)
         return dataclasses.replace(self, compiled=compiled)
 
     @contextlib.contextmanager

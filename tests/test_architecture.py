@@ -59,7 +59,12 @@ ALLOWED = {
     },
     "lorax.run_inputs": {"lorax"},
     "lorax.compilation_cache": set(),
-    "lorax.program_cache": {"lorax.compilation_cache", "lorax.metrics", "lorax_kernels"},
+    "lorax.program_cache": {
+        "lorax.beside",
+        "lorax.compilation_cache",
+        "lorax.metrics",
+        "lorax_kernels",
+    },
     "lorax.beside": set(),
     "lorax.data": {"lorax.config", "lorax.data", "lorax.interop.files"},
     "lorax.data.render_worker": set(),

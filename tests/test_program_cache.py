@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -271,23 +270,20 @@ def test_a_damaged_program_is_told_and_compiled_anew(prepared, compiles_at_once,
     assert all(step.found for step in found.values()) and len(said) == 1  # it is whole again
 
 
-def test_a_step_is_there_before_it_is_written(prepared, compiles_at_once, monkeypatch):
+def test_a_step_is_written_once_when_it_is_time(prepared, compiles_at_once):
     prepare, folder = prepared
-    may_write, keep = threading.Event(), ProgramCache.keep
-
-    def wait_and_keep(*arguments):
-        assert may_write.wait(60)
-        keep(*arguments)
-
-    monkeypatch.setattr(ProgramCache, "keep", wait_and_keep)
     config, inputs = prepare()
     cache = ProgramCache(folder, pytest.fail)
     shapes = model_shapes(config, inputs.base)
     compile_ahead(shapes, config, inputs.train, programs=cache).result(60)
     assert not list(folder.iterdir())
-    may_write.set()
+    cache.keep_waiting()
     finish_beside("keep")
-    assert len(list(folder.glob("*.program"))) == 1
+    (program,) = folder.glob("*.program")
+    program.rename(folder / "moved")
+    cache.keep_waiting()
+    finish_beside("keep")
+    assert [path.name for path in folder.iterdir()] == ["moved"]
 
 
 def test_a_folder_that_takes_nothing_is_told(prepared, compiles_at_once):

@@ -112,6 +112,7 @@ def load_model(
     gradient_checkpointing: GradientCheckpointing = "none",
     kept_layers: int = 1,
     offload_embedding: bool = False,
+    pace: Callable[[], object] | None = None,
 ) -> CausalLM:
     """Loads a checkpoint, tensor by tensor, onto JAX's default device.
 
@@ -130,6 +131,7 @@ def load_model(
         kept_layers: See `CausalLM`.
         offload_embedding: Leaves the input embedding in the host's memory, as a `HostArray`; not
             where the output head is the same array.
+        pace: Called after each tensor; it may wait for what should come first.
 
     Raises:
         ValueError: Naming the file and the field or tensor, what was found and what was needed.
@@ -162,6 +164,8 @@ def load_model(
         if offload_embedding and name == EMBEDDING:
             value = np.asarray(value).view(HostArray)
         variables[table[name].path].set_value(value)
+        if pace is not None:
+            pace()
     return nnx.merge(graph, nnx.from_flat_state(variables))
 
 

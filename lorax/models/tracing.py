@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.core import Tracer
 
 
 class _LayerChangedError(Exception):
@@ -48,7 +49,7 @@ def traced_once[T](run: Callable[..., T]) -> Callable[..., T]:
 
 def _is_traced() -> bool:
     """Says whether operations become part of a program here, instead of being run."""
-    return isinstance(jnp.zeros(()), jax.core.Tracer)
+    return isinstance(jnp.zeros(()), Tracer)
 
 
 def _is_hashable(value: Any) -> bool:
