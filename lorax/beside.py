@@ -7,7 +7,7 @@ from concurrent.futures import Future
 _PREFIX = "lorax-beside-"
 
 TRACING = threading.Lock()
-"""Held while a step is traced: one thread runs Python at a time, and all else waits for the step."""
+"""Held while a step is traced: one thread runs Python at a time, and the step takes longest."""
 
 
 def start_beside[T](name: str, work: Callable[[], T]) -> Future[T]:
