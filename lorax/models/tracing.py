@@ -27,10 +27,11 @@ def traced_once[T](run: Callable[..., T]) -> Callable[..., T]:
 
     @functools.partial(jax.jit, static_argnums=0)
     def traced(graph, state, *arrays):
+        before = jax.tree.leaves(state)  # now, for the layer's variables will be the state's own
         layer = nnx.merge(graph, state)
         result = run(layer, *arrays)
         graph_after, state_after = nnx.split(layer)
-        before, after = jax.tree.leaves(state), jax.tree.leaves(state_after)
+        after = jax.tree.leaves(state_after)
         if graph_after != graph or any(a is not b for a, b in zip(before, after, strict=True)):
             raise _LayerChangedError
         return result
