@@ -15,12 +15,12 @@ from lorax.stacking import stack_alike, unstack
 type Schedule = Callable[[ArrayLike], Float[Array, ""]]
 """0-based step to learning rate; an `optax.Schedule`."""
 
-_FEW = 128
-"""Leaves of one shape that are updated in a few launches, where XLA makes the stack's values again
-for each of them: what it takes to compile grows with their square, to half a minute for 192."""
-
 type Factor = Callable[[Float[Array, ""]], Float[Array, ""]]
 """Step (0-based, as float32) to a factor of the highest learning rate, after the warm-up."""
+
+_UPDATED_TOGETHER = 128
+"""Leaves of one shape that XLA may update in a few launches, making the whole stack again for each:
+the time to compile this grows with the square of their number, to half a minute for 192."""
 
 
 def make_schedule(train: TrainConfig, total_steps: int) -> Schedule:
@@ -198,7 +198,7 @@ def _chain(
     ) -> tuple[PyTree, optax.OptState]:
         before = cast(tuple, state)
         stacks, after = first.update(stack_alike(updates), before[:n])
-        if max(len(stack) for stack in jax.tree.leaves(stacks)) > _FEW:
+        if max(len(stack) for stack in jax.tree.leaves(stacks)) > _UPDATED_TOGETHER:
             stacks = jax.lax.optimization_barrier(stacks)
         updates = unstack(cast(dict[str, jax.Array], stacks), updates)
         updates, rest = last.update(updates, before[n:], params)

@@ -251,7 +251,8 @@ def backward(
     if gate_up:
         *dxs, x = dxs
     assert x is not None
-    (parts,) = gradient(x, g, config=gradient_config(m, k, layout.size), mask=dropout)
+    config, columns = gradient_config(m, k, layout.size), (0, layout.size)
+    (parts,) = gradient(x, g, config=config, columns=columns, mask=dropout)
     if gate_up:
         # x is as large as either, and done with before their gradients are read.
         dxs, parts = jax.lax.optimization_barrier((dxs, parts))
@@ -263,7 +264,8 @@ def _gradient_of_b(h, group: Group, index: int, layout: Layout, dy) -> jax.Array
     """Returns ``dB = scale·hᵀ·dy``, float32."""
     (m, n), (first, width) = dy.shape, layout.block(index)
     config = gradient_config(m, n, width)
-    (sums,) = gradient(dy, h, config=config, columns=(first, width))
+    # Called as for dA, so that passes of one shape are one kernel.
+    (sums,) = gradient(dy, h, config=config, columns=(first, width), mask=None)
     return _own_rows(sums, group, index, layout)
 
 

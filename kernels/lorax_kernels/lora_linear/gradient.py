@@ -16,6 +16,9 @@ from lorax_kernels.lora_linear.skinny import COLUMNS, ROWS, SkinnyConfig, blocks
 from lorax_kernels.lora_linear.warpgroups import divide, drain, launch
 
 
+# Of several passes of one shape only the first is traced and lowered, which takes a quarter of a
+# second.
+@functools.partial(jax.jit, static_argnames=("config", "columns", "sms"))
 def gradient(
     t: jax.Array,
     v: jax.Array,
@@ -40,26 +43,8 @@ def gradient(
     Returns:
         Parts to add up, float32: (row blocks, c, r), and (column blocks, m, r) if `u` is given.
     """
-    seed, rate = (None, 0.0) if mask is None else mask
-    at = columns or (0, v.shape[1])
-    return _gradient(t, v, u, seed, config=config, columns=at, rate=rate, sms=sms)
-
-
-# Of several passes of one shape only the first is traced and lowered, which takes a quarter of a
-# second.
-@functools.partial(jax.jit, static_argnames=("config", "columns", "rate", "sms"))
-def _gradient(
-    t: jax.Array,
-    v: jax.Array,
-    u: jax.Array | None,
-    seed: jax.Array | None,
-    *,
-    config: SkinnyConfig,
-    columns: tuple[int, int],
-    rate: float,
-    sms: int | None,
-) -> list[jax.Array]:
-    (m, c), (first, r) = t.shape, columns
+    m, c = t.shape
+    first, r = columns or (0, v.shape[1])
     wide, stages = -(-r // STEP) * STEP, config.stages
     u_rank = 0 if u is None else u.shape[0]
     row_blocks, column_blocks = config.row_blocks, -(-c // config.block_c)
@@ -120,8 +105,8 @@ def _gradient(
                 slot = slot_of(it)
                 plgpu.barrier_wait(full.at[slot])
                 own = t_ring.at[slot, warpgroup]
-                if seed is not None:
-                    drop(own, place, rest[0], rate)
+                if mask is not None:
+                    drop(own, place, rest[0], mask.rate)
                 if u_ring is not None:
                     for box in range(2):
                         rows = t_ring.at[slot, box].at[pl.ds(warpgroup * 64, 64)]
@@ -167,8 +152,8 @@ def _gradient(
                 scope = [plgpu.ACC((64, wide), jnp.float32)] * tiles
                 totals = pl.run_scoped(functools.partial(walk, count, begin, own, j), *scope)
                 for tile, total in enumerate(totals):
-                    if seed is not None:
-                        total = total * (1.0 / keep_probability(rate))
+                    if mask is not None:
+                        total = total * (1.0 / keep_probability(mask.rate))
                     c0 = j * config.block_c + tile * COLUMNS + warpgroup * STEP
                     write(total, staging, outputs[0], i, c0, warpgroup)
                 return count + own
@@ -194,6 +179,6 @@ def _gradient(
         if u_rank != STEP:
             scratch["narrow"] = swizzled_memory((2, 64, u_rank), jnp.float32)
         scratch["u_ring"] = memory((stages, 2, u_rank, STEP))
-    extra = [operand for operand in (u, seed) if operand is not None]
+    extra = [u] if u is not None else [] if mask is None else [mask.seed]
     name = "lora_project_gradient" if both else "lora_gradient"
     return list(launch(body, name, outputs, scratch, sms)(t, v, *extra))

@@ -87,7 +87,9 @@ class Update(NamedTuple):
     rhs: jax.Array
 
 
-class Dropout(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Dropout:
     """Dropout of the update of a transposed product: ``mask ∘ (lhs·rhs) / keep``.
 
     Attributes:
@@ -96,7 +98,7 @@ class Dropout(NamedTuple):
     """
 
     seed: jax.Array
-    rate: float
+    rate: float = dataclasses.field(metadata={"static": True})
 
 
 class PlacedTerm(NamedTuple):

@@ -15,6 +15,7 @@ from lorax_kernels.lora_linear.skinny import SkinnyConfig, blocks, drop
 from lorax_kernels.lora_linear.warpgroups import divide, drain, launch
 
 
+@functools.partial(jax.jit, static_argnames=("config", "sms"))  # as `gradient` is
 def project(
     t: jax.Array,
     u: jax.Array,
@@ -32,20 +33,6 @@ def project(
         mask: Dropout of t.
         sms: CTAs to launch; None asks the device.
     """
-    seed, rate = (None, 0.0) if mask is None else mask
-    return _project(t, u, seed, config=config, rate=rate, sms=sms)
-
-
-@functools.partial(jax.jit, static_argnames=("config", "rate", "sms"))
-def _project(
-    t: jax.Array,
-    u: jax.Array,
-    seed: jax.Array | None,
-    *,
-    config: SkinnyConfig,
-    rate: float,
-    sms: int | None,
-) -> jax.Array:
     (m, c), r = t.shape, u.shape[0]
     rows, parts, stages, boxes = -(-m // 64), -(-c // config.block_c), config.stages, config.boxes
     steps = -(-min(c, config.block_c) // (boxes * STEP))
@@ -54,7 +41,7 @@ def _project(
     piece = min(r, STEP)
 
     def body(*refs, t_ring, u_ring, sums, staging, full, empty, given, taken):
-        t_hbm, u_hbm, *words, out = refs
+        t_hbm, u_hbm, *seed, out = refs
         warpgroup = lax.axis_index("warpgroup")
         slot_of = lambda count: lax.rem(count, jnp.int32(stages))
         column = lambda part, s, box: part * config.block_c + (s * boxes + box) * STEP
@@ -91,8 +78,8 @@ def _project(
                 for half in range(boxes // 2):
                     box = half * 2 + warpgroup
                     tile = t_ring.at[slot, box]
-                    if seed is not None:
-                        drop(tile, (row * 64, column(part, s, box)), words[0], rate)
+                    if mask is not None:
+                        drop(tile, (row * 64, column(part, s, box)), seed[0], mask.rate)
                     plgpu.wgmma(accumulator, tile, u_ring.at[slot, box].transpose((1, 0)))
                 plgpu.wgmma_wait(boxes // 2)
 
@@ -110,8 +97,8 @@ def _project(
                     plgpu.ACC((64, r), jnp.float32),
                 )
                 plgpu.barrier_arrive(empty.at[slot_of(count + steps - 1)])
-                if seed is not None:
-                    total = total * (1.0 / keep_probability(rate))
+                if mask is not None:
+                    total = total * (1.0 / keep_probability(mask.rate))
                 for j in range(r // piece):
                     part_sum = total[:, j * piece : (j + 1) * piece]
                     columns = pl.ds(j * piece, piece)
@@ -157,4 +144,4 @@ def _project(
             "taken": plgpu.Barrier(),
         },
         sms,
-    )(t, u, *([] if seed is None else [seed]))
+    )(t, u, *([] if mask is None else [mask.seed]))
