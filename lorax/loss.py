@@ -8,78 +8,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from lorax_kernels import accumulation_dtype
-
-IGNORED = -100
-"""The label of a position without supervision, as in Hugging Face's data."""
+from lorax.sharding import DATA_AXIS
+from lorax_kernels import IGNORED as IGNORED
+from lorax_kernels import Kernels, accumulation_dtype, runs_in_place, token_nll_and_gradient
+from lorax_kernels import token_nll as token_nll
 
 LOGIT_CHUNK_BYTES = 256 * 2**20
-"""At most this many bytes of float32 logits exist at a time."""
+"""At most this many bytes of logits and their gradient exist at a time, in half precision."""
 
 type Batch = dict[str, Any]
 type LossFunction = Callable[[nnx.Module, Batch], tuple[jax.Array, jax.Array]]
-
-
-def token_nll(
-    logits: Float[Array, "*batch v"],
-    labels: Int[Array, "*batch"],
-    *,
-    soft_cap: float | None = None,
-    z_loss: float = 0.0,
-) -> Float[Array, "*batch"]:
-    """Returns ``lse - l[label] + z_loss·lse²`` per token, with ``lse = logsumexp(l)``.
-
-    In float32; 0 where the label is `IGNORED`, NaN where it is no other token's id either.
-
-    Args:
-        logits: Scores, of which l is made: ``l = soft_cap·tanh(logits / soft_cap)``, or they are l.
-        labels: The next tokens' ids.
-        soft_cap: Bound of the scores' size.
-        z_loss: Weight of the squared normaliser.
-
-    Source: z-loss: Chowdhery et al. 2022, PaLM, §5, https://arxiv.org/abs/2204.02311; soft cap:
-    Gemma Team 2024, Gemma 2, §2, https://arxiv.org/abs/2408.00118
-    """
-    labels = labels.astype(jnp.int32)
-    capped, lse, _, weight = _scores(logits, labels, soft_cap)
-    chosen = jnp.where(_is_label(capped, labels), capped, 0).sum(axis=-1)
-    return _where_supervised(weight, lse - chosen + z_loss * jnp.square(lse))
-
-
-def _scores(logits, labels, soft_cap: float | None):
-    """Returns the capped scores, their logsumexp, the cap's slope, and each token's weight."""
-    wide = logits.astype(accumulation_dtype(logits.dtype))
-    slope = None
-    if soft_cap is not None:
-        bent = jnp.tanh(wide / soft_cap)
-        wide, slope = soft_cap * bent, 1.0 - jnp.square(bent)
-    valid = (labels >= 0) & (labels < logits.shape[-1])
-    nan = jnp.asarray(jnp.nan, wide.dtype)
-    weight = jnp.where(labels == IGNORED, 0, jnp.where(valid, 1, nan)).astype(wide.dtype)
-    return wide, jax.nn.logsumexp(wide, axis=-1), slope, weight
-
-
-def _is_label(scores, labels):
-    # Comparing keeps to one pass over the scores; gathering would be another, and its gradient a
-    # scatter into as many zeros.
-    return (
-        jax.lax.broadcasted_iota(labels.dtype, scores.shape, scores.ndim - 1) == labels[..., None]
-    )
-
-
-def _where_supervised(weight, values):
-    return jnp.where(weight == 0, 0, weight * values).astype(values.dtype)
-
-
-def _gradient_of_logits(logits, labels, soft_cap: float | None, z_loss: float):
-    """Returns the gradient of the summed `token_nll`, in the dtype of `logits`."""
-    scores, lse, slope, weight = _scores(logits, labels, soft_cap)
-    lse, weight = lse[..., None], weight[..., None]
-    gradient = jnp.exp(scores - lse) * (1.0 + 2.0 * z_loss * lse)
-    gradient -= _is_label(scores, labels).astype(gradient.dtype)
-    if slope is not None:
-        gradient *= slope
-    return _where_supervised(weight, gradient).astype(logits.dtype)
 
 
 def linear_cross_entropy(
@@ -89,6 +27,7 @@ def linear_cross_entropy(
     *,
     soft_cap: float | None = None,
     z_loss: float = 0.0,
+    kernels: Kernels = "auto",
 ) -> Float[Array, ""]:
     """Returns the sum of `token_nll` over ``head(hidden)``, which never stands in memory whole.
 
@@ -104,6 +43,7 @@ def linear_cross_entropy(
         labels: Token ids or `IGNORED`.
         soft_cap: As in `token_nll`.
         z_loss: As in `token_nll`.
+        kernels: As in `token_nll_and_gradient`.
 
     Raises:
         ValueError: If shapes disagree, labels are no integers, or a setting has the wrong sign.
@@ -138,17 +78,17 @@ def linear_cross_entropy(
         )
         return nnx.merge(graph, trainable, rest)(states)
 
-    vocabulary = jax.eval_shape(logits_of, trainable, rest, hidden).shape[-1]
-    chunks, chunk = logit_chunks(labels.shape[0], length, vocabulary)
-
-    def loss_of(logits, targets):
-        return token_nll(logits, targets, soft_cap=soft_cap, z_loss=z_loss).sum()
+    logits = jax.eval_shape(logits_of, trainable, rest, hidden)
+    in_place = runs_in_place(logits.dtype, kernels)
+    chunks, chunk = logit_chunks(labels.shape[0], length, logits.shape[-1], in_place)
+    options: dict[str, Any] = {"soft_cap": soft_cap, "z_loss": z_loss}
 
     @jax.custom_vjp
     def loss(trainable, rest, hidden, labels):
         def add(total, inputs):
             states, targets, index = inputs
-            return total + loss_of(logits_of(trainable, rest, states, index), targets), None
+            logits = logits_of(trainable, rest, states, index)
+            return total + token_nll(logits, targets, **options).sum(), None
 
         return _scan(add, zero, (split(hidden), split(labels), jnp.arange(chunks)))[0]
 
@@ -156,10 +96,13 @@ def linear_cross_entropy(
         def add(sums, inputs):
             states, targets, index = inputs
             logits, pull = jax.vjp(lambda t, s: logits_of(t, rest, s, index), trainable, states)
-            of_head, of_states = pull(_gradient_of_logits(logits, targets, soft_cap, z_loss))
+            nll, of_logits = token_nll_and_gradient(
+                logits, targets, kernels=kernels, row_axes=(DATA_AXIS,), **options
+            )
+            of_head, of_states = pull(of_logits)
             total, of_head_so_far = sums
             of_head = jax.tree.map(lambda p, q: p + q.astype(p.dtype), of_head_so_far, of_head)
-            return (total + loss_of(logits, targets), of_head), of_states
+            return (total + nll.sum(), of_head), of_states
 
         start = (
             zero,
@@ -191,9 +134,14 @@ def _scan(body, carry, inputs):
     return carry, jax.tree.map(lambda x: x[None], output)
 
 
-def logit_chunks(rows: int, length: int, vocabulary: int) -> tuple[int, int]:
-    """Returns (number, length) of the chunks: as few as keep to the budget, all the same."""
-    most = max(1, LOGIT_CHUNK_BYTES // (4 * rows * vocabulary))
+def logit_chunks(
+    rows: int, length: int, vocabulary: int, in_place: bool = False
+) -> tuple[int, int]:
+    """Returns (number, length) of the chunks: as few as keep to the budget, all the same.
+
+    They are twice as long where the gradient is written over the logits (`in_place`).
+    """
+    most = max(1, LOGIT_CHUNK_BYTES // ((2 if in_place else 4) * rows * vocabulary))
     chunks = max(1, -(-length // most))
     return chunks, -(-length // chunks)
 
@@ -214,7 +162,8 @@ def causal_lm_loss(model: Any, batch: Batch) -> tuple[Float[Array, ""], Int[Arra
         batch.get("segment_ids"),
         inputs_embeds=batch.get("inputs_embeds"),
     )
-    return linear_cross_entropy(model.lm_head, hidden, labels), (labels != IGNORED).sum()
+    loss = linear_cross_entropy(model.lm_head, hidden, labels, kernels=model.kernels)
+    return loss, (labels != IGNORED).sum()
 
 
 def accumulate(

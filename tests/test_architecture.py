@@ -29,7 +29,7 @@ ALLOWED = {
     "lorax.lora": {"lorax.config", "lorax.linear", "lorax.targets", "lorax_kernels"},
     "lorax.kernel_choice": {"lorax.config", "lorax.lora", "lorax_kernels"},
     "lorax.merge": {"lorax.lora"},
-    "lorax.loss": {"lorax_kernels"},
+    "lorax.loss": {"lorax.sharding", "lorax_kernels"},
     "lorax.sharding": set(),
     "lorax.optimizer": {"lorax.config", "lorax.stacking"},
     "lorax.metrics": set(),

@@ -22,6 +22,7 @@ from lorax_kernels import (
     lora_mlp,
     lora_swiglu,
     rms_norm_fork,
+    token_nll_and_gradient,
 )
 from lorax_kernels.device import runs_kernels
 
@@ -148,6 +149,19 @@ def test_the_norm_s_backward_pass_at_a_real_size(d, dtype):
     got, base = (jax.jit(functools.partial(pulled, k))(weight, x, dx, dy) for k in ("auto", "xla"))
     want = pulled("xla", *(array.astype(jnp.float32) for array in (weight, x, dx, dy)))
     assert distance(got, want) <= distance(base, want) <= UNIT[dtype]
+
+
+@pytest.mark.parametrize("v", [32000, 128256, 151936, 262144])
+@pytest.mark.parametrize("options", [{}, {"soft_cap": 30.0, "z_loss": 1e-4}])
+def test_cross_entropy_at_a_real_size(v, options):
+    logits, labels = draw(0, (4, 75, v), 3.0, "bfloat16"), jnp.arange(300).reshape(4, 75) * 97
+    labels = labels.at[1, 3].set(-100)
+    call = lambda kernels, x: token_nll_and_gradient(x, labels, kernels=kernels, **options)
+    nll, got = jax.jit(functools.partial(call, "auto"))(logits)
+    _, base = jax.jit(functools.partial(call, "xla"))(logits)
+    want_nll, want = jax.jit(functools.partial(call, "xla"))(logits.astype(jnp.float32))
+    assert jnp.abs(nll - want_nll).max() <= 1e-4
+    assert distance(got, want) <= 1.01 * distance(base, want) <= UNIT["bfloat16"]
 
 
 def test_a_hundred_repeats_are_equal_bit_for_bit():

@@ -1,5 +1,9 @@
 """The operations that decide lorax's speed: pure functions on arrays, importing jax only."""
 
+from lorax_kernels.cross_entropy import IGNORED as IGNORED
+from lorax_kernels.cross_entropy import runs_in_place as runs_in_place
+from lorax_kernels.cross_entropy import token_nll as token_nll
+from lorax_kernels.cross_entropy import token_nll_and_gradient as token_nll_and_gradient
 from lorax_kernels.device import compile_kernels as compile_kernels
 from lorax_kernels.device import load_runtime as load_runtime
 from lorax_kernels.device import xla_options as xla_options

@@ -3,6 +3,7 @@
 import contextlib
 import contextvars
 import functools
+import importlib.util
 from collections.abc import Iterator
 
 import jax
@@ -62,6 +63,12 @@ def runs_kernels() -> bool:
     device = jax.devices()[0]
     capability = str(getattr(device, "compute_capability", ""))
     return device.platform == "gpu" and capability.split(".")[0] == "9"
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Says whether JAX comes with Pallas's Triton, which it calls deprecated."""
+    return importlib.util.find_spec("jax.experimental.pallas.triton") is not None
 
 
 def load_runtime() -> None:

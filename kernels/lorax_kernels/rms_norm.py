@@ -11,7 +11,6 @@ does what it did. The forward pass is XLA's, on NVIDIA GPUs one kernel that read
 """
 
 import functools
-import importlib.util
 import math
 from collections.abc import Sequence
 
@@ -20,7 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from lorax_kernels.device import is_interpreted, runs_kernels
+from lorax_kernels.device import has_triton, is_interpreted, runs_kernels
 from lorax_kernels.lora_linear.choice import Kernels, axis_sizes
 from lorax_kernels.lora_linear.reference import accumulation_dtype
 
@@ -57,7 +56,7 @@ def rms_norm_fork(
     """
     axes = axis_sizes(row_axes)
     narrow = x.dtype in (jnp.bfloat16, jnp.float16)
-    runs = runs_kernels() and _has_triton()
+    runs = runs_kernels() and has_triton()
     fits = runs and narrow and 0 < x.size and x.shape[-1] <= MAX_WIDTH
     if kernels == "xla" or not fits or x.shape[0] % math.prod(axes.values()):
         return x, rms_norm(x, jax.lax.stop_gradient(weight), epsilon)
@@ -68,11 +67,6 @@ def rms_norm_fork(
             fork, in_specs=(rows, PartitionSpec()), out_specs=rows, check_vma=False
         )
     return fork(x, weight)
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("jax.experimental.pallas.triton") is not None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

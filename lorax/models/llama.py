@@ -42,6 +42,7 @@ from lorax.models.recompute import (
     kept,
 )
 from lorax.models.rope import rotary_tables, rotate
+from lorax_kernels import Kernels
 
 type Rotary = tuple[Float[Array, "b t half"], Float[Array, "b t half"]]
 
@@ -197,6 +198,7 @@ class CausalLM(nnx.Module):
         dtype: Of activations and products.
         document_layout: How long and how many the documents of packed rows are; if it is None,
             cuDNN is given a mask, and takes longer.
+        kernels: What computes the loss: see `lorax_kernels.token_nll_and_gradient`.
     """
 
     lm_head: Any
@@ -220,6 +222,7 @@ class CausalLM(nnx.Module):
         self.gradient_checkpointing: GradientCheckpointing = check_policy(gradient_checkpointing)
         self.kept_layers = check_kept_layers(kept_layers, config.num_hidden_layers)
         self.document_layout: DocumentLayout | None = None
+        self.kernels: Kernels = "auto"
         self.model = Decoder(config, execution, rngs)
         if not config.tie_word_embeddings:
             self.lm_head = make_linear(

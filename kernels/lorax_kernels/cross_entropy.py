@@ -1,0 +1,201 @@
+"""Cross-entropy of a language model's logits, with its gradient, which takes the logits' place.
+
+With l the logits of a token, or ``soft_cap·tanh(logits / soft_cap)``, and lse = logsumexp(l)::
+
+    nll = lse - l[label] + z·lse²        d nll / d l = softmax(l)·(1 + 2·z·lse) - onehot(label)
+
+XLA reads the logits three times for both, and writes the gradient elsewhere. The kernel reads a row
+twice, the second time from the cache, and writes the gradient over it. In Pallas's Triton: see
+`rms_norm`.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from lorax_kernels.device import has_triton, is_interpreted, runs_kernels
+from lorax_kernels.lora_linear.choice import Kernels, axis_sizes
+from lorax_kernels.lora_linear.reference import accumulation_dtype
+
+IGNORED = -100
+"""The label of a position without supervision, as in Hugging Face's data."""
+
+BLOCK = 16384  # columns at a time
+WARPS = 32  # the most of a program: one row per multiprocessor, so that all rows at hand fit the L2
+
+
+def token_nll(
+    logits: Float[Array, "*batch v"],
+    labels: Int[Array, "*batch"],
+    *,
+    soft_cap: float | None = None,
+    z_loss: float = 0.0,
+) -> Float[Array, "*batch"]:
+    """Returns ``lse - l[label] + z_loss·lse²`` per token, with ``lse = logsumexp(l)``.
+
+    In float32; 0 where the label is `IGNORED`, NaN where it is no other token's id either.
+
+    Args:
+        logits: Scores, of which l is made: ``l = soft_cap·tanh(logits / soft_cap)``, or they are l.
+        labels: The next tokens' ids.
+        soft_cap: Bound of the scores' size.
+        z_loss: Weight of the squared normaliser.
+
+    Source: z-loss: Chowdhery et al. 2022, PaLM, §5, https://arxiv.org/abs/2204.02311; soft cap:
+    Gemma Team 2024, Gemma 2, §2, https://arxiv.org/abs/2408.00118
+    """
+    labels = labels.astype(jnp.int32)
+    capped, lse, _, weight = _scores(logits, labels, soft_cap)
+    chosen = jnp.where(_is_label(capped, labels), capped, 0).sum(axis=-1)
+    return _where_supervised(weight, lse - chosen + z_loss * jnp.square(lse))
+
+
+def token_nll_and_gradient(
+    logits: Float[Array, "*batch v"],
+    labels: Int[Array, "*batch"],
+    *,
+    soft_cap: float | None = None,
+    z_loss: float = 0.0,
+    kernels: Kernels = "auto",
+    row_axes: Sequence[str] = (),
+) -> tuple[Float[Array, "*batch"], Float[Array, "*batch v"]]:
+    """Returns `token_nll`, and the gradient of its sum in the dtype of `logits`.
+
+    Args:
+        logits: As in `token_nll`.
+        labels: As in `token_nll`.
+        soft_cap: As in `token_nll`.
+        z_loss: As in `token_nll`.
+        kernels: ``xla`` leaves it to XLA; else the kernel runs where `runs_in_place` says so.
+        row_axes: Mesh axes that divide the first dimension.
+    """
+    labels, axes = labels.astype(jnp.int32), axis_sizes(row_axes)
+    if not runs_in_place(logits.dtype, kernels) or logits.shape[0] % math.prod(axes.values()):
+        options = {"soft_cap": soft_cap, "z_loss": z_loss}
+        nll = token_nll(logits, labels, **options)
+        return nll, _gradient(logits, labels, **options)
+    function = functools.partial(_nll_and_gradient, soft_cap, z_loss)
+    if axes:
+        rows = PartitionSpec(tuple(axes))
+        function = jax.shard_map(function, in_specs=rows, out_specs=rows, check_vma=False)
+    return function(logits, labels)
+
+
+def runs_in_place(dtype, kernels: Kernels = "auto") -> bool:
+    """Says whether the kernel runs: on Hopper GPUs, in bfloat16 and float16, with JAX's Triton."""
+    narrow = dtype in (jnp.bfloat16, jnp.float16)
+    return kernels != "xla" and narrow and runs_kernels() and has_triton()
+
+
+def _scores(logits, labels, soft_cap: float | None):
+    """Returns the capped scores, their logsumexp, the cap's slope, and each token's weight."""
+    wide = logits.astype(accumulation_dtype(logits.dtype))
+    slope = None
+    if soft_cap is not None:
+        bent = jnp.tanh(wide / soft_cap)
+        wide, slope = soft_cap * bent, 1.0 - jnp.square(bent)
+    weight = _weight(labels, logits.shape[-1], wide.dtype)
+    return wide, jax.nn.logsumexp(wide, axis=-1), slope, weight
+
+
+def _weight(labels, vocabulary: int, dtype):
+    valid = (labels >= 0) & (labels < vocabulary)
+    nan = jnp.asarray(jnp.nan, dtype)
+    return jnp.where(labels == IGNORED, 0, jnp.where(valid, 1, nan)).astype(dtype)
+
+
+def _is_label(scores, labels):
+    # Comparing keeps to one pass over the scores; gathering would be another, and its gradient a
+    # scatter into as many zeros.
+    return (
+        jax.lax.broadcasted_iota(labels.dtype, scores.shape, scores.ndim - 1) == labels[..., None]
+    )
+
+
+def _where_supervised(weight, values):
+    return jnp.where(weight == 0, 0, weight * values).astype(values.dtype)
+
+
+def _gradient(logits, labels, *, soft_cap: float | None, z_loss: float):
+    scores, lse, slope, weight = _scores(logits, labels, soft_cap)
+    lse, weight = lse[..., None], weight[..., None]
+    gradient = jnp.exp(scores - lse) * (1.0 + 2.0 * z_loss * lse)
+    gradient -= _is_label(scores, labels).astype(gradient.dtype)
+    if slope is not None:
+        gradient *= slope
+    return _where_supervised(weight, gradient).astype(logits.dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _nll_and_gradient(soft_cap: float | None, z_loss: float, logits, labels):
+    import jax.experimental.pallas as pl
+    import jax.experimental.pallas.triton as triton
+
+    *batch, v = logits.shape
+    rows, block = labels.size, min(BLOCK, pl.next_power_of_2(v))
+    kernel = functools.partial(_kernel, v=v, block=block, soft_cap=soft_cap, z_loss=z_loss)
+    if not rows:
+        return jnp.zeros(batch, jnp.float32), logits
+    gradient, nll = pl.pallas_call(
+        kernel,
+        grid=(rows,),
+        out_shape=[
+            jax.ShapeDtypeStruct((rows, v), logits.dtype),
+            jax.ShapeDtypeStruct((rows,), jnp.float32),
+        ],
+        input_output_aliases={0: 0},
+        compiler_params=triton.CompilerParams(num_warps=min(max(block // 512, 4), WARPS)),
+        interpret=is_interpreted(),
+        name="cross_entropy",
+    )(logits.reshape(rows, v), labels.reshape(rows))
+    return nll.reshape(batch), gradient.reshape(logits.shape)
+
+
+def _kernel(logits_ref, labels_ref, out_ref, nll_ref, *, v: int, block: int, soft_cap, z_loss):
+    import jax.experimental.pallas as pl
+    import jax.experimental.pallas.triton as triton
+
+    row, chunks = pl.program_id(0), pl.cdiv(v, block)
+    label = triton.load(labels_ref.at[row])
+
+    def read(i):
+        """Returns a block's columns, those inside the row, its scores and the cap's slope."""
+        columns = i * block + jnp.arange(block)
+        inside = columns < v
+        at = logits_ref.at[row, pl.ds(i * block, block)]
+        scores = triton.load(at, mask=inside, other=0.0).astype(jnp.float32)
+        if soft_cap is None:
+            return columns, inside, scores, None
+        bent = jnp.tanh(scores / soft_cap)
+        return columns, inside, soft_cap * bent, 1.0 - bent * bent
+
+    def add(i, sums):
+        most, total, chosen = sums
+        columns, inside, scores, _ = read(i)
+        chosen += jnp.sum(jnp.where(columns == label, scores, 0.0))
+        scores = jnp.where(inside, scores, -jnp.inf)
+        new = jnp.maximum(most, jnp.max(scores))
+        total = total * jnp.exp(most - new) + jnp.sum(jnp.exp(scores - new))
+        return new, total, chosen
+
+    start = (jnp.float32(-jnp.inf), jnp.float32(0.0), jnp.float32(0.0))
+    most, total, chosen = jax.lax.fori_loop(0, chunks, add, start)
+    lse, weight = most + jnp.log(total), _weight(label, v, jnp.float32)
+    nll = _where_supervised(weight, lse - chosen + z_loss * lse * lse)
+    triton.store(nll_ref.at[row], nll)
+
+    def write(i, _):
+        columns, inside, scores, slope = read(i)
+        gradient = jnp.exp(scores - lse) * (1.0 + 2.0 * z_loss * lse)
+        gradient -= jnp.where(columns == label, 1.0, 0.0)
+        if slope is not None:
+            gradient *= slope
+        gradient = _where_supervised(weight, gradient).astype(out_ref.dtype)
+        triton.store(out_ref.at[row, pl.ds(i * block, block)], gradient, mask=inside)
+
+    jax.lax.fori_loop(0, chunks, write, None)

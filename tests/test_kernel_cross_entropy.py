@@ -1,0 +1,124 @@
+"""Cross-entropy whose gradient takes the logits' place: values against float64, and the choice."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import lorax.loss
+from lorax.loss import linear_cross_entropy, logit_chunks
+from lorax.sharding import DATA_AXIS, make_mesh
+from lorax_kernels import IGNORED, cross_entropy, token_nll, token_nll_and_gradient
+from lorax_kernels.device import interpreted
+from tests.jaxprs import equations
+
+UNIT = {"bfloat16": 3.9e-3, "float16": 4.9e-4}
+BOTH = {"soft_cap": 5.0, "z_loss": 0.1}
+
+
+def draw(shape, dtype):
+    """Returns logits and labels: of no token's, the first's and the last token's among them."""
+    numbers = np.random.default_rng(0)
+    # From rows that are all but certain of one token to rows that know nothing.
+    spread = np.logspace(1.3, -1, shape[0]).reshape(-1, *[1] * (len(shape) - 1))
+    logits = numbers.normal(size=shape) * spread
+    labels = numbers.integers(0, shape[-1], shape[:-1])
+    labels.flat[:3] = IGNORED, 0, shape[-1] - 1
+    return jnp.asarray(logits, dtype), jnp.asarray(labels, jnp.int32)
+
+
+def exact(logits, labels, **options):
+    """Returns both, in float64 and by JAX's own differentiation."""
+    with jax.enable_x64(True):
+        wide = jnp.asarray(np.asarray(logits, np.float64))
+        nll, pull = jax.vjp(lambda scores: token_nll(scores, labels, **options), wide)
+        return np.asarray(nll), np.asarray(pull(jnp.ones_like(nll))[0])
+
+
+@pytest.mark.parametrize("kernels", ["pallas", "xla"])
+@pytest.mark.parametrize("block", [64, 16384])
+@pytest.mark.parametrize("options", [{}, {"soft_cap": 5.0}, {"z_loss": 0.1}, BOTH])
+@pytest.mark.parametrize("shape, dtype", [((5, 128), "bfloat16"), ((2, 3, 201), "float16")])
+def test_both_are_exact_to_a_rounding(shape, dtype, options, block, kernels, monkeypatch):
+    monkeypatch.setattr(cross_entropy, "BLOCK", block)
+    logits, labels = draw(shape, dtype)
+    cross_entropy._nll_and_gradient.clear_cache()  # no kernel of another block is used again
+    with interpreted(3):
+        nll, gradient = token_nll_and_gradient(logits, labels, kernels=kernels, **options)
+    want_nll, want = exact(logits, labels, **options)
+    assert (nll.dtype, gradient.dtype) == (jnp.float32, dtype)
+    np.testing.assert_allclose(nll, want_nll, rtol=2e-6, atol=2e-6)
+    np.testing.assert_allclose(np.float64(gradient), want, rtol=UNIT[dtype] + 1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kernels", ["pallas", "xla"])
+def test_a_token_without_supervision_is_zero_and_one_with_a_wrong_label_nan(kernels):
+    logits, _ = draw((5, 128), "bfloat16")
+    logits = logits.at[0, 3].set(jnp.nan)  # where nothing is learnt, nothing is spoilt
+    with interpreted(3):
+        labels = jnp.asarray([IGNORED, 128, -1, -101, 127], jnp.int16)
+        nll, gradient = token_nll_and_gradient(logits, labels, kernels=kernels)
+    assert nll[0] == 0 and not gradient[0].any()
+    assert np.isnan(nll[1:4]).all() and np.isnan(np.float32(gradient[1:4])).all()
+    assert np.isfinite(nll[4]) and np.isfinite(np.float32(gradient[4])).all()
+
+
+@pytest.mark.parametrize("kernels", ["pallas", "xla"])
+def test_what_is_no_number_shows(kernels):
+    logits, labels = draw((5, 128), "bfloat16")
+    with interpreted(3):
+        nll, _ = token_nll_and_gradient(logits.at[3, 7].set(jnp.nan), labels, kernels=kernels)
+    assert np.isnan(nll).tolist() == [False, False, False, True, False]
+
+
+def test_the_shards_of_a_mesh_are_computed_apart():
+    logits, labels = draw((4, 3, 201), "bfloat16")
+    with interpreted(3):
+        alone = token_nll_and_gradient(logits, labels)
+        with jax.set_mesh(make_mesh(2)):
+            function = functools.partial(token_nll_and_gradient, row_axes=(DATA_AXIS,))
+            shared = jax.jit(function)(logits, labels)
+    for ours, theirs in zip(shared, alone, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "kernels, dtype, runs",
+    [
+        ("auto", "bfloat16", True),
+        ("auto", "float16", True),
+        ("xla", "bfloat16", False),
+        ("auto", "float32", False),
+    ],
+)
+def test_where_the_kernel_runs_and_that_its_chunks_are_twice_as_long(kernels, dtype, runs):
+    head = nnx.Linear(64, 500, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
+    hidden, labels = jnp.ones((2, 40, 64), dtype), jnp.zeros((2, 40), jnp.int32)
+    device = jax.sharding.AbstractDevice("NVIDIA H200", 132, "cuda")
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lorax.loss, "LOGIT_CHUNK_BYTES", 4 * 2 * 500 * 10)
+        loss = lambda h: linear_cross_entropy(head, h, labels, kernels=kernels)
+        found = list(equations(jax.make_jaxpr(jax.grad(loss))(hidden).jaxpr))
+    assert ("pallas_call" in {e.primitive.name for e in found}) == runs
+    longest = max(v.aval.shape[1] for e in found for v in e.outvars if v.aval.shape[2:] == (500,))
+    assert longest == (20 if runs else 10)
+
+
+def test_chunks_keep_to_the_budget():
+    for in_place, size in ((False, 4), (True, 2)):
+        number, length = logit_chunks(4, 2048, 128256, in_place)
+        assert number * length >= 2048
+        assert size * 4 * length * 128256 <= lorax.loss.LOGIT_CHUNK_BYTES
+        assert size * 4 * (length + length) * 128256 > lorax.loss.LOGIT_CHUNK_BYTES / 2
+
+
+def test_no_row_is_no_error():
+    with interpreted(3):
+        nll, gradient = token_nll_and_gradient(
+            jnp.zeros((2, 0, 64), "bfloat16"), jnp.zeros((2, 0), jnp.int32)
+        )
+    assert nll.shape == (2, 0) and gradient.shape == (2, 0, 64)
