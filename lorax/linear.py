@@ -78,6 +78,15 @@ class LoraLinear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch k"]) -> Float[Array, "*batch n"]:
         """Returns the adapted output, in the dtype that the base layer would give."""
+        return self._apply(x, None)
+
+    def apply_added(self, x, residual: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
+        """Returns ``residual + self(x)``, in one operation if they have one dtype."""
+        if self.merged or residual.dtype != self.compute_dtype(x.dtype):
+            return residual + self(x)
+        return self._apply(x, residual)
+
+    def _apply(self, x, residual):
         dtype = self.compute_dtype(x.dtype)
         x = x.astype(dtype)
         if self.merged:
@@ -89,6 +98,7 @@ class LoraLinear(nnx.Module):
             self.lora_a[...],
             self.lora_b[...],
             scale=self.scale,
+            residual=residual,
             dropout_rate=rate,
             dropout_key=self._key() if rate else None,
             kernels=self.kernels_now,
@@ -126,8 +136,10 @@ class LoraLinear(nnx.Module):
         outputs = lora_linear_group(x.astype(group.dtype), group.members, **options)
         return [_finish(layer, y) for layer, y in zip(layers, outputs, strict=True)]
 
-    def apply_mlp(self, gate: Any, up: Any, down: Any, x, repeated: bool) -> Array | None:
-        """Returns ``down(silu(gate(x)) · up(x))``, of which this is one layer.
+    def apply_mlp(
+        self, gate: Any, up: Any, down: Any, x, residual: Array, repeated: bool
+    ) -> Array | None:
+        """Returns ``residual + down(silu(gate(x)) · up(x))``, of which this is one layer.
 
         None if gate and up cannot run as one operation. See `lorax_kernels.lora_mlp` for
         `repeated`.
@@ -138,10 +150,11 @@ class LoraLinear(nnx.Module):
         if pair is None or not plain:
             return None
         x, single = x.astype(pair.dtype), self._group((down,), pair.dtype)
-        if single is None or single.dtype != pair.dtype:
-            return down(lora_swiglu(x, *pair.members, **self._options(dropout_key=pair.key)))
-        keys, members = (pair.key, single.key), pair.members + single.members
-        y = lora_mlp(x, *members, dropout_keys=keys, **self._options(repeated=repeated))
+        if single is None or {single.dtype, residual.dtype} != {pair.dtype}:
+            product = lora_swiglu(x, *pair.members, **self._options(dropout_key=pair.key))
+            return residual + down(product)
+        options = self._options(dropout_keys=(pair.key, single.key), repeated=repeated)
+        y = lora_mlp(x, *pair.members, *single.members, residual=residual, **options)
         return _finish(down, y)
 
     def _options(self, **more: Any) -> dict[str, Any]:

@@ -106,6 +106,14 @@ def matmul_cases(shape):
         a = shape(N, rank) if transposed else shape(rank, N)
         return run, (x, w, shape(ROWS, rank), a, seed, shape(ROWS, N))
 
+    def added(config):
+        def run(x, w, h, b, y):
+            return grouped_matmul(
+                [[Term(x, (w,))]], config=config, epilogue="add", tail=[y], update=Update(h, b)
+            )
+
+        return run, (x, w, h16, b16, shape(ROWS, N))
+
     seen = set()
     for transposed, epilogue, config in measured_products():
         name = f"{'nt' if transposed else 'nn'} {epilogue} {config}"
@@ -119,6 +127,8 @@ def matmul_cases(shape):
             seen.add((transposed, ordered))
             case = appended(ordered, 64, False, transposed, width=512)
             yield f"appended rank 64, continued, {name}", *case
+        if not transposed:
+            yield f"added, {name}", *added(config)
         if transposed:
             yield f"dropped short step, {name}", *short(config, transposed, drops=True)
         elif config.cluster == 1:
@@ -140,15 +150,17 @@ def inline_cases(shape):
     from lorax_kernels.lora_linear.inline import InlineTerm, inline_matmul
     from lorax_kernels.tuning import inline_config
 
-    def case(r, transposed):
-        def run(x, w, u, b):
+    def case(r, transposed, adds=False):
+        def run(x, w, u, b, y):
             config, terms = inline_config(r), [InlineTerm(x, w, u)]
-            return inline_matmul(terms, b, n=N, width=512, config=config, transposed=transposed)
+            options = {"transposed": transposed, "residual": y if adds else None}
+            return inline_matmul(terms, b, n=N, width=512, config=config, **options)
 
-        return run, (shape(ROWS, K), shape(K, N), shape(r, K), shape(r, N))
+        return run, (shape(ROWS, K), shape(K, N), shape(r, K), shape(r, N), shape(ROWS, N))
 
     for r, transposed in itertools.product((16, 64), (False, True)):
         yield f"rank {r} {'nt' if transposed else 'nn'}", *case(r, transposed)
+    yield "rank 16 nn, added", *case(16, False, adds=True)
 
 
 def project_cases(shape):

@@ -111,6 +111,26 @@ def test_a_product_and_its_update_are_one_sum(m, k, n, r, dtype, cores, transpos
     check(kernel, lambda xp, x, w, h, b: [x @ w + h @ b], (x, w, h, b), cores)
 
 
+@pytest.mark.parametrize("options", [{}, {"cluster": 2}, {"block_m": 256, "stages": 2}])
+@pytest.mark.parametrize("short", [True, False])
+def test_a_product_is_added_to_what_there_is(options, short):
+    m, k, n, r = 200, 128, 320, 16 if short else 64
+    x, h, residual = draw(0, m, k), draw(1, m, r), draw(2, m, n)
+    w, b, bias = draw(3, k, n, scale=k**-0.5), draw(4, r, n, scale=0.5), draw(5, 384)
+    config = MatmulConfig(**{"block_n": 128, "stages": 3} | options)
+    terms = [Term(x, (w,))] if short else [Term(x, (w,)), Term(h, (b,))]
+    kernel = lambda: grouped_matmul(
+        [terms],
+        config=config,
+        epilogue="add",
+        bias=bias,
+        tail=[residual],
+        update=Update(h, b) if short else None,
+    )
+    formula = lambda xp, x, w, h, b, bias, y: [y + x @ w + h @ b + bias]
+    check(kernel, formula, (x, w, h, b, bias[None, :n], residual), cores=4)
+
+
 @pytest.mark.parametrize("cluster", [1, 2])
 def test_groups_take_their_own_columns_bias_and_rows_of_the_update(cluster):
     m, k, widths = 200, 128, (192, 128, 256)
@@ -275,28 +295,32 @@ def test_a_result_that_was_begun_keeps_its_first_columns(transposed, width):
 
 
 @pytest.mark.parametrize(
-    "r, m, width, options, bias",
+    "r, m, width, options, bias, adds",
     [
-        (16, 200, 128, {}, False),
-        (16, 136, 256, {"cluster": 2}, True),
-        (64, 16, 256, {"store_slots": 1}, False),
+        (16, 200, 128, {}, False, True),
+        (16, 136, 256, {"cluster": 2}, True, True),
+        (16, 136, 256, {}, False, False),
+        (64, 16, 256, {"store_slots": 1}, False, False),
     ],
 )
-def test_the_first_columns_come_with_the_narrow_product(r, m, width, options, bias):
+def test_the_first_columns_come_with_the_narrow_product(r, m, width, options, bias, adds):
     k, n = 128, 320
     x, w, a = draw(0, m, k), draw(1, k, n, scale=k**-0.5), draw(2, r, k, scale=k**-0.5)
     b, added = draw(3, r, n, scale=0.5), draw(4, 384) if bias else None
+    residual = draw(5, m, n) if adds else None
 
     def kernel():
         config = MatmulConfig(**{"block_n": 128, "stages": 3} | options)
-        y, h = inline_matmul([InlineTerm(x, w, a)], b, n=n, width=width, config=config, bias=added)
+        more = {"bias": added, "residual": residual}
+        y, h = inline_matmul([InlineTerm(x, w, a)], b, n=n, width=width, config=config, **more)
         return [y[:, :width], h]
 
-    def formula(xp, x, w, a, b, bias):
-        return [(x @ w + (x @ a.T) @ b + bias)[:, :width], x @ a.T]
+    def formula(xp, x, w, a, b, bias, residual):
+        return [(residual + x @ w + (x @ a.T) @ b + bias)[:, :width], x @ a.T]
 
-    shown = np.zeros((1, n), x.dtype) if added is None else added[None, :n]
-    check(kernel, formula, (x, w, a, b, shown), cores=4)
+    nothing = np.zeros((1, n), x.dtype)
+    shown = nothing if added is None else added[None, :n]
+    check(kernel, formula, (x, w, a, b, shown, nothing if residual is None else residual), cores=4)
 
 
 @pytest.mark.parametrize("r, m, cores", [(16, 136, 2), (64, 200, 3)])

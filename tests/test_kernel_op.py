@@ -174,6 +174,36 @@ def test_one_layer_with_its_narrow_products_inline(r, inline):
     check(single, exact_group, x, members)
 
 
+@pytest.mark.parametrize(
+    "r, rate, width",
+    [(16, 0.0, 0), (64, 0.0, 0), (16, 0.0, 256), (64, 0.0, 256), (16, RATE, 0), (None, 0.0, 0)],
+)
+def test_a_layer_is_added_to_its_residual(r, rate, width, inline):
+    inline(width)
+    members, x = draw_members(320, [(320, r or 0)], bias=(0,)), draw(0, 2, 68, 320)
+    options = {"dropout_rate": rate, "dropout_key": jax.random.key(2)}
+
+    def added(kernels, inputs, members, **options):
+        (m,) = members
+        m = {"a": None, "b": None, **m}
+        options |= {"scale": SCALES[0], "bias": m["bias"], "kernels": kernels}
+        return [lora_linear(inputs[0], m["w"], m["a"], m["b"], residual=inputs[1], **options)]
+
+    def exact(inputs, members, **options):
+        return [inputs[1] + exact_group(inputs[0], members, **options)[0]]
+
+    inputs = np.stack([x, draw(3, 2, 68, 320)])
+    check(added, exact, inputs, members, **options)
+
+
+@pytest.mark.parametrize("change", [{"dtype": "float32"}, {"n": 192}])
+def test_refuses_a_residual_unlike_the_output(change):
+    members, x = draw_members(128, [(128, 4)]), draw(0, 16, 128)
+    residual = draw(1, 16, change.get("n", 128), dtype=change.get("dtype", "bfloat16"))
+    with pytest.raises(ValueError, match=r"the residual must be bfloat16 \(16, 128\), got"):
+        single("auto", x, members, residual=residual)
+
+
 def test_a_group_of_different_ranks_widths_and_biases(inline):
     inline(0)
     x, members = draw(0, 136, 128), draw_members(128, [(256, 16), (128, 0), (192, 7)], bias=(0, 2))
@@ -296,9 +326,11 @@ def test_an_mlp_s_values_and_gradients(sizes, rate, repeated, inline):
     keys = jax.random.key(2), jax.random.key(3)
 
     def mlp(kernels, x, members, **options):
-        return [lora_mlp(x, *weights(members), kernels=kernels, **options)]
+        y = lora_mlp(x[0], *weights(members), residual=x[1], kernels=kernels, **options)
+        return [y, lora_mlp(x[0], *weights(members), kernels=kernels, **options)][: 1 + apart]
 
-    def exact(x, members, dropout_rate, dropout_keys):
+    def exact(inputs, members, dropout_rate, dropout_keys):
+        x, residual = inputs
         options = {"dropout_rate": dropout_rate, "dropout_key": dropout_keys[0]}
         (product,) = exact_swiglu(x, members[:2], **options)
         down = members[2]
@@ -308,9 +340,11 @@ def test_an_mlp_s_values_and_gradients(sizes, rate, repeated, inline):
             y = reference.lora_linear_reference(
                 product, down["w"], down["a"], down["b"], scale=SCALES[2], **options
             )
-        return [y + down["bias"][None]]
+        y = y + down["bias"][None]
+        return [residual + y, y][: 1 + apart]
 
-    x, options = draw(0, 72, 128), {"dropout_rate": rate, "dropout_keys": keys}
+    apart = sizes == [16, 0, 16] and not repeated  # without a residual, too
+    x, options = draw(0, 2, 72, 128), {"dropout_rate": rate, "dropout_keys": keys}
     check(functools.partial(mlp, repeated=repeated), exact, x, members, **options)
 
 
@@ -370,9 +404,9 @@ def test_a_group_of_too_many_ranks_is_launched_in_parts(monkeypatch):
     launched = []
     forward = fused.forward
 
-    def count(x, group, dropout):
+    def count(x, group, *options):
         launched.append(len(group.w))
-        return forward(x, group, dropout)
+        return forward(x, group, *options)
 
     monkeypatch.setattr(fused, "forward", count)
     check(group, exact_group, x, members)

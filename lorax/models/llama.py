@@ -27,6 +27,7 @@ from lorax.models.config import DecoderConfig
 from lorax.models.linear import (
     INITIAL_DEVIATION,
     Execution,
+    apply_added,
     apply_mlp,
     apply_together,
     make_linear,
@@ -84,9 +85,14 @@ class Attention(nnx.Module):
         self.attn_impl: AttentionImplementation = execution.attn_impl
 
     def __call__(
-        self, x: Float[Array, "b t d"], context: Context, cache: LayerCache | None, empty: bool
+        self,
+        x: Float[Array, "b t d"],
+        residual: Float[Array, "b t d"],
+        context: Context,
+        cache: LayerCache | None,
+        empty: bool,
     ) -> tuple[Float[Array, "b t d"], LayerCache | None]:
-        """Returns the attention output and the cache with this call's tokens added."""
+        """Returns `residual` plus the output, and the cache with this call's tokens added."""
         heads = lambda y: y.reshape(*x.shape[:2], -1, self.head_dim)
         q, k, v = map(heads, apply_together((self.q_proj, self.k_proj, self.v_proj), x))
         if self.qk_norm:
@@ -100,7 +106,7 @@ class Attention(nnx.Module):
             y = attend(q, k, v, documents=documents, sliding_window=window, impl=impl)
         else:
             y = attend_cache(q, *cache, context.positions, sliding_window=window)
-        return self.o_proj(y.reshape(*x.shape[:2], -1)), cache
+        return apply_added(self.o_proj, y.reshape(*x.shape[:2], -1), residual), cache
 
 
 class MLP(nnx.Module):
@@ -115,9 +121,11 @@ class MLP(nnx.Module):
         self.up_proj = make_linear(width, inner, bias, execution, rngs)
         self.down_proj = make_linear(inner, width, bias, execution, rngs)
 
-    def __call__(self, x: Float[Array, "b t d"], repeated: bool) -> Float[Array, "b t d"]:
-        """Returns the MLP's output; `repeated` says whether the backward pass makes it again."""
-        return apply_mlp(self.gate_proj, self.up_proj, self.down_proj, x, repeated)
+    def __call__(
+        self, x: Float[Array, "b t d"], residual: Float[Array, "b t d"], repeated: bool
+    ) -> Float[Array, "b t d"]:
+        """Returns `residual` plus the output; `repeated`: the backward pass makes it again."""
+        return apply_mlp(self.gate_proj, self.up_proj, self.down_proj, x, residual, repeated)
 
 
 class DecoderLayer(nnx.Module):
@@ -139,9 +147,9 @@ class DecoderLayer(nnx.Module):
     ) -> tuple[Float[Array, "b t d"], LayerCache | None]:
         """Returns the layer's output and its cache."""
         x, normed = self.input_layernorm.fork(x)
-        attended, cache = self.self_attn(normed, context, cache, empty)
-        x, normed = self.post_attention_layernorm.fork(kept(x + attended))
-        return x + self.mlp(normed, context.repeated), cache
+        x, cache = self.self_attn(normed, x, context, cache, empty)
+        x, normed = self.post_attention_layernorm.fork(kept(x))
+        return self.mlp(normed, x, context.repeated), cache
 
 
 class Decoder(nnx.Module):

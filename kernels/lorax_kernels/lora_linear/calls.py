@@ -58,6 +58,7 @@ def run(
     row_axes: Sequence[str],
     function: Callable[..., Any],
     implementation: str,
+    residual: jax.Array | None = None,
 ) -> list[jax.Array]:
     """Calls `function` on rows, under a mesh once per shard of them.
 
@@ -67,8 +68,9 @@ def run(
         rate: Of the dropout.
         keys: Of each group's dropout.
         row_axes: Mesh axes that divide the rows.
-        function: ``function(one Static per group, x, one Operands per group)``.
+        function: ``function(one Static per group, x, one Operands per group, residual)``.
         implementation: ``pallas`` or ``xla``.
+        residual: What the one output is added to.
     """
     axes = tuple(choice.axis_sizes(row_axes)) if implementation == "pallas" else ()
     statics, operands = [], []
@@ -84,24 +86,24 @@ def run(
             Operands(of("w", everyone), of("bias", everyone), a, b, key if own_rate else None)
         )
 
-    def local(x, *operands):
-        *batch, k = x.shape
+    def local(x, operands, residual):
+        batch = x.shape[:-1]
         m = math.prod(batch)
         padding = (
             -m % KERNEL_ROWS if implementation == "pallas" and (m % 8 or m < KERNEL_ROWS) else 0
         )
-        rows = jnp.pad(x.reshape(m, k), ((0, padding), (0, 0)))
-        outputs = function(tuple(statics), rows, *operands)
+        rows = lambda x: jnp.pad(x.reshape(m, x.shape[-1]), ((0, padding), (0, 0)))
+        outputs = function(tuple(statics), rows(x), *operands, jax.tree.map(rows, residual))
         return [y[:m].reshape(*batch, y.shape[1]) for y in outputs]
 
     if not axes:
-        return local(x, *operands)
+        return local(x, operands, residual)
     rows = PartitionSpec(axes)
     # Without shard_map the compiler would gather every operand and run the kernel whole on each
     # device. The gradients of a and b are summed over the shards, as they enter unsharded.
-    specs = jax.tree.map(lambda _: PartitionSpec(), operands)
-    sharded = jax.shard_map(local, in_specs=(rows, *specs), out_specs=rows, check_vma=False)
-    return sharded(x, *operands)
+    specs = (rows, PartitionSpec(), rows)
+    sharded = jax.shard_map(local, in_specs=specs, out_specs=rows, check_vma=False)
+    return sharded(x, operands, residual)
 
 
 def _bundle(static: Static, dtype, operands: Operands) -> Group:
@@ -127,21 +129,22 @@ def _named(saved):
     return saved and saved._replace(h=checkpoint_name(saved.h, "lora_h"))
 
 
-def _forward(static: Static, x, operands: Operands) -> tuple[list[jax.Array], Any]:
+def _forward(static: Static, x, operands: Operands, residual=None) -> tuple[list[jax.Array], Any]:
     """Returns the outputs of a group, and what its backward pass needs besides x."""
     if static.is_kernel:
-        outputs, saved = _kernel_forward(static, x, operands)
+        outputs, saved = _kernel_forward(static, x, operands, residual)
         return outputs, _named(saved)
-    return xla.forward(x, _bundle(static, x.dtype, operands), static.rate, operands.key)
+    group = _bundle(static, x.dtype, operands)
+    return xla.forward(x, group, static.rate, operands.key, residual)
 
 
 # Compiled functions of their own, so that equal layers are lowered and compiled once.
 @functools.partial(jax.jit, static_argnums=0)
-def _kernel_forward(static: Static, x, operands: Operands):
+def _kernel_forward(static: Static, x, operands: Operands, residual):
     from lorax_kernels.lora_linear import fused
 
     group = _bundle(static, x.dtype, operands)
-    return fused.forward(x, group, _kernel_dropout(static, x, operands))
+    return fused.forward(x, group, _kernel_dropout(static, x, operands), residual)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -173,20 +176,29 @@ def _backward(static: Static, x, operands: Operands, saved, dys, gate_up=()):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def apply_group(statics: tuple[Static], x, operands: Operands) -> list[jax.Array]:
-    """Returns the outputs of a group's members on rows."""
-    return _forward(statics[0], x, operands)[0]
+def apply_group(statics: tuple[Static], x, operands: Operands, residual) -> list[jax.Array]:
+    """Returns the outputs of a group's members on rows; that of one is added to `residual`."""
+    return _forward(statics[0], x, operands, residual)[0]
 
 
-def _group_forward(statics, x, operands: Operands):
-    outputs, saved = _forward(statics[0], x, operands)
-    return outputs, (x, operands, saved)
+def _group_forward(statics, x, operands: Operands, residual):
+    outputs, saved = _forward(statics[0], x, operands, residual)
+    return outputs, (x, operands, saved, _mark(residual))
 
 
 def _group_backward(statics, residuals, dys):
-    x, operands, saved = residuals
+    x, operands, saved, marked = residuals
     (dx,), of_operands = _backward(statics[0], x, operands, saved, dys)
-    return dx, of_operands
+    return dx, of_operands, _of_residual(marked, dys)
+
+
+def _mark(residual):
+    """Returns what says, without an array, whether there is a residual."""
+    return None if residual is None else ()
+
+
+def _of_residual(marked, dys):
+    return None if marked is None else dys[0]
 
 
 apply_group.defvjp(_group_forward, _group_backward)
@@ -214,7 +226,7 @@ def _swiglu_kernel(static: Static, epilogue, x, operands: Operands):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def apply_swiglu(recompute: bool, statics: tuple[Static], x, operands) -> list[jax.Array]:
+def apply_swiglu(recompute: bool, statics: tuple[Static], x, operands, _) -> list[jax.Array]:
     """Returns ``[silu(gate(x))·up(x)]``.
 
     The backward pass finds gate(x) and up(x) in memory or, to `recompute`, makes them again.
@@ -222,7 +234,7 @@ def apply_swiglu(recompute: bool, statics: tuple[Static], x, operands) -> list[j
     return _swiglu(statics[0], x, operands, keep=False)[0]
 
 
-def _swiglu_forward(recompute: bool, statics, x, operands: Operands):
+def _swiglu_forward(recompute: bool, statics, x, operands: Operands, _):
     (act, *kept), saved = _swiglu(statics[0], x, operands, keep=not recompute)
     return [act], (x, operands, saved, kept)
 
@@ -236,7 +248,7 @@ def _swiglu_backward(recompute: bool, statics, residuals, cotangents):
             kept, _ = _forward(static, x, operands)
         dys = jax.vjp(xla.swiglu, *kept)[1](d_act)
     (dx,), of_operands = _backward(static, x, operands, saved, list(dys))
-    return dx, of_operands
+    return dx, of_operands, None
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -253,25 +265,25 @@ apply_swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def apply_mlp(
-    repeated: bool, statics: tuple[Static, Static], x, gate_up: Operands, down: Operands
+    repeated: bool, statics: tuple[Static, Static], x, gate_up: Operands, down: Operands, residual
 ) -> list[jax.Array]:
-    """Returns ``[down(silu(gate(x))·up(x))]``.
+    """Returns ``[down(silu(gate(x))·up(x))]``, added to `residual`.
 
     The backward pass finds gate(x) and up(x) in memory, and makes the inner product of them.
     Where a `jax.checkpoint` around it has all of this `repeated`, no pass writes what it does not
     need: the first one makes the inner product alone, the second one gate(x) and up(x).
     """
     (act,), _ = _swiglu(statics[0], x, gate_up, keep=False)
-    return _forward(statics[1], act, down)[0]
+    return _forward(statics[1], act, down, residual)[0]
 
 
-def _mlp_forward(repeated: bool, statics, x, gate_up: Operands, down: Operands):
+def _mlp_forward(repeated: bool, statics, x, gate_up: Operands, down: Operands, residual):
     apart = repeated and statics[0].is_kernel
     (act, *kept), saved = _swiglu(statics[0], x, gate_up, keep=not apart)
     if apart:
         kept = _multiply(statics[0], x, gate_up, saved)
-    outputs, saved_of_down = _forward(statics[1], act, down)
-    return outputs, (x, gate_up, saved, kept, down, saved_of_down)
+    outputs, saved_of_down = _forward(statics[1], act, down, residual)
+    return outputs, (x, gate_up, saved, kept, down, saved_of_down, _mark(residual))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -282,10 +294,10 @@ def _multiply(static: Static, x, operands: Operands, saved):
 
 
 def _mlp_backward(repeated: bool, statics, residuals, dys):
-    x, gate_up, saved, kept, down, saved_of_down = residuals
+    x, gate_up, saved, kept, down, saved_of_down, marked = residuals
     d_kept, of_down = _backward(statics[1], None, down, saved_of_down, dys, tuple(kept))
     (dx,), of_gate_up = _backward(statics[0], x, gate_up, saved, d_kept)
-    return dx, of_gate_up, of_down
+    return dx, of_gate_up, of_down, _of_residual(marked, dys)
 
 
 apply_mlp.defvjp(_mlp_forward, _mlp_backward)

@@ -132,15 +132,24 @@ def _add(parts: jax.Array) -> jax.Array:
     return parts[0] if parts.shape[0] == 1 else parts.sum(axis=0)
 
 
-def forward(x, group: Group, dropout: Dropout | None) -> tuple[list[jax.Array], Saved | None]:
-    """Returns the outputs of the members, and what the backward pass needs."""
+def forward(
+    x, group: Group, dropout: Dropout | None, residual: jax.Array | None = None
+) -> tuple[list[jax.Array], Saved | None]:
+    """Returns the outputs of the members, and what the backward pass needs.
+
+    The output of a group of one is added to `residual`.
+    """
     if not group.ranks:
-        return multiply(x, None, group), None
+        return multiply(x, None, group, residual=residual), None
     (m, k), n = x.shape, sum(w.shape[1] for w in group.w)
     layout = lay_out(group)
     a, b = pack(group, layout, x.dtype)
     begun, n0 = None, group.w[0].shape[1]
     width = 0 if dropout else inline_width(m, k, n, n0, layout.size)
+    if width and residual is not None and inline_config(layout.size).store_n != STEP:
+        # Its buffers leave no room to stage the residual: a pass of its own costs less than x·A.
+        (y,), saved = forward(x, group, dropout)
+        return [residual + y], saved
     if width:
         y, h = inline_matmul(
             [InlineTerm(x, group.w[0], a)],
@@ -149,16 +158,21 @@ def forward(x, group: Group, dropout: Dropout | None) -> tuple[list[jax.Array], 
             width=width,
             config=inline_config(layout.size),
             bias=_padded_biases(group, _forward_config(x, group)),
+            residual=residual,
         )
         begun = (y, width)
     else:
         h = down_project(x, a, dropout)
     saved = Saved(h, a, b)
-    return multiply(x, saved, group, begun), saved
+    return multiply(x, saved, group, begun, residual), saved
 
 
 def multiply(
-    x, saved: Saved | None, group: Group, begun: tuple[jax.Array, int] | None = None
+    x,
+    saved: Saved | None,
+    group: Group,
+    begun: tuple[jax.Array, int] | None = None,
+    residual: jax.Array | None = None,
 ) -> list[jax.Array]:
     """Returns the outputs of the members.
 
@@ -167,6 +181,7 @@ def multiply(
         saved: h and the packed operands, or None where no member has an update.
         group: The members.
         begun: As in `grouped_matmul`.
+        residual: What the output of a group of one is added to.
     """
     layout, config = lay_out(group), _forward_config(x, group)
     groups, update = [[Term(x, (w,))] for w in group.w], None
@@ -177,8 +192,16 @@ def multiply(
             first, rows = layout.block(index)
             columns = (layout.columns[member],)
             groups[member].append(Term(saved.h, (saved.b,), rows, first, first, columns))
-    bias = _padded_biases(group, config)
-    return grouped_matmul(groups, config=config, bias=bias, update=update, begun=begun)
+    epilogue, tail = ("store", []) if residual is None else ("add", [residual])
+    return grouped_matmul(
+        groups,
+        config=config,
+        epilogue=epilogue,
+        bias=_padded_biases(group, config),
+        tail=tail,
+        update=update,
+        begun=begun,
+    )
 
 
 def _forward_config(x, group: Group) -> MatmulConfig:

@@ -67,9 +67,10 @@ def inline_matmul(
     config: MatmulConfig,
     transposed: bool = False,
     bias: jax.Array | None = None,
+    residual: jax.Array | None = None,
     sms: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Computes ``h = Σ lhs·uᵀ`` and the first columns of ``Σ lhs·rhs + h·b (+ bias)``.
+    """Computes ``h = Σ lhs·uᵀ`` and the first columns of ``Σ lhs·rhs + h·b (+ bias + residual)``.
 
     Args:
         terms: The operands.
@@ -79,6 +80,7 @@ def inline_matmul(
         config: How the product is cut.
         transposed: Whether right operands are (n, k) and read as their transposes, in place.
         bias: (n,) padded to whole tiles.
+        residual: (m, n) to add to; `config` must stage 64 columns at a time.
         sms: CTAs to launch; None asks the device.
 
     Returns:
@@ -90,7 +92,7 @@ def inline_matmul(
     placed = tuple(PlacedTerm(number(t.lhs), (number(t.rhs),), t.lhs.shape[1]) for t in terms)
     plan = _InlinePlan(
         config=config,
-        epilogue="store",
+        epilogue="store" if residual is None else "add",
         transposed=transposed,
         rate=0.0,
         m=m,
@@ -99,7 +101,7 @@ def inline_matmul(
         masked_steps=0,
         seed=None,
         bias=None if bias is None else number(bias),
-        tail=(),
+        tail=() if residual is None else (number(residual),),
         outputs=2,
         u=tuple((number(t.u), t.column) for t in terms),
         b=number(b),
@@ -159,7 +161,7 @@ class _InlineFeeder(Feeder):
 
         ns = pl.ds(column * plan.tile_n, plan.tile_n)
         plgpu.copy_gmem_to_smem(self.refs[plan.b].at[:, ns], self.b_box, self.b_full)
-        return count
+        return self.feed_tail(row, column, count)
 
 
 class _InlineMultiplier(Multiplier):
@@ -179,8 +181,9 @@ class _InlineMultiplier(Multiplier):
             plgpu.ACC((plan.warpgroup_m, plan.tile_n), jnp.float32),
             plgpu.ACC((plan.warpgroup_m, plan.rank), jnp.float32),
         )
+        count += steps
         self.store([total], row, column, count)
-        return count + steps
+        return count + plan.tail_steps
 
     def accumulate_both(self, row, column, count, steps, wide, narrow):
         plan = self.plan

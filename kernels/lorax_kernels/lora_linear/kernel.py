@@ -58,14 +58,15 @@ def grouped_matmul(
         groups: The terms of each output.
         config: How the product is cut.
         transposed: Whether each right operand is (n, k) and read as its transpose, in place.
-        epilogue: ``store`` writes the sums. Three take gate and up as two right operands:
+        epilogue: ``store`` writes the sums; ``add`` that of one group, added to an array. Three
+            take gate and up as two right operands:
             ``swiglu`` writes ``silu(gate)·up``; ``swiglu_keep`` writes that, gate and up;
             ``swiglu_grad`` writes the gradients of gate and up. ``swiglu_back`` writes them over
             gate and up, where the sum, of one group, is the gradient of ``silu(gate)·up``, and
             then that product.
         bias: One vector for all groups, each group's part padded to whole tiles.
-        tail: What an epilogue reads, each (m, n): the gradient of ``silu(gate)·up`` for
-            ``swiglu_grad``, gate and up for ``swiglu_back``.
+        tail: What an epilogue reads, each (m, n): what ``add`` adds to, the gradient of
+            ``silu(gate)·up`` for ``swiglu_grad``, gate and up for ``swiglu_back``.
         update: A product of rank 16 to add to all groups.
         dropout: Drops the update, or without one the last term, of a transposed product of one
             group.

@@ -22,12 +22,15 @@ def lora_linear(
     *,
     scale: float,
     bias: Float[Array, " n"] | None = None,
+    residual: Float[Array, "*batch n"] | None = None,
     dropout_rate: float = 0.0,
     dropout_key: Key[Array, ""] | None = None,
     kernels: Kernels = "auto",
     row_axes: Sequence[str] = (),
 ) -> Float[Array, "*batch n"]:
     """Applies a frozen linear map and its low-rank update: ``x·w + scale·(dropout(x)·a)·b + bias``.
+
+    What it is added to, a `residual`, costs the kernel no pass of its own.
 
     Operands take `x`'s dtype and every product accumulates in float32. `da` and `db` come in the
     dtypes of `a` and `b`. `w` and `bias` are frozen: their gradients are never computed, and
@@ -40,6 +43,7 @@ def lora_linear(
         b: Up-projection from the rank r.
         scale: ``alpha / r``, or ``alpha / √r`` under rank stabilisation.
         bias: Frozen bias.
+        residual: Added to the output, in `x`'s dtype; it has a gradient.
         dropout_rate: Probability with which an element of `x` is zeroed on the update's path.
         dropout_key: Decides the dropout mask; required when `dropout_rate` is not 0.
         kernels: ``pallas`` runs the fused kernel (Hopper; k and n multiples of 64 and at least 128,
@@ -57,16 +61,9 @@ def lora_linear(
 
     Source: Hu et al. 2021, "LoRA", eq. 3, https://arxiv.org/abs/2106.09685
     """
-    member = LoraWeights(w, a, b, bias, scale)
-    (y,) = lora_linear_group(
-        x,
-        [member],
-        dropout_rate=dropout_rate,
-        dropout_key=dropout_key,
-        kernels=kernels,
-        row_axes=row_axes,
-    )
-    return y
+    members = [LoraWeights(w, a, b, bias, scale)]
+    options = {"kernels": kernels, "row_axes": row_axes, "residual": residual}
+    return _apply(x, members, dropout_rate, dropout_key, **options)[0]
 
 
 def lora_linear_group(
@@ -97,14 +94,30 @@ def lora_linear_group(
     Raises:
         ValueError: As `lora_linear`.
     """
+    return _apply(x, members, dropout_rate, dropout_key, kernels=kernels, row_axes=row_axes)
+
+
+def _apply(
+    x,
+    members: Sequence[LoraWeights],
+    dropout_rate: float,
+    dropout_key,
+    *,
+    kernels: Kernels,
+    row_axes: Sequence[str],
+    residual=None,
+) -> list[jax.Array]:
+    """Returns the outputs of a group; that of one is added to `residual`."""
     _validate(x, members, dropout_rate, dropout_key)
+    _validate_residual(residual, x, members[0].w)
     rate = _rate(members, dropout_rate)
     implementation = choice.choose(x, members, rate, kernels, row_axes)
     parts = choice.split(members, rate) if implementation == "pallas" else [range(len(members))]
     outputs = []
     for part in parts:
         group = [members[i] for i in part]
-        outputs += run(x, [group], rate, [dropout_key], row_axes, apply_group, implementation)
+        keys = [dropout_key]
+        outputs += run(x, [group], rate, keys, row_axes, apply_group, implementation, residual)
     return outputs
 
 
@@ -166,6 +179,7 @@ def lora_mlp(
     up: LoraWeights,
     down: LoraWeights,
     *,
+    residual: Float[Array, "*batch d"] | None = None,
     dropout_rate: float = 0.0,
     dropout_keys: tuple[Key[Array, ""] | None, Key[Array, ""] | None] = (None, None),
     kernels: Kernels = "auto",
@@ -183,6 +197,7 @@ def lora_mlp(
         gate: The layer whose output passes through ``silu``.
         up: The layer that it multiplies.
         down: The layer that reads the product.
+        residual: As in `lora_linear`.
         dropout_rate: As in `lora_linear`.
         dropout_keys: Of the inputs of gate and up, and of down.
         kernels: As in `lora_linear`.
@@ -202,6 +217,7 @@ def lora_mlp(
     _validate(x, first, _rate(first, dropout_rate), dropout_keys[0])
     inner = jax.ShapeDtypeStruct((*x.shape[:-1], gate.w.shape[1]), x.dtype)
     _validate(inner, second, _rate(second, dropout_rate), dropout_keys[1])
+    _validate_residual(residual, x, down.w)
     rate = _rate([*first, *second], dropout_rate)
     choose = functools.partial(choice.choose, rate=rate, kernels=kernels, row_axes=row_axes)
     implementations = {choose(x, first), choose(inner, second)}
@@ -210,11 +226,13 @@ def lora_mlp(
         options: dict[str, Any] = {"kernels": kernels, "row_axes": row_axes}
         options |= {"dropout_rate": _rate(first, dropout_rate)}
         product = lora_swiglu(x, gate, up, dropout_key=dropout_keys[0], **options)
-        options |= {"dropout_rate": _rate(second, dropout_rate)}
-        return lora_linear_group(product, second, dropout_key=dropout_keys[1], **options)[0]
+        rate, key = _rate(second, dropout_rate), dropout_keys[1]
+        options = {"kernels": kernels, "row_axes": row_axes, "residual": residual}
+        return _apply(product, second, rate, key, **options)[0]
     (implementation,) = implementations
     function = functools.partial(apply_mlp, repeated)
-    return run(x, [first, second], rate, dropout_keys, row_axes, function, implementation)[0]
+    groups = [first, second]
+    return run(x, groups, rate, dropout_keys, row_axes, function, implementation, residual)[0]
 
 
 def _rate(members: Sequence[LoraWeights], dropout_rate: float) -> float:
@@ -226,6 +244,15 @@ def _validate_pair(gate: LoraWeights, up: LoraWeights) -> None:
         raise ValueError(f"gate and up must have one shape, got {gate.w.shape} and {up.w.shape}")
     if gate.bias is not None or up.bias is not None:
         raise ValueError("gate and up must have no biases: use lora_linear_group")
+
+
+def _validate_residual(residual, x, w) -> None:
+    if residual is None:
+        return
+    wanted = (*x.shape[:-1], w.shape[1])
+    if (residual.shape, residual.dtype) != (wanted, x.dtype):
+        got = f"{residual.dtype} {residual.shape}"
+        raise ValueError(f"the residual must be {x.dtype} {wanted}, got {got}")
 
 
 def _validate(x, members: Sequence[LoraWeights], dropout_rate, dropout_key):

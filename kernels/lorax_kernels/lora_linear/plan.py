@@ -15,8 +15,9 @@ RANK = 16  # of an update that fits one short step
 STEP = 64  # contraction per ring slot: 64 elements of 2 bytes are one 128-byte swizzled row
 SHARED_MEMORY_BYTES = 227 * 1024  # per block on sm_90, less a little for barriers below
 
-type Epilogue = Literal["store", "swiglu", "swiglu_keep", "swiglu_grad", "swiglu_back"]
+type Epilogue = Literal["store", "add", "swiglu", "swiglu_keep", "swiglu_grad", "swiglu_back"]
 EPILOGUE_ARRAYS = {
+    "add": (1, 1),
     "swiglu": (0, 1),
     "swiglu_keep": (0, 3),
     "swiglu_grad": (1, 2),

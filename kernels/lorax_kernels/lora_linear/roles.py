@@ -83,10 +83,14 @@ class Feeder(Role):
         if plan.update is not None:
             pl.when(jnp.logical_not(first_tile))(lambda: plgpu.barrier_wait(self.short_empty))
             plan.for_each_group(column, functools.partial(self.feed_update, row, column))
+        return self.feed_tail(row, column, count)
+
+    def feed_tail(self, row, column, count):
+        """Copies what the epilogue of one output tile reads; returns the ring count after it."""
+        plan = self.plan
         for i in range(plan.tail_steps):
             self.copy_tail(count + i, row, column * plan.tile_n + i * STEP)
-        count += plan.tail_steps
-        return count
+        return count + plan.tail_steps
 
     def feed_group(self, row, column, count, group: int) -> None:
         """Copies the operands of the group's terms, a ring slot per step."""
@@ -249,6 +253,8 @@ class Multiplier(Role):
         if plan.epilogue == "store":
             return part
         tail = self.tail(count, i, j)
+        if plan.epilogue == "add":
+            return [part[0] + tail[0]]
         if plan.epilogue == "swiglu_back":
             part, tail = tail, part
         gate, up = part

@@ -53,8 +53,11 @@ def _scaled_b(group: Group, member: int, dtype):
     return jnp.pad(scaled, (outside, (0, 0))).astype(dtype)
 
 
-def forward(x, group: Group, rate: float, key):
-    """Returns the outputs of the members, and ``h = dropout(x)·[A₁|A₂|…]`` or None."""
+def forward(x, group: Group, rate: float, key, residual=None):
+    """Returns the outputs of the members, and ``h = dropout(x)·[A₁|A₂|…]`` or None.
+
+    The output of a group of one is added to `residual`.
+    """
     dtype = x.dtype
     h = None
     if group.ranks:
@@ -72,6 +75,8 @@ def forward(x, group: Group, rate: float, key):
             y += jnp.dot(h[:, span], _scaled_b(group, member, dtype))
         if (bias := group.biases[member]) is not None:
             y += bias.astype(dtype)[None, :]
+        if residual is not None:
+            y = residual + y
         # One name, so that a policy of jax.checkpoint keeps the sum and not its terms.
         outputs.append(checkpoint_name(y, "lora_linear"))
     return outputs, h
