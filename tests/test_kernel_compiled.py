@@ -69,13 +69,13 @@ def matmul_cases(shape):
 
         return run, (x, w, h16, b16, seed)
 
-    def gated(config, epilogue):
+    def gated(config, epilogue, rank=64):
         def run(x, gate, up, h, b, d_act):
-            terms = [Term(x, (gate, up)), Term(h, (b, b), 64, columns=(0, N))]
+            terms = [Term(x, (gate, up)), Term(h, (b, b), rank, columns=(0, N))]
             tail = [d_act] if epilogue == "swiglu_grad" else []
             return grouped_matmul([terms], config=config, epilogue=epilogue, tail=tail)
 
-        return run, (x, w, w, h64, shape(64, 2 * N), shape(ROWS, N))
+        return run, (x, w, w, shape(ROWS, rank), shape(rank, 2 * N), shape(ROWS, N))
 
     def gated_back(config, rank, drops):
         def run(dy, w, g, a, seed, gate, up):
@@ -136,13 +136,17 @@ def matmul_cases(shape):
     default = MatmulConfig()
     for epilogue in ("swiglu", "swiglu_keep", "swiglu_grad"):
         yield f"{epilogue} {default}", *gated(default, epilogue)
-    for rank, drops in ((16, False), (16, True), (64, False)):
+    yield f"swiglu_keep, rank 32, {default}", *gated(default, "swiglu_keep", 32)
+    for rank, drops in ((16, False), (16, True), (32, False), (64, False)):
         config = dataclasses.replace(default, stages=3) if rank == 16 else default
         name = f"swiglu_back, rank {rank}, {'dropped, ' if drops else ''}{config}"
         yield name, *gated_back(config, rank, drops)
     yield f"groups and bias, {default}", *grouped(default)
     yield f"appended rank 64, {default}", *appended(default, 64, drops=False)
-    for rank in (64, 128, 192):
+    for transposed in (False, True):
+        name = f"appended rank 32, continued, {'nt' if transposed else 'nn'} {default}"
+        yield name, *appended(default, 32, False, transposed, width=512)
+    for rank in (32, 64, 128, 192):
         yield f"dropped rank {rank}, {default}", *appended(default, rank, drops=True)
 
 
@@ -158,7 +162,7 @@ def inline_cases(shape):
 
         return run, (shape(ROWS, K), shape(K, N), shape(r, K), shape(r, N), shape(ROWS, N))
 
-    for r, transposed in itertools.product((16, 64), (False, True)):
+    for r, transposed in itertools.product((16, 32, 64), (False, True)):
         yield f"rank {r} {'nt' if transposed else 'nn'}", *case(r, transposed)
     yield "rank 16 nn, added", *case(16, False, adds=True)
 
@@ -177,7 +181,8 @@ def project_cases(shape):
 
         return run, (shape(m, K), shape(r, K), shape(3, dtype=jnp.uint32))
 
-    for r, drops in ((16, 0), (64, 0), (128, 0), (256, 0), (16, 1), (64, 1), (256, 1)):
+    ranks, dropped = (16, 32, 64, 128, 256), (16, 32, 64, 256)
+    for r, drops in (*((r, False) for r in ranks), *((r, True) for r in dropped)):
         yield f"rank {r}{', dropped' if drops else ''}", *case(ROWS, r, drops)
     yield "rank 16 in parts", *case(512, 16, False)
 
@@ -200,7 +205,7 @@ def gradient_cases(shape):
 
     seen = set()
     for c, r, (u_rank, drops) in itertools.product(
-        (1024, 14336), (16, 64, 128, 256), ((0, False), (16, False), (0, True))
+        (1024, 14336), (16, 32, 64, 128, 256), ((0, False), (16, False), (0, True))
     ):
         config = gradient_config(ROWS, c, r, u_rank)
         if (config, r, u_rank, drops) in seen or (drops and c != 1024):

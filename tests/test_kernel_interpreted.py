@@ -93,6 +93,8 @@ def test_the_comparison_notices_one_wrong_column_and_one_wrong_element():
     [
         (200, 128, 192, 16, "bfloat16", 2, False, {}),
         (200, 192, 192, 64, "bfloat16", 3, True, {"stages": 2}),
+        (72, 128, 192, 32, "float16", 2, False, {}),
+        (200, 192, 192, 32, "bfloat16", 3, True, {"stages": 2}),
         (16, 128, 128, 128, "float16", 7, False, {}),
         (16, 128, 128, 128, "float16", 7, True, {}),
         (136, 128, 256, 64, "bfloat16", 4, False, {"cluster": 2}),
@@ -204,7 +206,7 @@ def test_a_short_step_takes_each_group_s_columns():
     check(kernel, formula, (x, h, w0, w1, *parts))
 
 
-@pytest.mark.parametrize("r, is_short", [(16, True), (128, False)])
+@pytest.mark.parametrize("r, is_short", [(16, True), (32, False), (128, False)])
 def test_dropout_of_a_transposed_product_s_update(r, is_short):
     m, k, n = 200, 192, 128
     dy, g = draw(0, m, n), draw(1, m, r)
@@ -222,14 +224,20 @@ def test_dropout_of_a_transposed_product_s_update(r, is_short):
 
 
 @pytest.mark.parametrize(
-    "epilogue, m", [("swiglu", 136), ("swiglu_keep", 16), ("swiglu_grad", 200)]
+    "epilogue, m, r",
+    [
+        ("swiglu", 136, 64),
+        ("swiglu_keep", 16, 64),
+        ("swiglu_keep", 72, 32),
+        ("swiglu_grad", 200, 64),
+    ],
 )
-def test_swiglu_is_formed_from_the_sums(epilogue, m):
+def test_swiglu_is_formed_from_the_sums(epilogue, m, r):
     k, n = 128, 192
-    x, h, d_act = draw(0, m, k), draw(1, m, 64), draw(2, m, n)
+    x, h, d_act = draw(0, m, k), draw(1, m, r), draw(2, m, n)
     gate, up = draw(3, k, n, scale=k**-0.5), draw(4, k, n, scale=k**-0.5)
-    b = draw(5, 64, 2 * n, scale=0.1)
-    terms = [Term(x, (gate, up)), Term(h, (b, b), 64, columns=(0, n))]
+    b = draw(5, r, 2 * n, scale=0.1)
+    terms = [Term(x, (gate, up)), Term(h, (b, b), r, columns=(0, n))]
 
     def formula(xp, x, h, d_act, gate, up, b0, b1):
         gated, upped = x @ gate + h @ b0, x @ up + h @ b1
@@ -244,7 +252,9 @@ def test_swiglu_is_formed_from_the_sums(epilogue, m):
     check(kernel, formula, (x, h, d_act, gate, up, b[:, :n], b[:, n:]))
 
 
-@pytest.mark.parametrize("r, m, rate", [(16, 200, 0.0), (64, 72, 0.0), (16, 72, RATE)])
+@pytest.mark.parametrize(
+    "r, m, rate", [(16, 200, 0.0), (32, 72, 0.0), (64, 72, 0.0), (16, 72, RATE)]
+)
 def test_gradients_of_gate_and_up_are_formed_from_the_sum(r, m, rate):
     # More columns than a tile has, and more pieces of a tile than the ring has slots.
     k, n = 320, 128
@@ -299,7 +309,7 @@ def test_a_result_that_was_begun_keeps_its_first_columns(transposed, width):
     [
         (16, 200, 128, {}, False, True),
         (16, 136, 256, {"cluster": 2}, True, True),
-        (16, 136, 256, {}, False, False),
+        (32, 136, 256, {}, True, False),
         (64, 16, 256, {"store_slots": 1}, False, False),
     ],
 )
@@ -323,7 +333,7 @@ def test_the_first_columns_come_with_the_narrow_product(r, m, width, options, bi
     check(kernel, formula, (x, w, a, b, shown, nothing if residual is None else residual), cores=4)
 
 
-@pytest.mark.parametrize("r, m, cores", [(16, 136, 2), (64, 200, 3)])
+@pytest.mark.parametrize("r, m, cores", [(16, 136, 2), (32, 136, 3), (64, 200, 3)])
 def test_the_narrow_product_of_a_transposed_sum_reads_each_member_s_columns(r, m, cores):
     k, widths = 256, (128, 192)
     dys = [draw(i, m, n) for i, n in enumerate(widths)]
@@ -352,6 +362,8 @@ def test_the_narrow_product_of_a_transposed_sum_reads_each_member_s_columns(r, m
         (200, 384, 16, 384, 2, "bfloat16", False),
         (136, 384, 64, 256, 4, "bfloat16", False),
         (16, 320, 128, 128, 2, "float16", False),
+        (72, 384, 32, 256, 2, "bfloat16", False),
+        (200, 192, 32, 256, 4, "bfloat16", True),
         (200, 192, 16, 256, 4, "bfloat16", True),
         (136, 320, 64, 128, 2, "bfloat16", True),
     ],
@@ -376,6 +388,8 @@ def test_project(m, c, r, block_c, boxes, dtype, drops):
     [
         (200, 192, 16, 1, 2, "bfloat16", False),
         (300, 384, 64, 2, 1, "bfloat16", False),
+        (200, 192, 32, 2, 2, "float16", False),
+        (136, 320, 32, 1, 1, "bfloat16", True),
         (16, 256, 192, 1, 1, "float16", False),
         (300, 128, 128, 3, 1, "bfloat16", False),
         (200, 320, 64, 2, 2, "bfloat16", True),
@@ -396,6 +410,8 @@ def test_gradient(m, c, r, row_blocks, tiles, dtype, drops):
         (200, 320, 16, 1, 2, None),
         (136, 384, 64, 2, 1, None),
         (300, 256, 16, 3, 2, (64, 16)),
+        (136, 256, 16, 2, 1, (0, 32)),
+        (136, 256, 32, 1, 2, None),
         (16, 128, 64, 1, 1, (128, 64)),
     ],
 )

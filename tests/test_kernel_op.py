@@ -156,6 +156,7 @@ def check(function, exact, x, members, **options):
         ((1,), 128, 128, 1, "bfloat16"),
         ((2, 68), 128, 192, 8, "float16"),
         ((200,), 192, 320, 16, "bfloat16"),
+        ((72,), 128, 192, 32, "float16"),
         ((136,), 128, 192, 64, "bfloat16"),
         ((67,), 128, 128, 100, "bfloat16"),
         ((16,), 128, 128, 256, "bfloat16"),
@@ -167,7 +168,7 @@ def test_one_layer_s_values_and_gradients(shape, k, n, r, dtype, inline):
     check(single, exact_group, draw(0, *shape, k, dtype=dtype), members)
 
 
-@pytest.mark.parametrize("r", [16, 64])
+@pytest.mark.parametrize("r", [16, 32, 64])
 def test_one_layer_with_its_narrow_products_inline(r, inline):
     inline(256)
     x, members = draw(0, 136, 320), draw_members(320, [(320, r)], bias=(0,))
@@ -217,6 +218,16 @@ def test_a_group_of_rank_16_is_one_short_step(inline):
     check(group, exact_group, x, members)
 
 
+@pytest.mark.parametrize("width", [0, 256])
+def test_a_group_of_rank_32_is_half_a_step_wide(width, inline):
+    inline(width)
+    x, members = draw(0, 136, 256), draw_members(256, [(320, 16), (128, 0), (192, 16)], bias=(2,))
+    layout = fused.lay_out(bundle(members))
+    assert layout.size == 32 and not layout.is_short
+    assert layout.block(0) == layout.block(1) == (0, 32)
+    check(group, exact_group, x, members)
+
+
 def test_a_group_with_its_narrow_products_inline(inline):
     inline(256)
     sizes = [(320, 16), (128, 0), (192, 40)]
@@ -228,7 +239,9 @@ def test_a_group_without_any_update(inline):
     check(group, exact_group, x, members)
 
 
-@pytest.mark.parametrize("sizes", [[(192, 16)], [(128, 40), (128, 100)]])
+@pytest.mark.parametrize(
+    "sizes", [[(192, 16)], [(192, 32)], [(128, 16), (192, 16)], [(128, 40), (128, 100)]]
+)
 def test_dropout_draws_xla_s_mask_in_both_passes(sizes):
     options = {"dropout_rate": RATE, "dropout_key": jax.random.key(7)}
     function = single if len(sizes) == 1 else group
@@ -315,6 +328,7 @@ def test_no_kernel_is_missing_where_layers_are_made_again(policy):
         ([8, 8, 40], RATE, False),
         ([100, 200, 16], 0.0, False),  # gate and up in two launches
         ([16, 0, 16], 0.0, True),
+        ([16, 16, 24], 0.0, True),
         ([8, 90, 40], RATE, True),
     ],
 )
@@ -419,8 +433,13 @@ def test_a_group_of_too_many_ranks_is_launched_in_parts(monkeypatch):
     assert np.linalg.norm(np.float64(act) - np.float64(base)) < 0.02 * np.linalg.norm(base)
 
 
+def test_ranks_are_padded_to_16_to_32_or_to_whole_steps():
+    ranks = {1: 16, 16: 16, 17: 32, 32: 32, 33: 64, 64: 64, 65: 128, 129: 192}
+    assert {r: padded_rank(r) for r in ranks} == ranks
+
+
 def test_blocks_of_a_layout_hold_their_updates_whole():
-    for ranks in itertools.product((1, 16, 40, 64, 100), repeat=3):
+    for ranks in itertools.product((1, 8, 16, 40, 64, 100), repeat=3):
         layout = fused.lay_out(bundle(draw_members(64, [(8, r) for r in ranks])))
         ends = [start + r for start, r in zip(layout.starts, ranks, strict=True)]
         assert all(e <= s for e, s in zip(ends, layout.starts[1:], strict=False))
@@ -548,7 +567,9 @@ def test_the_kernel_runs_where_the_nearest_measurement_was_faster(table):
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.1])
-@pytest.mark.parametrize("ranks", [(1,), (16,), (64,), (192,), (256,), (16, 16, 16), (64, 64, 100)])
+@pytest.mark.parametrize(
+    "ranks", [(1,), (16,), (32,), (64,), (192,), (256,), (16, 16), (16, 16, 16), (64, 64, 100)]
+)
 def test_every_rank_has_tiles_on_the_h200(ranks, rate, monkeypatch):
     monkeypatch.setattr(tuning, "device_kind", lambda: "NVIDIA H200")
     members = draw_members(256, [(256, r) for r in ranks])
@@ -585,9 +606,9 @@ def test_the_columns_made_inline_are_whole_tiles_of_the_first_member():
     sizes = itertools.product((16, 1000, 8192, 16384), (1024, 4096, 14336), (64, 128, 512, 4096))
     widths = []
     for m, k, n0 in sizes:
-        for n, r in itertools.product((n0, 3 * n0), (16, 64, 128)):
+        for n, r in itertools.product((n0, 3 * n0), (16, 32, 64, 128)):
             width = tuning.inline_width(m, k, n, n0, r, sms=132)
-            assert width % tuning.inline_config(16).block_n == 0 and 0 <= width <= n0
+            assert width % tuning.inline_config(r).block_n == 0 and 0 <= width <= n0
             assert r < 128 or width == 0
             widths.append(width)
     assert 0 < np.count_nonzero(widths) < len(widths)
@@ -606,7 +627,7 @@ def test_skinny_passes_fit_shared_memory(monkeypatch):
     monkeypatch.setattr(gradient_module, "launch", record)
     shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
     rows, columns = (1, 2048, 8192, 16384), (1024, 4096, 14336, 28672)
-    for m, c, r in itertools.product(rows, columns, (16, 64, 128, 192, 256)):
+    for m, c, r in itertools.product(rows, columns, (16, 32, 64, 128, 192, 256)):
         config = tuning.project_config(m, c, r, sms=132)
         assert config.stages >= 2 and config.boxes % 2 == 0 and config.block_c % 64 == 0
         project.project(shape((m, c)), shape((r, c)), config=config)
@@ -616,7 +637,7 @@ def test_skinny_passes_fit_shared_memory(monkeypatch):
             assert 1 <= config.row_blocks <= -(-m // 128)
             given = shape((u, c)) if u else None
             gradient_module.gradient(shape((m, c)), shape((m, r)), given, config=config)
-    assert len(needed) == 4 * 4 * 5 * 3
+    assert len(needed) == 4 * 4 * 6 * 3
     assert max(needed) <= SHARED_MEMORY_BYTES - 1024  # a little is left for barriers
 
 

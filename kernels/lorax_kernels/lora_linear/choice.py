@@ -106,8 +106,8 @@ def explain_choice(
 
 
 def padded_rank(r: int) -> int:
-    """Returns the rank that the kernels compute with: 16, or a multiple of 64."""
-    return 16 if r <= 16 else -(-r // 64) * 64
+    """Returns the rank that the kernels compute with: 16, 32, or a multiple of 64."""
+    return 16 if r <= 16 else 32 if r <= 32 else -(-r // 64) * 64
 
 
 def split(members: Sequence[LoraWeights], rate: float = 0.0) -> list[list[int]]:

@@ -62,7 +62,7 @@ class Layout:
         return 0 < len(self.ranks) and self.size == RANK
 
     def block(self, index: int) -> tuple[int, int]:
-        """Returns (first, number) of the rows, in whole blocks, that update `index` lies in."""
+        """Returns (first, number) of the rows that update `index` lies in: whole blocks, or all."""
         if self.size <= STEP:
             return 0, self.size
         first = self.starts[index] // STEP * STEP

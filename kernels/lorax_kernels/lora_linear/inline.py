@@ -74,7 +74,7 @@ def inline_matmul(
 
     Args:
         terms: The operands.
-        b: (r, ≥ n), transposed product or not; r is 16 or 64.
+        b: (r, ≥ n), transposed product or not; r is 16, 32 or 64.
         n: Columns of the result.
         width: Columns to compute, in whole tiles; what the others hold is not defined.
         config: How the product is cut.
