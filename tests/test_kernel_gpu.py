@@ -18,6 +18,7 @@ from lorax.models.recompute import save_lora_h
 from lorax.step import make_train_step
 from lorax_kernels import (
     LoraWeights,
+    lora_linear,
     lora_linear_group,
     lora_mlp,
     lora_swiglu,
@@ -151,6 +152,23 @@ def test_the_norm_s_backward_pass_at_a_real_size(d, dtype):
     got, base = (jax.jit(functools.partial(pulled, k))(weight, x, dx, dy) for k in ("auto", "xla"))
     want = pulled("xla", *(array.astype(jnp.float32) for array in (weight, x, dx, dy)))
     assert distance(got, want) <= distance(base, want) <= UNIT[dtype]
+
+
+@pytest.mark.parametrize("k, n, r", [(4096, 4096, 16), (14336, 4096, 16), (4096, 4096, 64)])
+def test_a_layer_is_added_to_its_residual(k, n, r):
+    x, w, [(a, b)], [dy] = operands(8192, k, (n,), (r,), "bfloat16")
+    residual = draw(50, (8192, n), 1.0, "bfloat16")
+
+    def results(kernels):
+        added = lambda x, a, b, y: lora_linear(
+            x, w[0], a, b, scale=2.0, residual=y, kernels=kernels
+        )
+        y, pull = jax.vjp(added, x, a, b, residual)
+        return y, pull(dy)
+
+    got, want = jax.jit(lambda: results("pallas"))(), jax.jit(lambda: results("xla"))()
+    for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert distance(ours, theirs) <= 1e-2
 
 
 @pytest.mark.parametrize("v", [32000, 128256, 151936, 262144])
