@@ -27,6 +27,7 @@ IGNORED = -100
 
 BLOCK = 16384  # columns at a time
 WARPS = 32  # the most of a program: one row per multiprocessor, so that all rows at hand fit the L2
+AHEAD = 2  # blocks that are loaded while one is worked on
 
 
 def token_nll(
@@ -160,42 +161,55 @@ def _kernel(logits_ref, labels_ref, out_ref, nll_ref, *, v: int, block: int, sof
     import jax.experimental.pallas as pl
     import jax.experimental.pallas.triton as triton
 
-    row, chunks = pl.program_id(0), pl.cdiv(v, block)
+    row, lanes = pl.program_id(0), jnp.arange(block)
     label = triton.load(labels_ref.at[row])
+    weight = _weight(label, v, jnp.float32)
 
-    def read(i):
-        """Returns a block's columns, those inside the row, its scores and the cap's slope."""
-        columns = i * block + jnp.arange(block)
-        inside = columns < v
+    def load(i):
         at = logits_ref.at[row, pl.ds(i * block, block)]
-        scores = triton.load(at, mask=inside, other=0.0).astype(jnp.float32)
+        return triton.load(at, mask=i * block + lanes < v, other=0.0)
+
+    def score(logits):
+        """Returns the capped scores, and the cap's slope."""
+        scores = logits.astype(jnp.float32)
         if soft_cap is None:
-            return columns, inside, scores, None
+            return scores, None
         bent = jnp.tanh(scores / soft_cap)
-        return columns, inside, soft_cap * bent, 1.0 - bent * bent
+        return soft_cap * bent, 1.0 - bent * bent
 
-    def add(i, sums):
-        most, total, chosen = sums
-        columns, inside, scores, _ = read(i)
-        chosen += jnp.sum(jnp.where(columns == label, scores, 0.0))
-        scores = jnp.where(inside, scores, -jnp.inf)
+    def walk(body, carry):
+        """Runs ``body(block's number, its logits, carry)``; the next blocks are on their way."""
+
+        def step(i, state):
+            (logits, *ahead), carry = state
+            ahead.append(load(i + AHEAD))
+            return ahead, body(i, logits, carry)
+
+        # JAX refuses constant slices that leave an array, masked or not: this 0 is none.
+        zero = jnp.minimum(row, 0)
+        start = [load(zero + i) for i in range(AHEAD)], carry
+        return jax.lax.fori_loop(0, pl.cdiv(v, block), step, start)[1]
+
+    def add(i, logits, sums):
+        most, total = sums
+        scores = jnp.where(i * block + lanes < v, score(logits)[0], -jnp.inf)
         new = jnp.maximum(most, jnp.max(scores))
-        total = total * jnp.exp(most - new) + jnp.sum(jnp.exp(scores - new))
-        return new, total, chosen
+        return new, total * jnp.exp(most - new) + jnp.sum(jnp.exp(scores - new))
 
-    start = (jnp.float32(-jnp.inf), jnp.float32(0.0), jnp.float32(0.0))
-    most, total, chosen = jax.lax.fori_loop(0, chunks, add, start)
-    lse, weight = most + jnp.log(total), _weight(label, v, jnp.float32)
+    most, total = walk(add, (jnp.float32(-jnp.inf), jnp.float32(0.0)))
+    lse = most + jnp.log(total)
+    chosen, _ = score(triton.load(logits_ref.at[row, jnp.clip(label, 0, v - 1)]))
     nll = _where_supervised(weight, lse - chosen + z_loss * lse * lse)
     triton.store(nll_ref.at[row], nll)
 
-    def write(i, _):
-        columns, inside, scores, slope = read(i)
+    def write(i, logits, _):
+        scores, slope = score(logits)
+        columns = i * block + lanes
         gradient = jnp.exp(scores - lse) * (1.0 + 2.0 * z_loss * lse)
         gradient -= jnp.where(columns == label, 1.0, 0.0)
         if slope is not None:
             gradient *= slope
         gradient = _where_supervised(weight, gradient).astype(out_ref.dtype)
-        triton.store(out_ref.at[row, pl.ds(i * block, block)], gradient, mask=inside)
+        triton.store(out_ref.at[row, pl.ds(i * block, block)], gradient, mask=columns < v)
 
-    jax.lax.fori_loop(0, chunks, write, None)
+    walk(write, None)
