@@ -3,15 +3,19 @@
     python scripts/tune_kernels.py --commit abc1234                          # on the GPU, minutes
     python scripts/tune_kernels.py --adopt docs/measurements/kernels_h200.jsonl   # anywhere
 
-The first form times every candidate against cuBLAS in turns and writes the product's rows of
-``kernels/lorax_kernels/tuned/<device>.json``. The second copies in what a benchmark found
-of the whole operation and XLA's: ``kernels: auto`` runs the kernel where it was the faster one.
+The first form times every candidate against cuBLAS in turns, each at the clock that the chip's
+power limit leaves it, and writes the products' rows of
+``kernels/lorax_kernels/tuned/<device>.json``; rows of other products stay. Where an epilogue writes
+over what it reads, copies that save the operands are timed with it. The second copies in what a
+benchmark found of the whole operation and XLA's: ``kernels: auto`` runs the kernel where it was the
+faster one.
 """
 
 import argparse
 import datetime
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -19,28 +23,39 @@ import jax
 from lorax_kernels.device import CUBLAS_ONLY
 from lorax_kernels.lora_linear.choice import padded_rank
 from lorax_kernels.lora_linear.kernel import grouped_matmul
-from lorax_kernels.lora_linear.plan import Epilogue, MatmulConfig, Term, Update
+from lorax_kernels.lora_linear.plan import EPILOGUE_ARRAYS, Epilogue, MatmulConfig, Term, Update
 from lorax_kernels.timing import compile_all, time_interleaved
 from lorax_kernels.tuning import TUNED
 from lorax_kernels.workloads import SIZES, Workload, draw, model_workloads
 
 RANK = 16
+SWIGLU: tuple[Epilogue, ...] = ("swiglu", "swiglu_keep")
+EPILOGUES: tuple[Epilogue, ...] = ("store", "add", "swiglu", "swiglu_keep", "swiglu_back")
 CANDIDATES = [
     MatmulConfig(stages=3),
     MatmulConfig(stages=3, raster_minor=0, raster_width=16),
+    MatmulConfig(stages=3, raster_minor=0, raster_width=12),
+    MatmulConfig(stages=3, raster_minor=0),
     MatmulConfig(stages=3, cluster=2),
-    MatmulConfig(stages=3, cluster=2, raster_minor=0),
     MatmulConfig(stages=3, cluster=2, raster_width=4),
     MatmulConfig(stages=3, store_slots=4, raster_minor=0, raster_width=16),
-    MatmulConfig(stages=3, block_m=256, block_n=128, cluster=2),
+    MatmulConfig(store_slots=1, raster_minor=0, raster_width=16),
 ]
-SWIGLU_CANDIDATES = CANDIDATES[:5]
+SWIGLU_CANDIDATES = [
+    MatmulConfig(),
+    MatmulConfig(raster_minor=0),
+    MatmulConfig(raster_minor=0, raster_width=10),
+    MatmulConfig(raster_minor=0, raster_width=12),
+    MatmulConfig(raster_minor=0, cluster=2),
+    MatmulConfig(raster_minor=0, cluster=2, raster_width=5),
+]
 
 
-def operand_sets(workload: Workload, m: int, transposed: bool, count: int = 3):
+def operand_sets(workload: Workload, m: int, transposed: bool, epilogue: Epilogue, count: int = 3):
     """Returns operands of the product with the update's step, each set its own."""
     make = jax.jit(draw, static_argnums=(1, 2))
     r = padded_rank(RANK * len(workload.ns))
+    reads, _ = EPILOGUE_ARRAYS.get(epilogue, (0, 0))
     sets = []
     for i in range(count):
         weights = [make(i + 10 * j, (workload.k, n), 0.02) for j, n in enumerate(workload.ns)]
@@ -50,29 +65,32 @@ def operand_sets(workload: Workload, m: int, transposed: bool, count: int = 3):
         else:
             wide = [make(100 + i, (m, workload.k), 1.0)]
             narrow = make(300 + i, (r, sum(workload.ns)), 0.1)
-        sets.append((wide, weights, make(200 + i, (m, r), 1.0), narrow))
+        width = workload.k if transposed else workload.ns[0]
+        tail = [make(400 + i + 10 * j, (m, width), 1.0) for j in range(reads)]
+        sets.append((wide, weights, make(200 + i, (m, r), 1.0), narrow, tail))
     return sets
 
 
 def programs_of(workload: Workload, transposed: bool, epilogue: Epilogue):
     """Returns cuBLAS and every candidate as name → (function, options)."""
 
-    def base(wide, weights, h, narrow):
+    def base(wide, weights, h, narrow, tail):
         if transposed:
             return [dy @ w.T for dy, w in zip(wide, weights, strict=True)]
         y = [wide[0] @ w for w in weights]
         return jax.nn.silu(y[0]) * y[1] if epilogue == "swiglu" else y
 
     def candidate(config):
-        def run(wide, weights, h, narrow):
+        def run(wide, weights, h, narrow, tail):
             update = Update(h, narrow) if narrow.shape[0] == RANK else None
             options = {"config": config, "transposed": transposed, "epilogue": epilogue}
+            options["tail"] = tail
             if transposed:
                 terms = [Term(dy, (w,)) for dy, w in zip(wide, weights, strict=True)]
                 groups = [terms if update else [*terms, Term(h, (narrow.T,))]]
                 return grouped_matmul(groups, update=update, **options)
             columns = [sum(workload.ns[:j]) for j in range(len(workload.ns))]
-            if epilogue != "store":
+            if epilogue in SWIGLU:
                 b = Term(h, (narrow, narrow), narrow.shape[0], columns=tuple(columns))
                 return grouped_matmul([[Term(wide[0], tuple(weights)), b]], **options)
             groups = [[Term(wide[0], (w,))] for w in weights]
@@ -83,7 +101,9 @@ def programs_of(workload: Workload, transposed: bool, epilogue: Epilogue):
 
         return run
 
-    candidates = CANDIDATES if epilogue == "store" else SWIGLU_CANDIDATES
+    candidates = SWIGLU_CANDIDATES if epilogue in SWIGLU else CANDIDATES
+    if epilogue == "swiglu_back":
+        candidates = [config for config in candidates if config.store_slots == 2]
     named = {json.dumps(changed(c)): (candidate(c), None) for c in candidates}
     return {"cublas": (base, CUBLAS_ONLY), **named}
 
@@ -94,16 +114,32 @@ def changed(config: MatmulConfig) -> dict[str, int]:
     return {name: value for name, value in vars(config).items() if value != default[name]}
 
 
-def tune(models: list[str], rows: list[int], seconds: float) -> list[dict]:
+def products(workload: Workload) -> Iterator[tuple[bool, Epilogue]]:
+    """Yields (transposed, epilogue) of the products in which a layer takes part."""
+    if workload.swiglu:
+        for epilogue in SWIGLU:
+            yield False, epilogue
+        return
+    yield False, "store"
+    yield True, "store"
+    _, _, layer = workload.name.partition("/")
+    if layer in ("o_proj", "down_proj"):
+        yield False, "add"
+    if layer == "down_proj":
+        yield True, "swiglu_back"
+
+
+def tune(models: list[str], rows: list[int], layers: list[str], epilogues: list[str], seconds):
     """Returns one row per product, the fastest tiles and what they took."""
     begin, found, seen = time.monotonic(), [], set()
     for m in rows:
         for model in models:
             for workload in model_workloads(model):
-                epilogue: Epilogue = "swiglu" if workload.swiglu else "store"
-                for transposed in (False, True):
+                if layers and workload.name.partition("/")[2] not in layers:
+                    continue
+                for transposed, epilogue in products(workload):
                     key = (m, workload.k, workload.ns, transposed, epilogue)
-                    if key in seen or (transposed and workload.swiglu):
+                    if key in seen or epilogue not in epilogues:
                         continue
                     if time.monotonic() - begin > seconds:
                         print(f"out of time before {workload.name} m {m}", flush=True)
@@ -115,9 +151,9 @@ def tune(models: list[str], rows: list[int], seconds: float) -> list[dict]:
 
 def tune_one(workload: Workload, m: int, transposed: bool, epilogue: Epilogue) -> dict:
     """Times all candidates for one product."""
-    sets = operand_sets(workload, m, transposed)
+    sets = operand_sets(workload, m, transposed, epilogue)
     compiled, failed = compile_all(programs_of(workload, transposed, epilogue), sets)
-    timings = time_interleaved(compiled, sets, turns=7, turn_ms=8.0)
+    timings = time_interleaved(compiled, sets, turns=3, turn_ms=350.0, lead_ms=150.0)
     best = min((name for name in timings if name != "cublas"), key=lambda n: timings[n].ratio)
     ratios = {name: round(t.ratio, 4) for name, t in timings.items()}
     direction = "nt" if transposed else "nn"
@@ -138,6 +174,14 @@ def tune_one(workload: Workload, m: int, transposed: bool, epilogue: Epilogue) -
     }
 
 
+def merge(old: list[dict], new: list[dict]) -> list[dict]:
+    """Returns the old rows with those of the same product replaced, and then the others."""
+    key = lambda row: tuple(row[name] for name in ("transposed", "epilogue", "m", "k", "n"))
+    found = {key(row): row for row in new}
+    kept = [found.pop(key(row), row) for row in old]
+    return kept + list(found.values())
+
+
 def adopt(table: dict, benchmark: Path) -> None:
     """Copies in what a benchmark found about the whole operation, forward and backward."""
     rows = [json.loads(line) for line in benchmark.read_text(encoding="utf-8").splitlines()]
@@ -153,6 +197,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=list(SIZES), default=list(SIZES))
     parser.add_argument("--rows", nargs="+", type=int, default=[8192, 2048, 16384])
+    parser.add_argument("--epilogues", nargs="+", choices=EPILOGUES, default=list(EPILOGUES))
+    parser.add_argument(
+        "--layers", nargs="+", default=[], help="as qkv or o_proj; all if not given"
+    )
     parser.add_argument("--seconds", type=float, default=3600.0, help="begin nothing after this")
     parser.add_argument("--commit", default="")
     parser.add_argument("--adopt", type=Path, help="a benchmark's rows; times nothing")
@@ -164,10 +212,12 @@ def main() -> None:
     if parsed.adopt:
         adopt(table, parsed.adopt)
     else:
-        table["matmul"] = tune(parsed.models, parsed.rows, parsed.seconds)
+        options = parsed.layers, parsed.epilogues, parsed.seconds
+        found = tune(parsed.models, parsed.rows, *options)
+        origin = {"commit": parsed.commit, "date": datetime.date.today().isoformat()}
+        table["matmul"] = merge(table["matmul"], [row | origin for row in found])
         table["device"] = jax.devices()[0].device_kind
-        table["jax"], table["commit"] = jax.__version__, parsed.commit
-        table["date"] = datetime.date.today().isoformat()
+        table["jax"] = jax.__version__
     parsed.out.parent.mkdir(parents=True, exist_ok=True)
     rows = {name: value for name, value in table.items() if name not in ("matmul", "linear")}
     lines = [f"  {json.dumps(name)}: {json.dumps(value)}," for name, value in rows.items()]

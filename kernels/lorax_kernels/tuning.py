@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lorax_kernels.device import core_count, device_kind
-from lorax_kernels.lora_linear.plan import STEP, Epilogue, MatmulConfig
+from lorax_kernels.lora_linear.plan import STEP, Epilogue, MatmulConfig, fits
 from lorax_kernels.lora_linear.skinny import COLUMNS, ROWS, SkinnyConfig
 
 TUNED = Path(__file__).parent / "tuned"
@@ -94,7 +94,9 @@ def matmul_config(
     if rows:
         sizes = {"m": m, "k": k, "n": n}
         config = MatmulConfig(**min(rows, key=lambda row: _distance(row, sizes))["config"])
-    return dataclasses.replace(config, stages=min(config.stages, 3)) if short else config
+    if short and not fits(config, short=True):
+        return dataclasses.replace(config, stages=3)
+    return config
 
 
 def is_faster(m: int, k: int, n: int, r: int) -> bool:

@@ -183,7 +183,8 @@ def multiply(
         begun: As in `grouped_matmul`.
         residual: What the output of a group of one is added to.
     """
-    layout, config = lay_out(group), _forward_config(x, group)
+    epilogue, tail = ("store", []) if residual is None else ("add", [residual])
+    layout, config = lay_out(group), _forward_config(x, group, epilogue)
     groups, update = [[Term(x, (w,))] for w in group.w], None
     if saved is not None and layout.is_short:
         update = Update(saved.h, saved.b)
@@ -192,7 +193,6 @@ def multiply(
             first, rows = layout.block(index)
             columns = (layout.columns[member],)
             groups[member].append(Term(saved.h, (saved.b,), rows, first, first, columns))
-    epilogue, tail = ("store", []) if residual is None else ("add", [residual])
     return grouped_matmul(
         groups,
         config=config,
@@ -204,9 +204,10 @@ def multiply(
     )
 
 
-def _forward_config(x, group: Group) -> MatmulConfig:
+def _forward_config(x, group: Group, epilogue: Epilogue = "store") -> MatmulConfig:
     (m, k), n = x.shape, sum(w.shape[1] for w in group.w)
-    return matmul_config(m, k, n, transposed=False, short=lay_out(group).is_short)
+    short = lay_out(group).is_short
+    return matmul_config(m, k, n, transposed=False, epilogue=epilogue, short=short)
 
 
 def _padded_biases(group: Group, config: MatmulConfig) -> jax.Array | None:

@@ -33,6 +33,7 @@ from lorax_kernels.lora_linear.plan import (
     Plan,
     Term,
     Update,
+    fits,
     place,
 )
 from lorax_kernels.lora_linear.roles import Feeder, Multiplier
@@ -149,13 +150,12 @@ def _short_step_memory(config: MatmulConfig, dtype) -> dict[str, Any]:
 
 def _check(plan: Plan, dtype) -> None:
     c = plan.config
-    size = c.shared_memory_bytes() + (plan.update is not None) * 2 * RANK * (c.block_m + c.block_n)
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         raise ValueError(f"the kernel takes bfloat16 and float16 operands, got {dtype}")
     if c.block_m not in (128, 256) or c.block_n % 64 or plan.tile_n % c.store_n:
         raise ValueError(f"{c} has no tile that the matrix units take")
-    if size > SHARED_MEMORY_BYTES - 1024:
-        raise ValueError(f"{c} needs {size} bytes of shared memory")
+    if not fits(c, short=plan.update is not None):
+        raise ValueError(f"{c} needs more than {SHARED_MEMORY_BYTES} bytes of shared memory")
     if plan.tail and plan.masked_steps:
         raise ValueError(f"{plan.epilogue} leaves no slot of the ring for a dropped term")
     if plan.masked_steps > c.stages:

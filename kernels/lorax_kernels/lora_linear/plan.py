@@ -56,6 +56,12 @@ class MatmulConfig:
         return ring + 2 * self.store_slots * 64 * self.store_n * 2
 
 
+def fits(config: MatmulConfig, *, short: bool) -> bool:
+    """Says whether shared memory holds what a product needs, with a short step or without."""
+    step = 2 * RANK * (config.block_m + config.block_n) if short else 0
+    return config.shared_memory_bytes() + step <= SHARED_MEMORY_BYTES - 1024
+
+
 class Term(NamedTuple):
     """``lhs[:, column:]·rhs[row:, columns:]``; several `rhs` share the left operand.
 
