@@ -5,8 +5,7 @@ With l the logits of a token, or ``soft_cap·tanh(logits / soft_cap)``, and lse 
     nll = lse - l[label] + z·lse²        d nll / d l = softmax(l)·(1 + 2·z·lse) - onehot(label)
 
 XLA reads the logits three times for both, and writes the gradient elsewhere. The kernel reads a row
-twice, the second time from the cache, and writes the gradient over it. In Pallas's Triton: see
-`rms_norm`.
+twice and writes the gradient over it. In Pallas's Triton: see `rms_norm`.
 """
 
 import functools
@@ -25,9 +24,7 @@ from lorax_kernels.lora_linear.reference import accumulation_dtype
 IGNORED = -100
 """The label of a position without supervision, as in Hugging Face's data."""
 
-BLOCK = 16384  # columns at a time
-WARPS = 32  # the most of a program: one row per multiprocessor, so that all rows at hand fit the L2
-AHEAD = 2  # blocks that are loaded while one is worked on
+BLOCK = 8192  # columns at a time; a thread works on sixteen and has the next sixteen on their way
 
 
 def token_nll(
@@ -150,7 +147,7 @@ def _nll_and_gradient(soft_cap: float | None, z_loss: float, logits, labels):
             jax.ShapeDtypeStruct((rows,), jnp.float32),
         ],
         input_output_aliases={0: 0},
-        compiler_params=triton.CompilerParams(num_warps=min(max(block // 512, 4), WARPS)),
+        compiler_params=triton.CompilerParams(num_warps=max(block // 512, 4)),
         interpret=is_interpreted(),
         name="cross_entropy",
     )(logits.reshape(rows, v), labels.reshape(rows))
@@ -178,17 +175,15 @@ def _kernel(logits_ref, labels_ref, out_ref, nll_ref, *, v: int, block: int, sof
         return soft_cap * bent, 1.0 - bent * bent
 
     def walk(body, carry):
-        """Runs ``body(block's number, its logits, carry)``; the next blocks are on their way."""
+        """Runs ``body(block's number, its logits, carry)``; the next block is on its way."""
 
         def step(i, state):
-            (logits, *ahead), carry = state
-            ahead.append(load(i + AHEAD))
-            return ahead, body(i, logits, carry)
+            logits, carry = state
+            return load(i + 1), body(i, logits, carry)
 
         # JAX refuses constant slices that leave an array, masked or not: this 0 is none.
-        zero = jnp.minimum(row, 0)
-        start = [load(zero + i) for i in range(AHEAD)], carry
-        return jax.lax.fori_loop(0, pl.cdiv(v, block), step, start)[1]
+        first = load(jnp.minimum(row, 0))
+        return jax.lax.fori_loop(0, pl.cdiv(v, block), step, (first, carry))[1]
 
     def add(i, logits, sums):
         most, total = sums
@@ -196,20 +191,21 @@ def _kernel(logits_ref, labels_ref, out_ref, nll_ref, *, v: int, block: int, sof
         new = jnp.maximum(most, jnp.max(scores))
         return new, total * jnp.exp(most - new) + jnp.sum(jnp.exp(scores - new))
 
+    # Read before the sums, for whose sake all threads meet: later another may have written there.
+    chosen, _ = score(triton.load(logits_ref.at[row, jnp.clip(label, 0, v - 1)]))
     most, total = walk(add, (jnp.float32(-jnp.inf), jnp.float32(0.0)))
     lse = most + jnp.log(total)
-    chosen, _ = score(triton.load(logits_ref.at[row, jnp.clip(label, 0, v - 1)]))
     nll = _where_supervised(weight, lse - chosen + z_loss * lse * lse)
     triton.store(nll_ref.at[row], nll)
+    factor = weight * (1.0 + 2.0 * z_loss * lse)
 
     def write(i, logits, _):
         scores, slope = score(logits)
         columns = i * block + lanes
-        gradient = jnp.exp(scores - lse) * (1.0 + 2.0 * z_loss * lse)
-        gradient -= jnp.where(columns == label, 1.0, 0.0)
+        gradient = jnp.exp(scores - lse) * factor - jnp.where(columns == label, weight, 0.0)
         if slope is not None:
             gradient *= slope
-        gradient = _where_supervised(weight, gradient).astype(out_ref.dtype)
+        gradient = jnp.where(weight == 0, 0.0, gradient).astype(out_ref.dtype)
         triton.store(out_ref.at[row, pl.ds(i * block, block)], gradient, mask=columns < v)
 
     walk(write, None)

@@ -261,14 +261,15 @@ class Multiplier(Role):
         # One instruction each, good to 2⁻²¹, where an exact quotient takes twenty.
         root = lax.rsqrt(1.0 + jnp.exp(-gate))
         sigmoid = root * root
+        silu = gate * sigmoid
         if plan.epilogue == "swiglu":
-            return [gate * sigmoid * up]
+            return [silu * up]
         if plan.epilogue == "swiglu_keep":
-            return [gate * sigmoid * up, gate, up]
+            return [silu * up, gate, up]
         (d_act,) = tail
-        d_gate = d_act * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
-        act = [gate * sigmoid * up] if plan.epilogue == "swiglu_back" else []
-        return [d_gate, d_act * gate * sigmoid, *act]
+        d_gate = d_act * up * (sigmoid + silu * (1.0 - sigmoid))
+        act = [silu * up] if plan.epilogue == "swiglu_back" else []
+        return [d_gate, d_act * silu, *act]
 
     def tail_slot(self, count, j: int):
         """Returns the slot with the tail's part of the piece of columns `j`."""
