@@ -82,9 +82,14 @@ class LoraLinear(nnx.Module):
 
     def apply_added(self, x, residual: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
         """Returns ``residual + self(x)``, in one operation if they have one dtype."""
-        if self.merged or residual.dtype != self.compute_dtype(x.dtype):
+        if self.merged or not self._promises(residual.dtype, x.dtype):
             return residual + self(x)
         return self._apply(x, residual)
+
+    def _promises(self, dtype, of_input) -> bool:
+        """Says whether outputs are computed, and come, in `dtype`."""
+        wanted = self.preferred_element_type or dtype
+        return {jnp.dtype(wanted), jnp.dtype(self.compute_dtype(of_input))} == {jnp.dtype(dtype)}
 
     def _apply(self, x, residual):
         dtype = self.compute_dtype(x.dtype)
@@ -150,7 +155,8 @@ class LoraLinear(nnx.Module):
         if pair is None or not plain:
             return None
         x, single = x.astype(pair.dtype), self._group((down,), pair.dtype)
-        if single is None or {single.dtype, residual.dtype} != {pair.dtype}:
+        wanted = getattr(down, "preferred_element_type", None) or pair.dtype
+        if single is None or {single.dtype, residual.dtype, jnp.dtype(wanted)} != {pair.dtype}:
             product = lora_swiglu(x, *pair.members, **self._options(dropout_key=pair.key))
             return residual + down(product)
         options = self._options(dropout_keys=(pair.key, single.key), repeated=repeated)

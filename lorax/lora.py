@@ -30,14 +30,14 @@ from lorax_kernels import Kernels, check_kernels_name
 
 
 def set_kernels(model: nnx.Module, kernels: Kernels) -> None:
-    """Sets what computes adapted layers and norms, in place: ``auto``, ``pallas`` or ``xla``.
+    """Sets what computes adapted layers, norms and loss, in place: ``auto``, ``pallas`` or ``xla``.
 
     Raises:
         ValueError: If `kernels` is none of these.
     """
     check_kernels_name(kernels)
-    modules: dict[str, Any] = named_modules(model)
-    for module in modules.values():
+    modules: list[Any] = [model, *named_modules(model).values()]
+    for module in modules:
         if getattr(module, "kernels", None) in get_args(Kernels.__value__):
             module.kernels = kernels
 

@@ -14,7 +14,10 @@ from lorax_kernels import Kernels, accumulation_dtype, runs_in_place, token_nll_
 from lorax_kernels import token_nll as token_nll
 
 LOGIT_CHUNK_BYTES = 256 * 2**20
-"""At most this many bytes of logits and their gradient exist at a time, in half precision."""
+"""At most this many bytes of logits and their gradient exist at a time in half precision, twice as
+many in float32."""
+
+ROW_AXES = (DATA_AXIS,)  # mesh axes that divide the rows of a batch
 
 type Batch = dict[str, Any]
 type LossFunction = Callable[[nnx.Module, Batch], tuple[jax.Array, jax.Array]]
@@ -79,7 +82,7 @@ def linear_cross_entropy(
         return nnx.merge(graph, trainable, rest)(states)
 
     logits = jax.eval_shape(logits_of, trainable, rest, hidden)
-    in_place = runs_in_place(logits.dtype, kernels)
+    in_place = runs_in_place(logits.shape[0], logits.dtype, kernels, ROW_AXES)
     chunks, chunk = logit_chunks(labels.shape[0], length, logits.shape[-1], in_place)
     options: dict[str, Any] = {"soft_cap": soft_cap, "z_loss": z_loss}
 
@@ -97,7 +100,7 @@ def linear_cross_entropy(
             states, targets, index = inputs
             logits, pull = jax.vjp(lambda t, s: logits_of(t, rest, s, index), trainable, states)
             nll, of_logits = token_nll_and_gradient(
-                logits, targets, kernels=kernels, row_axes=(DATA_AXIS,), **options
+                logits, targets, kernels=kernels, row_axes=ROW_AXES, **options
             )
             of_head, of_states = pull(of_logits)
             total, of_head_so_far = sums
@@ -162,7 +165,9 @@ def causal_lm_loss(model: Any, batch: Batch) -> tuple[Float[Array, ""], Int[Arra
         batch.get("segment_ids"),
         inputs_embeds=batch.get("inputs_embeds"),
     )
-    loss = linear_cross_entropy(model.lm_head, hidden, labels, kernels=model.kernels)
+    loss = linear_cross_entropy(
+        model.lm_head, hidden, labels, kernels=getattr(model, "kernels", "auto")
+    )
     return loss, (labels != IGNORED).sum()
 
 

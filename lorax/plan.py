@@ -130,9 +130,11 @@ class Planner:
             scores = 2.0 * length - 4.0 * a.head_dim
             layer += max(0.0, tokens * a.num_attention_heads * scores)
             layer += 2.0 * tokens * length * self.config.data.packing
-        _, chunk = logit_chunks(rows, length, a.vocab_size)
+        in_place = c == 2 and self.config.model.kernels != "xla"  # on an H200
+        _, chunk = logit_chunks(rows, length, a.vocab_size, in_place)
         # Logits and their gradient, and the states and their gradient, chunk by chunk.
-        loss = rows * chunk * a.vocab_size * 2.0 * c + 3 * tokens * a.hidden_size * c
+        logits = rows * chunk * a.vocab_size * c * (1.0 if in_place else 2.0)
+        loss = logits + 3 * tokens * a.hidden_size * c
         working = max(layer, loss)
         if policy in REPEATING:
             whole, instead = self._kept_per_token("selective"), self._kept_per_token(policy)

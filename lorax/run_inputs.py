@@ -113,9 +113,8 @@ def model_shapes(config: RunConfig, base: Path) -> CausalLM:
             attn_impl=config.model.attn_impl,
             rngs=nnx.Rngs(0),
         )
-        if full:
-            return model
-        model = apply_lora(model, settings, rngs=nnx.Rngs(0))
+        if not full:
+            model = apply_lora(model, settings, rngs=nnx.Rngs(0))
         set_kernels(model, config.model.kernels)
         return model
 
@@ -286,11 +285,9 @@ def adapt_base(model: CausalLM, config: RunConfig, recomputation: Recomputation)
     """
     _check_kept_layers(config, model.config.num_hidden_layers)
     recomputation.put_on(model)
-    if config.train.method == "full":
-        return model
     if config.model.adapter:
         model = load_adapter(model, config.model.adapter)
-    else:
+    elif config.train.method != "full":
         model = apply_lora(model, config.lora, rngs=nnx.Rngs(config.train.seed))
     set_kernels(model, config.model.kernels)
     return model

@@ -9,7 +9,9 @@ import pytest
 from flax import nnx
 
 import lorax.loss
-from lorax.loss import linear_cross_entropy, logit_chunks
+from lorax.lora import set_kernels
+from lorax.loss import causal_lm_loss, linear_cross_entropy, logit_chunks
+from lorax.models import CausalLM, DecoderConfig
 from lorax.sharding import DATA_AXIS, make_mesh
 from lorax_kernels import IGNORED, cross_entropy, token_nll, token_nll_and_gradient
 from lorax_kernels.device import interpreted
@@ -27,6 +29,8 @@ def draw(shape, dtype):
     logits = numbers.normal(size=shape) * spread
     labels = numbers.integers(0, shape[-1], shape[:-1])
     labels.flat[:3] = IGNORED, 0, shape[-1] - 1
+    # Tokens that cannot be: the first 64, and some in the middle.
+    logits.reshape(-1, shape[-1])[2, :64] = logits.reshape(-1, shape[-1])[1, 70:128] = -np.inf
     return jnp.asarray(logits, dtype), jnp.asarray(labels, jnp.int32)
 
 
@@ -70,8 +74,10 @@ def test_a_token_without_supervision_is_zero_and_one_with_a_wrong_label_nan(kern
 def test_what_is_no_number_shows(kernels):
     logits, labels = draw((5, 128), "bfloat16")
     with interpreted(3):
-        nll, _ = token_nll_and_gradient(logits.at[3, 7].set(jnp.nan), labels, kernels=kernels)
+        changed = logits.at[3, 7].set(jnp.nan)
+        nll, gradient = token_nll_and_gradient(changed, labels, kernels=kernels)
     assert np.isnan(nll).tolist() == [False, False, False, True, False]
+    assert np.isnan(np.float32(gradient)).all(axis=1).tolist() == np.isnan(nll).tolist()
 
 
 def test_the_shards_of_a_mesh_are_computed_apart():
@@ -106,6 +112,67 @@ def test_where_the_kernel_runs_and_that_its_chunks_are_twice_as_long(kernels, dt
     assert ("pallas_call" in {e.primitive.name for e in found}) == runs
     longest = max(v.aval.shape[1] for e in found for v in e.outvars if v.aval.shape[2:] == (500,))
     assert longest == (20 if runs else 10)
+
+
+def test_inside_a_shard_map_the_rows_are_those_of_one_shard():
+    logits, labels = draw((4, 3, 201), "bfloat16")
+    function = functools.partial(token_nll_and_gradient, row_axes=(DATA_AXIS,))
+    rows = jax.sharding.PartitionSpec(DATA_AXIS)
+    with interpreted(3):
+        alone = function(logits, labels)
+        with jax.set_mesh(make_mesh(2)):
+            inside = jax.shard_map(function, in_specs=rows, out_specs=rows, check_vma=False)
+            shared = jax.jit(inside)(logits, labels)
+    for ours, theirs in zip(shared, alone, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_where_a_mesh_does_not_divide_the_rows_xla_works_in_chunks_of_its_own(monkeypatch):
+    monkeypatch.setattr(lorax.loss, "LOGIT_CHUNK_BYTES", 4 * 3 * 500 * 10)
+    head = nnx.Linear(64, 500, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    hidden, labels = jnp.ones((3, 40, 64), "bfloat16"), jnp.zeros((3, 40), jnp.int32)
+    with jax.set_mesh(make_mesh(2)), interpreted(3):
+        loss = jax.grad(lambda h: linear_cross_entropy(head, h, labels))
+        found = list(equations(jax.make_jaxpr(loss)(hidden).jaxpr))
+    assert "pallas_call" not in {e.primitive.name for e in found}
+    assert (
+        max(v.aval.shape[1] for e in found for v in e.outvars if v.aval.shape[2:] == (500,)) == 10
+    )
+
+
+@pytest.mark.parametrize("kernels, runs", [("auto", True), ("xla", False)])
+def test_a_model_s_kernels_decide_it(kernels, runs):
+    sizes = {"model_type": "llama", "hidden_size": 128, "intermediate_size": 256}
+    sizes |= {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    sizes |= {"vocab_size": 64, "max_position_embeddings": 64}
+    config = DecoderConfig.from_hf(sizes, "here")
+    model = CausalLM(config, dtype=jnp.bfloat16, attn_impl="xla", rngs=nnx.Rngs(0))
+    set_kernels(model, kernels)
+    graph, trainable, rest = nnx.split(model, nnx.Param, ...)
+    batch = {name: jnp.zeros((1, 16), jnp.int32) for name in ("input_ids", "labels")}
+    loss = lambda t: causal_lm_loss(nnx.merge(graph, t, rest), batch)[0]
+    device = jax.sharding.AbstractDevice("NVIDIA H200", 132, "cuda")
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        found = equations(jax.make_jaxpr(jax.grad(loss))(trainable).jaxpr)
+        assert ("pallas_call" in {e.primitive.name for e in found}) == runs
+
+
+def test_a_name_that_is_none_is_refused():
+    logits, labels = draw((5, 128), "bfloat16")
+    with pytest.raises(ValueError, match="kernels must be auto, pallas or xla, got 'Xla'"):
+        token_nll_and_gradient(logits, labels, kernels="Xla")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("options", [{}, BOTH])
+@pytest.mark.parametrize("shape", [(2, 3, 1), (4, 5, 100), (4, 75, 128256)])
+def test_it_lowers_for_the_gpu(shape, options):
+    device = jax.sharding.AbstractDevice("NVIDIA H200", 132, "cuda")
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
+    operands = jax.ShapeDtypeStruct(shape, "bfloat16"), jax.ShapeDtypeStruct(shape[:-1], "int32")
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.jit(functools.partial(token_nll_and_gradient, **options)).trace(*operands)
+        assert "cross_entropy" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 def test_chunks_keep_to_the_budget():

@@ -113,7 +113,15 @@ def test_a_product_and_its_update_are_one_sum(m, k, n, r, dtype, cores, transpos
     check(kernel, lambda xp, x, w, h, b: [x @ w + h @ b], (x, w, h, b), cores)
 
 
-@pytest.mark.parametrize("options", [{}, {"cluster": 2}, {"block_m": 256, "stages": 2}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"cluster": 2},
+        {"block_m": 256, "stages": 2},
+        {"stages": 4, "store_slots": 1, "raster_minor": 0, "raster_width": 16},
+    ],
+)
 @pytest.mark.parametrize("short", [True, False])
 def test_a_product_is_added_to_what_there_is(options, short):
     m, k, n, r = 200, 128, 320, 16 if short else 64

@@ -712,26 +712,25 @@ def test_kernels_number_rows_from_the_shard_s_first():
     np.testing.assert_array_equal(np.asarray(whole)[32:], np.asarray(later))
 
 
-def trace_sharded(shape=(8, 64), k=256, n=384, r=16, **options):
+def trace_sharded(shape=(8, 64), k=256, n=384, r=16, adds=False, **options):
     """Traces values and gradients on a mesh of four, and lowers them for a GPU."""
     (member,) = draw_members(k, [(n, r)])
+    options |= {"scale": 2.0, "kernels": "pallas", "row_axes": (DATA_AXIS,)}
 
-    def loss(x, a, b):
-        y = lora_linear(
-            x, member["w"], a, b, scale=2.0, kernels="pallas", row_axes=(DATA_AXIS,), **options
-        )
+    def loss(x, a, b, residual):
+        y = lora_linear(x, member["w"], a, b, residual=residual, **options)
         return y.astype(jnp.float32).sum()
 
-    mesh = make_mesh(4)
+    mesh, residual = make_mesh(4), draw(1, *shape, n) if adds else None
     with jax.set_mesh(mesh), interpreted(132):
-        gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
-        return gradients.trace(draw(0, *shape, k), member["a"], member["b"])
+        gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3) if adds else (0, 1, 2)))
+        return gradients.trace(draw(0, *shape, k), member["a"], member["b"], residual)
 
 
-@pytest.mark.parametrize("drops", [False, True])
-def test_under_a_mesh_every_kernel_sees_its_shard_of_the_rows_and_nothing_is_gathered(drops):
+@pytest.mark.parametrize("drops, adds", [(False, False), (True, False), (False, True)])
+def test_under_a_mesh_every_kernel_sees_its_shard_of_the_rows_and_nothing_is_gathered(drops, adds):
     options = {"dropout_rate": RATE, "dropout_key": jax.random.key(0)} if drops else {}
-    traced = trace_sharded(**options)
+    traced = trace_sharded(adds=adds, **options)
     reduced = [line for line in str(traced.jaxpr).splitlines() if " psum[axes=('data',)" in line]
     assert sorted(line.split("=")[0].split(":")[1].strip() for line in reduced) == [
         "f32[16,384]",  # of b

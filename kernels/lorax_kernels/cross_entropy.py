@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from lorax_kernels.device import has_triton, is_interpreted, runs_kernels
-from lorax_kernels.lora_linear.choice import Kernels, axis_sizes
+from lorax_kernels.lora_linear.choice import Kernels, axis_sizes, check_kernels_name
 from lorax_kernels.lora_linear.reference import accumulation_dtype
 
 IGNORED = -100
@@ -71,23 +71,37 @@ def token_nll_and_gradient(
         z_loss: As in `token_nll`.
         kernels: ``xla`` leaves it to XLA; else the kernel runs where `runs_in_place` says so.
         row_axes: Mesh axes that divide the first dimension.
+
+    Raises:
+        ValueError: If `kernels` is no such name.
     """
-    labels, axes = labels.astype(jnp.int32), axis_sizes(row_axes)
-    if not runs_in_place(logits.dtype, kernels) or logits.shape[0] % math.prod(axes.values()):
+    labels = labels.astype(jnp.int32)
+    if not runs_in_place(logits.shape[0], logits.dtype, kernels, row_axes):
         options = {"soft_cap": soft_cap, "z_loss": z_loss}
         nll = token_nll(logits, labels, **options)
         return nll, _gradient(logits, labels, **options)
-    function = functools.partial(_nll_and_gradient, soft_cap, z_loss)
-    if axes:
+    soft_cap = None if soft_cap is None else float(soft_cap)
+    function = functools.partial(_nll_and_gradient, soft_cap, float(z_loss))
+    if axes := axis_sizes(row_axes):
         rows = PartitionSpec(tuple(axes))
         function = jax.shard_map(function, in_specs=rows, out_specs=rows, check_vma=False)
     return function(logits, labels)
 
 
-def runs_in_place(dtype, kernels: Kernels = "auto") -> bool:
-    """Says whether the kernel runs: on Hopper GPUs, in bfloat16 and float16, with JAX's Triton."""
+def runs_in_place(
+    rows: int, dtype, kernels: Kernels = "auto", row_axes: Sequence[str] = ()
+) -> bool:
+    """Says whether the kernel runs: on Hopper GPUs, in bfloat16 and float16, with JAX's Triton.
+
+    `rows`, the first dimension of the logits, must be what the mesh's `row_axes` divide.
+
+    Raises:
+        ValueError: If `kernels` is no such name.
+    """
+    check_kernels_name(kernels)
     narrow = dtype in (jnp.bfloat16, jnp.float16)
-    return kernels != "xla" and narrow and runs_kernels() and has_triton()
+    divided = rows % math.prod(axis_sizes(row_axes).values()) == 0
+    return kernels != "xla" and narrow and divided and runs_kernels() and has_triton()
 
 
 def _scores(logits, labels, soft_cap: float | None):
@@ -193,7 +207,9 @@ def _kernel(logits_ref, labels_ref, out_ref, nll_ref, *, v: int, block: int, sof
 
     # Read before the sums, for whose sake all threads meet: later another may have written there.
     chosen, _ = score(triton.load(logits_ref.at[row, jnp.clip(label, 0, v - 1)]))
-    most, total = walk(add, (jnp.float32(-jnp.inf), jnp.float32(0.0)))
+    # The lowest finite number: a block of which no token can be must not bring inf - inf.
+    lowest = jnp.float32(jnp.finfo(jnp.float32).min)
+    most, total = walk(add, (lowest, jnp.float32(0.0)))
     lse = most + jnp.log(total)
     nll = _where_supervised(weight, lse - chosen + z_loss * lse * lse)
     triton.store(nll_ref.at[row], nll)

@@ -92,8 +92,8 @@ def run(
         padding = (
             -m % KERNEL_ROWS if implementation == "pallas" and (m % 8 or m < KERNEL_ROWS) else 0
         )
-        rows = lambda x: jnp.pad(x.reshape(m, x.shape[-1]), ((0, padding), (0, 0)))
-        outputs = function(tuple(statics), rows(x), *operands, jax.tree.map(rows, residual))
+        flat = lambda v: jnp.pad(v.reshape(m, v.shape[-1]), ((0, padding), (0, 0)))
+        outputs = function(tuple(statics), flat(x), *operands, jax.tree.map(flat, residual))
         return [y[:m].reshape(*batch, y.shape[1]) for y in outputs]
 
     if not axes:

@@ -126,8 +126,12 @@ def split(members: Sequence[LoraWeights], rate: float = 0.0) -> list[list[int]]:
 
 
 def axis_sizes(row_axes: Sequence[str]) -> dict[str, int]:
-    """Returns the sizes of those axes that the current mesh has and that divide something."""
+    """Returns the sizes of those axes that the current mesh has and that divide something.
+
+    Inside a `jax.shard_map` over an axis the rows are already those of one shard.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return {}
-    return {a: mesh.shape[a] for a in row_axes if mesh.shape.get(a, 1) > 1}
+    open_axes = [a for a in row_axes if a in mesh.shape and a not in mesh.manual_axes]
+    return {a: mesh.shape[a] for a in open_axes if mesh.shape[a] > 1}

@@ -147,9 +147,12 @@ def forward(
     begun, n0 = None, group.w[0].shape[1]
     width = 0 if dropout else inline_width(m, k, n, n0, layout.size)
     if width and residual is not None and inline_config(layout.size).store_n != STEP:
-        # Its buffers leave no room to stage the residual: a pass of its own costs less than x·A.
-        (y,), saved = forward(x, group, dropout)
-        return [residual + y], saved
+        # Its buffers leave no room to stage the residual. One of two passes more: x read again for
+        # h, or y and the residual read and their sum written.
+        if k > 3 * n:
+            (y,), saved = forward(x, group, dropout)
+            return [residual + y], saved
+        width = 0
     if width:
         y, h = inline_matmul(
             [InlineTerm(x, group.w[0], a)],

@@ -155,7 +155,9 @@ def _check(plan: Plan, dtype) -> None:
     if c.block_m not in (128, 256) or c.block_n % 64 or plan.tile_n % c.store_n:
         raise ValueError(f"{c} has no tile that the matrix units take")
     if not fits(c, short=plan.update is not None):
-        raise ValueError(f"{c} needs more than {SHARED_MEMORY_BYTES} bytes of shared memory")
+        raise ValueError(f"{c} needs more than {SHARED_MEMORY_BYTES - 1024} bytes of shared memory")
+    if plan.epilogue != "store" and len(plan.columns) > 1:
+        raise ValueError(f"{plan.epilogue} takes one group, got {len(plan.columns)}")
     if plan.tail and plan.masked_steps:
         raise ValueError(f"{plan.epilogue} leaves no slot of the ring for a dropped term")
     if plan.masked_steps > c.stages:

@@ -185,7 +185,7 @@ class Plan:
     @property
     def staging_slots(self) -> int:
         """Staging buffers in use: a divisor of a tile's pieces, so that they go on in turn."""
-        writes = 1 if self.epilogue == "store" else self.outputs
+        _, writes = EPILOGUE_ARRAYS.get(self.epilogue, (0, 1))
         pieces = self.warpgroup_m // 64 * self.tile_n // self.config.store_n * writes
         return max(s for s in range(1, self.config.store_slots + 1) if pieces % s == 0)
 
