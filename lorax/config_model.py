@@ -15,7 +15,8 @@ class ModelConfig(Section):
         attn_impl: `auto` takes cuDNN on an NVIDIA GPU and XLA elsewhere.
         kernels: What computes the adapted layers: `pallas` the fused kernels (Hopper GPUs), `xla`
             plain XLA, `auto` whichever was faster when measured on such a GPU (H200s stand for
-            H100s) at such sizes. The norms' backward pass is a kernel there too, but with `xla`.
+            H100s) at such sizes. The norms' backward pass and the loss are kernels there too, but
+            with `xla`.
         offload_embedding: Keeps the frozen input embedding in the host's memory and sends the rows
             that a batch needs with it: 1 GiB less on the device for Llama-3.1-8B. Not where the
             output head is the same array, or where the embedding trains.

@@ -43,13 +43,15 @@ def linear_cross_entropy(
     Args:
         head: Called like a linear layer; its `nnx.Param` variables get gradients.
         hidden: What it is called with.
-        labels: Token ids or `IGNORED`.
+        labels: The id of each position's next token (shifted already), or `IGNORED`, -100. Any
+            other number makes the loss NaN.
         soft_cap: As in `token_nll`.
         z_loss: As in `token_nll`.
         kernels: As in `token_nll_and_gradient`.
 
     Raises:
-        ValueError: If shapes disagree, labels are no integers, or a setting has the wrong sign.
+        ValueError: If shapes disagree, labels are no integers, a setting has the wrong sign, or
+            `kernels` is no such name.
     """
     if hidden.ndim != 3 or labels.shape != hidden.shape[:2]:
         got = f"{hidden.shape} and {labels.shape}"

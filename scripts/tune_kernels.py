@@ -6,9 +6,9 @@
 The first form times every candidate against cuBLAS in turns, each at the clock that the chip's
 power limit leaves it, and writes the products' rows of
 ``kernels/lorax_kernels/tuned/<device>.json``; rows of other products stay. Where an epilogue writes
-over what it reads, copies that save the operands are timed with it. The second copies in what a
-benchmark found of the whole operation and XLA's: ``kernels: auto`` runs the kernel where it was the
-faster one.
+over what it reads, copies that save the operands are timed with it; cuBLAS makes the products
+alone. The second copies in what a benchmark found of the whole operation and XLA's: ``kernels:
+auto`` runs the kernel where it was the faster one.
 """
 
 import argparse
@@ -171,6 +171,7 @@ def tune_one(workload: Workload, m: int, transposed: bool, epilogue: Epilogue) -
         "config": json.loads(best),
         "ratio": round(timings[best].ratio, 4),
         "ratios": ratios,
+        **({"failed": sorted(failed)} if failed else {}),
     }
 
 
@@ -214,10 +215,10 @@ def main() -> None:
     else:
         options = parsed.layers, parsed.epilogues, parsed.seconds
         found = tune(parsed.models, parsed.rows, *options)
-        origin = {"commit": parsed.commit, "date": datetime.date.today().isoformat()}
+        origin = {"jax": jax.__version__, "commit": parsed.commit}
+        origin["date"] = datetime.date.today().isoformat()
         table["matmul"] = merge(table["matmul"], [row | origin for row in found])
         table["device"] = jax.devices()[0].device_kind
-        table["jax"] = jax.__version__
     parsed.out.parent.mkdir(parents=True, exist_ok=True)
     rows = {name: value for name, value in table.items() if name not in ("matmul", "linear")}
     lines = [f"  {json.dumps(name)}: {json.dumps(value)}," for name, value in rows.items()]

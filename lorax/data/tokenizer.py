@@ -35,7 +35,7 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> Tokenizer:
         A fast tokenizer: one that knows which characters a token stands for.
 
     Raises:
-        ValueError: If there is none, or only a slow one.
+        ValueError: If there is none, or only a slow one, or one that makes nothing of a text.
     """
     local = Path(name_or_path).is_dir()
     if not local and (Path(name_or_path).is_absolute() or name_or_path.startswith(("./", "../"))):
@@ -57,6 +57,12 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> Tokenizer:
             f"{name_or_path}: cannot load its tokenizer; needed is a tokenizer.json: {reason}"
         ) from error
     check_fast(tokenizer)
+    if not tokenizer.encode("a text", add_special_tokens=False):
+        # Of a folder without its files transformers makes one that knows nothing.
+        raise ValueError(
+            f"{name_or_path}: its tokenizer makes no token of a text; needed is a tokenizer.json: "
+            "copy the files that came with the model's tokenizer"
+        )
     return tokenizer
 
 

@@ -28,10 +28,10 @@ def lora_linear(
     kernels: Kernels = "auto",
     row_axes: Sequence[str] = (),
 ) -> Float[Array, "*batch n"]:
-    """Applies a frozen linear map and its low-rank update: ``x·w + scale·(dropout(x)·a)·b + bias``.
+    """Applies a frozen linear map and its low-rank update.
 
-    What it is added to, a `residual`, costs the kernel no pass of its own, but where the rank is
-    33 to 64 and k more than 3·n.
+    ``x·w + scale·(dropout(x)·a)·b + bias + residual``. The residual costs the kernel no pass of its
+    own, but where the rank is 33 to 64 and k more than 3·n.
 
     Operands take `x`'s dtype and every product accumulates in float32. `da` and `db` come in the
     dtypes of `a` and `b`. `w` and `bias` are frozen: their gradients are never computed, and
@@ -42,7 +42,7 @@ def lora_linear(
         w: Frozen weight.
         a: Down-projection to the rank r.
         b: Up-projection from the rank r.
-        scale: ``alpha / r``, or ``alpha / √r`` under rank stabilisation.
+        scale: ``alpha / r``, or ``alpha / √r`` under rank stabilisation; a Python number.
         bias: Frozen bias.
         residual: Added to the output, in `x`'s dtype; it has a gradient.
         dropout_rate: Probability with which an element of `x` is zeroed on the update's path.
