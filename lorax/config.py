@@ -75,7 +75,8 @@ class DataConfig(Section):
         response_part: Text that opens an assistant turn. Both or neither.
         max_seq_length: Longest row in tokens.
         overlong: What happens to longer rows.
-        unsupervised: What happens to rows without a target.
+        unsupervised: What happens to rows whose loss mask is empty, as when their answer was cut
+            off. A row that holds no answer is malformed, and always an error.
         packing: Puts several short rows into one, without attention between them.
         shuffle: A new order in each epoch, given by `train.seed`.
     """

@@ -224,6 +224,8 @@ def _apply_override(data: dict[Any, Any], override: str, source: _Source) -> lis
         return [(math.inf, f"{where}: {dotted}: not valid YAML: {reason}")]
     section = data
     for depth, name in enumerate(names[:-1], start=1):
+        if name not in section:
+            source.overrides[names[:depth]] = override
         section = section.setdefault(name, {})
         if not isinstance(section, dict):
             parent = ".".join(names[:depth])

@@ -415,6 +415,7 @@ def test_overrides_replace_values_and_create_sections(write):
         ("train.max_steps=2024-13-45", "train.max_steps: not valid YAML: "),
         ("train.max_steps=1.5", "train.max_steps: needs a whole number, got 1.5"),
         ("train.max_step=1", "train.max_step: unknown key; did you mean train.max_steps?"),
+        ("trian.max_steps=1", "trian: unknown key; did you mean train?"),
         ("model.dtype.x=1", "model.dtype.x: "),
         ("data.train.0.path=a", "data.train is the text 'rows.jsonl', not a section"),
         ("lora.rank_pattern={a: 1, a: 2}", "lora.rank_pattern.a: duplicate key"),
