@@ -117,6 +117,13 @@ def matmul_cases(shape):
     seen = set()
     for transposed, epilogue, config in measured_products():
         name = f"{'nt' if transposed else 'nn'} {epilogue} {config}"
+        if epilogue == "add":
+            yield name, *added(config)
+            continue
+        if epilogue == "swiglu_back":
+            short_config = dataclasses.replace(config, stages=min(config.stages, 3))
+            yield name, *gated_back(short_config, 16, drops=False)
+            continue
         if epilogue != "store":
             yield name, *gated(config, epilogue)
             continue

@@ -103,8 +103,8 @@ FAULTS = [
     (
         "the derivative of silu has a wrong sign",
         "roles.py",
-        "(sigmoid + silu * (1.0 - sigmoid))",
-        "(sigmoid - silu * (1.0 - sigmoid))",
+        "(1.0 + gate * (1.0 - sigmoid))",
+        "(1.0 - gate * (1.0 - sigmoid))",
         "swiglu_grad",
     ),
     (

@@ -261,15 +261,14 @@ class Multiplier(Role):
         # One instruction each, good to 2⁻²¹, where an exact quotient takes twenty.
         root = lax.rsqrt(1.0 + jnp.exp(-gate))
         sigmoid = root * root
-        silu = gate * sigmoid
         if plan.epilogue == "swiglu":
-            return [silu * up]
+            return [gate * sigmoid * up]
         if plan.epilogue == "swiglu_keep":
-            return [silu * up, gate, up]
+            return [gate * sigmoid * up, gate, up]
         (d_act,) = tail
-        d_gate = d_act * up * (sigmoid + silu * (1.0 - sigmoid))
-        act = [silu * up] if plan.epilogue == "swiglu_back" else []
-        return [d_gate, d_act * silu, *act]
+        d_gate = d_act * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+        act = [gate * sigmoid * up] if plan.epilogue == "swiglu_back" else []
+        return [d_gate, d_act * gate * sigmoid, *act]
 
     def tail_slot(self, count, j: int):
         """Returns the slot with the tail's part of the piece of columns `j`."""
