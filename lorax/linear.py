@@ -9,7 +9,7 @@ from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 from jaxtyping import Array, Float
 
-from lorax.sharding import DATA_AXIS
+from lorax.sharding import ROW_AXES
 from lorax.targets import Target
 from lorax_kernels import (
     Kernels,
@@ -19,8 +19,6 @@ from lorax_kernels import (
     lora_mlp,
     lora_swiglu,
 )
-
-ROW_AXES = (DATA_AXIS,)  # mesh axes that divide the rows of a batch
 
 
 class Frozen(nnx.Variable):

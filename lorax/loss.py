@@ -8,16 +8,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from lorax.sharding import DATA_AXIS
+from lorax.sharding import ROW_AXES
 from lorax_kernels import IGNORED as IGNORED
-from lorax_kernels import Kernels, accumulation_dtype, runs_in_place, token_nll_and_gradient
+from lorax_kernels import Kernels, accumulation_dtype, runs_row_kernels, token_nll_and_gradient
 from lorax_kernels import token_nll as token_nll
 
 LOGIT_CHUNK_BYTES = 256 * 2**20
 """At most this many bytes of logits and their gradient exist at a time in half precision, twice as
 many in float32."""
-
-ROW_AXES = (DATA_AXIS,)  # mesh axes that divide the rows of a batch
 
 type Batch = dict[str, Any]
 type LossFunction = Callable[[nnx.Module, Batch], tuple[jax.Array, jax.Array]]
@@ -84,7 +82,7 @@ def linear_cross_entropy(
         return nnx.merge(graph, trainable, rest)(states)
 
     logits = jax.eval_shape(logits_of, trainable, rest, hidden)
-    in_place = runs_in_place(logits.shape[0], logits.dtype, kernels, ROW_AXES)
+    in_place = runs_row_kernels(logits.shape[0], logits.dtype, kernels, ROW_AXES)
     chunks, chunk = logit_chunks(labels.shape[0], length, logits.shape[-1], in_place)
     options: dict[str, Any] = {"soft_cap": soft_cap, "z_loss": z_loss}
 

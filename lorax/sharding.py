@@ -10,6 +10,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 DATA_AXIS = "data"
+ROW_AXES = (DATA_AXIS,)  # mesh axes that divide the rows of a batch
 
 # First match wins. Data parallelism replicates every parameter; a new layout is a new row.
 PARAMETER_SPECS: tuple[tuple[str, PartitionSpec], ...] = ((r".*", PartitionSpec()),)

@@ -1,4 +1,4 @@
-"""What is in a traced function."""
+"""What is in a traced function, and tracing for another device."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +13,13 @@ def equations(jaxpr: Any) -> Iterator[Any]:
         for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_jaxpr):
             if _is_jaxpr(inner):
                 yield from equations(getattr(inner, "jaxpr", inner))
+
+
+def on_h200():
+    """Traces what is inside as for an H200."""
+    device = jax.sharding.AbstractDevice("NVIDIA H200", 132, "cuda")
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
+    return jax.sharding.use_abstract_mesh(mesh)
 
 
 def _is_jaxpr(value: Any) -> bool:

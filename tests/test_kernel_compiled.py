@@ -52,14 +52,20 @@ def matmul_cases(shape):
     import jax.numpy as jnp
 
     from lorax_kernels.lora_linear.kernel import grouped_matmul
-    from lorax_kernels.lora_linear.plan import Dropout, MatmulConfig, Term, Update
+    from lorax_kernels.lora_linear.plan import (
+        Dropout,
+        MatmulConfig,
+        Term,
+        Update,
+        beside_short_step,
+    )
 
     x, w, h16, b16 = shape(ROWS, K), shape(K, N), shape(ROWS, 16), shape(16, N)
     h64, seed = shape(ROWS, 64), shape(3, dtype=jnp.uint32)
 
     def short(config, transposed, epilogue="store", drops=False):
-        # A short step leaves room for three slots; dropout is drawn in the backward pass alone.
-        config = dataclasses.replace(config, stages=min(config.stages, 3))
+        # Dropout is drawn in the backward pass alone.
+        config = beside_short_step(config)
 
         def run(x, w, h, b, seed):
             dropout = Dropout(seed, 0.1) if drops else None
@@ -121,8 +127,7 @@ def matmul_cases(shape):
             yield name, *added(config)
             continue
         if epilogue == "swiglu_back":
-            short_config = dataclasses.replace(config, stages=min(config.stages, 3))
-            yield name, *gated_back(short_config, 16, drops=False)
+            yield name, *gated_back(beside_short_step(config), 16, drops=False)
             continue
         if epilogue != "store":
             yield name, *gated(config, epilogue)

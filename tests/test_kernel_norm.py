@@ -14,6 +14,7 @@ from lorax.models import CausalLM, DecoderConfig
 from lorax.sharding import DATA_AXIS, make_mesh
 from lorax_kernels import rms_norm, rms_norm_fork
 from lorax_kernels.device import interpreted
+from tests.jaxprs import on_h200
 
 EPSILON = 1e-5
 
@@ -116,12 +117,6 @@ def test_no_more_is_kept_than_without_it(policy):
         return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
     assert kept("auto") <= kept("xla")
-
-
-def on_h200():
-    device = jax.sharding.AbstractDevice("NVIDIA H200", 132, "cuda")
-    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
-    return jax.sharding.use_abstract_mesh(mesh)
 
 
 def small_model(kernels, dtype, adapted, policy="none"):

@@ -1,7 +1,6 @@
 """The operations that decide lorax's speed: pure functions on arrays, importing jax only."""
 
 from lorax_kernels.cross_entropy import IGNORED as IGNORED
-from lorax_kernels.cross_entropy import runs_in_place as runs_in_place
 from lorax_kernels.cross_entropy import token_nll as token_nll
 from lorax_kernels.cross_entropy import token_nll_and_gradient as token_nll_and_gradient
 from lorax_kernels.device import compile_kernels as compile_kernels
@@ -17,5 +16,6 @@ from lorax_kernels.lora_linear import lora_linear_group as lora_linear_group
 from lorax_kernels.lora_linear import lora_mlp as lora_mlp
 from lorax_kernels.lora_linear import lora_swiglu as lora_swiglu
 from lorax_kernels.lora_linear import padded_rank as padded_rank
+from lorax_kernels.lora_linear import runs_row_kernels as runs_row_kernels
 from lorax_kernels.rms_norm import rms_norm as rms_norm
 from lorax_kernels.rms_norm import rms_norm_fork as rms_norm_fork

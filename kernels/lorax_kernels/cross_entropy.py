@@ -9,7 +9,6 @@ twice and writes the gradient over it. In Pallas's Triton: see `rms_norm`.
 """
 
 import functools
-import math
 from collections.abc import Sequence
 
 import jax
@@ -17,8 +16,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from lorax_kernels.device import has_triton, is_interpreted, runs_kernels
-from lorax_kernels.lora_linear.choice import Kernels, axis_sizes, check_kernels_name
+from lorax_kernels.device import is_interpreted
+from lorax_kernels.lora_linear.choice import Kernels, axis_sizes, runs_row_kernels
 from lorax_kernels.lora_linear.reference import accumulation_dtype
 
 IGNORED = -100
@@ -69,14 +68,14 @@ def token_nll_and_gradient(
         labels: As in `token_nll`.
         soft_cap: As in `token_nll`.
         z_loss: As in `token_nll`.
-        kernels: ``xla`` leaves it to XLA; else the kernel runs where `runs_in_place` says so.
+        kernels: ``xla`` leaves it to XLA; else the kernel runs where `runs_row_kernels` says so.
         row_axes: Mesh axes that divide the first dimension.
 
     Raises:
         ValueError: If `kernels` is no such name.
     """
     labels = labels.astype(jnp.int32)
-    if not runs_in_place(logits.shape[0], logits.dtype, kernels, row_axes):
+    if not runs_row_kernels(logits.shape[0], logits.dtype, kernels, row_axes):
         options = {"soft_cap": soft_cap, "z_loss": z_loss}
         nll = token_nll(logits, labels, **options)
         return nll, _gradient(logits, labels, **options)
@@ -86,22 +85,6 @@ def token_nll_and_gradient(
         rows = PartitionSpec(tuple(axes))
         function = jax.shard_map(function, in_specs=rows, out_specs=rows, check_vma=False)
     return function(logits, labels)
-
-
-def runs_in_place(
-    rows: int, dtype, kernels: Kernels = "auto", row_axes: Sequence[str] = ()
-) -> bool:
-    """Says whether the kernel runs: on Hopper GPUs, in bfloat16 and float16, with JAX's Triton.
-
-    `rows`, the first dimension of the logits, must be what the mesh's `row_axes` divide.
-
-    Raises:
-        ValueError: If `kernels` is no such name.
-    """
-    check_kernels_name(kernels)
-    narrow = dtype in (jnp.bfloat16, jnp.float16)
-    divided = rows % math.prod(axis_sizes(row_axes).values()) == 0
-    return kernels != "xla" and narrow and divided and runs_kernels() and has_triton()
 
 
 def _scores(logits, labels, soft_cap: float | None):

@@ -11,7 +11,6 @@ does what it did. The forward pass is XLA's, on NVIDIA GPUs one kernel that read
 """
 
 import functools
-import math
 from collections.abc import Sequence
 
 import jax
@@ -19,8 +18,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from lorax_kernels.device import has_triton, is_interpreted, runs_kernels
-from lorax_kernels.lora_linear.choice import Kernels, axis_sizes
+from lorax_kernels.device import is_interpreted
+from lorax_kernels.lora_linear.choice import Kernels, axis_sizes, runs_row_kernels
 from lorax_kernels.lora_linear.reference import accumulation_dtype
 
 MAX_WIDTH = 16384  # a row is held in registers
@@ -53,15 +52,15 @@ def rms_norm_fork(
         kernels: ``xla`` leaves the backward pass to XLA; else the kernel runs on Hopper GPUs where
             `x` is bfloat16 or float16, d is at most 16,384, and JAX has Pallas's Triton.
         row_axes: Mesh axes that divide the first dimension of `x`.
+
+    Raises:
+        ValueError: If `kernels` is no such name.
     """
-    axes = axis_sizes(row_axes)
-    narrow = x.dtype in (jnp.bfloat16, jnp.float16)
-    runs = runs_kernels() and has_triton()
-    fits = runs and narrow and 0 < x.size and x.shape[-1] <= MAX_WIDTH
-    if kernels == "xla" or not fits or x.shape[0] % math.prod(axes.values()):
+    fits = 0 < x.size and x.shape[-1] <= MAX_WIDTH
+    if not fits or not runs_row_kernels(x.shape[0], x.dtype, kernels, row_axes):
         return x, rms_norm(x, jax.lax.stop_gradient(weight), epsilon)
     fork = functools.partial(_fork, epsilon)
-    if axes:
+    if axes := axis_sizes(row_axes):
         rows = PartitionSpec(tuple(axes))
         fork = jax.shard_map(
             fork, in_specs=(rows, PartitionSpec()), out_specs=rows, check_vma=False

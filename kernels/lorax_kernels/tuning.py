@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lorax_kernels.device import core_count, device_kind
-from lorax_kernels.lora_linear.plan import STEP, Epilogue, MatmulConfig, fits
+from lorax_kernels.lora_linear.plan import STEP, Epilogue, MatmulConfig, beside_short_step
 from lorax_kernels.lora_linear.skinny import COLUMNS, ROWS, SkinnyConfig
 
 TUNED = Path(__file__).parent / "tuned"
@@ -94,9 +94,7 @@ def matmul_config(
     if rows:
         sizes = {"m": m, "k": k, "n": n}
         config = MatmulConfig(**min(rows, key=lambda row: _distance(row, sizes))["config"])
-    if short and not fits(config, short=True):
-        return dataclasses.replace(config, stages=3)
-    return config
+    return beside_short_step(config) if short else config
 
 
 def is_faster(m: int, k: int, n: int, r: int) -> bool:

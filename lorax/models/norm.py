@@ -5,7 +5,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from lorax.models.linear import Execution
-from lorax.sharding import DATA_AXIS
+from lorax.sharding import ROW_AXES
 from lorax_kernels import Kernels, rms_norm, rms_norm_fork
 
 
@@ -29,4 +29,4 @@ class RMSNorm(nnx.Module):
         if isinstance(self.weight, nnx.Param) or x.dtype != self.dtype:  # a Param trains
             return x, self(x)
         weight = self.weight[...].astype(self.dtype)
-        return rms_norm_fork(x, weight, self.epsilon, kernels=self.kernels, row_axes=(DATA_AXIS,))
+        return rms_norm_fork(x, weight, self.epsilon, kernels=self.kernels, row_axes=ROW_AXES)

@@ -7,7 +7,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from lorax_kernels.device import device_kind, runs_kernels
+from lorax_kernels.device import device_kind, has_triton, runs_kernels
 from lorax_kernels.lora_linear.weights import LoraWeights
 
 type Kernels = Literal["auto", "pallas", "xla"]
@@ -103,6 +103,28 @@ def explain_choice(
     if is_faster(m, k, sum(ns), max(ranks, default=RANK)):
         return "pallas", ""
     return "xla", f"faster when measured near {m} × {k} × {sum(ns)}, or never measured there"
+
+
+def runs_row_kernels(
+    rows: int, dtype, kernels: Kernels = "auto", row_axes: Sequence[str] = ()
+) -> bool:
+    """Says whether what treats each row by itself, the norm and the loss, runs as a kernel.
+
+    So it is on Hopper GPUs, in bfloat16 and float16, where JAX comes with Pallas's Triton.
+
+    Args:
+        rows: The first dimension, which the mesh's `row_axes` must divide.
+        dtype: Of the rows.
+        kernels: ``xla`` runs none.
+        row_axes: Mesh axes that divide the first dimension.
+
+    Raises:
+        ValueError: If `kernels` is no such name.
+    """
+    check_kernels_name(kernels)
+    narrow = dtype in (jnp.bfloat16, jnp.float16)
+    divided = rows % math.prod(axis_sizes(row_axes).values()) == 0
+    return kernels != "xla" and narrow and divided and runs_kernels() and has_triton()
 
 
 def padded_rank(r: int) -> int:

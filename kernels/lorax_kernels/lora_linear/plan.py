@@ -62,6 +62,11 @@ def fits(config: MatmulConfig, *, short: bool) -> bool:
     return config.shared_memory_bytes() + step <= SHARED_MEMORY_BYTES - 1024
 
 
+def beside_short_step(config: MatmulConfig) -> MatmulConfig:
+    """Returns `config`, with a slot less where a short step has no room beside it."""
+    return config if fits(config, short=True) else dataclasses.replace(config, stages=3)
+
+
 class Term(NamedTuple):
     """``lhs[:, column:]·rhs[row:, columns:]``; several `rhs` share the left operand.
 
