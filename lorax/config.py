@@ -8,8 +8,10 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, ClassVar, Literal, override
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from lorax.config_data import DataConfig as DataConfig
+from lorax.config_data import DataSource as DataSource
 from lorax.config_file import ConfigError as ConfigError
 from lorax.config_file import read_model, write_yaml
 from lorax.config_lora import LoraConfig as LoraConfig
@@ -35,76 +37,6 @@ def _default(section: Section, name: str) -> Any:
 
 def _listed(names: Sequence[str]) -> str:
     return " and ".join(f"`{name}`" for name in names)
-
-
-class DataSource(Section):
-    """One file or hub dataset.
-
-    Attributes:
-        path: A .jsonl, .json, .parquet or .csv file, or a hub id.
-        name: Configuration of the hub dataset.
-        split: Split of the hub dataset.
-    """
-
-    path: Text
-    name: Text | None = None
-    split: Text = "train"
-
-
-def _sources_from_paths(value: Any) -> Any:
-    entries = [value] if isinstance(value, str) else value
-    if not isinstance(entries, list | tuple):
-        return value
-    return tuple({"path": entry} if isinstance(entry, str) else entry for entry in entries)
-
-
-Sources = Annotated[tuple[DataSource, ...], BeforeValidator(_sources_from_paths)]
-
-
-class DataConfig(Section):
-    r"""What is learned from, and on which of its tokens.
-
-    Attributes:
-        train: Sources of the training rows; a path alone stands for ``[{path: …}]``.
-        eval: Sources of the held-out rows.
-        format: Shape of a row; `auto` tells by its columns.
-        chat_template: `tokenizer`, or the path of a .jinja file.
-        loss_on: The tokens that are prediction targets.
-        train_on_eos: Which end-of-turn tokens are targets.
-        instruction_part: Text that opens a user turn, such as ``<|im_start|>user\n``.
-        response_part: Text that opens an assistant turn. Both or neither.
-        max_seq_length: Longest row in tokens.
-        overlong: What happens to longer rows.
-        unsupervised: What happens to rows whose loss mask is empty, as when their answer was cut
-            off. A row that holds no answer is malformed, and always an error.
-        packing: Puts several short rows into one, without attention between them.
-        shuffle: A new order in each epoch, given by `train.seed`.
-    """
-
-    train: Annotated[Sources, Field(min_length=1)]
-    eval: Sources = ()
-    format: Literal[
-        "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "tokenized"
-    ] = "auto"
-    chat_template: Text = "tokenizer"
-    loss_on: Literal["assistant", "last_assistant", "completion", "all"] = "assistant"
-    train_on_eos: Literal["turn", "last", "all", "none"] = "turn"
-    instruction_part: Text | None = None
-    response_part: Text | None = None
-    max_seq_length: Annotated[int, Field(ge=2)] = 2048
-    overlong: Literal["error", "truncate", "drop"] = "error"
-    unsupervised: Literal["error", "drop"] = "error"
-    packing: bool = False
-    shuffle: bool = True
-
-    @override
-    def conflicts(self) -> Iterator[Conflict]:
-        if self.chat_template != "tokenizer" and not self.chat_template.endswith(".jinja"):
-            needed = "needs `tokenizer` or the path of a .jinja file"
-            yield "chat_template", f"{needed}, got {self.chat_template!r}"
-        if (self.instruction_part is None) != (self.response_part is None):
-            given = "response_part" if self.instruction_part is None else "instruction_part"
-            yield given, "instruction_part and response_part go together: set both or neither"
 
 
 class LrSchedulerKwargs(Section):

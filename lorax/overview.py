@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lorax.config import RunConfig
-from lorax.data import EncodedDataset, Tokenizer, render_example
+from lorax.data import EncodedDataset, EncodeReport, Tokenizer, render_example
 from lorax.kernel_choice import kernel_choices
 from lorax.lora import lora_layers
 from lorax.models import CausalLM
@@ -43,7 +43,7 @@ def report_data(
     for name, data in datasets.items():
         report = data.report
         console.print(
-            f"{name}: {report.rows_kept:,} of {report.rows_read:,} rows, {report.tokens:,} tokens, "
+            f"{name}: {_kept(report)}, {report.tokens:,} tokens, "
             f"{report.supervised_tokens:,} supervised · format {report.format} · mask from "
             f"{report.mask_source} · loss on {config.data.loss_on}",
             highlight=False,
@@ -56,6 +56,18 @@ def report_data(
         ):
             if count:
                 console.print(f"{name}: {count:,} rows {what}", style="yellow", highlight=False)
+        for change in report.changes:
+            console.print(
+                f"{name}: {change.rows:,} rows {change.what}; the first, {change.first}",
+                style="yellow",
+                highlight=False,
+                soft_wrap=True,
+            )
+        if report.date is not None:
+            console.print(
+                f"{name}: the chat template is told that today is {report.date} (data.date)",
+                highlight=False,
+            )
         if (longest := int(data.lengths.max())) > context:
             console.print(
                 f"{name}: rows of up to {longest:,} tokens, the model was made for {context:,}: "
@@ -69,6 +81,12 @@ def report_data(
         pieces = render_example(first, index, tokenizer)
         tokens, supervised = first.row(index)
         print_example(console, pieces, targets=int(supervised.sum()), tokens=len(tokens))
+
+
+def _kept(report: EncodeReport) -> str:
+    if report.rows_kept > report.rows_read:
+        return f"{report.rows_kept:,} rows of {report.rows_read:,} that were read"
+    return f"{report.rows_kept:,} of {report.rows_read:,} rows"
 
 
 def shows_text(console: Console) -> bool:

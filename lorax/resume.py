@@ -22,6 +22,7 @@ HARMLESS_KEYS = frozenset(
         "model.revision",
         "data.train",
         "data.eval",
+        "data.date",  # a dated text is in the fingerprint of the data
         "mesh.data",
         "train.gradient_checkpointing",
         "train.kept_layers",

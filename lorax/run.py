@@ -51,7 +51,9 @@ from lorax.run_inputs import (
     check_targets,
     check_weights,
     choose_recomputation,
+    date_of_run,
     explain_memory,
+    keep_date,
     load_base,
     load_inputs,
     saved_identity,
@@ -107,6 +109,7 @@ def _run(config: RunConfig, console: Console, phases: Phases, resume: Resume) ->
     output = Path(config.save.output_dir)
     resumed = find_run(output, resume)
     if resumed:
+        config = keep_date(config, date_of_run(config))
         refuse_changed_settings(config)
         if (output / SUMMARY_FILE).is_file():
             console.print(f"{output}: this run has ended; there is nothing to resume")
@@ -126,6 +129,7 @@ def _run(config: RunConfig, console: Console, phases: Phases, resume: Resume) ->
     shapes = check_targets(config, folder)
     base = start_beside("weights", lambda: load_base(config))  # which need nothing of the data
     inputs = data.result()
+    config = keep_date(config, inputs.date)
     check_plan(config, inputs)
     console.rule("Data")
     rows = 1 if shows_text(console) else 0

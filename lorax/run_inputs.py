@@ -11,7 +11,7 @@ from flax import nnx
 
 from lorax.beside import await_tracing
 from lorax.checkpoint import CHECKPOINT_FOLDER, CheckpointStore
-from lorax.config import RunConfig
+from lorax.config import RunConfig, load_config
 from lorax.data import (
     RENDERER,
     BatchPlan,
@@ -46,6 +46,7 @@ class Inputs:
         train: Encoded rows to learn from.
         eval: Encoded held-out rows.
         chat_template: Text of the run's own template; None where it is the tokenizer's.
+        date: The day that the chat template was told, if it asks for it.
     """
 
     base: Path
@@ -53,6 +54,7 @@ class Inputs:
     train: EncodedDataset
     eval: EncodedDataset | None
     chat_template: str | None
+    date: str | None = None
 
     @property
     def datasets(self) -> dict[str, EncodedDataset]:
@@ -83,7 +85,34 @@ def load_inputs(config: RunConfig) -> Inputs:
     train = encode(config.data.train)
     held_out = encode(config.data.eval) if config.data.eval else None
     RENDERER.close_unused()
-    return Inputs(base, tokenizer, train, held_out, _own_template(config))
+    date = next((data.report.date for data in (train, held_out) if data and data.report.date), None)
+    if config.data.date is not None and date is None:
+        raise ValueError(
+            f"data.date: {config.data.date} has no effect, since no chat template asks for today's "
+            "date: remove it"
+        )
+    return Inputs(base, tokenizer, train, held_out, _own_template(config), date)
+
+
+def keep_date(config: RunConfig, date: str | None) -> RunConfig:
+    """Returns the settings of a run whose chat template is told `date`, whenever it goes on."""
+    return config.model_copy(update={"data": config.data.model_copy(update={"date": date})})
+
+
+def date_of_run(config: RunConfig) -> str | None:
+    """Returns the day of the run in `save.output_dir`; what is asked for where it has none.
+
+    Raises:
+        ValueError: If another day is asked for.
+    """
+    asked, path = config.data.date, Path(config.save.output_dir) / "config.yaml"
+    kept = load_config(path).data.date if path.is_file() else None
+    if asked is not None and kept is not None and asked != kept:
+        raise ValueError(
+            f"data.date: {asked}, but the run in {config.save.output_dir} has the date {kept}: "
+            "leave it out, or begin another run"
+        )
+    return kept or asked
 
 
 def _own_template(config: RunConfig) -> str | None:

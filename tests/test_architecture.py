@@ -14,11 +14,13 @@ ROOT = Path(__file__).parents[1]
 ALLOWED = {
     "lorax_kernels": {"lorax_kernels"},
     "lorax.config": {
+        "lorax.config_data",
         "lorax.config_file",
         "lorax.config_lora",
         "lorax.config_model",
         "lorax.config_types",
     },
+    "lorax.config_data": {"lorax.config_types"},
     "lorax.config_model": {"lorax.config_types"},
     "lorax.config_lora": {"lorax.config_types"},
     "lorax.config_types": {"lorax.config_file"},

@@ -5,75 +5,25 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tokenizers
-import transformers
 
 from lorax.config import DataConfig, DataSource
 from lorax.data import load_encoded_dataset, render_example
+from tests.chats import (
+    CHATML,
+    DROPS_THINKING,
+    GENERATION,
+    HEADER,
+    LLAMA3,
+    MARKERS,
+    NO_STOP,
+    PROMPT,
+    STOP_OUTSIDE,
+    TWO_TURNS,
+    byte_tokenizer,
+)
 
-HEADER = "{{ '<|im_start|>' + m['role'] + '\\n' }}"
-PROMPT = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-CHATML = (
-    "{% for m in messages %}" + HEADER + "{{ m['content'] + '<|im_end|>\\n' }}{% endfor %}" + PROMPT
-)
-LLAMA3 = (
-    "{{ bos_token }}{% for m in messages %}{{ '<|start|>' + m['role'] + '<|end|>\\n\\n' }}"
-    "{{ m['content'] | trim }}{{ '<|eot|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start|>assistant<|end|>\\n\\n' }}{% endif %}"
-)
-GENERATION = (
-    "{% for m in messages %}"
-    + HEADER
-    + "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + '<|im_end|>' }}"
-    "{% endgeneration %}{{ '\\n' }}{% else %}{{ m['content'] + '<|im_end|>\\n' }}{% endif %}"
-    "{% endfor %}" + PROMPT
-)
-STOP_OUTSIDE = GENERATION.replace(
-    "{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\\n' }}",
-    "{{ m['content'] }}{% endgeneration %}{{ '<|im_end|>\\n' }}",
-)
-DROPS_THINKING = (
-    "{% for m in messages %}"
-    + HEADER
-    + "{{ m['content'] if loop.last else m['content'].split('</think>')[-1] }}"
-    "{{ '<|im_end|>\\n' }}{% endfor %}" + PROMPT
-)
-NO_STOP = (
-    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
-)
-SPECIAL = ("<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start|>", "<|end|>", "<|eot|>")
-MARKERS = {
-    "instruction_part": "<|im_start|>user\n",
-    "response_part": "<|im_start|>assistant\n",
-}
-TWO_TURNS = [
-    {"role": "user", "content": "hi"},
-    {"role": "assistant", "content": "hello"},
-    {"role": "user", "content": "bye"},
-    {"role": "assistant", "content": "ciao"},
-]
 OPENING = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
 BETWEEN = "\n<|im_start|>user\nbye<|im_end|>\n<|im_start|>assistant\n"
-
-
-def byte_tokenizer(template=None, *, trim_offsets=False, **named):
-    """A tokenizer with one token per byte, plus the special tokens; adds ``<s>`` to a text."""
-    symbols = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE({s: i for i, s in enumerate(symbols)}, []))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = tokenizers.decoders.ByteLevel()
-    backend.add_special_tokens(list(SPECIAL))
-    begin = tokenizers.processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", backend.token_to_id("<s>"))]
-    )
-    backend.post_processor = tokenizers.processors.Sequence(
-        [tokenizers.processors.ByteLevel(trim_offsets=trim_offsets), begin]
-    )
-    names = {"bos_token": "<s>", "eos_token": "</s>", **named}
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **names)
-    tokenizer.chat_template = template
-    return tokenizer
 
 
 @pytest.fixture
@@ -189,11 +139,13 @@ def test_stop_token_behind_the_generation_block_is_added(encode):
 def test_two_blocks_in_one_turn_need_one_stop_token(encode):
     split = GENERATION.replace(
         "{% generation %}{{ m['content'] + '<|im_end|>' }}",
-        "{% generation %}{{ m['content'][:2] }}{% endgeneration %}{{ '|' }}"
-        "{% generation %}{{ m['content'][2:] + '<|im_end|>' }}",
+        "{% generation %}{{ m['reasoning_content'] }}{% endgeneration %}{{ '|' }}"
+        "{% generation %}{{ m['content'] + '<|im_end|>' }}",
     )
-    row, tokenizer = {"messages": TWO_TURNS}, byte_tokenizer(split)
-    expected = ["he", "llo<|im_end|>", "ci", "ao<|im_end|>"]
+    turns = [dict(message) for message in TWO_TURNS]
+    turns[1]["reasoning_content"], turns[3]["reasoning_content"] = "he", "ci"
+    row, tokenizer = {"messages": turns}, byte_tokenizer(split)
+    expected = ["he", "hello<|im_end|>", "ci", "ciao<|im_end|>"]
     assert _supervised_text(encode, row, tokenizer) == expected
     with pytest.raises(ValueError, match=r"4 \{% generation %\} blocks for 2 assistant turns"):
         encode([row], tokenizer, loss_on="last_assistant")
@@ -214,25 +166,53 @@ def test_generation_blocks_that_mark_nothing_are_refused(encode):
         encode([{"messages": TWO_TURNS}], byte_tokenizer(template))
 
 
-def test_template_that_rewrites_earlier_turns_is_refused(encode):
-    thinking = [dict(message) for message in TWO_TURNS]
-    thinking[1]["content"] = "<think>mm</think>hello"
+def _thinking():
+    turns = [dict(message) for message in TWO_TURNS]
+    turns[1]["content"] = "<think>mm</think>hello"
+    return {"messages": turns}
+
+
+def _all_supervised(encoded, tokenizer):
+    rows = [render_example(encoded, i, tokenizer) for i in range(len(encoded))]
+    return [[text for text, flag in row if flag] for row in rows]
+
+
+@pytest.mark.parametrize("settings", [{}, MARKERS])
+def test_turns_that_a_template_rewrites_become_rows_of_their_own(encode, settings):
     tokenizer = byte_tokenizer(DROPS_THINKING)
-    with pytest.raises(ValueError, match="not prefix-preserving") as caught:
-        encode([{"messages": thinking}], tokenizer)
-    assert "rows.jsonl:1: " in str(caught.value)
-    assert "messages[1] (assistant)" in str(caught.value)
-    assert "instruction_part" in str(caught.value)
-    assert "{% generation %}" in str(caught.value)
+    encoded = encode([_thinking(), {"messages": TWO_TURNS}], tokenizer, **settings)
+    assert _all_supervised(encoded, tokenizer) == [
+        ["<think>mm</think>hello<|im_end|>"],
+        ["ciao<|im_end|>"],
+        ["hello<|im_end|>", "ciao<|im_end|>"],
+    ]
+    assert render_example(encoded, 1, tokenizer)[0] == (
+        f"{OPENING}hello<|im_end|>{BETWEEN}",
+        False,
+    )
+    report = encoded.report
+    assert (report.rows_read, report.rows_kept) == (2, 3)
+    (change,) = report.changes
+    assert change.rows == 1 and "one row per learned turn" in change.what
+    assert change.first.endswith("rows.jsonl:1")
 
 
-def test_template_that_rewrites_earlier_turns_serves_where_they_are_not_needed(encode):
-    thinking = [dict(message) for message in TWO_TURNS]
-    thinking[1]["content"] = "<think>mm</think>hello"
-    row, tokenizer = {"messages": thinking}, byte_tokenizer(DROPS_THINKING)
-    assert _supervised_text(encode, row, tokenizer, loss_on="last_assistant") == ["ciao<|im_end|>"]
-    found = _supervised_text(encode, row, tokenizer, **MARKERS)
-    assert found == ["hello<|im_end|>", "ciao<|im_end|>"]
+@pytest.mark.parametrize("turn", [1, 3])
+def test_each_row_of_a_rewritten_turn_is_what_inference_sees(encode, turn):
+    tokenizer = byte_tokenizer(DROPS_THINKING)
+    encoded = encode([_thinking()], tokenizer)
+    messages = _thinking()["messages"][:turn]
+    prompt: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    tokens, supervised = encoded.row(turn // 2)
+    assert tokens[: int(np.argmax(supervised))].tolist() == prompt["input_ids"]
+
+
+def test_a_thought_that_is_not_learned_and_left_out_is_named(encode):
+    row, tokenizer = _thinking(), byte_tokenizer(DROPS_THINKING)
+    with pytest.raises(ValueError, match=r"leaves out the assistant's thinking of messages\[1\]"):
+        encode([row], tokenizer, loss_on="last_assistant")
+    settings = {"loss_on": "last_assistant", "ignore": ["assistant.thinking"]}
+    assert _supervised_text(encode, row, tokenizer, **settings) == ["ciao<|im_end|>"]
 
 
 def test_markers_give_the_mask_of_the_prefixes(encode):
@@ -354,7 +334,7 @@ def test_tools_and_tool_calls_reach_the_template(encode):
 )
 def test_tools_and_calls_that_the_template_leaves_out_are_refused(encode, row):
     row["messages"].insert(0, {"role": "user", "content": "hi"})
-    with pytest.raises(ValueError, match=r"rows.jsonl:1: .* leaves out 1 functions of the row's"):
+    with pytest.raises(ValueError, match=r"rows.jsonl:1: .* leaves out .*(1 functions|tool calls)"):
         encode([row], byte_tokenizer(CHATML))
 
 

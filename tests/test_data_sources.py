@@ -159,7 +159,7 @@ def test_a_full_disk_is_named(tmp_path, tokenizer, monkeypatch):
 def test_sources_are_joined_in_order_and_may_differ_in_format(tmp_path, tokenizer):
     first, second = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
     first.write_text(GOOD)
-    second.write_text('{"prompt": "q", "completion": "r", "id": 7}\n')
+    second.write_text('{"prompt": "q", "completion": "r", "id": null}\n')
     sources = (DataSource(path=str(first)), DataSource(path=str(second)))
     encoded = load_encoded_dataset(sources, DataConfig(train=sources), tokenizer)
     assert _text(encoded, tokenizer, 1) == "qr</s>"
@@ -262,7 +262,7 @@ BAD_LINES = {
         r":1: messages\[0\].content must be text, got a list of 1",
     ),
     "number": (_message(content=3), r":1: messages\[0\].content must be text, got int 3"),
-    "weight": (_message(weight=0), r":1: messages\[0\].weight is 0: turns cannot be left out"),
+    "weight": (_message(weight=0.5), r":1: messages\[0\].weight must be 0, 1, true or false"),
     "silent": (GOOD.replace('"b"', '" "'), r":1: messages\[1\].content is empty, and it is what"),
     "no assistant": (GOOD.replace("assistant", "user"), r":1: .* no assistant turn .* user, user"),
     "sharegpt role": (
@@ -337,7 +337,7 @@ def test_bad_row_behind_the_first_batch_is_named(tmp_path, tokenizer):
         ("a.csv", b" \n\n", r"a\.csv: the file is empty"),
         ("a.jsonl", b"\xef\xbb\xbf\n", r"a\.jsonl: the file holds no rows"),
         ("a.json", b"[]", r"a\.json: the file holds no rows"),
-        ("a.json", b'[{"text": "a"},\n 3]', r"a\.json: row 1: a row must be a JSON object, got i"),
+        ("a.json", b'[{"text": "a"},\n 3]', r"a\.json: row 1 \(counted from 0\): a row must be a"),
         ("a.json", b'[{"text": "a"},\n', r"a\.json:2: invalid JSON"),
         ("a.json", b'[{"text":\n "\xff"}]', r"a\.json:2: invalid UTF-8"),
         ("a.csv", b"text\n", r"a\.csv: the file holds no rows"),
@@ -364,7 +364,7 @@ def test_bad_file_is_named(tmp_path, tokenizer, name, content, message):
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        _load(path, tokenizer)
+        _load(path, tokenizer, loss_on="all" if name == "a.json" else "assistant")
 
 
 def test_damaged_table_is_named(tmp_path, tokenizer):

@@ -2,6 +2,7 @@
 
 import datetime
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -12,8 +13,8 @@ from types import SimpleNamespace
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from lorax.data.renderer import Part, Renderer, Request
-from lorax.data.rows import DataError
+from lorax.data.renderer import LimitError, Part, Rendered, Renderer, Request
+from lorax.data.rows import DataError, RowError
 
 MESSAGES = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Fine"}]
 WHOLE = Part(2)
@@ -68,7 +69,14 @@ def renderer():
 
 
 def render(renderer, template=CHATML, parts=(WHOLE,), **options):
-    (found,) = renderer.render(template, [Request(MESSAGES, parts)], special_tokens={}, **options)
+    return render_one(renderer, template, Request(MESSAGES, parts), **options)
+
+
+def render_one(renderer, template, request, **options):
+    """Returns what is rendered; raises what is wrong with it."""
+    (found,) = renderer.render(template, [request], special_tokens={}, **options)
+    if isinstance(found, RowError):
+        raise found
     return found
 
 
@@ -125,10 +133,38 @@ def test_long_and_many_conversations_are_no_attack(renderer):
 def test_an_error_comes_in_its_turn(renderer):
     texts = ["1", "2", "1000000000", "4"]
     template = "{{ 10 ** (messages[0].content | int) }}"
-    found = renderer.render(template, [say(text) for text in texts], special_tokens={})
-    assert next(found) and next(found)
-    with pytest.raises(DataError, match="more than 3 s"):
-        next(found)
+    found = list(renderer.render(template, [say(text) for text in texts], special_tokens={}))
+    assert [getattr(each, "text", None) for each in found] == ["10", "100", None, "10000"]
+    assert re.search("more than 3 s|more time", str(found[2]))
+
+
+def test_a_template_that_takes_too_much_is_tried_three_times(renderer):
+    texts = ["1", *["1000000000"] * 6, "2"]
+    template = "{{ 10 ** (messages[0].content | int) }}"
+    found = list(renderer.render(template, [say(text) for text in texts], special_tokens={}))
+    assert [type(each) for each in found] == [Rendered, *[LimitError] * 7]
+
+
+def test_other_errors_leave_the_rest_of_the_rows_alone(renderer):
+    render(renderer)
+    process = renderer._process
+    template = "{{ 6 // (messages[0].content | int) }}"
+    found = list(renderer.render(template, [say(text) for text in "1020"], special_tokens={}))
+    assert [getattr(each, "text", None) for each in found] == ["6", None, "3", None]
+    assert "division" in str(found[1]) and renderer._process is process
+
+
+@pytest.mark.parametrize("date", ["2026-11-30", "1999-01-02"])
+def test_a_template_is_told_the_date_it_is_given(renderer, date):
+    template = '{{ strftime_now("%d %b %Y") }} {{ strftime_now("%H:%M") }}'
+    expected = datetime.date.fromisoformat(date).strftime("%d %b %Y")
+    assert render(renderer, template, date=date).text == f"{expected} 00:00"
+
+
+def test_a_template_is_told_today_where_no_date_is_given(renderer):
+    before = datetime.date.today()
+    found = render(renderer, '{{ strftime_now("%Y-%m-%d") }}').text
+    assert found in (before.isoformat(), datetime.date.today().isoformat())
 
 
 def test_long_conversations_are_no_attack(renderer):
@@ -207,7 +243,7 @@ def test_the_words_of_tools_are_kept_too(renderer):
     request = Request(MESSAGES, (WHOLE,), tools)
     template = "{{ raise_exception(tools[0].description) }}"
     with pytest.raises(DataError, match="TemplateError, whose text is too long or may repeat"):
-        list(renderer.render(template, [request], special_tokens={}))
+        render_one(renderer, template, request)
 
 
 def test_a_start_that_is_interrupted_leaves_nothing_for_the_next_one(monkeypatch):

@@ -7,7 +7,7 @@ import functools
 import itertools
 import tempfile
 from collections.abc import Iterable, Iterator
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 from jaxtyping import Bool, Int32, Int64
@@ -19,6 +19,14 @@ type EncodedRow = tuple[Int32[np.ndarray, " tokens"], Bool[np.ndarray, " tokens"
 """Token ids of a row, and which of them are supervised."""
 
 
+class Change(NamedTuple):
+    """Something that became of some rows: what, of how many, and where the first stands."""
+
+    what: str
+    rows: int
+    first: str
+
+
 @dataclasses.dataclass(frozen=True)
 class EncodeReport:
     """What became of the rows.
@@ -28,13 +36,15 @@ class EncodeReport:
         mask_source: What decided which tokens are supervised: labels, all, completion, markers,
             generation or prefix; likewise joined.
         rows_read: Rows in the sources, after slicing.
-        rows_kept: Rows in the dataset.
+        rows_kept: Rows in the dataset: more, where a row became several.
         rows_truncated: Rows cut to `max_seq_length`, whether kept or not.
         rows_dropped_overlong: Left out because they are longer than `max_seq_length`.
         rows_dropped_unsupervised: Left out because no token of theirs is supervised.
         tokens: In the rows kept.
         supervised_tokens: Those among them that are prediction targets.
         sources: Paths and hub ids.
+        changes: What else became of rows, such as those dropped because they are malformed.
+        date: The day that the chat template was told, if it asks for it.
     """
 
     format: str
@@ -47,6 +57,8 @@ class EncodeReport:
     tokens: int
     supervised_tokens: int
     sources: tuple[str, ...]
+    changes: tuple[Change, ...] = ()
+    date: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,31 +1,36 @@
 """Sources of any format encoded as token ids and a mask of what is supervised."""
 
 import contextlib
+import datetime
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from lorax.config import DataConfig, DataSource
-from lorax.data.chat import RenderedText, load_chat_template
-from lorax.data.dataset import EncodedDataset, EncodedRow, EncodeReport, RowWriter
+from lorax.data.chat import load_chat_template
+from lorax.data.columns import detect_format, read_flag
+from lorax.data.conversation import Conversation
+from lorax.data.dataset import EncodedDataset, EncodedRow, RowWriter
 from lorax.data.formats import (
     IGNORED_LABEL,
     Completion,
-    Conversation,
     Document,
     Example,
     TokenRow,
-    detect_format,
     read_example,
 )
 from lorax.data.masks import StopTokens, mask_plain, mask_turns
-from lorax.data.rows import DataError, Row, Rows, check_unicode
+from lorax.data.renderer import MOST_LIMITS, LimitError
+from lorax.data.rows import DataError, MalformedRowError, Row, RowError, Rows
+from lorax.data.sieve import Sieve
 from lorax.data.sources import open_source
 from lorax.data.tokenizer import TokenizedText, Tokenizer, check_fast, tokenize_texts
+from lorax.data.turns import RenderedText
 
 _ROWS_PER_BATCH, _SIZE_PER_BATCH = 256, 2**20
 _DEEPEST = 100
+_MESSAGE_COLUMNS = ("messages", "conversations", "prompt", "completion")
 
 
 def load_encoded_dataset(
@@ -47,98 +52,184 @@ def load_encoded_dataset(
         The rows kept, each with at least one supervised token and at most `max_seq_length` tokens.
 
     Raises:
-        DataError: Naming the file and line (or row) that cannot be used, or the setting, and why.
+        DataError: Naming the setting that cannot be used; or the rows, all of them: each kind of
+            problem once, with its number, the file and line (or row) of the first, and the remedy.
     """
     if not sources:
         raise DataError("a dataset needs at least one source, got none")
-    encoder = _RowEncoder(config, tokenizer, vocab_size)
     with RowWriter() as kept:
-        sieve = _Sieve(config, kept)
+        sieve = Sieve(config, kept)
+        encoder = _RowEncoder(config, tokenizer, vocab_size, sieve)
         for source in sources:
             with open_source(source) as rows:
-                for index, encoded in encoder.encode(rows):
-                    sieve.add(encoded, rows, index)
+                encoder.encode(rows)
         sieve.check()
-        report = EncodeReport(
-            format=", ".join(sorted(encoder.formats)),
-            mask_source=", ".join(sorted(encoder.mask_sources)),
-            rows_read=sieve.read,
-            rows_kept=len(kept),
-            rows_truncated=sieve.truncated,
-            rows_dropped_overlong=sieve.overlong if config.overlong == "drop" else 0,
-            rows_dropped_unsupervised=sieve.unsupervised,
-            tokens=kept.tokens,
-            supervised_tokens=kept.supervised_tokens,
-            sources=tuple(source.path for source in sources),
-        )
-        return kept.finish(report)
+        paths = tuple(source.path for source in sources)
+        return kept.finish(sieve.report(encoder.formats, encoder.mask_sources, paths, encoder.date))
 
 
 class _RowEncoder:
-    """Encodes the rows of sources; collects the formats and mask sources met."""
+    """Encodes the rows of sources into a sieve; collects the formats and mask sources met.
 
-    def __init__(self, config: DataConfig, tokenizer: Tokenizer, vocab_size: int | None) -> None:
+    Attributes:
+        formats: Of the rows.
+        mask_sources: What told which tokens are supervised.
+        date: The day that a chat template was told; None if none asked.
+    """
+
+    def __init__(
+        self, config: DataConfig, tokenizer: Tokenizer, vocab_size: int | None, sieve: Sieve
+    ) -> None:
         if config.loss_on == "all" and config.response_part is not None:
             raise DataError(
                 "data.instruction_part and data.response_part have no effect with data.loss_on: "
                 "all; remove them or change loss_on"
             )
+        # Asked once: a template must not be told two days where midnight passes.
+        day = config.date or datetime.date.today().isoformat()
         self.formats: set[str] = set()
         self.mask_sources: set[str] = set()
-        self._config = config
+        self.date: str | None = None
+        self._config = config.model_copy(update={"date": day})
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
-        self._chat = load_chat_template(tokenizer, config)
+        self._chat = load_chat_template(tokenizer, self._config)
         self._stops = StopTokens.of(tokenizer, config.train_on_eos)
+        self._sieve = sieve
+        self._limits = 0
 
-    def encode(self, rows: Rows) -> Iterator[tuple[int, EncodedRow]]:
-        """Yields the index of each row with its token ids and mask, of any length."""
+    def encode(self, rows: Rows) -> None:
+        """Encodes all rows of a source.
+
+        Raises:
+            DataError: If a setting cannot be used; or at once, if no row of very many can be.
+        """
         data_format = self._config.format
         for batch in _batches(rows):
-            if data_format == "auto":
-                with _named(rows, 0):
-                    data_format = detect_format(batch[0][1])
-            self.formats.add(data_format)
-            examples: list[Example] = []
+            examples: list[tuple[int, Example]] = []
             for index, row in batch:
-                with _named(rows, index):
-                    examples.append(self._read(row, data_format))
-            rendered, read = self._render(examples, data_format), []
-            for index, _ in batch:
-                with _named(rows, index):
-                    read.append(next(rendered))
-            tokenized = self._tokenize([item for item in read if isinstance(item, RenderedText)])
-            for (index, _), item in zip(batch, read, strict=True):
-                with _named(rows, index):
-                    encoded = self._mask(item, tokenized)
-                yield index, encoded
+                self._sieve.read += 1
+                with self._refusing(rows, index):
+                    if isinstance(row, MalformedRowError):
+                        raise row
+                    row = self._without_ignored(row, rows.place(index))
+                    if data_format == "auto":
+                        data_format = detect_format(row)
+                    self.formats.add(data_format)
+                    example = self._read(row, data_format, rows.place(index))
+                    if example is not None:
+                        examples.append((index, example))
+            self._encode(examples, rows)
+            if self._limits >= MOST_LIMITS:
+                self._sieve.check("; reading stopped where the template had taken too much")
+            if self._sieve.is_hopeless:
+                self._sieve.check("; reading stopped there")
 
-    def _read(self, row: Row, data_format: str) -> Example:
+    def _without_ignored(self, row: Row, place: str) -> Row:
+        """Returns a row without what `data.ignore` names, which is noted."""
+        ignored = set(self._config.ignore)
+        if not ignored:
+            return row
+        met = ignored & row.keys()
+        row = {key: value for key, value in row.items() if key not in met}
+        keys = {name.removeprefix("message.") for name in ignored if name.startswith("message.")}
+        for column in _MESSAGE_COLUMNS if keys else ():
+            if isinstance(messages := row.get(column), list):
+                dicts = [message for message in messages if isinstance(message, dict)]
+                met |= {f"message.{key}" for message in dicts for key in keys & message.keys()}
+                row[column] = [
+                    {key: value for key, value in message.items() if key not in keys}
+                    if isinstance(message, dict)
+                    else message
+                    for message in messages
+                ]
+        for name in sorted(met):
+            self._sieve.note(f"hold {name}, which is not learned from (data.ignore)", place)
+        return row
+
+    def _read(self, row: Row, data_format: str, place: str) -> Example | None:
+        """Returns the example that a row is; None if it is left out, which is noted."""
         example = read_example(row, data_format, chat=self._chat is not None)
-        if isinstance(example, Conversation):
-            if self._chat is None:
-                raise DataError(
-                    "the row is a conversation and the tokenizer has no chat template; set "
-                    "data.chat_template to the path of a .jinja file"
+        if read_flag(row, "") is False:
+            self._sieve.note("left out by a flag of the row", place)
+            return None
+        if not isinstance(example, Conversation):
+            self._refuse_chat_settings(data_format)
+            return example
+        if self._chat is None:
+            raise DataError(
+                "the row is a conversation and the tokenizer has no chat template; set "
+                "data.chat_template to the path of a .jinja file"
+            )
+        if self._chat.asks_for_date(example):  # what it raises is about this row
+            self.date = self._config.date
+        leading = self._config.leading_answer
+        if leading != "error" and example.has_leading_answer:
+            action = (
+                "dropped, begun" if leading == "drop" else "cut to their first user turn, begun"
+            )
+            self._sieve.note(f"{action} by an answer (data.leading_answer: {leading})", place)
+            if leading == "drop":
+                return None
+            example = example.without_leading_answer()
+        return self._apply_flags(example, place)
+
+    def _apply_flags(self, example: Conversation, place: str) -> Example | None:
+        """Returns a conversation whose own flags can be followed; None if none of it is learned."""
+        loss_on = self._config.loss_on
+        for index, flag in sorted(example.flags.items()):
+            role = example.messages[index]["role"]
+            if loss_on == "all" and not flag:
+                raise RowError(
+                    f"messages[{index}] ({role}) says that it is not learned, and data.loss_on: "
+                    "all learns every turn; set data.loss_on: assistant, or remove the flag"
                 )
-            self._chat.template_of(example)  # what it raises is about this row
+            if loss_on != "all" and flag and role != "assistant":
+                raise RowError(
+                    f"messages[{index}] ({role}) says that it is learned, and data.loss_on: "
+                    f"{loss_on} learns assistant turns alone; set the flag to 0, or remove it"
+                )
+        if any(not example.flags.get(index, True) for index in example.replies):
+            self._sieve.note(
+                "hold assistant turns that a flag leaves out of what is learned", place
+            )
+        if loss_on != "all" and not example.learned_replies(loss_on):
+            self._sieve.note("left out, since flags leave nothing of them to learn", place)
+            return None
         return example
 
-    def _render(
-        self, examples: list[Example], data_format: str
-    ) -> Iterator[RenderedText | TokenRow]:
-        """Yields the text of each example, conversations rendered; raises errors in their turn."""
-        talks = [example for example in examples if isinstance(example, Conversation)]
+    def _encode(self, examples: Sequence[tuple[int, Example]], rows: Rows) -> None:
+        """Encodes what rows were read as, and hands it to the sieve."""
+        talks = [example for _, example in examples if isinstance(example, Conversation)]
         rendered = self._chat.render(talks) if self._chat is not None else iter(())
-        for example in examples:
-            if isinstance(example, Conversation):
-                item = next(rendered)
-                check_unicode(item.text, "the rendered conversation")
-            else:
-                self._refuse_chat_settings(data_format)
-                item = self._read_plain(example)
-            self.mask_sources.add(item.mask_source if isinstance(item, RenderedText) else "labels")
-            yield item
+        read: list[tuple[int, RenderedText | TokenRow]] = []
+        for index, example in examples:
+            with self._refusing(rows, index):
+                if isinstance(example, Conversation):
+                    found = next(rendered)
+                    if isinstance(found, RowError):
+                        raise found
+                else:
+                    found = [self._read_plain(example)]
+                read += [(index, item) for item in found]
+        tokenized = self._tokenize([item for _, item in read if isinstance(item, RenderedText)])
+        for index, item in read:
+            text = next(tokenized) if isinstance(item, RenderedText) else None
+            with self._refusing(rows, index):
+                self._sieve.add(self._mask(item, text), rows.place(index))
+                for note in item.notes if isinstance(item, RenderedText) else ():
+                    self._sieve.note(note, rows.place(index))
+
+    @contextlib.contextmanager
+    def _refusing(self, rows: Rows, index: int) -> Iterator[None]:
+        """Hands what is wrong with a row to the sieve; names the row of what is wrong for all."""
+        try:
+            yield
+        except RowError as error:
+            self._limits += isinstance(error, LimitError)
+            self._sieve.refuse(error, rows.place(index))
+        except DataError as error:
+            raise DataError(f"{rows.place(index)}: {error}") from error
 
     def _read_plain(self, example: Completion | Document | TokenRow) -> RenderedText | TokenRow:
         loss_on = self._config.loss_on
@@ -180,18 +271,19 @@ class _RowEncoder:
         }
         return (next(kinds[item.plain]) for item in texts)
 
-    def _mask(
-        self, item: RenderedText | TokenRow, tokenized: Iterator[TokenizedText]
-    ) -> EncodedRow:
+    def _mask(self, item: RenderedText | TokenRow, tokenized: TokenizedText | None) -> EncodedRow:
         if isinstance(item, TokenRow):
+            self.mask_sources.add("labels")
             tokens, supervised = _mask_labels(item)
         else:
+            assert tokenized is not None
+            self.mask_sources.add(item.mask_source)
             mask = mask_plain if item.plain else mask_turns
-            tokens, supervised = mask(next(tokenized), item, self._stops)
+            tokens, supervised = mask(tokenized, item, self._stops)
         lowest, highest = int(tokens.min(initial=0)), int(tokens.max(initial=0))
         if lowest < 0 or (self._vocab_size is not None and highest >= self._vocab_size):
             size = "any vocabulary" if lowest < 0 else f"a vocabulary of {self._vocab_size}"
-            raise DataError(
+            raise RowError(
                 f"token id {lowest if lowest < 0 else highest} is outside of {size}; use the "
                 "tokenizer of the model"
             )
@@ -199,67 +291,16 @@ class _RowEncoder:
         return tokens, supervised
 
 
-class _Sieve:
-    """Keeps the rows that can be trained on and counts those that cannot."""
-
-    def __init__(self, config: DataConfig, kept: RowWriter) -> None:
-        self._kept = kept
-        self.read = self.truncated = self.overlong = self.unsupervised = 0
-        self._config = config
-        self._first_overlong = self._first_unsupervised = ""
-
-    def add(self, encoded: EncodedRow, rows: Rows, index: int) -> None:
-        """Takes the next row, cutting or dropping it as the config says."""
-        tokens, supervised = encoded
-        limit = self._config.max_seq_length
-        self.read += 1
-        if len(tokens) > limit:
-            self._first_overlong = (
-                self._first_overlong or f"{rows.place(index)} has {len(tokens)} tokens"
-            )
-            if self._config.overlong == "truncate":
-                self.truncated += 1
-                tokens, supervised = tokens[:limit], supervised[:limit]
-            else:
-                self.overlong += 1
-                return
-        if not supervised.any():
-            self.unsupervised += 1
-            self._first_unsupervised = self._first_unsupervised or rows.place(index)
-            return
-        self._kept.add((tokens, supervised))
-
-    def check(self) -> None:
-        """Raises DataError if rows were lost that the config does not give up, or all were."""
-        config = self._config
-        if self.overlong and config.overlong == "error":
-            raise DataError(
-                f"{self.overlong} of {self.read} rows are longer than data.max_seq_length: "
-                f"{config.max_seq_length}; the first, {self._first_overlong}. Raise "
-                "max_seq_length, or set data.overlong to truncate or drop"
-            )
-        if self.unsupervised and config.unsupervised == "error":
-            raise DataError(
-                f"{self.unsupervised} of {self.read} rows have no supervised token"
-                f"{f' ({self.truncated} rows were truncated)' if self.truncated else ''}; the "
-                f"first is {self._first_unsupervised}. Mend them, or set data.unsupervised: drop"
-            )
-        if not len(self._kept):
-            raise DataError(
-                f"none of {self.read} rows is left: {self.overlong} are longer than "
-                f"data.max_seq_length: {config.max_seq_length} and {self.unsupervised} have no "
-                f"supervised token; the first, {self._first_overlong or self._first_unsupervised}"
-            )
-
-
-def _batches(rows: Rows) -> Iterator[list[tuple[int, Row]]]:
+def _batches(rows: Rows) -> Iterator[list[tuple[int, Row | MalformedRowError]]]:
     """Yields rows with their indices: many short ones or few long ones at a time."""
-    batch: list[tuple[int, Row]] = []
+    batch: list[tuple[int, Row | MalformedRowError]] = []
     size = 0
     for index, row in enumerate(rows):
-        batch.append((index, row))
-        with _named(rows, index):
+        try:
             size += _size(row)
+        except MalformedRowError as error:
+            row = error
+        batch.append((index, row))
         if len(batch) == _ROWS_PER_BATCH or size >= _SIZE_PER_BATCH:
             yield batch
             batch, size = [], 0
@@ -287,22 +328,14 @@ def _size(row: Any) -> int:
         if not inner:
             return size
         level = inner
-    raise DataError(f"the row is nested more than {_DEEPEST} deep")
+    raise MalformedRowError(f"the row is nested more than {_DEEPEST} deep")
 
 
 def _mask_labels(row: TokenRow) -> EncodedRow:
     try:
         tokens = np.asarray(row.tokens, np.int32)
     except OverflowError as error:
-        raise DataError(f"input_ids holds a number that is no token id: {error}") from error
+        raise MalformedRowError(f"input_ids holds a number that is no token id: {error}") from error
     if row.labels is None:
         return tokens, np.ones(len(tokens), np.bool_)
     return tokens, np.asarray([label != IGNORED_LABEL for label in row.labels], np.bool_)
-
-
-@contextlib.contextmanager
-def _named(rows: Rows, index: int) -> Iterator[None]:
-    try:
-        yield
-    except DataError as error:
-        raise DataError(f"{rows.place(index)}: {error}") from error

@@ -3,12 +3,12 @@
 import dataclasses
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Int32, Int64
 
-from lorax.data.chat import RenderedText
 from lorax.data.dataset import EncodedRow
-from lorax.data.rows import DataError
+from lorax.data.rows import DataError, RowError
 from lorax.data.tokenizer import TokenizedText, Tokenizer, named_token_id, special_token_ids
+from lorax.data.turns import RenderedText
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,11 +16,13 @@ class StopTokens:
     """Which tokens can end a turn.
 
     Attributes:
+        begin: The tokenizer's beginning of sequence, if it has one of its own.
         eos: The tokenizer's end of sequence, if it has one.
         special: All special tokens but the one that begins a sequence.
         train_on_eos: Which of them are learned: turn, last, all or none.
     """
 
+    begin: int | None
     eos: int | None
     special: frozenset[int]
     train_on_eos: str
@@ -28,18 +30,23 @@ class StopTokens:
     @classmethod
     def of(cls, tokenizer: Tokenizer, train_on_eos: str) -> "StopTokens":
         """Returns the stop tokens of a tokenizer."""
-        eos = named_token_id(tokenizer, "eos")
-        begin = {named_token_id(tokenizer, "bos")} - {eos}
-        return cls(eos, special_token_ids(tokenizer) - begin, train_on_eos)
+        begin, eos = named_token_id(tokenizer, "bos"), named_token_id(tokenizer, "eos")
+        begin = None if begin == eos else begin
+        unknown = named_token_id(tokenizer, "unk")
+        special = special_token_ids(tokenizer) - ({begin, unknown} - {eos})
+        return cls(begin, eos, special, train_on_eos)
 
 
 def mask_plain(tokenized: TokenizedText, rendered: RenderedText, stops: StopTokens) -> EncodedRow:
-    """Supervises the tokens of plain text that touch a learned character, and EOS after them.
+    """Supervises the tokens of plain text that touch a learned character, and the stop after them.
+
+    A text that begins with BOS, or ends with a special token (white space aside), already has what
+    the tokenizer and this function add, and gets no second one.
 
     Args:
         tokenized: The text with the special tokens its tokenizer adds.
-        rendered: The same text; EOS is put behind it if absent.
-        stops: EOS is supervised unless `train_on_eos` is none.
+        rendered: The same text; EOS is put behind it unless a special token ends it.
+        stops: The stop is supervised unless `train_on_eos` is none.
 
     Returns:
         Token ids, and which of them are supervised. No token is masked for being the pad token.
@@ -51,17 +58,29 @@ def mask_plain(tokenized: TokenizedText, rendered: RenderedText, stops: StopToke
     supervised = np.zeros(len(tokens), np.bool_)
     for start, end in rendered.spans:
         supervised |= tokenized.inside(start, end)
-    if stops.eos is None:
-        if stops.train_on_eos != "none":
-            raise DataError(
-                "the tokenizer has no eos_token, so the model would never learn to stop; set one, "
-                "or set data.train_on_eos: none"
-            )
-        return tokens, supervised
-    if len(tokens) == 0 or tokens[-1] != stops.eos:
+    stop = _find_stop(tokenized, rendered.text, np.arange(len(tokens)), stops)
+    adds_eos = (
+        bool(len(tokens)) and tokens[-1] == stops.eos and tokenized.starts[-1] == tokenized.ends[-1]
+    )
+    if adds_eos and stop is None:
+        stop = len(tokens) - 1
+    elif adds_eos:
+        tokens, supervised = tokens[:-1], supervised[:-1]
+    if stop is None and stops.eos is not None:
+        stop = len(tokens)
         tokens = np.append(tokens, np.int32(stops.eos))
         supervised = np.append(supervised, False)
-    supervised[-1] = stops.train_on_eos != "none"
+    if stop is not None:
+        if rendered.mask_source != "all":
+            supervised[stop + 1 :] = False
+        supervised[stop] = stops.train_on_eos != "none"
+    elif stops.train_on_eos != "none":
+        raise DataError(
+            "the tokenizer has no eos_token, so the model would never learn to stop; set one, "
+            "or set data.train_on_eos: none"
+        )
+    if _begins_twice(tokens, stops):
+        tokens, supervised = tokens[1:], supervised[1:]
     return tokens, supervised
 
 
@@ -79,8 +98,14 @@ def mask_turns(tokenized: TokenizedText, rendered: RenderedText, stops: StopToke
             with the id of one of them, so those of user turns too.
 
     Raises:
-        DataError: If a turn has no stop token although it should be learned.
+        RowError: If a turn has no stop token although it should be learned, or two; or if the row
+            begins with two BOS.
     """
+    if _begins_twice(tokenized.ids, stops):
+        raise RowError(
+            "the rendered conversation begins with BOS twice: the chat template writes one, and "
+            "another stands in the first message; remove it there"
+        )
     supervised = np.zeros(len(tokenized.ids), np.bool_)
     found: list[int] = []
     for number, (start, end) in enumerate(rendered.spans, start=1):
@@ -88,7 +113,7 @@ def mask_turns(tokenized: TokenizedText, rendered: RenderedText, stops: StopToke
         stop = _find_stop(tokenized, rendered.text, inside, stops)
         needed = rendered.one_turn_per_span or number == len(rendered.spans)
         if stop is None and needed and stops.train_on_eos != "none":
-            raise DataError(
+            raise RowError(
                 f"learned turn {number} of {len(rendered.spans)} ends without a special token, so "
                 "the model would never learn to stop. "
                 "Let the chat template end assistant turns with eos_token or another special "
@@ -96,6 +121,7 @@ def mask_turns(tokenized: TokenizedText, rendered: RenderedText, stops: StopToke
             )
         supervised[inside] = True
         if stop is not None:
+            _refuse_second_stop(tokenized, rendered.text, inside[inside < stop], stop)
             if rendered.mask_source != "all":
                 supervised[inside[inside > stop]] = False
             supervised[stop] = True
@@ -108,6 +134,24 @@ def mask_turns(tokenized: TokenizedText, rendered: RenderedText, stops: StopToke
         case "all":
             supervised |= np.isin(tokenized.ids, tokenized.ids[found])
     return tokenized.ids, supervised
+
+
+def _begins_twice(tokens: Int32[np.ndarray, " tokens"], stops: StopTokens) -> bool:
+    return stops.begin is not None and bool((tokens[:2] == stops.begin).sum() == 2)
+
+
+def _refuse_second_stop(
+    tokenized: TokenizedText, text: str, before: Int64[np.ndarray, " turn"], stop: int
+) -> None:
+    """Refuses a turn whose words end with the stop token that the template writes behind them."""
+    for index in before[::-1]:
+        if text[tokenized.starts[index] : tokenized.ends[index]].strip():
+            if tokenized.ids[index] == tokenized.ids[stop]:
+                raise RowError(
+                    "a learned turn ends with its stop token twice: the chat template writes one, "
+                    "and another ends the message's text; remove it there"
+                )
+            return
 
 
 def _find_stop(

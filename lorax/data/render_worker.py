@@ -7,6 +7,7 @@ that follow. Ends with its input. Imports nothing of lorax. Where there is no /p
 not bounded.
 """
 
+import datetime
 import json
 import math
 import os
@@ -18,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
+from transformers.utils import chat_template_utils
 from transformers.utils.chat_template_utils import render_jinja_template
 
 CPU_SECONDS = 3.0
@@ -62,12 +64,28 @@ def _set_limit(kind: int, value: int) -> None:
     resource.setrlimit(kind, (value, resource.getrlimit(kind)[1]))
 
 
+def fix_date(date: str) -> None:
+    """Has templates that ask for today's date be told `date`, which is in ISO format."""
+    day = datetime.datetime.fromisoformat(date)
+
+    class Day(datetime.datetime):
+        @classmethod
+        def now(cls, tz: datetime.tzinfo | None = None) -> Any:
+            return day
+
+    chat_template_utils.datetime = Day  # pyright: ignore[reportAttributeAccessIssue]
+    asked = '{{ strftime_now("%Y-%m-%d") }}'
+    if render_jinja_template([[]], chat_template=asked)[0] != [date]:
+        raise RuntimeError("this transformers cannot be told the date; install a supported version")
+
+
 def render(
     request: dict[str, Any], options: dict[str, Any], size: int, bounds: Bounds
 ) -> dict[str, Any]:
-    """Returns the whole text, its generation blocks, and of each part whether it begins the whole.
+    """Returns the whole text, its generation blocks, and how each part begins the whole.
 
-    Or the error of the first part that fails.
+    Of a part that is its length, and how many of its first characters are those of the whole. Or
+    the error of the first part that fails, and whether it took more than it may.
     """
     length, whole, blocks, parts = len(request["messages"]), None, [], []
     try:
@@ -77,17 +95,19 @@ def render(
                     [request["messages"][:length]],
                     tools=request["tools"],
                     add_generation_prompt=is_prompt,
-                    **options,
+                    **{**options, **(request["template_kwargs"] or {})},
                 )
             if len(texts[0]) > CHARACTERS + 4 * size:
                 raise _LimitError(f"it renders {len(texts[0]):,} characters")
             if whole is None:
                 whole, blocks = texts[0], found[0] if found else []
-            parts.append((len(texts[0]), whole.startswith(texts[0])))
+            parts.append((len(texts[0]), len(os.path.commonprefix([whole, texts[0]]))))
     except _LimitError as error:
-        return {"length": length, "error": f"{error}, more than any conversation needs"}
+        said = f"{error}, more than any conversation needs"
+        return {"length": length, "error": said, "limit": True}
     except MemoryError:
-        return {"length": length, "error": "it takes more memory than any conversation needs"}
+        said = "it takes more memory than any conversation needs"
+        return {"length": length, "error": said, "limit": True}
     except Exception as error:
         words = [request["messages"], request["tools"]]
         return {"length": length, "error": _without_words(error, words, options["chat_template"])}
@@ -126,6 +146,7 @@ def main() -> None:
         request = json.loads(line)
         if "options" in request:
             options = request["options"]
+            fix_date(request["date"])
             continue
         answer = render(request, options, len(line), bounds)
         if "error" in answer:

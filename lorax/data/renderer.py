@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import datetime
 import itertools
 import json
 import os
@@ -12,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from lorax.data.rows import DataError
+from lorax.data.rows import RowError
 
 type Span = tuple[int, int]
 
@@ -24,6 +25,13 @@ _ENDED = "it takes more time or memory than any conversation needs"
 
 _AT_A_TIME = 256
 
+MOST_LIMITS = 3
+"""So many conversations that take too much are enough to know the template."""
+
+
+class LimitError(RowError):
+    """A conversation whose rendering takes too much time, memory or text."""
+
 
 class Part(NamedTuple):
     """The first `length` messages, and whether the assistant's turn begins behind them."""
@@ -33,11 +41,12 @@ class Part(NamedTuple):
 
 
 class Request(NamedTuple):
-    """Messages, the parts of them to render, the whole first, and JSON schemas of tools."""
+    """Messages, the parts of them to render, the whole first, JSON schemas of tools, and more."""
 
     messages: Sequence[Mapping[str, Any]]
     parts: Sequence[Part]
     tools: Sequence[Any] | None = None
+    template_kwargs: Mapping[str, Any] | None = None
 
 
 class Rendered(NamedTuple):
@@ -47,11 +56,13 @@ class Rendered(NamedTuple):
         text: Of the first part.
         blocks: The characters of its ``{% generation %}`` blocks.
         prefixes: By part, how many characters of the text it is; None if it is no beginning of it.
+        shared: By part, how many characters at its beginning are those of the text.
     """
 
     text: str
     blocks: list[Span]
     prefixes: dict[Part, int | None]
+    shared: dict[Part, int]
 
 
 class Renderer:
@@ -72,18 +83,19 @@ class Renderer:
         requests: Sequence[Request],
         *,
         special_tokens: Mapping[str, Any],
+        date: str | None = None,
         mark_generation: bool = False,
-    ) -> Iterator[Rendered]:
-        """Yields what each request asks for, in order.
+    ) -> Iterator[Rendered | RowError]:
+        """Yields what each request asks for, in order, or the error of a template that fails on it.
 
         Args:
             template: In Jinja.
             requests: What to render.
             special_tokens: By name, such as ``eos_token``.
+            date: What the template is told of the day, as ``2026-11-30``; None is today.
             mark_generation: Whether to tell the generation blocks; else there are none.
 
         Raises:
-            DataError: In its turn, if the template fails or takes too much time, memory or text.
             RuntimeError: If the process cannot be started.
         """
         options = {
@@ -91,44 +103,55 @@ class Renderer:
             "return_assistant_tokens_mask": mark_generation,
             **special_tokens,
         }
+        day = date or datetime.date.today().isoformat()
         for group in itertools.batched(requests, _AT_A_TIME):
-            for request, answer in zip(group, self._ask(group, options), strict=False):
+            answers = self._ask(group, {"options": options, "date": day})
+            for request, answer in zip(group, answers, strict=True):
                 if "error" in answer:
-                    roles = [str(message.get("role")) for message in request.messages]
-                    shown = ", ".join(roles[: min(answer["length"], 6)])
-                    more = ", …" if answer["length"] > 6 else ""
-                    raise DataError(
-                        f"the chat template fails on the messages ({shown}{more}): "
-                        f"{answer['error']}"
-                    )
-                prefixes = zip(request.parts, answer["parts"], strict=True)
+                    yield _error(request, answer)
+                    continue
+                found = list(zip(request.parts, answer["parts"], strict=True))
                 yield Rendered(
                     answer["text"],
                     [(start, end) for start, end in answer["blocks"]],
-                    {part: length if begins else None for part, (length, begins) in prefixes},
+                    {p: length if shared == length else None for p, (length, shared) in found},
+                    {part: shared for part, (_, shared) in found},
                 )
 
     def _ask(self, group: Sequence[Request], options: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Returns the answers to some requests, up to the first error."""
-        lines = [json.dumps({"options": options})]  # the template among them, once for all
-        lines += [json.dumps(request._asdict(), default=str) for request in group]
+        """Returns the answers to some requests."""
+        first = json.dumps(options)  # the template among it, once for all
+        lines = [json.dumps(request._asdict(), default=str) for request in group]
         answers: list[dict[str, Any]] = []
         with self._lock:
-            process = self._running()
-            assert process.stdin is not None and process.stdout is not None
-            writer = threading.Thread(target=_write, args=(process.stdin, lines), daemon=True)
-            writer.start()
-            try:
-                for request in group:
-                    line = process.stdout.readline()
-                    ended = {"length": len(request.messages), "error": _ENDED}
-                    answers.append(json.loads(line) if line.endswith("\n") else ended)
-                    if "error" in answers[-1]:
-                        break
-            finally:  # answers that nobody waits for must not be taken for those of others
-                if len(answers) < len(group) or "error" in answers[-1]:
-                    self.close()
-                writer.join()
+            while len(answers) < len(lines):
+                rest = slice(len(answers), None)
+                answers += self._converse([first, *lines[rest]], group[rest])
+                limits = [answer for answer in answers if answer.get("limit")]
+                if len(limits) >= MOST_LIMITS:
+                    answers += limits[-1:] * (len(lines) - len(answers))
+        return answers
+
+    def _converse(self, lines: Sequence[str], group: Sequence[Request]) -> list[dict[str, Any]]:
+        """Returns the answers to a beginning of some requests: all, or up to one beyond limits."""
+        answers: list[dict[str, Any]] = []
+        process, whole = self._running(), False
+        assert process.stdin is not None and process.stdout is not None
+        writer = threading.Thread(target=_write, args=(process.stdin, lines), daemon=True)
+        writer.start()
+        try:
+            for request in group:
+                line = process.stdout.readline()
+                ended = {"length": len(request.messages), "error": _ENDED, "limit": True}
+                answers.append(json.loads(line) if line.endswith("\n") else ended)
+                if answers[-1].get("limit"):
+                    break
+            else:
+                whole = True
+        finally:  # answers that nobody waits for must not be taken for those of others
+            if not whole:
+                self.close()
+            writer.join()
         return answers
 
     def start(self) -> None:
@@ -183,6 +206,14 @@ class Renderer:
         for pipe in (process.stdin, process.stdout):
             with contextlib.suppress(OSError):  # what it did not read is not missed
                 pipe.close()  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def _error(request: Request, answer: Mapping[str, Any]) -> RowError:
+    roles = [str(message.get("role")) for message in request.messages]
+    shown = ", ".join(roles[: min(answer["length"], 6)])
+    more = ", …" if answer["length"] > 6 else ""
+    kind = LimitError if answer.get("limit") else RowError
+    return kind(f"the chat template fails on the messages ({shown}{more}): {answer['error']}")
 
 
 def _write(pipe: IO[str], lines: Sequence[str]) -> None:

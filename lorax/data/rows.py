@@ -3,7 +3,7 @@
 import array
 import datetime
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,14 +17,25 @@ class DataError(ValueError):
     """A file, a row or a data setting that cannot be trained on."""
 
 
+class RowError(DataError):
+    """What is wrong with one row, without its place; other rows may be right."""
+
+
+class MalformedRowError(RowError):
+    """A row that cannot be read, or that holds no answer: `data.malformed` decides."""
+
+
 class Rows(Protocol):
-    """What every source offers: its rows in order, and where each one stands."""
+    """What every source offers: its rows in order, and where each one stands.
+
+    A row that cannot be parsed comes as the error that says why.
+    """
 
     name: str
 
     def __len__(self) -> int: ...
 
-    def __iter__(self) -> Iterator[Row]: ...
+    def __iter__(self) -> Iterator[Row | MalformedRowError]: ...
 
     def place(self, index: int) -> str:
         """Returns where row `index` of this source stands, for messages."""
@@ -59,17 +70,12 @@ class LineRows:
     def __len__(self) -> int:
         return len(self._numbers)
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[Row | MalformedRowError]:
         with self._path.open("rb") as file:
-            for number, offset in zip(self._numbers, self._offsets, strict=True):
+            for offset in self._offsets:
                 if file.tell() != offset:
                     file.seek(offset)
-                place = f"{self.name}:{number + 1}"
-                try:
-                    text = file.readline().decode("utf-8")
-                except UnicodeDecodeError as error:
-                    raise DataError(f"{place}: invalid UTF-8") from error
-                yield parse_object(text, place)
+                yield _row_or_error(parse_object, file.readline())
 
     def place(self, index: int) -> str:
         """Returns ``file:line``, lines counted from 1 and blank ones included."""
@@ -98,9 +104,9 @@ class NumberedRows:
     def __len__(self) -> int:
         return len(self._numbers)
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[Row | MalformedRowError]:
         for number in self._numbers:
-            yield check_object(self._table[number], f"{self.name}: row {number}")
+            yield _row_or_error(check_object, self._table[number])
 
     def place(self, index: int) -> str:
         """Returns ``file: row i``, counted from 0 in the whole file."""
@@ -125,28 +131,32 @@ def index_lines(
     return np.asarray(numbers, np.int64), np.asarray(offsets, np.int64)
 
 
-def parse_object(text: str, place: str) -> Row:
-    """Returns the JSON object in `text`; raises DataError naming `place` if there is none."""
+def parse_object(line: bytes) -> Row:
+    """Returns the JSON object in a line; raises MalformedRowError if there is none."""
     try:
-        value = json.loads(text, object_pairs_hook=_refuse_duplicate_keys)
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise MalformedRowError("invalid UTF-8") from error
+    try:
+        value = json.loads(text, object_pairs_hook=refuse_duplicate_keys)
     except json.JSONDecodeError as error:
         hint = "; the lines end in CR alone, which is no line end here" * ("\r" in text.strip())
         # The end of the line is part of the text, and what is cut off fails behind it.
         column = min(error.pos, len(text.rstrip())) + 1
-        raise DataError(f"{place}: invalid JSON: {error.msg} at column {column}{hint}") from error
+        raise MalformedRowError(f"invalid JSON: {error.msg} at column {column}{hint}") from error
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{place}: invalid JSON: {error}") from error
-    return check_object(value, place)
+        raise MalformedRowError(f"invalid JSON: {error}") from error
+    return check_object(value)
 
 
-def parse_array(path: Path, name: str) -> list[Row]:
-    """Returns the elements of the JSON array in a file; raises DataError naming file and line."""
+def parse_document(path: Path, name: str) -> Any:
+    """Returns the JSON value that a file holds; raises DataError naming file and line."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{undecodable_place(path, name)}: invalid UTF-8") from error
     try:
-        return json.loads(text, object_pairs_hook=_refuse_duplicate_keys)
+        return json.loads(text, object_pairs_hook=refuse_duplicate_keys)
     except json.JSONDecodeError as error:
         where = f"{name}:{error.lineno}"
         raise DataError(f"{where}: invalid JSON: {error.msg} at column {error.colno}") from error
@@ -154,11 +164,18 @@ def parse_array(path: Path, name: str) -> list[Row]:
         raise DataError(f"{name}: invalid JSON: {error}") from error
 
 
-def check_object(value: Any, place: str) -> Row:
-    """Returns `value` if it is a JSON object; raises DataError naming `place` otherwise."""
+def check_object(value: Any) -> Row:
+    """Returns `value` if it is a JSON object; raises MalformedRowError otherwise."""
     if not isinstance(value, dict):
-        raise DataError(f"{place}: a row must be a JSON object, got {type(value).__name__}")
+        raise MalformedRowError(f"a row must be a JSON object, got {type(value).__name__}")
     return value
+
+
+def _row_or_error(read: Callable[[Any], Row], value: Any) -> Row | MalformedRowError:
+    try:
+        return read(value)
+    except MalformedRowError as error:
+        return error
 
 
 def undecodable_place(path: Path, name: str) -> str:
@@ -173,11 +190,11 @@ def undecodable_place(path: Path, name: str) -> str:
 
 
 def check_unicode(value: str, where: str) -> str:
-    """Returns `value`; raises DataError if it holds what no encoding of Unicode can."""
+    """Returns `value`; raises MalformedRowError if it holds what no encoding of Unicode can."""
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise DataError(
+        raise MalformedRowError(
             f"{where} holds half a surrogate pair at character {error.start}, which is no Unicode "
             "text"
         ) from error
@@ -218,7 +235,8 @@ def describe(value: Any) -> str:
     return f"a {type(value).__name__}"
 
 
-def _refuse_duplicate_keys(pairs: list[tuple[str, Any]]) -> Row:
+def refuse_duplicate_keys(pairs: list[tuple[str, Any]]) -> Row:
+    """Returns a JSON object's keys and values; raises ValueError if a key stands twice."""
     row = dict(pairs)
     if len(row) != len(pairs):
         keys = [key for key, _ in pairs]

@@ -5,18 +5,25 @@ import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int64
 
 from lorax.config import DataSource
+from lorax.data.columns import fitting_formats
 from lorax.data.rows import (
     DataError,
     LineRows,
     NumberedRows,
     Rows,
+    check_object,
+    describe,
     index_lines,
-    parse_array,
+    is_word,
+    parse_document,
+    parse_object,
+    show_name,
 )
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
@@ -47,6 +54,7 @@ def open_source(source: DataSource) -> Iterator[Rows]:
         if path.suffix.lower() in (".json", ".jsonl"):
             yield _open_json(path, source)
             return
+        _refuse_field(source)
         with tempfile.TemporaryDirectory(prefix="lorax-data-") as cache:
             from lorax.data import tables  # lines need no pandas: it takes a second to import
 
@@ -60,9 +68,18 @@ def open_source(source: DataSource) -> Iterator[Rows]:
             f"{', '.join(SUFFIXES)} file or a hub id such as 'owner/name'"
         )
     else:
+        _refuse_field(source)
         from lorax.data import tables
 
         yield tables.open_hub(source)
+
+
+def _refuse_field(source: DataSource) -> None:
+    if source.field is not None:
+        raise DataError(
+            f"{source.path}: field {source.field!r} is of a .json file that holds one object, and "
+            "this is a table: remove field"
+        )
 
 
 def _check_file(path: Path, source: DataSource) -> None:
@@ -89,12 +106,67 @@ def _check_file(path: Path, source: DataSource) -> None:
 
 
 def _open_json(path: Path, source: DataSource) -> Rows:
-    if path.suffix.lower() == ".json" and _first_byte(path) == b"[":
-        elements = parse_array(path, source.path)
+    if path.suffix.lower() == ".json" and (document := _document(path, source)) is not None:
+        elements = _rows_of(document, source)
         return NumberedRows(source.path, elements, _places_of_split(source, len(elements)))
+    if source.field is not None:
+        raise DataError(
+            f"{source.path}: field {source.field!r} is of a .json file that holds one object, and "
+            "this file holds one JSON object per line: remove field"
+        )
     numbers, offsets = index_lines(path)
     kept = _places_of_split(source, len(numbers))
     return LineRows(source.path, path, numbers[kept], offsets[kept])
+
+
+def _document(path: Path, source: DataSource) -> Any:
+    """Returns the JSON value that is the whole file; None if each line is one."""
+    if _first_byte(path) == b"[":
+        return parse_document(path, source.path)
+    with path.open("rb") as file:
+        lines = filter(bytes.strip, file)
+        try:
+            parse_object(next(lines, b"").removeprefix(b"\xef\xbb\xbf"))
+            if next(lines, None) is not None:
+                return None
+        except DataError:
+            pass
+    try:
+        return parse_document(path, source.path)
+    except DataError:
+        return None  # what is wrong is told line by line
+
+
+def _rows_of(document: Any, source: DataSource) -> list[Any]:
+    """Returns the rows that a JSON document holds: its own elements, or those of one key."""
+    if isinstance(document, list):
+        if source.field is not None:
+            raise DataError(
+                f"{source.path}: the file is a list of rows, without a key {source.field!r}: "
+                "remove field"
+            )
+        return document
+    row = check_object(document)
+    holds = ", ".join(f"{show_name(key)} ({describe(value)})" for key, value in row.items())
+    if source.field is not None:
+        rows = row.get(source.field)
+        if isinstance(rows, list) and rows:
+            return rows
+        raise DataError(
+            f"{source.path}: field {source.field!r} must name a list of rows in it; the file's "
+            f"object holds {holds or 'nothing'}"
+        )
+    lists = [key for key, value in row.items() if is_word(key) and _is_rows(value)]
+    if lists and not fitting_formats(row):
+        raise DataError(
+            f"{source.path}: the file is one object, which holds {holds}; name the list of the "
+            f"rows, as in data.train: [{{path: {source.path}, field: {lists[0]}}}]"
+        )
+    return [row]
+
+
+def _is_rows(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
 
 
 def _first_byte(path: Path) -> bytes:

@@ -132,7 +132,7 @@ def tokenize_texts(
     ]
 
 
-def named_token_id(tokenizer: Tokenizer, name: Literal["bos", "eos"]) -> int | None:
+def named_token_id(tokenizer: Tokenizer, name: Literal["bos", "eos", "unk"]) -> int | None:
     """Returns the id of a named token, or None if the tokenizer has none."""
     found = getattr(tokenizer, f"{name}_token_id")
     return None if found is None else int(found)

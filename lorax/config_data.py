@@ -1,0 +1,109 @@
+"""Settings of the data: what is read, how a row becomes text, what of it is learned."""
+
+import datetime
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, override
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from lorax.config_types import Conflict, FromList, Section, Text
+
+
+def _text_of_date(value: Any) -> Any:
+    # YAML reads 2026-11-30 as a date.
+    return value.isoformat() if type(value) is datetime.date else value
+
+
+def _check_date(text: str) -> str:
+    try:
+        return datetime.date.fromisoformat(text).isoformat()
+    except ValueError as error:
+        raise ValueError(f"needs a date as 2026-11-30, got {text!r}") from error
+
+
+Date = Annotated[str, AfterValidator(_check_date), BeforeValidator(_text_of_date)]
+
+
+class DataSource(Section):
+    """One file or hub dataset.
+
+    Attributes:
+        path: A .jsonl, .json, .parquet or .csv file, or a hub id.
+        name: Configuration of the hub dataset.
+        split: Split of the hub dataset.
+        field: Of a .json file that holds one object: the key of the list of rows in it.
+    """
+
+    path: Text
+    name: Text | None = None
+    split: Text = "train"
+    field: Text | None = None
+
+
+def _sources_from_paths(value: Any) -> Any:
+    entries = [value] if isinstance(value, str) else value
+    if not isinstance(entries, list | tuple):
+        return value
+    return tuple({"path": entry} if isinstance(entry, str) else entry for entry in entries)
+
+
+Sources = Annotated[tuple[DataSource, ...], BeforeValidator(_sources_from_paths)]
+
+
+class DataConfig(Section):
+    r"""What is learned from, and on which of its tokens.
+
+    Attributes:
+        train: Sources of the training rows; a path alone stands for ``[{path: …}]``.
+        eval: Sources of the held-out rows.
+        format: Shape of a row; `auto` tells by its columns.
+        chat_template: `tokenizer`, or the path of a .jinja file.
+        date: Today's date for a chat template that asks for it, as ``2026-11-30``; null is the day
+            on which the run begins. A run keeps its date.
+        ignore: What a row may hold without its being learned from, by the names that the errors
+            give: a column, such as ``id``; a key of messages, ``message.name``; a text that the
+            chat template leaves out, ``developer.content`` or ``assistant.thinking``.
+        loss_on: The tokens that are prediction targets.
+        train_on_eos: Which end-of-turn tokens are targets.
+        instruction_part: Text that opens a user turn, such as ``<|im_start|>user\n``.
+        response_part: Text that opens an assistant turn. Both or neither.
+        max_seq_length: Longest row in tokens.
+        overlong: What happens to longer rows.
+        malformed: What happens to rows that cannot be read, or hold no answer.
+        leading_answer: What happens to conversations that an assistant turn begins: `trim` removes
+            what stands before the first user turn, `drop` the row; `error` refuses those in which
+            the chat template does not tell where that turn starts.
+        unsupervised: What happens to rows whose loss mask is empty, as when their answer was cut
+            off.
+        packing: Puts several short rows into one, without attention between them.
+        shuffle: A new order in each epoch, given by `train.seed`.
+    """
+
+    train: Annotated[Sources, Field(min_length=1)]
+    eval: Sources = ()
+    format: Literal[
+        "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "tokenized"
+    ] = "auto"
+    chat_template: Text = "tokenizer"
+    date: Date | None = None
+    ignore: Annotated[tuple[Text, ...], FromList] = ()
+    loss_on: Literal["assistant", "last_assistant", "completion", "all"] = "assistant"
+    train_on_eos: Literal["turn", "last", "all", "none"] = "turn"
+    instruction_part: Text | None = None
+    response_part: Text | None = None
+    max_seq_length: Annotated[int, Field(ge=2)] = 2048
+    overlong: Literal["error", "truncate", "drop"] = "error"
+    malformed: Literal["error", "drop"] = "error"
+    leading_answer: Literal["error", "trim", "drop"] = "error"
+    unsupervised: Literal["error", "drop"] = "error"
+    packing: bool = False
+    shuffle: bool = True
+
+    @override
+    def conflicts(self) -> Iterator[Conflict]:
+        if self.chat_template != "tokenizer" and not self.chat_template.endswith(".jinja"):
+            needed = "needs `tokenizer` or the path of a .jinja file"
+            yield "chat_template", f"{needed}, got {self.chat_template!r}"
+        if (self.instruction_part is None) != (self.response_part is None):
+            given = "response_part" if self.instruction_part is None else "instruction_part"
+            yield given, "instruction_part and response_part go together: set both or neither"

@@ -1,0 +1,152 @@
+"""The columns of a row: which formats need them, which are read, which are not."""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from lorax.data.rows import (
+    DataError,
+    MalformedRowError,
+    Row,
+    RowError,
+    describe,
+    is_word,
+    show_name,
+)
+
+FORMAT_COLUMNS: dict[str, tuple[str, ...]] = {
+    "messages": ("messages",),
+    "sharegpt": ("conversations",),
+    "alpaca": ("instruction", "output"),
+    "prompt_completion": ("prompt", "completion"),
+    "text": ("text",),
+    "tokenized": ("input_ids",),
+}
+"""Format to the columns it needs."""
+
+CHAT_COLUMNS = ("tools", "chat_template_kwargs")
+"""Columns that are for a chat template."""
+
+_OPTIONAL_COLUMNS: dict[str, tuple[str, ...]] = {
+    "messages": ("system", *CHAT_COLUMNS),
+    "sharegpt": ("system", *CHAT_COLUMNS),
+    "alpaca": ("input", "system", "history"),
+    "prompt_completion": CHAT_COLUMNS,
+    "text": (),
+    "tokenized": ("labels", "attention_mask"),
+}
+
+FLAGS = (
+    "train",
+    "training",
+    "trainable",
+    "train_on_turn",
+    "weight",
+    "loss",
+    "loss_mask",
+    "mask",
+)
+"""Keys that say whether a turn, or a row, is learned: 1 or true that it is, 0 or false that not."""
+
+_FLAG_VALUES = {"0": False, "false": False, "1": True, "true": True}
+
+_REMEDIES = {
+    "functions": "write the functions as tools",
+    "function_call": "write the call as tool_calls of a message",
+    **dict.fromkeys(("images", "videos", "audios"), "lorax learns from text alone"),
+}
+
+
+def fitting_formats(columns: Collection[str]) -> list[str]:
+    """Returns the formats whose columns are all there."""
+    return [
+        name for name, needed in FORMAT_COLUMNS.items() if all(key in columns for key in needed)
+    ]
+
+
+def detect_format(columns: Collection[str]) -> str:
+    """Returns the one format whose columns are all there.
+
+    Raises:
+        DataError: If no format fits or several do; lists what was found and what is accepted.
+    """
+    fitting = fitting_formats(columns)
+    if len(fitting) == 1:
+        return fitting[0]
+    accepted = "; ".join(f"{name}: {', '.join(keys)}" for name, keys in FORMAT_COLUMNS.items())
+    # Without a header the first row of a table stands for its columns: they may be training text.
+    words = sorted(key for key in columns if is_word(key))
+    others = f" and {len(columns) - len(words)} that are no words" * (len(words) < len(columns))
+    found = f"the columns {words}{others}"
+    problem = (
+        f"{found} fit several formats ({', '.join(fitting)}); set data.format"
+        if fitting
+        else f"{found} fit no format; rename them"
+    )
+    raise DataError(f"{problem}. Formats and the columns they need: {accepted}")
+
+
+def check_columns(row: Row, data_format: str) -> None:
+    """Refuses a row that lacks a column of its format, or has one that nothing reads.
+
+    Raises:
+        MalformedRowError: Naming the columns that are missing.
+        RowError: Naming the columns that are not read, and the setting that allows them.
+    """
+    missing = [key for key in FORMAT_COLUMNS[data_format] if row.get(key) is None]
+    if missing:
+        words = (key if is_word(key) else describe(key) for key in row)
+        names = (
+            word + " (null)" * (row[key] is None) for word, key in zip(words, row, strict=True)
+        )
+        raise MalformedRowError(
+            f"a row of format {data_format!r} needs the columns {', '.join(missing)}, got "
+            f"{', '.join(names) or 'nothing'}; all rows of a source must have one format"
+        )
+    known = (*FORMAT_COLUMNS[data_format], *_OPTIONAL_COLUMNS[data_format], *FLAGS)
+    if data_format == "prompt_completion" and isinstance(row["prompt"], str):
+        known = tuple(key for key in known if key not in CHAT_COLUMNS)
+    refuse_unread([key for key, value in row.items() if key not in known and not is_empty(value)])
+
+
+def refuse_unread(keys: Collection[str]) -> None:
+    """Refuses columns that nothing reads."""
+    if not keys:
+        return
+    hints = [f"{key}: {_REMEDIES[key]}" for key in keys if key in _REMEDIES]
+    names = ", ".join(map(show_name, keys))
+    allowed = ", ".join(key if is_word(key) else "…" for key in keys)
+    raise RowError(
+        f"nothing reads the columns {names} of a row: remove them, or allow them by name with "
+        f"data.ignore: [{allowed}]" + "".join(f"; {hint}" for hint in hints)
+    )
+
+
+def read_flag(holder: Mapping[str, Any], where: str) -> bool | None:
+    """Returns whether a turn or a row says that it is learned; None if it says nothing.
+
+    Args:
+        holder: A message, or a row.
+        where: How messages name its keys, such as ``messages[0].``.
+
+    Raises:
+        MalformedRowError: If a flag is neither 0 or false nor 1 or true, or two differ.
+    """
+    found = {key: holder[key] for key in FLAGS if holder.get(key) is not None}
+    values = set()
+    for key, value in found.items():
+        # A table of text holds "0" and "true".
+        word = str(int(value) if isinstance(value, float) and value in (0, 1) else value).lower()
+        if isinstance(value, list | dict) or word not in _FLAG_VALUES:
+            raise MalformedRowError(
+                f"{where}{key} must be 0, 1, true or false (whether it is learned), got "
+                f"{describe(value)}"
+            )
+        values.add(_FLAG_VALUES[word])
+    if len(values) > 1:
+        raise MalformedRowError(f"{where}{' and '.join(found)} say different things; keep one")
+    return values.pop() if values else None
+
+
+def is_empty(value: Any) -> bool:
+    """Says whether a value holds nothing that could be lost."""
+    return value is None or (isinstance(value, str | list | dict) and not value)

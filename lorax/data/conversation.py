@@ -1,0 +1,241 @@
+"""Conversations: messages as they are read, and which of them are learned."""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from lorax.data.columns import FLAGS, read_flag
+from lorax.data.rows import (
+    MalformedRowError,
+    Row,
+    check_unicode,
+    describe,
+    refuse_duplicate_keys,
+    show_name,
+)
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+
+type Message = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversation:
+    """Messages that a chat template turns into text.
+
+    Attributes:
+        messages: Each with a role of `ROLES` and, but for tool calls, a text as content.
+        tools: JSON schemas of the tools offered.
+        template_kwargs: What the row hands to the chat template besides.
+        completion_start: Where the completion starts, if the row says so.
+        flags: Messages that say whether they are learned.
+        turns: The messages that are learned, where that is decided; else the settings decide.
+    """
+
+    messages: tuple[Message, ...]
+    tools: list[Any] | None = None
+    template_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    completion_start: int | None = None
+    flags: Mapping[int, bool] = dataclasses.field(default_factory=dict)
+    turns: tuple[int, ...] | None = None
+
+    @property
+    def functions(self) -> set[str]:
+        """Names of the functions that are offered or called."""
+        offered = {function_name(tool, "tools") for tool in self.tools or ()}
+        return offered.union(*(called_names(message) for message in self.messages))
+
+    @property
+    def replies(self) -> tuple[int, ...]:
+        """Indices of all assistant messages."""
+        return tuple(i for i, item in enumerate(self.messages) if item["role"] == "assistant")
+
+    @property
+    def has_leading_answer(self) -> bool:
+        """Whether an assistant turn stands before the first user turn."""
+        for message in self.messages:
+            if message["role"] in ("user", "assistant"):
+                return message["role"] == "assistant"
+        return False
+
+    def learned_replies(self, loss_on: str) -> tuple[int, ...]:
+        """Returns the indices of the messages that are learned under `data.loss_on`."""
+        if self.turns is not None:
+            return self.turns
+        if self.completion_start is not None:
+            asked = tuple(i for i in self.replies if i >= self.completion_start)
+        else:
+            asked = self.replies if loss_on == "assistant" else self.replies[-1:]
+        return tuple(i for i in asked if self.flags.get(i, True))
+
+    def without_leading_answer(self) -> "Conversation":
+        """Returns the conversation from its first user turn on; what instructs stays before it.
+
+        Raises:
+            MalformedRowError: If nothing is left to learn.
+        """
+        roles = [message["role"] for message in self.messages]
+        first = roles.index("user") if "user" in roles else len(roles)
+        kept = [i for i, role in enumerate(roles) if i >= first or role in ("system", "developer")]
+        messages = tuple(self.messages[i] for i in kept)
+        refuse_no_answer(messages)
+        start = self.completion_start
+        return dataclasses.replace(
+            self,
+            messages=messages,
+            completion_start=None if start is None else sum(i < start for i in kept),
+            flags={new: self.flags[i] for new, i in enumerate(kept) if i in self.flags},
+        )
+
+    def ending_with(self, turn: int) -> "Conversation":
+        """Returns the messages up to `turn`, of which it alone is learned."""
+        return dataclasses.replace(self, messages=self.messages[: turn + 1], turns=(turn,))
+
+    def with_arguments_as_text(self) -> "Conversation":
+        """Returns the conversation with the arguments of all calls as JSON text."""
+        return dataclasses.replace(self, messages=tuple(map(_with_text, self.messages)))
+
+
+def read_messages(row: Row, column: str) -> tuple[list[Message], dict[int, bool]]:
+    """Reads a column of messages: those for the template, and by index whether they are learned.
+
+    Raises:
+        MalformedRowError: Naming the message and the key, what came and what was needed.
+    """
+    messages, flags = [], {}
+    for index, (item, where) in enumerate(list_of_dicts(row, column)):
+        kept = {key: value for key, value in item.items() if value is not None}
+        flag = read_flag(kept, f"{where}.")
+        if flag is not None:
+            flags[index] = flag
+        kept = {key: value for key, value in kept.items() if key not in FLAGS}
+        read = _read_sharegpt if column == "conversations" else _read_message
+        messages.append(read(kept, where))
+    return messages, flags
+
+
+def _read_message(message: Message, where: str) -> Message:
+    role = message.get("role")
+    if role not in ROLES:
+        raise MalformedRowError(
+            f"{where}.role must be one of {', '.join(ROLES)}, got {show_name(role)}"
+        )
+    if "tool_calls" in message:
+        message = message | {"tool_calls": _read_calls(message["tool_calls"], where)}
+    if "content" not in message and not message.get("tool_calls"):
+        raise MalformedRowError(f"{where}.content is missing or null; needed is text")
+    content = text_of(message.get("content", ""), f"{where}.content", empty=True)
+    if role == "assistant" and not content.strip() and not message.get("tool_calls"):
+        raise MalformedRowError(
+            f"{where}.content is empty, and it is what the assistant should say"
+        )
+    return message
+
+
+def _read_sharegpt(turn: Message, where: str) -> Message:
+    known = (*_SHAREGPT_ROLES, *ROLES)
+    role = turn.get("from")
+    if role not in known:
+        raise MalformedRowError(
+            f"{where}.from must be one of {', '.join(known)}, got {show_name(role)}"
+        )
+    content = text_of(turn.get("value"), f"{where}.value", empty=True)
+    others = {key: value for key, value in turn.items() if key not in ("from", "value")}
+    message = {"role": _SHAREGPT_ROLES.get(role, role), "content": content, **others}
+    if message["role"] == "assistant" and not content.strip():
+        raise MalformedRowError(f"{where}.value is empty, and it is what the assistant should say")
+    return message
+
+
+def _read_calls(calls: Any, where: str) -> list[Any]:
+    """Returns a message's tool calls, arguments that are JSON text parsed as templates expect."""
+    if not isinstance(calls, list):
+        raise MalformedRowError(
+            f"{where}.tool_calls must be a list of objects, got {describe(calls)}"
+        )
+    return [_read_call(call, f"{where}.tool_calls[{i}]") for i, call in enumerate(calls)]
+
+
+def _read_call(call: Any, where: str) -> Mapping[str, Any]:
+    function_name(call, where)
+    inner = call.get("function", call)
+    if inner.get("arguments") is None:
+        return call
+    arguments = _parse_arguments(
+        inner["arguments"], f"{where}.{'function.' * ('function' in call)}"
+    )
+    inner = {**inner, "arguments": arguments}
+    return {**call, "function": inner} if "function" in call else inner
+
+
+def _parse_arguments(value: Any, where: str) -> dict[str, Any]:
+    needed = f"{where}arguments must be a JSON object, or text that is one"
+    if isinstance(value, str):
+        try:
+            value = json.loads(value, object_pairs_hook=refuse_duplicate_keys)
+        except (ValueError, RecursionError) as error:
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else "cannot be parsed"
+            raise MalformedRowError(f"{needed}, got text that is no JSON: {reason}") from error
+    if not isinstance(value, dict):
+        raise MalformedRowError(f"{needed}, got {describe(value)}")
+    return value
+
+
+def _with_text(message: Message) -> Message:
+    def as_text(call: Mapping[str, Any]) -> Mapping[str, Any]:
+        inner = call.get("function", call)
+        if not isinstance(inner.get("arguments"), dict):
+            return call
+        inner = {**inner, "arguments": json.dumps(inner["arguments"], ensure_ascii=False)}
+        return {**call, "function": inner} if "function" in call else inner
+
+    if not message.get("tool_calls"):
+        return message
+    return message | {"tool_calls": [as_text(call) for call in message["tool_calls"]]}
+
+
+def called_names(message: Message) -> Iterator[str]:
+    """Yields the functions that a message calls."""
+    for call in message.get("tool_calls") or ():
+        yield function_name(call, "tool_calls")
+
+
+def function_name(value: Any, where: str) -> str:
+    """Returns the name in a tool or a call, which may stand in an object of its own."""
+    inner = value.get("function", value) if isinstance(value, Mapping) else None
+    name = inner.get("name") if isinstance(inner, Mapping) else None
+    if not isinstance(name, str) or not name:
+        raise MalformedRowError(f"{where} needs a function's name, got {describe(value)}")
+    return name
+
+
+def refuse_no_answer(messages: Sequence[Message]) -> None:
+    """Refuses messages among which there is nothing to learn."""
+    if not any(message["role"] == "assistant" for message in messages):
+        raise MalformedRowError(
+            "the conversation has no assistant turn to learn from, only "
+            + (", ".join(message["role"] for message in messages[:6]) or "nothing")
+            + ", …" * (len(messages) > 6)
+        )
+
+
+def list_of_dicts(row: Row, column: str) -> list[tuple[Mapping[str, Any], str]]:
+    """Returns each object of a column with the name it has in messages."""
+    value = row[column]
+    if not isinstance(value, list) or not value:
+        raise MalformedRowError(f"{column} must be a list of objects, got {describe(value)}")
+    for index, item in enumerate(value):
+        if not isinstance(item, Mapping):
+            raise MalformedRowError(f"{column}[{index}] must be an object, got {describe(item)}")
+    return [(item, f"{column}[{index}]") for index, item in enumerate(value)]
+
+
+def text_of(value: Any, where: str, *, empty: bool = False) -> str:
+    """Returns `value` if it is text; raises MalformedRowError naming `where` otherwise."""
+    if not isinstance(value, str):
+        raise MalformedRowError(f"{where} must be text, got {describe(value)}")
+    if not value.strip() and not empty:
+        raise MalformedRowError(f"{where} is empty")
+    return check_unicode(value, where)

@@ -1,0 +1,69 @@
+"""Learned turns found by the texts that open a user's and an assistant's turn."""
+
+import re
+
+from lorax.config import DataConfig
+from lorax.data.conversation import Conversation
+from lorax.data.renderer import Span
+from lorax.data.rows import RowError
+from lorax.data.tokenizer import Tokenizer
+
+
+def spans_between_markers(
+    conversation: Conversation, text: str, config: DataConfig, tokenizer: Tokenizer
+) -> tuple[Span, ...]:
+    """Returns the characters of each learned turn: from its marker to the next marker of any kind.
+
+    Args:
+        conversation: What was rendered.
+        text: Its rendering.
+        config: With both markers, `instruction_part` and `response_part`.
+        tokenizer: Knows the special tokens, which an error names.
+
+    Raises:
+        RowError: If the markers cannot bound every assistant turn.
+    """
+    instruction, response = config.instruction_part, config.response_part
+    assert instruction is not None and response is not None
+    starts = [match.end() for match in re.finditer(re.escape(response), text)]
+    ends = [match.start() for match in re.finditer(re.escape(instruction), text)]
+    for name, part, places in (
+        ("response_part", response, starts),
+        ("instruction_part", instruction, ends),
+    ):
+        if not places:
+            raise RowError(
+                f"data.{name} {part!r} stands nowhere in the rendered row, whose special "
+                f"tokens are {' '.join(_special_tokens_of(text, tokenizer)) or 'none at all'}"
+            )
+    _check_counts(conversation, starts, ends)
+    borders = sorted([start - len(response) for start in starts] + ends + [len(text)])
+    spans = [(start, next(end for end in borders if end >= start)) for start in starts]
+    learned = conversation.learned_replies(config.loss_on)
+    return tuple(span for i, span in zip(conversation.replies, spans, strict=True) if i in learned)
+
+
+def _special_tokens_of(text: str, tokenizer: Tokenizer) -> list[str]:
+    """Returns the special tokens that a text has, in its order; nothing else of the text."""
+    added = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    names = sorted(added | set(tokenizer.all_special_tokens), key=len, reverse=True)
+    found = re.findall("|".join(map(re.escape, names)), text) if names else []
+    return list(dict.fromkeys(found))
+
+
+def _check_counts(conversation: Conversation, starts: list[int], ends: list[int]) -> None:
+    replies = conversation.replies
+    later = [message["role"] for message in conversation.messages[replies[0] :]]
+    for role in later:
+        if role not in ("user", "assistant"):
+            raise RowError(
+                f"there is a {role} turn after an assistant turn, and data.instruction_part marks "
+                "user turns only; use a data.chat_template with {% generation %}"
+            )
+    found = sum(end >= starts[0] for end in ends)
+    if len(starts) != len(replies) or found != later.count("user"):
+        raise RowError(
+            f"data.response_part stands {len(starts)} times in the rendered row and "
+            f"data.instruction_part {found} times after it, but there are {len(replies)} assistant "
+            f"turns and {later.count('user')} user turns after the first of them"
+        )

@@ -1,0 +1,115 @@
+"""Which encoded rows are kept, and what is told of those that are not."""
+
+from lorax.config import DataConfig
+from lorax.data.dataset import Change, EncodedRow, EncodeReport, RowWriter
+from lorax.data.problems import Problems
+from lorax.data.rows import DataError, MalformedRowError
+
+_TRIED = 1000
+"""If none of so many rows can be used, reading stops."""
+
+
+class Sieve:
+    """Keeps the rows that can be trained on, counts those that cannot, and what became of them."""
+
+    def __init__(self, config: DataConfig, kept: RowWriter) -> None:
+        self._config = config
+        self._kept = kept
+        self._problems = Problems()
+        self._changes: dict[str, Change] = {}
+        self._first_overlong = self._first_unsupervised = ""
+        self.read = self.truncated = self.overlong = self.unsupervised = 0
+
+    def add(self, encoded: EncodedRow, place: str) -> None:
+        """Takes what a row became, cutting or dropping it as the config says."""
+        tokens, supervised = encoded
+        limit = self._config.max_seq_length
+        if len(tokens) > limit:
+            self._first_overlong = self._first_overlong or f"{place} has {len(tokens)} tokens"
+            if self._config.overlong == "truncate":
+                self.truncated += 1
+                tokens, supervised = tokens[:limit], supervised[:limit]
+            else:
+                self.overlong += 1
+                return
+        if not supervised.any():
+            self.unsupervised += 1
+            self._first_unsupervised = self._first_unsupervised or place
+            return
+        self._kept.add((tokens, supervised))
+
+    def refuse(self, error: DataError, place: str) -> None:
+        """Takes a row that cannot be used; a malformed one is dropped if the config says so."""
+        if isinstance(error, MalformedRowError) and self._config.malformed == "drop":
+            self.note("dropped, malformed (data.malformed: drop)", place)
+        else:
+            self._problems.add(place, error)
+
+    def note(self, what: str, place: str) -> None:
+        """Counts a row of which something is to be told."""
+        known = self._changes.get(what, Change(what, 0, place))
+        self._changes[what] = known._replace(rows=known.rows + 1)
+
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether many rows were read and none of them can be used."""
+        return self.read >= _TRIED and len(self._problems) == self.read
+
+    def check(self, stopped: str = "") -> None:
+        """Raises DataError if rows were lost that the config does not give up, or all were.
+
+        Args:
+            stopped: Why the rest of the rows was not read.
+        """
+        config = self._config
+        self._problems.check(self.read, stopped=stopped)
+        if self.overlong and config.overlong == "error":
+            raise DataError(
+                f"{self.overlong} of {self.read} rows are longer than data.max_seq_length: "
+                f"{config.max_seq_length}; the first, {self._first_overlong}. Raise "
+                "max_seq_length, or set data.overlong to truncate or drop"
+            )
+        if self.unsupervised and config.unsupervised == "error":
+            raise DataError(
+                f"{self.unsupervised} of {self.read} rows have no supervised token"
+                f"{f' ({self.truncated} rows were truncated)' if self.truncated else ''}; the "
+                f"first is {self._first_unsupervised}. Mend them, or set data.unsupervised: drop"
+            )
+        if not len(self._kept):
+            raise DataError(self._nothing_left())
+
+    def _nothing_left(self) -> str:
+        lost = [
+            f"{self.overlong} are longer than data.max_seq_length: {self._config.max_seq_length}"
+        ]
+        lost = lost * bool(self.overlong)
+        if self.unsupervised:
+            lost.append(f"{self.unsupervised} have no supervised token")
+        lost += [f"{change.rows} {change.what}" for change in self._changes.values()]
+        firsts = [self._first_overlong, self._first_unsupervised]
+        firsts += [change.first for change in self._changes.values()]
+        first = next(filter(None, firsts), "")
+        return f"none of {self.read} rows is left: {' and '.join(lost)}; the first, {first}"
+
+    def report(
+        self,
+        formats: set[str],
+        mask_sources: set[str],
+        sources: tuple[str, ...],
+        date: str | None,
+    ) -> EncodeReport:
+        """Returns what became of the rows; see `EncodeReport`."""
+        return EncodeReport(
+            format=", ".join(sorted(formats)),
+            mask_source=", ".join(sorted(mask_sources)),
+            rows_read=self.read,
+            rows_kept=len(self._kept),
+            rows_truncated=self.truncated,
+            rows_dropped_overlong=self.overlong if self._config.overlong == "drop" else 0,
+            rows_dropped_unsupervised=self.unsupervised,
+            tokens=self._kept.tokens,
+            supervised_tokens=self._kept.supervised_tokens,
+            sources=sources,
+            changes=tuple(self._changes.values()),
+            date=date,
+        )
