@@ -420,6 +420,7 @@ FIELDS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*AutoTokenizer of transformers gives others")
 @pytest.mark.parametrize("field", FIELDS)
 def test_a_field_of_another_type_is_refused_by_name(tmp_path, field):
     backend = byte_level()
