@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from lorax.adapter_base import with_recorded_revision
 from lorax.beside import await_tracing
 from lorax.checkpoint import CHECKPOINT_FOLDER, CheckpointStore
 from lorax.config import RunConfig
@@ -30,6 +31,7 @@ from lorax.optimizer import make_schedule
 from lorax.plan import GIB, POLICIES, Planner, device_gib
 from lorax.preparation import count_steps, plan_training
 from lorax.sharding import HostArray, embedding_obstacle, make_mesh
+from lorax.stop_tokens import stop_token_ids
 from lorax.targets import TargetError
 
 CHATS = ("auto", "messages", "sharegpt", "alpaca")
@@ -64,6 +66,11 @@ class Inputs:
         """Tokens of a row that the base model was made for."""
         return load_hf_config(self.base).context
 
+    def stop_ids(self, *, needed: bool = True) -> tuple[int, ...]:
+        """Returns what the trained model stops with; see `stop_token_ids`."""
+        trained = self.train.report.stop_ids
+        return stop_token_ids(self.base, self.tokenizer, trained, needed=needed)
+
 
 def load_inputs(config: RunConfig) -> Inputs:
     """Reads the tokenizer and the data of a run.
@@ -83,7 +90,9 @@ def load_inputs(config: RunConfig) -> Inputs:
     train = encode(config.data.train)
     held_out = encode(config.data.eval) if config.data.eval else None
     RENDERER.close_unused()
-    return Inputs(base, tokenizer, train, held_out, _own_template(config))
+    inputs = Inputs(base, tokenizer, train, held_out, _own_template(config))
+    inputs.stop_ids(needed=False)  # what it raises is about the files of the base
+    return inputs
 
 
 def _own_template(config: RunConfig) -> str | None:
@@ -258,6 +267,7 @@ def recomputed_before(config: RunConfig) -> Recomputation | None:
 
 def build_model(config: RunConfig) -> CausalLM:
     """Loads the base model and puts fresh or loaded adapters on it, as the config says."""
+    config = with_recorded_revision(config, print)
     return adapt_base(load_base(config), config, choose_recomputation(config)[0])
 
 

@@ -35,6 +35,8 @@ class EncodeReport:
         tokens: In the rows kept.
         supervised_tokens: Those among them that are prediction targets.
         sources: Paths and hub ids.
+        stop_ids: Tokens that end what is learned, and are learned: what a model that is trained on
+            the rows stops with.
     """
 
     format: str
@@ -47,6 +49,7 @@ class EncodeReport:
     tokens: int
     supervised_tokens: int
     sources: tuple[str, ...]
+    stop_ids: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

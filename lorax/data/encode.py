@@ -19,7 +19,7 @@ from lorax.data.formats import (
     detect_format,
     read_example,
 )
-from lorax.data.masks import StopTokens, mask_plain, mask_turns
+from lorax.data.masks import StopTokens, mask_plain, mask_turns, note_label_stops
 from lorax.data.rows import DataError, Row, Rows, check_unicode
 from lorax.data.sources import open_source
 from lorax.data.tokenizer import TokenizedText, Tokenizer, check_fast, tokenize_texts
@@ -70,12 +70,13 @@ def load_encoded_dataset(
             tokens=kept.tokens,
             supervised_tokens=kept.supervised_tokens,
             sources=tuple(source.path for source in sources),
+            stop_ids=tuple(sorted(encoder.stops.learned)),
         )
         return kept.finish(report)
 
 
 class _RowEncoder:
-    """Encodes the rows of sources; collects the formats and mask sources met."""
+    """Encodes the rows of sources; collects the formats, mask sources and stop tokens met."""
 
     def __init__(self, config: DataConfig, tokenizer: Tokenizer, vocab_size: int | None) -> None:
         if config.loss_on == "all" and config.response_part is not None:
@@ -89,7 +90,7 @@ class _RowEncoder:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._chat = load_chat_template(tokenizer, config)
-        self._stops = StopTokens.of(tokenizer, config.train_on_eos)
+        self.stops = StopTokens.of(tokenizer, config.train_on_eos)
 
     def encode(self, rows: Rows) -> Iterator[tuple[int, EncodedRow]]:
         """Yields the index of each row with its token ids and mask, of any length."""
@@ -185,9 +186,10 @@ class _RowEncoder:
     ) -> EncodedRow:
         if isinstance(item, TokenRow):
             tokens, supervised = _mask_labels(item)
+            note_label_stops((tokens, supervised), self.stops)
         else:
             mask = mask_plain if item.plain else mask_turns
-            tokens, supervised = mask(next(tokenized), item, self._stops)
+            tokens, supervised = mask(next(tokenized), item, self.stops)
         lowest, highest = int(tokens.min(initial=0)), int(tokens.max(initial=0))
         if lowest < 0 or (self._vocab_size is not None and highest >= self._vocab_size):
             size = "any vocabulary" if lowest < 0 else f"a vocabulary of {self._vocab_size}"

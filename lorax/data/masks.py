@@ -19,11 +19,13 @@ class StopTokens:
         eos: The tokenizer's end of sequence, if it has one.
         special: All special tokens but the one that begins a sequence.
         train_on_eos: Which of them are learned: turn, last, all or none.
+        learned: Those that were met at the end of what is learned, and are learned themselves.
     """
 
     eos: int | None
     special: frozenset[int]
     train_on_eos: str
+    learned: set[int] = dataclasses.field(default_factory=set, compare=False)
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, train_on_eos: str) -> "StopTokens":
@@ -62,7 +64,16 @@ def mask_plain(tokenized: TokenizedText, rendered: RenderedText, stops: StopToke
         tokens = np.append(tokens, np.int32(stops.eos))
         supervised = np.append(supervised, False)
     supervised[-1] = stops.train_on_eos != "none"
+    if supervised[-1]:
+        stops.learned.add(stops.eos)
     return tokens, supervised
+
+
+def note_label_stops(row: EncodedRow, stops: StopTokens) -> None:
+    """Notes the special tokens at the end of what the labels of a tokenized row supervise."""
+    tokens, supervised = row
+    ends = supervised & ~np.append(supervised[1:], False)
+    stops.learned.update(set(tokens[ends].tolist()) & stops.special)
 
 
 def mask_turns(tokenized: TokenizedText, rendered: RenderedText, stops: StopTokens) -> EncodedRow:
@@ -107,6 +118,7 @@ def mask_turns(tokenized: TokenizedText, rendered: RenderedText, stops: StopToke
             supervised[found] = False
         case "all":
             supervised |= np.isin(tokenized.ids, tokenized.ids[found])
+    stops.learned.update(int(tokenized.ids[index]) for index in found if supervised[index])
     return tokenized.ids, supervised
 
 
