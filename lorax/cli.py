@@ -20,14 +20,15 @@ from lorax.config import RunConfig, load_config
 from lorax.data import WITHOUT_TORCH, encode_prompt, load_tokenizer
 from lorax.export import export_model
 from lorax.generate import generate, stop_token_ids
-from lorax.interop.checkpoint import read_config, resolve_checkpoint
-from lorax.interop.files import read_json, refuse_occupied
-from lorax.interop.huggingface import load_hf_config, load_model
+from lorax.interop.checkpoint import resolve_checkpoint
+from lorax.interop.files import refuse_occupied
+from lorax.interop.huggingface import find_stored_dtype, load_hf_config, load_model
 from lorax.interop.peft import CONFIG_FILE, load_adapter
+from lorax.interop.peft_config import read_base_name
 from lorax.long_steps import ABANDONED
 from lorax.metrics import find_version
 from lorax.outlet import Outlet
-from lorax.overview import module_rows, report_data, report_kernels, report_plan
+from lorax.overview import module_rows, report_data, report_kernels, report_notes, report_plan
 from lorax.phases import Phases, process_age
 from lorax.report import print_config, print_modules
 from lorax.run import CHAT_TEMPLATE_FILE, EXPORT_FOLDERS, run_training
@@ -35,6 +36,7 @@ from lorax.run_inputs import (
     check_plan,
     check_targets,
     check_weights,
+    input_notes,
     load_inputs,
     make_planner,
 )
@@ -45,6 +47,7 @@ from lorax.stopping import (
     asking_signals,
     await_second,
 )
+from lorax.wording import describe
 
 WIDTH_IN_LOGS = 100
 
@@ -115,7 +118,7 @@ def _move_resume(words: list[str]) -> list[str]:
 
 def _print_error(command: str, error: BaseException) -> None:
     notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
-    print(f"lorax {command}: error: {error}{notes}", file=sys.stderr)
+    print(f"lorax {command}: error: {describe(error)}{notes}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -223,6 +226,7 @@ def _validate(parsed, console: Console) -> None:
     config = load_config(parsed.config, parsed.overrides)
     check_weights(config)
     inputs = load_inputs(config)
+    report_notes(console, input_notes(inputs.base, config.model.adapter))
     adapted = check_targets(config, inputs.base)
     rows = module_rows(adapted)
     report_data(console, config, inputs.datasets, inputs.tokenizer, rows=0, context=inputs.context)
@@ -247,6 +251,7 @@ def _inspect(parsed, console: Console) -> None:
     adapted = check_targets(config, inputs.base)
     console.rule("Settings")
     print_config(console, config)
+    report_notes(console, input_notes(inputs.base, config.model.adapter))
     console.rule("Data")
     report_data(
         console,
@@ -264,7 +269,9 @@ def _inspect(parsed, console: Console) -> None:
 
 def _plan(parsed, console: Console) -> None:
     config = load_config(parsed.config, parsed.overrides)
-    report_plan(console, config, make_planner(config))
+    planner = make_planner(config)
+    report_notes(console, planner.architecture.notes)
+    report_plan(console, config, planner)
 
 
 def _generate(parsed, console: Console) -> None:
@@ -279,7 +286,8 @@ def _generate(parsed, console: Console) -> None:
             adapter = str(_adapter_of(Path(parsed.model)))
     base = resolve_checkpoint(source, parsed.revision if run is None else run.model.revision)
     load_hf_config(base)  # says so if the folder is no model, or an adapter
-    dtype = parsed.dtype or (run.model.dtype if run else _stored_dtype(base))
+    report_notes(Console(stderr=True), input_notes(base, adapter))
+    dtype = parsed.dtype or (run.model.dtype if run else find_stored_dtype(base))
     tokenizer = load_tokenizer(str(base))
     tokenizer.chat_template = _run_template(Path(parsed.model)) or tokenizer.chat_template
     model = load_model(base, dtype=jnp.dtype(dtype))
@@ -324,12 +332,12 @@ def _export(parsed, console: Console) -> None:
     if run is not None and run.train.method == "full":
         raise ValueError(f"{source} trained the whole model: {source / 'merged'} is its checkpoint")
     adapter = _adapter_of(source) if run is not None else source
-    recorded = read_json(adapter / CONFIG_FILE).get("base_model_name_or_path")
-    name = parsed.base or recorded
+    name = parsed.base or read_base_name(adapter)
     if not name:
         raise ValueError(f"{adapter / CONFIG_FILE} names no base model: pass --base")
     base = resolve_checkpoint(name, run.model.revision if run and not parsed.base else None)
-    dtype = jnp.dtype(parsed.dtype or (run.model.dtype if run else _stored_dtype(base)))
+    dtype = jnp.dtype(parsed.dtype or (run.model.dtype if run else find_stored_dtype(base)))
+    report_notes(console, input_notes(base, str(adapter)))
     model = load_adapter(load_model(base, dtype=dtype), adapter)
     found = export_model(
         model,
@@ -358,12 +366,6 @@ def _adapter_of(run: Path) -> Path:
         f"{run} has no folder {adapter.name}: the run has not ended. Finish it with `lorax train "
         f"{run / 'config.yaml'} --resume`{instead}"
     )
-
-
-def _stored_dtype(base: Path) -> str:
-    """Returns the dtype that a checkpoint says it is in; bfloat16 if it says nothing."""
-    config = read_config(base)
-    return config.get("dtype") or config.get("torch_dtype") or "bfloat16"
 
 
 def _run_template(folder: Path) -> str | None:

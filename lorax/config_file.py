@@ -123,6 +123,19 @@ def read_model[Model: BaseModel](
     raise ConfigError("\n".join(dict.fromkeys(message for _, message in ordered)))
 
 
+def check_model[Model: BaseModel](model: type[Model], data: Any, file: str) -> Model:
+    """Checks data that `file` holds in another form than YAML.
+
+    Raises:
+        ConfigError: As `read_model`, without lines.
+    """
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        found = _explain_all(error, model, data, _Source(file))
+        raise ConfigError("\n".join(message for _, message in found)) from error
+
+
 def write_yaml(data: dict[str, Any]) -> str:
     """Writes plain data as block-style YAML 1.2 that reads back equal."""
     yaml = YAML(typ="safe", pure=True)

@@ -1,6 +1,7 @@
 """What a run reads and what it trains, shown before it starts."""
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -69,6 +70,12 @@ def report_data(
         pieces = render_example(first, index, tokenizer)
         tokens, supervised = first.row(index)
         print_example(console, pieces, targets=int(supervised.sum()), tokens=len(tokens))
+
+
+def report_notes(console: Console, notes: Iterable[str]) -> None:
+    """Prints what the user should know of the files that were read."""
+    for note in notes:
+        console.print(note, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 def shows_text(console: Console) -> bool:

@@ -22,6 +22,7 @@ from lorax.data import (
 from lorax.interop.checkpoint import resolve_checkpoint
 from lorax.interop.huggingface import check_checkpoint, load_hf_config, load_model
 from lorax.interop.peft import check_adapter, load_adapter, read_adapter_config, trains_base_weights
+from lorax.interop.peft_config import adapter_notes
 from lorax.kernel_choice import check_kernels
 from lorax.lora import apply_lora, set_kernels
 from lorax.models import CausalLM
@@ -84,6 +85,11 @@ def load_inputs(config: RunConfig) -> Inputs:
     held_out = encode(config.data.eval) if config.data.eval else None
     RENDERER.close_unused()
     return Inputs(base, tokenizer, train, held_out, _own_template(config))
+
+
+def input_notes(base: Path, adapter: str | None = None) -> list[str]:
+    """Returns what of a base model's and an adapter's settings is not read, and changes nothing."""
+    return [*load_hf_config(base).notes, *(adapter_notes(adapter) if adapter else ())]
 
 
 def _own_template(config: RunConfig) -> str | None:

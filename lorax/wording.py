@@ -38,6 +38,22 @@ def show(value: Any) -> str:
         return "a value that is too large to be shown"
 
 
+def kind_of(value: Any) -> str:
+    """Returns what a value of a JSON file is."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    kinds = {str: "text", list: "list", dict: "object", int: "number", float: "number"}
+    return kinds.get(type(value), type(value).__name__)
+
+
+def describe(error: BaseException) -> str:
+    """Returns an error in words for the user: of the system's, the file and the reason."""
+    if isinstance(error, OSError) and error.strerror:
+        file = f"{error.filename}: " if error.filename else ""
+        return clip_words(f"{file}{error.strerror}")
+    return explain(error) if _NUL.search(str(error)) else clip_words(str(error))
+
+
 def explain(error: BaseException) -> str:
     """Returns the reason that an error of the system or of Python gives, without its jargon."""
     if isinstance(error, OSError) and error.strerror:
