@@ -277,7 +277,8 @@ def _explain_all(
             needed.setdefault(key, []).append(_describe_needed(kind, context, item["msg"]))
     for key, phrases in needed.items():
         # One branch of a union got further: what the others wanted is beside the point.
-        below = [other for other in needed if other != key and other[: len(key)] == key]
+        others = (*needed, *settled)
+        below = [other for other in others if other != key and other[: len(key)] == key]
         if not below and key not in settled:
             message = f"needs {' or '.join(dict.fromkeys(phrases))}, got {_show(got[key])}"
             yield source.problem(key, message + _hint(phrases, got[key]))

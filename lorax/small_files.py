@@ -42,7 +42,7 @@ def read_small_file(path: str | os.PathLike[str], most: int = MOST_BYTES) -> byt
     if len(data) > most:
         size = max(status.st_size, len(data))
         raise SmallFileError(
-            f"it has {size / 1e6:,.1f} MB, where {most / 1e6:,.0f} would be much: it is something "
-            "else"
+            f"it has {size / 2**20:,.0f} MiB, where {most / 2**20:,.0f} would be much: it is "
+            "something else"
         )
     return data

@@ -259,17 +259,24 @@ def _refuse_unmatched(matched, linear_names, other_names, config, output_layer):
 
 
 def _refuse_trained_twice(matched: list[str], names: Iterable[str], config: LoraConfig) -> None:
-    """Raises if a module that is trained whole carries an adapter, or holds one that does."""
-    for entry in config.modules_to_save or ():
-        for saved in sorted(name for name in names if is_saved(name, entry)):
-            both = [name for name in matched if f"{name}.".startswith(f"{saved}.")]
-            if both:
-                raise TargetError(
-                    f"lora.modules_to_save: {show(entry)} ends the name of {saved}, as PEFT "
-                    f"compares names, but {_listed(both, 3)} of it would carry an adapter too. "
-                    "Write more of the names that are meant, or name what is to be trained whole "
-                    "in lora.exclude_modules"
-                )
+    """Raises if a module that is trained whole holds an adapter, or another such module."""
+    saved = {n: e for n in names for e in config.modules_to_save or () if is_saved(n, e)}
+    for name, entry in sorted(saved.items()):
+        inside = lambda others, name=name: [n for n in others if f"{n}.".startswith(f"{name}.")]
+        found = (
+            f"lora.modules_to_save: {show(entry)} ends the name of {name}, as PEFT compares them"
+        )
+        if adapted := inside(matched):
+            raise TargetError(
+                f"{found}, but {_listed(adapted, 3)} of it would carry an adapter too. Write more "
+                "of the names that are meant, or put what is to be trained whole into "
+                "lora.exclude_modules"
+            )
+        if within := [n for n in inside(sorted(saved)) if n != name]:
+            raise TargetError(
+                f"{found}, and {show(saved[within[0]])} that of {within[0]} in it, which PEFT "
+                "would then not train. Leave out the one or the other"
+            )
 
 
 def _refuse_layers(config: LoraConfig, targets: list[str], linear_names: Sequence[str]) -> None:
