@@ -11,15 +11,16 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from lorax.adapter_base import BaseModel, choose_base, recorded_base
-from lorax.cli_common import DTYPES, note, stored_dtype
+from lorax.cli_common import DTYPES, note
 from lorax.data import encode_prompt, load_tokenizer
 from lorax.generate import generate, option_problems
 from lorax.interop.checkpoint import CONFIG_FILE, resolve_checkpoint
-from lorax.interop.huggingface import load_hf_config, load_model
+from lorax.interop.huggingface import find_stored_dtype, load_hf_config, load_model
 from lorax.interop.peft import CONFIG_FILE as ADAPTER_FILE
 from lorax.interop.peft import load_adapter, read_adapter_config
 from lorax.run_folder import CONFIG_FILE as RUN_FILE
 from lorax.run_folder import EXPORT_FOLDERS, SavedRun, list_folder, read_run, run_of
+from lorax.run_inputs import input_notes
 from lorax.stop_tokens import stop_token_ids
 
 NEW_TOKENS = 256
@@ -74,8 +75,10 @@ def _generate(parsed, _: Console) -> None:
     prompts = _check_options(parsed)
     source = _find_source(parsed)
     architecture = load_hf_config(source.base)
+    for text in input_notes(source.base, source.adapter):
+        note("generate")(text)
     run = source.run
-    dtype = parsed.dtype or (run.config.model.dtype if run else stored_dtype(source.base))
+    dtype = parsed.dtype or (run.config.model.dtype if run else find_stored_dtype(source.base))
     tokenizer = load_tokenizer(str(source.base))
     if run is not None and run.chat_template is not None:
         tokenizer.chat_template = run.chat_template

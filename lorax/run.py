@@ -33,7 +33,7 @@ from lorax.metrics import (
     read_metrics,
 )
 from lorax.models.recompute import Recomputation
-from lorax.overview import report_data, report_model, shows_text
+from lorax.overview import report_data, report_model, report_notes, shows_text
 from lorax.phases import Phases
 from lorax.preparation import compile_ahead
 from lorax.program_cache import ProgramCache, open_program_cache
@@ -68,6 +68,7 @@ from lorax.run_inputs import (
     check_weights,
     choose_recomputation,
     explain_memory,
+    input_notes,
     load_base,
     load_inputs,
     saved_identity,
@@ -135,6 +136,7 @@ def _run(config: RunConfig, console: Console, phases: Phases, resume: Resume) ->
         programs = open_program_cache(tell)
     source = config.model
     folder = resolve_checkpoint(source.name_or_path, source.revision, weights=False)
+    report_notes(console, input_notes(folder, source.adapter))
     shapes = check_targets(config, folder)
     base = start_beside("weights", lambda: load_base(config))  # which need nothing of the data
     inputs = data.result()

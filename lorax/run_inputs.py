@@ -23,6 +23,7 @@ from lorax.data import (
 from lorax.interop.checkpoint import resolve_checkpoint
 from lorax.interop.huggingface import check_checkpoint, load_hf_config, load_model
 from lorax.interop.peft import check_adapter, load_adapter, read_adapter_config, trains_base_weights
+from lorax.interop.peft_config import adapter_notes
 from lorax.kernel_choice import check_kernels
 from lorax.lora import apply_lora, set_kernels
 from lorax.models import CausalLM
@@ -101,6 +102,11 @@ def load_inputs(config: RunConfig) -> Inputs:
     inputs = Inputs(base, tokenizer, train, held_out, _own_template(config), date)
     inputs.stop_ids(needed=False)  # what it raises is about the files of the base
     return inputs
+
+
+def input_notes(base: Path, adapter: str | None = None) -> list[str]:
+    """Returns what of a base model's and an adapter's settings is not read, and changes nothing."""
+    return [*load_hf_config(base).notes, *(adapter_notes(adapter) if adapter else ())]
 
 
 def _own_template(config: RunConfig) -> str | None:
