@@ -19,6 +19,7 @@ from lorax.data import (
     EncodedDataset,
     load_encoded_dataset,
     load_tokenizer,
+    read_own_template,
 )
 from lorax.interop.checkpoint import resolve_checkpoint
 from lorax.interop.huggingface import check_checkpoint, load_hf_config, load_model
@@ -99,7 +100,7 @@ def load_inputs(config: RunConfig) -> Inputs:
             f"data.date: {config.data.date} has no effect, since no chat template asks for today's "
             "date: remove it"
         )
-    inputs = Inputs(base, tokenizer, train, held_out, _own_template(config), date)
+    inputs = Inputs(base, tokenizer, train, held_out, read_own_template(config.data), date)
     inputs.stop_ids(needed=False)  # what it raises is about the files of the base
     return inputs
 
@@ -107,12 +108,6 @@ def load_inputs(config: RunConfig) -> Inputs:
 def input_notes(base: Path, adapter: str | None = None) -> list[str]:
     """Returns what of a base model's and an adapter's settings is not read, and changes nothing."""
     return [*load_hf_config(base).notes, *(adapter_notes(adapter) if adapter else ())]
-
-
-def _own_template(config: RunConfig) -> str | None:
-    if config.data.chat_template == "tokenizer":
-        return None
-    return Path(config.data.chat_template).read_text(encoding="utf-8-sig")
 
 
 def model_shapes(config: RunConfig, base: Path) -> CausalLM:

@@ -52,6 +52,7 @@ SLOW_FILES = {
     "test_readme.py",
     "test_real_model.py",
     "test_real_tokenizers.py",
+    "test_run_date.py",
     "test_run_folder.py",
     "test_run_settings.py",
     "test_train_accumulation.py",

@@ -70,7 +70,13 @@ ALLOWED = {
         "lorax_kernels",
     },
     "lorax.beside": set(),
-    "lorax.data": {"lorax.config", "lorax.data", "lorax.interop.files", "lorax.wording"},
+    "lorax.data": {
+        "lorax.config",
+        "lorax.data",
+        "lorax.interop.files",
+        "lorax.small_files",
+        "lorax.wording",
+    },
     "lorax.data.render_worker": set(),
     "lorax.models": {"lorax.models", "lorax.sharding", "lorax.wording", "lorax_kernels"},
     "lorax.interop": {
