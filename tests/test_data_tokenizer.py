@@ -21,6 +21,7 @@ from tokenizers import decoders, normalizers, pre_tokenizers, processors
 
 import lorax
 from lorax.data import load_tokenizer
+from lorax.data.tokenizer import tokenize_texts
 from lorax.interop.checkpoint import write_checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -452,6 +453,18 @@ def test_all_wrong_fields_are_named_at_once(tmp_path):
         f"text, an object with its content, or null, got 7. {folder}/special_tokens_map.json: "
         "pad_token must be a token's text, an object with its content, or null, got 3"
     )
+
+
+def test_a_token_id_beyond_32_bits_is_refused(tmp_path):
+    folder = write_folder(tmp_path, backend=byte_level())
+    path = tmp_path / "tokenizer.json"
+    read = json.loads(path.read_text())
+    read["model"]["vocab"]["a"] = 2**31
+    path.write_text(json.dumps(read))
+    loaded = load_tokenizer(folder)
+    assert tokenize_texts(loaded, ["12"], add_special_tokens=False)[0].ids.dtype == np.int32
+    with pytest.raises(ValueError, match="the token id 2147483648, more than any model's"):
+        tokenize_texts(loaded, ["12", "a"], add_special_tokens=False)
 
 
 def test_a_real_length_is_any_number(tmp_path):

@@ -213,7 +213,7 @@ def tokenize_texts(
             "came with the model"
         ) from error
     return [
-        _with_reach(np.asarray(ids, np.int32), np.asarray(offsets, np.int64).reshape(-1, 2))
+        _with_reach(_narrow(ids), np.asarray(offsets, np.int64).reshape(-1, 2))
         for ids, offsets in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)
     ]
 
@@ -228,6 +228,16 @@ def special_token_ids(tokenizer: Tokenizer) -> frozenset[int]:
     """Returns the ids of all tokens that are flagged special, named (EOS, …) or added."""
     added = tokenizer.added_tokens_decoder.items()
     return frozenset({*tokenizer.all_special_ids, *(i for i, token in added if token.special)})
+
+
+def _narrow(ids: Sequence[int]) -> Int32[np.ndarray, " tokens"]:
+    wide = np.asarray(ids, np.int64)
+    if (highest := int(wide.max(initial=0))) > np.iinfo(np.int32).max:
+        raise DataError(
+            f"the tokenizer gives the token id {highest}, more than any model's vocabulary has; "
+            "use the tokenizer of the model"
+        )
+    return wide.astype(np.int32)
 
 
 def _with_reach(
