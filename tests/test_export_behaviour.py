@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from lorax.cli import main
+from lorax.generate import generate
 from lorax.interop import checkpoint
 
 TINY = Path(__file__).parents[1] / "examples" / "tiny"
@@ -105,8 +106,11 @@ def test_transformers_stops_at_the_stop_token_that_was_trained(exports, kind):
     assert END_OF_TURN not in answer[:-1] and END_OF_TEXT not in answer
 
 
-def test_generate_answers_as_transformers_does_from_the_run_and_from_its_export(run, capsys):
+def test_generate_answers_as_transformers_does(run, capsys, monkeypatch):
     answer, tokenizer = answer_of(run / "merged")
+    written = []
+    keep = lambda *a, **k: written.extend(generate(*a, **k)) or written[-1:]
+    monkeypatch.setattr("lorax.cli_generate.generate", keep)
     capsys.readouterr()
     for source in (run, run / "merged"):
         options = ["--prompt", PROMPT, "--dtype", "float32", "--max-new-tokens", str(LONGEST)]
@@ -114,6 +118,7 @@ def test_generate_answers_as_transformers_does_from_the_run_and_from_its_export(
         captured = capsys.readouterr()
         assert captured.out == tokenizer.decode(answer, skip_special_tokens=True) + "\n"
         assert not captured.err
+    assert written == 2 * [answer[:-1]]
 
 
 @pytest.mark.parametrize("kind", KINDS)
