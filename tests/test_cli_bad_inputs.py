@@ -845,6 +845,7 @@ def test_generate_refuses_what_it_cannot_do(base, refused):
         (["--prompt", "a\udce9b"], r"--prompt 2 must be UTF-8, got byte 0xe9 at 1: convert it"),
         (["--system", "\udcff"], r"--system must be UTF-8, got byte 0xff at 0: convert it"),
         (["--prompt", "word " * 9000], r"--prompt 2 has \d+,\d{3} tokens .*made for 512: shorten"),
+        (["--raw", "--prompt", ""], r"--prompt 2 has no token: give it some text"),
         (["--raw", "--system", "x"], r"--system needs a chat template: leave it out"),
         (["--adapter", "absent"], r"absent/adapter_config.json does not exist"),
         (["--dtype", "int8"], r"argument --dtype: invalid choice: 'int8'"),
