@@ -15,7 +15,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from lorax.small_files import SmallFileError, read_small_file
-from lorax.wording import clip, explain, show
+from lorax.wording import clip, clip_words, explain, show
 
 type Key = tuple[str | int, ...]
 
@@ -73,7 +73,7 @@ class _Source:
 
     def problem(self, key: Key, message: str) -> _Problem:
         """Puts the place of `key`, or of the nearest section around it, before a message."""
-        text = f"{_dotted(key)}: {message}" if key else message
+        text = clip_words(f"{_dotted(key)}: {message}" if key else message)
         written = tuple(str(part) for part in key)
         around = [written[:length] for length in range(len(written), -1, -1)]
         for place in around:

@@ -325,7 +325,7 @@ TOLD = {
 
 @pytest.mark.parametrize("case", TOLD)
 def test_what_cannot_change_the_result_is_told_and_not_refused(case):
-    ((name, _),) = TOLD[case].items()
+    (name,) = TOLD[case]
     config = read(**TOLD[case])
     assert config == read() and repr(config) == repr(read())
     (note,) = config.notes
