@@ -8,6 +8,7 @@ from rich.console import Console
 from lorax.adapter_base import BaseModel, choose_base, recorded_base
 from lorax.card import write_card
 from lorax.cli_common import DTYPES, note
+from lorax.data import load_tokenizer
 from lorax.export import export_model
 from lorax.interop.checkpoint import resolve_checkpoint
 from lorax.interop.files import refuse_occupied
@@ -56,6 +57,7 @@ def _export(parsed, console: Console) -> None:
         card=write_card(run.config, parsed.format, {}) if run else None,
         chat_template=owner.chat_template if owner else None,
         stop_ids=owner.stop_ids if owner else None,
+        tokenizer=load_tokenizer(str(base)) if parsed.format == "merged" else None,
     )
     console.print(
         f"{parsed.format}: {parsed.out} (base in {dtype.name})\nverified: {found.describe()}",

@@ -180,6 +180,7 @@ def _run(config: RunConfig, console: Console, phases: Phases, resume: Resume) ->
         chat_template=inputs.chat_template,
         stop_ids=inputs.stop_ids(needed=False),
         card=None,
+        tokenizer=inputs.tokenizer,
     )
     # The exports belong to the run, so its lock is held until they are done, or have failed.
     with contextlib.closing(trainer.checkpoints):
@@ -372,6 +373,7 @@ def _export_all(config, model, inputs: Inputs, console, result, scores) -> dict[
             base_revision=config.model.revision,
             chat_template=inputs.chat_template,
             stop_ids=inputs.stop_ids(needed=False),
+            tokenizer=inputs.tokenizer,
             dtype=jnp.dtype(config.model.dtype),
             card=write_card(config, format, facts),
         )

@@ -22,6 +22,7 @@ from tokenizers import decoders, normalizers, pre_tokenizers, processors
 import lorax
 from lorax.data import load_tokenizer
 from lorax.data.tokenizer import tokenize_texts
+from lorax.export_files import companion_files
 from lorax.interop.checkpoint import write_checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -233,6 +234,41 @@ def test_a_merged_model_carries_the_files_of_the_trained_ids(tmp_path, model):
         loaded = load_tokenizer(str(merged))
     texts = make_texts()
     assert ids_of(loaded, texts) == list(encode_by_stretches(model, texts))
+
+
+@pytest.mark.parametrize("named", ["LlamaTokenizer", "LlamaTokenizerFast", None])
+def test_a_merged_model_is_tokenized_by_transformers_as_it_was_trained(tmp_path, model, named):
+    source = tmp_path / "base"
+    settings = {**LLAMA, "legacy": False, "tokenizer_class": named}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    write_folder(source, backend=convert(model), model=model, **settings)
+    with warns() if named else contextlib.nullcontext():
+        trained = load_tokenizer(str(source))
+    files = companion_files(source, chat_template=None, stop_ids=None, card=None, tokenizer=trained)
+    merged = write_checkpoint(
+        [("weight", np.zeros(2, np.float32))],
+        {},
+        tmp_path / "merged",
+        source_directory=source,
+        files=files,
+    )
+    shutil.copy(source / "config.json", merged)
+    texts = make_texts()
+    served = transformers.AutoTokenizer.from_pretrained(merged)
+    assert ids_of(served, texts) == ids_of(trained, texts)
+    kept = json.loads((merged / "tokenizer_config.json").read_text())
+    assert kept == settings | {"tokenizer_class": "PreTrainedTokenizerFast"}
+
+
+def test_a_tokenizer_class_that_gives_the_trained_ids_is_kept(tmp_path):
+    files = companion_files(
+        ROOT / "examples" / "tiny" / "model",
+        chat_template=None,
+        stop_ids=None,
+        card=None,
+        tokenizer=load_tokenizer(str(ROOT / "examples" / "tiny" / "model")),
+    )
+    assert "tokenizer_config.json" not in files
 
 
 @pytest.mark.slow
