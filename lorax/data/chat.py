@@ -201,7 +201,8 @@ def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int
     prompt = Part(len(messages), is_prompt=True)
     request = Request(messages, (prompt,))
     (rendered,) = RENDERER.render(template, [request], special_tokens=names)
-    return tokenizer(rendered.text, add_special_tokens=False)["input_ids"]  # pyright: ignore[reportReturnType]
+    ids = tokenizer(rendered.text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids  # pyright: ignore[reportReturnType]
 
 
 def _check_markers(conversation: Conversation, starts: list[int], ends: list[int]) -> None:
