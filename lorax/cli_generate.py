@@ -192,7 +192,7 @@ def _check_name(name: str, folder: Path) -> None:
 
 def _encode(tokenizer: Any, text: str, parsed, date: str | None) -> list[int]:
     if parsed.raw:
-        return tokenizer(text)["input_ids"]
+        return tokenizer(text, verbose=False)["input_ids"]
     if tokenizer.chat_template is None:
         raise ValueError("the tokenizer has no chat template; pass --raw to continue plain text")
     messages = [{"role": "system", "content": parsed.system}] if parsed.system else []

@@ -176,7 +176,8 @@ def encode_prompt(
     (rendered,) = RENDERER.render(template, [request], special_tokens=names, date=date)
     if isinstance(rendered, RowError):
         raise rendered
-    return tokenizer(rendered.text, add_special_tokens=False)["input_ids"]  # pyright: ignore[reportReturnType]
+    ids = tokenizer(rendered.text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids  # pyright: ignore[reportReturnType]
 
 
 def _gather(found: Sequence[RenderedText | RowError]) -> list[RenderedText] | RowError:
