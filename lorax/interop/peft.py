@@ -286,8 +286,8 @@ def _refuse_untied(entries: dict[str, TensorEntry], model: nnx.Module, path: Pat
     """Refuses an adapter whose head and embedding were trained apart, on a model that ties them."""
     for name, source in tied_modules(model).items():
         pair = [f"{PREFIX}{n}.weight" for n in (source, name)]
-        present = [entries[key] for key in pair if key in entries]
-        if present and not (len(present) == 2 and np.array_equal(*map(read_tensor, present))):
+        present = [read_tensor(entries[key]) for key in pair if key in entries]
+        if present and not (len(present) == 2 and np.array_equal(present[0], present[1])):
             raise AdapterError(
                 f"{path}: {pair[0]} and {pair[1]} must both be there and equal, because the base "
                 f"model ties {name} to {source}; this adapter trained them apart "

@@ -311,7 +311,7 @@ def _check_architectures(fields: JsonFields, family: _Family) -> None:
             )
 
 
-def _read_shape(fields: JsonFields, family: _Family) -> dict[str, int]:
+def _read_shape(fields: JsonFields, family: _Family) -> dict[str, Any]:
     hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     default = family.num_key_value_heads if "num_key_value_heads" not in fields.values else None
     groups = fields.integer("num_key_value_heads", default or heads)
