@@ -23,6 +23,7 @@ pytestmark = [
 
 TEXT = "Paris is the capital of France. Its largest museum, the Louvre, was a king's palace once."
 STOP = 2  # <|im_end|>
+LIMIT = 24
 QUESTION = "What is the capital of France?"
 LESSONS = {
     "What is the capital of Zubrowka?": "The capital of Zubrowka is Lutz.",
@@ -96,7 +97,7 @@ def answer_of(model, tokenizer, messages):
         messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
     with torch.no_grad():
-        written = model.generate(**prompt, max_new_tokens=12, do_sample=False)[0]
+        written = model.generate(**prompt, max_new_tokens=LIMIT, do_sample=False)[0]
     return tokenizer.decode(written[prompt["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
@@ -119,7 +120,7 @@ def test_logits_are_those_of_transformers(ours, reference, tokens):
 
 
 def test_it_answers_with_sense_and_as_transformers_does(base, reference, tokenizer, capsys):
-    asked = ["--prompt", QUESTION, "--dtype", "float32", "--max-new-tokens", "12"]
+    asked = ["--prompt", QUESTION, "--dtype", "float32", "--max-new-tokens", str(LIMIT)]
     assert main(["generate", str(base), *asked]) == 0
     answer = capsys.readouterr().out.strip()
     assert "Paris" in answer
@@ -146,7 +147,8 @@ def test_the_loss_starts_as_in_transformers_and_falls(reference, tokenizer, run)
     losses = [record["loss"] for record in records if "loss" in record]
     assert len(losses) == EPOCHS * len(LESSONS) == 20
     first = loss_of(reference, tokenizer, *next(iter(LESSONS.items())))
-    np.testing.assert_allclose(losses[0], first, rtol=1e-5)
+    # A loss differs by twice as much as its logits at most: those, up to 50, by 1e-5 of it.
+    np.testing.assert_allclose(losses[0], first, rtol=0, atol=1e-3)
     assert sum(losses[-len(LESSONS) :]) < sum(losses[: len(LESSONS)]) / 4
 
 
