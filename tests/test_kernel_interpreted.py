@@ -17,8 +17,6 @@ from lorax_kernels.lora_linear.project import project
 from lorax_kernels.lora_linear.skinny import SkinnyConfig
 from lorax_kernels.testing import interpret
 
-pytestmark = pytest.mark.timeout(120)
-
 UNIT = {"bfloat16": 3.9e-3, "float16": 4.9e-4, "float32": 6e-8}
 SMALL = MatmulConfig(block_n=128, stages=3)
 SEED, RATE = jnp.array([123456789, 987654321, 48], jnp.uint32), 0.3

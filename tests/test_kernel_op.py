@@ -29,8 +29,6 @@ from lorax_kernels.lora_linear.plan import SHARED_MEMORY_BYTES, Dropout, MatmulC
 from lorax_kernels.testing import interpret
 from tests.jaxprs import equations
 
-pytestmark = pytest.mark.timeout(120)
-
 UNIT = {"bfloat16": 3.9e-3, "float16": 4.9e-4}
 CEILING = {"bfloat16": 3e-2, "float16": 4e-3}
 SCALES = (2.0, 0.5, 1.5)
