@@ -33,6 +33,8 @@ from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("{base}")
 model = PeftModel.from_pretrained(model, "path/to/this/folder")
+# It was trained on the token ids of the base's tokenizer.json. Where AutoTokenizer gives others,
+# as for Llama 2 in transformers 5, PreTrainedTokenizerFast takes that file as it is.
 """
 
 _LOAD_MODEL = """\
@@ -40,4 +42,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+# It was trained on the token ids of tokenizer.json. Where AutoTokenizer gives others, as for
+# Llama 2 in transformers 5, PreTrainedTokenizerFast takes that file as it is.
 """

@@ -238,13 +238,16 @@ TOKENIZERS: dict[str, tuple[Damage, str]] = {
         "tokenizer.json is a Git LFS pointer",
     ),
     "web page": (put(b"<!doctype html><p>", "tokenizer_config.json"), "is a web page"),
-    "settings in a list": (put(b"[1]", "tokenizer_config.json"), UNREADABLE),
+    "settings in a list": (put(b"[1]", "tokenizer_config.json"), "must hold an object, got list"),
     "no such model": (edit_json("tokenizer.json", model={"type": "EVIL"}), UNREADABLE),
     "vocabulary in a list": (
         edit_json("tokenizer.json", model={"type": "BPE", "vocab": [1], "merges": []}),
         UNREADABLE,
     ),
-    "end token is a number": (edit_json("tokenizer_config.json", eos_token=7), UNREADABLE),
+    "end token is a number": (
+        edit_json("tokenizer_config.json", eos_token=7),
+        "tokenizer_config.json: eos_token must be a token's text",
+    ),
     "code of its own": (
         edit_json(
             "tokenizer_config.json",

@@ -1,6 +1,7 @@
 """Strictness for the whole suite: no silent promotion, float32 means float32, no network."""
 
 import atexit
+import functools
 import math
 import os
 import shutil
@@ -8,8 +9,10 @@ import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
-# Four virtual devices, so that sharded runs are tested on any machine.
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+# Four virtual devices, so that sharded runs are tested on any machine; the last flag counts.
+os.environ.update(
+    XLA_FLAGS=f"--xla_force_host_platform_device_count=4 {os.environ.get('XLA_FLAGS', '')}".strip()
+)
 
 # The processes of one run of the tests, and those that they start, compile each program once.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -19,6 +22,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -63,6 +67,26 @@ def _kernels_are_compiled_anew(request):
         jax.config.update(name, math.inf)
     yield
     jax.config.update(name, before)
+
+
+@functools.cache
+def _makes_float16():
+    try:
+        jnp.square(jnp.ones(8, jnp.float16))
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call():
+    """Skips what runs in float16 on a CPU without F16C, for which XLA compiles none."""
+    try:
+        return (yield)
+    except jax.errors.JaxRuntimeError:
+        if _makes_float16():
+            raise
+        pytest.skip("XLA compiles no float16 for this CPU")
 
 
 def pytest_collection_modifyitems(items):

@@ -1,17 +1,27 @@
 """Tokenizers: how one is loaded, and what one says about a text."""
 
 import dataclasses
+import json
 import sys
 import threading
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import huggingface_hub
 import numpy as np
 from jaxtyping import Bool, Int32, Int64
 
 from lorax.data.rows import DataError
-from lorax.interop.files import refuse_stand_ins
+from lorax.data.tokenizer_files import (
+    MODEL_OPTIONS,
+    NAMED_TOKENS,
+    TOKENIZER_FILE,
+    check_tokenizer_files,
+    comparable_steps,
+    read_steps,
+)
 
 if TYPE_CHECKING:
     import transformers
@@ -23,8 +33,10 @@ WITHOUT_TORCH = threading.Event()
 
 
 def load_tokenizer(name_or_path: str, revision: str | None = None) -> Tokenizer:
-    """Loads the tokenizer of a model.
+    """Loads the tokenizer of a model, as its own tokenizer.json has it.
 
+    Some classes of transformers keep a tokenizer.json's vocabulary and replace its other steps:
+    where that gives other ids, the file's are taken, and a warning tells which differ.
     Code that comes with a model is never run, and a local directory sends nothing anywhere.
 
     Args:
@@ -35,35 +47,99 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> Tokenizer:
         A fast tokenizer: one that knows which characters a token stands for.
 
     Raises:
-        ValueError: If there is none, or only a slow one, or one that makes nothing of a text.
+        ValueError: If there is none, or only a slow one, or one that makes nothing of a text, or a
+            file of it is not what its name says.
     """
     local = Path(name_or_path).is_dir()
     if not local and (Path(name_or_path).is_absolute() or name_or_path.startswith(("./", "../"))):
         raise ValueError(f"{name_or_path}: no such directory to load a tokenizer from")
-    for path in sorted(Path(name_or_path).glob("*token*")) if local else ():
-        refuse_stand_ins(path)
+    if local:
+        check_tokenizer_files(Path(name_or_path))
     transformers = _import_transformers()
+    options = {"revision": revision, "trust_remote_code": False, "local_files_only": local}
+    own = None
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            name_or_path, revision=revision, trust_remote_code=False, local_files_only=local
-        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name_or_path, **options)
+        check_fast(tokenizer)
+        if _replaces_steps(tokenizer, _find_file(name_or_path, revision)):
+            own = transformers.PreTrainedTokenizerFast.from_pretrained(name_or_path, **options)
+        known = (own or tokenizer).encode("a text", add_special_tokens=False)
     except BaseException as error:
         # The tokenizers library panics on some files, which is no Exception.
         panicked = type(error).__name__ == "PanicException"
-        if isinstance(error, MemoryError) or not (panicked or isinstance(error, Exception)):
+        ours = isinstance(error, MemoryError | DataError)
+        if ours or not (panicked or isinstance(error, Exception)):
             raise
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
         raise ValueError(
             f"{name_or_path}: cannot load its tokenizer; needed is a tokenizer.json: {reason}"
         ) from error
-    check_fast(tokenizer)
-    if not tokenizer.encode("a text", add_special_tokens=False):
+    if not known:
         # Of a folder without its files transformers makes one that knows nothing.
         raise ValueError(
             f"{name_or_path}: its tokenizer makes no token of a text; needed is a tokenizer.json: "
             "copy the files that came with the model's tokenizer"
         )
-    return tokenizer
+    if own is None:
+        return tokenizer
+    _complete_names(own, tokenizer)
+    _tell_differences(own, tokenizer, name_or_path)
+    return own
+
+
+def _find_file(name_or_path: str, revision: str | None) -> Path | None:
+    """Returns the tokenizer.json of a tokenizer that was just loaded, if it has one."""
+    if Path(name_or_path).is_dir():
+        path = Path(name_or_path) / TOKENIZER_FILE
+        return path if path.is_file() else None
+    found = huggingface_hub.try_to_load_from_cache(name_or_path, TOKENIZER_FILE, revision=revision)
+    return Path(found) if isinstance(found, str) else None
+
+
+def _replaces_steps(tokenizer: Any, file: Path | None) -> bool:
+    """Says whether a tokenizer's class has replaced the steps that its files name."""
+    if type(tokenizer).__name__ == "TokenizersBackend":  # the class that takes a file as it is
+        return False
+    backend = tokenizer.backend_tokenizer
+    if file is None:
+        # A SentencePiece model alone, whose scores and settings TokenizersBackend follows, or
+        # vocabulary and merges, which name no steps.
+        return type(backend.pre_tokenizer).__name__ == "Metaspace"
+    state = lambda step: step and json.loads(step.__getstate__())
+    options = {name: getattr(backend.model, name, None) for name in MODEL_OPTIONS}
+    steps = comparable_steps(state(backend.normalizer), state(backend.pre_tokenizer), options)
+    return steps != read_steps(file)
+
+
+def _complete_names(own: Any, rebuilt: Any) -> None:
+    """Gives `own` the named tokens that the class of `rebuilt` knows and no file names."""
+    for name, token in rebuilt.special_tokens_map.items():
+        if name in NAMED_TOKENS and getattr(own, name) is None and token in own.get_vocab():
+            setattr(own, name, token)
+
+
+def _tell_differences(own: Any, rebuilt: Any, source: str) -> None:
+    """Warns if transformers would give other ids than the files, with the first difference."""
+    for text in _probes(own):
+        right, other = (t.encode(text, add_special_tokens=False) for t in (own, rebuilt))
+        if right != other:
+            warnings.warn(
+                f"{source}: lorax takes the token ids that its own files give. AutoTokenizer of "
+                f"transformers gives others: its {type(rebuilt).__name__} makes {other} of "
+                f"{text!r}, the files make {right}. Where the model is served, load the tokenizer "
+                "with PreTrainedTokenizerFast.from_pretrained, or set tokenizer_class to "
+                "PreTrainedTokenizerFast in its tokenizer_config.json",
+                stacklevel=3,
+            )
+            return
+
+
+def _probes(tokenizer: Any) -> Iterator[str]:
+    """Yields short texts on which tokenizers of one vocabulary differ."""
+    for special in dict.fromkeys(tokenizer.all_special_tokens):
+        yield from (f"{special}a", f"{special} a", f"a {special}\na")
+    yield from (" a", "  a", "a  b   c", " ", "\n a", "\n\n  a\r\n", "\ta", "▁a", "a\u00a0b")
+    yield from ("12345 3.14", "don't I'LL", "e\u0301 ﬁ", "漢字かな", "👍🏽", "a_b(c);//", "a--b...")
 
 
 def _import_transformers() -> Any:
