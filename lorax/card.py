@@ -17,12 +17,14 @@ def write_card(config: RunConfig, format: str, facts: dict[str, str]) -> str:
     title = "LoRA adapter" if is_adapter else "Fine-tuned model"
     results = "\n".join(f"- {name}: {value}" for name, value in facts.items())
     load = _LOAD_ADAPTER if is_adapter else _LOAD_MODEL
+    revision = config.model.revision
+    source = f'"{base}"' if revision is None else f'"{base}", revision="{revision}"'
     return (
         f"---\nlibrary_name: {library}\nbase_model: {base}\ntags: {tags}\n---\n\n"
         f"# {title} for {base}\n\n"
         f"Made with lorax, a LoRA fine-tuning library in JAX. Format: `{format}`.\n\n"
         f"## Results\n\n{results or '- none measured'}\n\n"
-        f"## Use\n\n```python\n{load.format(base=base)}```\n\n"
+        f"## Use\n\n```python\n{load.format(base=source)}```\n\n"
         f"## Settings\n\n```yaml\n{dump_config(config)}```\n"
     )
 
@@ -31,7 +33,7 @@ _LOAD_ADAPTER = """\
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained("{base}")
+model = AutoModelForCausalLM.from_pretrained({base})
 model = PeftModel.from_pretrained(model, "path/to/this/folder")
 # It was trained on the token ids of the base's tokenizer.json. Where AutoTokenizer gives others,
 # as for Llama 2 in transformers 5, PreTrainedTokenizerFast takes that file as it is.
@@ -45,3 +47,10 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 # It was trained on the token ids of tokenizer.json. Where AutoTokenizer gives others, as for
 # Llama 2 in transformers 5, PreTrainedTokenizerFast takes that file as it is.
 """
+
+
+def title_of(config: RunConfig) -> str:
+    """Returns what a run trains, in a line."""
+    base = "/".join(Path(config.model.name_or_path).parts[-2:])
+    method = "full fine-tuning" if config.train.method == "full" else "LoRA"
+    return f"{method} of {base}"

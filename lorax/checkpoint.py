@@ -30,6 +30,7 @@ from lorax.checkpoint_files import (
     write_checkpoint,
 )
 from lorax.interop.files import CheckpointError, sync
+from lorax.special_files import refuse_special_files
 
 CHECKPOINT_FOLDER = "checkpoints"
 """In a run's folder: where its checkpoints are."""
@@ -97,6 +98,7 @@ class CheckpointStore:
                 f"{self.directory} holds files and no {MARKER_FILE}, so it is not lorax's; choose "
                 "another save.output_dir"
             )
+        refuse_special_files(self.directory)
         above = list(self.directory.absolute().parents)
         existing = next(index for index, folder in enumerate(above) if folder.exists())
         self.directory.mkdir(parents=True, exist_ok=True)

@@ -159,21 +159,26 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _read_arrays(folder: Path, names: list[str]) -> dict[str, np.ndarray]:
-    import orbax.checkpoint as ocp
+    # Orbax would read them in an event loop, and close it when one fails: the reads of the others
+    # then complain of that on standard error, beside what was the matter.
+    import tensorstore
 
-    wanted = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
+    def open_array(name: str) -> Any:
+        kvstore = {"driver": "file", "path": str((folder / name).absolute())}
+        spec = {"driver": "zarr", "kvstore": kvstore, "fill_missing_data_reads": False}
+        return tensorstore.open(spec, open=True, read=True)
+
     _open_all(folder)
     try:
-        with contextlib.closing(ocp.Checkpointer(ocp.PyTreeCheckpointHandler())) as checkpointer:
-            args = ocp.args.PyTreeRestore(restore_args=wanted)
-            found = checkpointer.restore(folder.absolute(), args=args)
-        return {name: np.asarray(found[name]) for name in names}
+        opened = [open_array(name) for name in names]
+        reads = [array.result().read() for array in opened]
+        return {n: np.asarray(read.result()) for n, read in zip(names, reads, strict=True)}
     except MemoryError:
         raise
     except Exception as error:
         if _is_passing(error):
             raise
-        # Orbax and TensorStore raise a dozen kinds, most of which do not name the file.
+        # TensorStore raises several kinds, most of which do not name the file.
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{folder} cannot be read: {reason[:300]}") from error
 

@@ -7,30 +7,24 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 from rich.console import Console
 
+from lorax.adapter_base import with_recorded_revision
 from lorax.beside import works_beside
-from lorax.card import write_card
 from lorax.checkpoint import SaveError
+from lorax.cli_export import add_export
+from lorax.cli_generate import add_generate
 from lorax.config import RunConfig, load_config
-from lorax.data import WITHOUT_TORCH, encode_prompt, load_tokenizer
-from lorax.export import export_model
-from lorax.generate import generate, stop_token_ids
-from lorax.interop.checkpoint import read_config, resolve_checkpoint
-from lorax.interop.files import read_json, refuse_occupied
-from lorax.interop.huggingface import load_hf_config, load_model
-from lorax.interop.peft import CONFIG_FILE, load_adapter
+from lorax.data import WITHOUT_TORCH
 from lorax.long_steps import ABANDONED
 from lorax.metrics import find_version
 from lorax.outlet import Outlet
 from lorax.overview import module_rows, report_data, report_kernels, report_plan
 from lorax.phases import Phases, process_age
 from lorax.report import print_config, print_modules
-from lorax.run import CHAT_TEMPLATE_FILE, EXPORT_FOLDERS, run_training
+from lorax.run import run_training
 from lorax.run_inputs import (
     check_plan,
     check_targets,
@@ -153,34 +147,9 @@ def _parser() -> argparse.ArgumentParser:
             )
         if name == "inspect":
             command.add_argument("--rows", type=int, default=3, help="rows to show")
-    _add_generate(add)
-    _add_export(add)
+    add_generate(add)
+    add_export(add)
     return parser
-
-
-def _add_generate(add) -> None:
-    command = add("generate", _generate, "Let a model answer a prompt.")
-    command.add_argument("model", help="a checkpoint folder, a hub id, or the folder of a run")
-    command.add_argument("--adapter", help="a PEFT adapter folder to put on the model")
-    command.add_argument("--prompt", action="append", help="may be repeated; stdin if absent")
-    command.add_argument("--system", help="a system message before each prompt")
-    command.add_argument("--raw", action="store_true", help="continue the text, no chat template")
-    command.add_argument("--max-new-tokens", type=int, default=256)
-    command.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    command.add_argument("--top-k", type=int)
-    command.add_argument("--top-p", type=float)
-    command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--revision", help="of a hub id")
-    command.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default=None)
-
-
-def _add_export(add) -> None:
-    command = add("export", _export, "Export a run's adapter in another format, and verify it.")
-    command.add_argument("source", metavar="RUN", help="the folder of a run, or of a PEFT adapter")
-    command.add_argument("--format", choices=tuple(EXPORT_FOLDERS), required=True)
-    command.add_argument("--out", required=True, help="a folder that does not exist yet")
-    command.add_argument("--base", help="the base model, if it is not where the adapter says")
-    command.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default=None)
 
 
 def _train(parsed, console: Console) -> None:
@@ -220,7 +189,7 @@ def _stop_when_asked() -> None:
 
 
 def _validate(parsed, console: Console) -> None:
-    config = load_config(parsed.config, parsed.overrides)
+    config = _load_config(parsed, console)
     check_weights(config)
     inputs = load_inputs(config)
     adapted = check_targets(config, inputs.base)
@@ -242,7 +211,7 @@ def _validate(parsed, console: Console) -> None:
 
 
 def _inspect(parsed, console: Console) -> None:
-    config = load_config(parsed.config, parsed.overrides)
+    config = _load_config(parsed, console)
     inputs = load_inputs(config)
     adapted = check_targets(config, inputs.base)
     console.rule("Settings")
@@ -263,120 +232,13 @@ def _inspect(parsed, console: Console) -> None:
 
 
 def _plan(parsed, console: Console) -> None:
-    config = load_config(parsed.config, parsed.overrides)
+    config = _load_config(parsed, console)
     report_plan(console, config, make_planner(config))
 
 
-def _generate(parsed, console: Console) -> None:
-    source, adapter = parsed.model, parsed.adapter
-    run = _read_run(Path(source))
-    if run is not None:
-        source = run.model.name_or_path
-        merged = Path(parsed.model) / EXPORT_FOLDERS["merged"]
-        if run.train.method == "full":
-            source = str(merged)
-        elif adapter is None:
-            adapter = str(_adapter_of(Path(parsed.model)))
-    base = resolve_checkpoint(source, parsed.revision if run is None else run.model.revision)
-    load_hf_config(base)  # says so if the folder is no model, or an adapter
-    dtype = parsed.dtype or (run.model.dtype if run else _stored_dtype(base))
-    tokenizer = load_tokenizer(str(base))
-    tokenizer.chat_template = _run_template(Path(parsed.model)) or tokenizer.chat_template
-    model = load_model(base, dtype=jnp.dtype(dtype))
-    if adapter is not None:
-        model = load_adapter(model, adapter)
-    model.eval()
-    prompts = parsed.prompt or [sys.stdin.read().rstrip("\n")]
-    tokens = [_prompt_tokens(tokenizer, text, parsed) for text in prompts]
-    written = generate(
-        model,
-        tokens,
-        max_new_tokens=parsed.max_new_tokens,
-        stop_ids=stop_token_ids(base, tokenizer),
-        temperature=parsed.temperature,
-        top_k=parsed.top_k,
-        top_p=parsed.top_p,
-        seed=parsed.seed,
-    )
-    for new in written:
-        console.print(
-            tokenizer.decode(new, skip_special_tokens=True),
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
-
-
-def _prompt_tokens(tokenizer, text: str, parsed) -> list[int]:
-    if parsed.raw:
-        return tokenizer(text)["input_ids"]
-    if tokenizer.chat_template is None:
-        raise ValueError("the tokenizer has no chat template; pass --raw to continue plain text")
-    messages = [{"role": "system", "content": parsed.system}] if parsed.system else []
-    messages.append({"role": "user", "content": text})
-    return encode_prompt(tokenizer, messages)
-
-
-def _export(parsed, console: Console) -> None:
-    refuse_occupied(parsed.out)
-    source = Path(parsed.source)
-    run = _read_run(source)
-    if run is not None and run.train.method == "full":
-        raise ValueError(f"{source} trained the whole model: {source / 'merged'} is its checkpoint")
-    adapter = _adapter_of(source) if run is not None else source
-    recorded = read_json(adapter / CONFIG_FILE).get("base_model_name_or_path")
-    name = parsed.base or recorded
-    if not name:
-        raise ValueError(f"{adapter / CONFIG_FILE} names no base model: pass --base")
-    base = resolve_checkpoint(name, run.model.revision if run and not parsed.base else None)
-    dtype = jnp.dtype(parsed.dtype or (run.model.dtype if run else _stored_dtype(base)))
-    model = load_adapter(load_model(base, dtype=dtype), adapter)
-    found = export_model(
-        model,
-        parsed.out,
-        parsed.format,
-        base=base,
-        base_name=str(name),
-        card=write_card(run, parsed.format, {}) if run else None,
-        chat_template=_run_template(source),
-    )
-    console.print(
-        f"{parsed.format}: {parsed.out} (base in {dtype.name})\nverified: {found.describe()}",
-        highlight=False,
-        soft_wrap=True,
-    )
-
-
-def _adapter_of(run: Path) -> Path:
-    """Returns the adapter of a run that has ended."""
-    adapter = run / EXPORT_FOLDERS["peft"]
-    if adapter.is_dir():
-        return adapter
-    saved = sorted((run / "weights").glob("step-*"))
-    instead = f", or take {saved[-1]}, an adapter as it was then" if saved else ""
-    raise ValueError(
-        f"{run} has no folder {adapter.name}: the run has not ended. Finish it with `lorax train "
-        f"{run / 'config.yaml'} --resume`{instead}"
-    )
-
-
-def _stored_dtype(base: Path) -> str:
-    """Returns the dtype that a checkpoint says it is in; bfloat16 if it says nothing."""
-    config = read_config(base)
-    return config.get("dtype") or config.get("torch_dtype") or "bfloat16"
-
-
-def _run_template(folder: Path) -> str | None:
-    """Returns the chat template that a run was trained with, if it had its own."""
-    path = folder / CHAT_TEMPLATE_FILE
-    is_run = (folder / "config.yaml").is_file() and path.is_file()
-    return path.read_text(encoding="utf-8") if is_run else None
-
-
-def _read_run(folder: Path) -> RunConfig | None:
-    """Returns the config of a run's folder, or None if it is something else."""
-    path = folder / "config.yaml"
-    return load_config(path) if path.is_file() else None
+def _load_config(parsed, console: Console) -> RunConfig:
+    tell = lambda text: console.print(text, highlight=False, soft_wrap=True)
+    return with_recorded_revision(load_config(parsed.config, parsed.overrides), tell)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Exports, each read back from disk and compared with the trained model before it counts."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
+from lorax.export_files import companion_files
 from lorax.interop.files import read_headers, read_tensor, refuse_occupied
 from lorax.interop.huggingface import load_model, model_tensors, save_model
 from lorax.interop.peft import TENSOR_FILE, adapter_tensors, load_adapter, save_adapter
@@ -61,9 +62,11 @@ def export_model(
     *,
     base: str | Path,
     base_name: str | None = None,
+    base_revision: str | None = None,
     dtype: DTypeLike | None = None,
     card: str | None = None,
     chat_template: str | None = None,
+    stop_ids: Sequence[int] | None = None,
 ) -> Verification:
     """Writes `model` in a format that others load, and verifies what was written.
 
@@ -74,9 +77,12 @@ def export_model(
             ``merged``: a full checkpoint with the adapters added to the weights.
         base: Folder of the base checkpoint, whose tokenizer goes with a merged model.
         base_name: What the adapter records as its base; `base` if not given.
+        base_revision: Branch, tag or commit of it that the adapter records.
         dtype: Of merged weights; None is that of the base weights in `model`.
         card: Text of the README.md beside the files.
         chat_template: Goes with a merged model instead of the base's.
+        stop_ids: What the model stops with, from `stop_token_ids`: a merged model's
+            generation_config.json then names them; None leaves the base's.
 
     Returns:
         What the comparison showed.
@@ -88,9 +94,19 @@ def export_model(
     """
     refuse_occupied(directory)
     if format == "merged":
-        return _export_merged(model, Path(directory), base, dtype, card, chat_template)
+        files = companion_files(
+            Path(base), chat_template=chat_template, stop_ids=stop_ids, card=card
+        )
+        return _export_merged(model, Path(directory), base, dtype, files)
     name = str(base_name or base)
-    save_adapter(model, directory, format=format, base_model_name_or_path=name, card=card)
+    save_adapter(
+        model,
+        directory,
+        format=format,
+        base_model_name_or_path=name,
+        revision=base_revision,
+        card=card,
+    )
     return verify_adapter(model, directory, portable=format == "peft-portable")
 
 
@@ -108,21 +124,18 @@ def verify_adapter(model: Any, directory: str | Path, *, portable: bool = False)
     return _verified(model, reloaded, directory, count, bound)
 
 
-def _export_merged(model, directory, base, dtype, card, chat_template) -> Verification:
+def _export_merged(
+    model, directory: Path, base, dtype, files: Mapping[str, str | None]
+) -> Verification:
     dtype = jnp.dtype(dtype or _weight_dtype(model))
     merged = merge_lora(model) if lora_layers(model) else model
-    save_model(merged, directory, dtype=dtype, source_directory=base)
-    files = sorted(directory.glob("*.safetensors"))
-    count = _compare(model_tensors(merged, dtype=dtype), files)
+    save_model(merged, directory, dtype=dtype, source_directory=base, files=files)
+    shards = sorted(directory.glob("*.safetensors"))
+    count = _compare(model_tensors(merged, dtype=dtype), shards)
     del merged
     reloaded = load_model(directory, dtype=model.dtype, param_dtype=dtype)
     bound = max(LOGIT_BOUNDS[dtype.name], LOGIT_BOUNDS[jnp.dtype(model.dtype).name])
-    found = _verified(model, reloaded, directory, count, bound)
-    if chat_template is not None:
-        (directory / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
-    if card is not None:
-        (directory / "README.md").write_text(card, encoding="utf-8")
-    return found
+    return _verified(model, reloaded, directory, count, bound)
 
 
 def _weight_dtype(model) -> Any:

@@ -3,8 +3,6 @@
 import dataclasses
 import functools
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +10,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from lorax.interop.checkpoint import CONFIG_FILE, GENERATION_FILE
-from lorax.interop.files import read_json
 from lorax.models import CausalLM
 
 _UNUSED = -1  # marks slots of the output that no token was written to
+_LONGEST = 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,15 +30,31 @@ class Sampling:
     top_k: int | None = None
     top_p: float | None = None
 
-    def __post_init__(self):
-        if not (np.isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(f"temperature must be 0 (greedy) or positive, got {self.temperature}")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1, got {self.top_k}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
-        if self.temperature == 0 and (self.top_k is not None or self.top_p is not None):
-            raise ValueError("top_k and top_p choose among samples: set a temperature above 0")
+
+def option_problems(
+    *,
+    max_new_tokens: int = 1,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+) -> dict[str, str]:
+    """Returns what is wrong with options of `generate`, by their names; nothing if all is well."""
+    found = {}
+    if not 1 <= max_new_tokens <= _LONGEST:
+        found["max_new_tokens"] = f"must be 1 to {_LONGEST}, got {max_new_tokens}"
+    if not (np.isfinite(temperature) and temperature >= 0):
+        found["temperature"] = f"must be 0 (greedy) or positive, got {temperature}"
+    if top_k is not None and top_k < 1:
+        found["top_k"] = f"must be at least 1, got {top_k}"
+    if top_p is not None and not 0 < top_p <= 1:
+        found["top_p"] = f"must be in (0, 1], got {top_p}"
+    for name, value in (("top_k", top_k), ("top_p", top_p)):
+        if temperature == 0 and value is not None:
+            found.setdefault(name, "chooses among samples: set a temperature above 0")
+    if not 0 <= seed < 2**32:
+        found["seed"] = f"must be 0 to {2**32 - 1}, got {seed}"
+    return found
 
 
 def generate(
@@ -67,7 +80,7 @@ def generate(
             dropout.
         prompts: Token ids, none empty.
         max_new_tokens: The most tokens added to a prompt.
-        stop_ids: Tokens that end a row; see `stop_token_ids`. May be empty.
+        stop_ids: Tokens that end a row; see `lorax.stop_tokens`. May be empty.
         pad_id: Any id of the vocabulary; what stands there does not matter.
         temperature: See `Sampling`.
         top_k: See `Sampling`.
@@ -78,12 +91,19 @@ def generate(
         The new tokens of each prompt, without the stop token.
 
     Raises:
-        ValueError: If a prompt is empty or an id is outside the vocabulary, or a sampling option
-            is out of range.
+        ValueError: If a prompt is empty or an id is outside the vocabulary, or options are out of
+            range; see `option_problems`.
     """
+    wrong = option_problems(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+    )
+    if wrong:
+        raise ValueError("; ".join(f"{name} {text}" for name, text in wrong.items()))
     sampling = Sampling(temperature, top_k, top_p)
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if not prompts:
         return []
     ids, lengths = _pad(prompts, pad_id, model.config.vocab_size)
@@ -94,38 +114,6 @@ def generate(
     key = jax.random.key(seed)
     output = _run(graph, state, *arrays, key, capacity=capacity, sampling=sampling)
     return [_until(row, [*stops, _UNUSED]) for row in np.asarray(output).tolist()]
-
-
-def stop_token_ids(directory: str | Path, tokenizer: Any = None) -> tuple[int, ...]:
-    """Returns every token that ends a text, as a checkpoint's files name them.
-
-    Collects ``eos_token_id`` of generation_config.json, of config.json and of the tokenizer: chat
-    models end a turn with one and a text with another.
-
-    Args:
-        directory: Folder of the checkpoint.
-        tokenizer: Anything with ``eos_token_id``, or None.
-
-    Raises:
-        ValueError: If none of them names one.
-    """
-    found: set[int] = set()
-    for name in (GENERATION_FILE, CONFIG_FILE):
-        path = Path(directory) / name
-        value = read_json(path).get("eos_token_id") if path.exists() else None
-        found.update(value if isinstance(value, list) else [] if value is None else [value])
-    if getattr(tokenizer, "eos_token_id", None) is not None:
-        found.add(tokenizer.eos_token_id)
-    if not found:
-        raise ValueError(
-            f"{directory}: neither {GENERATION_FILE}, {CONFIG_FILE} nor the tokenizer has an "
-            f"eos_token_id; add one to {GENERATION_FILE} (from Python: pass stop_ids)"
-        )
-    if not all(isinstance(i, int) and not isinstance(i, bool) for i in found):
-        raise ValueError(
-            f"{directory}: eos_token_id must be token ids, got {sorted(map(str, found))}"
-        )
-    return tuple(sorted(found))
 
 
 def _pad(
@@ -204,7 +192,12 @@ def _choose(
 ) -> Int[Array, " b"]:
     if sampling.temperature == 0:
         return logits.argmax(axis=-1).astype(jnp.int32)
-    logits = logits / sampling.temperature
+    # From the most likely token down, which stays 0 however small the temperature: one below the
+    # smallest float32 takes the most likely token, as its limit does.
+    below = logits.astype(jnp.float32)
+    below = below - below.max(axis=-1, keepdims=True)
+    temperature = jnp.float32(min(sampling.temperature, float(jnp.finfo(jnp.float32).max)))
+    logits = jnp.where(below == 0, 0.0, below / temperature)
     if sampling.top_k is not None:
         kept = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[-1]))[0][:, -1:]
         logits = jnp.where(logits < kept, -jnp.inf, logits)

@@ -1,16 +1,16 @@
 """The curve of a run's losses, drawn from its log; Matplotlib takes half a second to import."""
 
 import itertools
-import json
 import math
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+from lorax.metrics import read_metrics
 
 
 def draw_loss_curve(
@@ -53,27 +53,8 @@ def draw_loss_curve(
     figure.savefig(png_path, format="png")
 
 
-def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Reads a `metrics.jsonl`, without a last line that is still being written.
-
-    Raises:
-        ValueError: Naming the line that is not a JSON object with a step.
-    """
-    records = []
-    text = Path(path).read_text(encoding="utf-8")
-    for number, line in enumerate(text.split("\n")[:-1], start=1):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number}: not JSON: {error.msg}") from error
-        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-            raise ValueError(f"{path}:{number}: needs an object with a whole number `step`")
-        records.append(record)
-    return records
-
-
 def _find_series(records: Sequence[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    """Returns the steps that have a value; null is NaN, and the last line of a step counts."""
+    """Returns the steps that have a value; null is NaN."""
     series = {
         record["step"]: math.nan if record[name] is None else float(record[name])
         for record in records

@@ -9,7 +9,7 @@ import os
 import platform
 import resource
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -57,11 +57,25 @@ class RunLog:
 
     Every line is flushed, so that a killed run keeps what it measured. A number that is NaN or
     infinite is written as null and named in the list `nonfinite`, so that each line stays JSON.
-    When a run is resumed, its lines follow the old ones and the last line of a step counts.
+    When a run is resumed, the lines that will come again go first, so that each step stands there
+    once: one line of the step itself, and one of its evaluation.
     """
 
-    def __init__(self, run_dir: str | os.PathLike[str], report_to: Sequence[str] = ("jsonl",)):
+    def __init__(
+        self,
+        run_dir: str | os.PathLike[str],
+        report_to: Sequence[str] = ("jsonl",),
+        *,
+        reached: int | None = None,
+        evaluated: bool = True,
+    ):
         """Opens the files; all of them lie in `run_dir`, which must exist.
+
+        Args:
+            run_dir: The run's folder.
+            report_to: What is written: `jsonl`, `tensorboard`.
+            reached: The step after which a run is resumed, whose later lines go; None keeps all.
+            evaluated: Whether the evaluation of that step stays too, or is made again.
 
         Raises:
             ValueError: If the directory is missing, or TensorBoard is asked for and not installed.
@@ -75,7 +89,10 @@ class RunLog:
             self._tensorboard = writer(str(directory / "tensorboard"))
         self._file = None
         if "jsonl" in report_to:
-            _cut_torn_line(directory / METRICS_FILE)
+            path = directory / METRICS_FILE
+            _cut_torn_line(path)
+            if reached is not None:
+                _keep_lines(path, reached, evaluated)
             self._file = (directory / METRICS_FILE).open("a", encoding="utf-8")
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -136,6 +153,61 @@ def _cut_torn_line(path: Path) -> None:
     with path.open("rb+") as file:
         content = file.read()
         file.truncate(content.rfind(b"\n") + 1)
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Reads a `metrics.jsonl`, without a last line that is still being written.
+
+    Of a step that an older version wrote twice, when it resumed a run, the last line counts.
+
+    Raises:
+        ValueError: Naming the line that is not a JSON object with a step.
+    """
+    records: dict[tuple[int, bool], dict[str, Any]] = {}
+    for _, record in _read_lines(Path(path)):
+        key = record["step"], _is_evaluation(record)
+        records.pop(key, None)
+        records[key] = record
+    return list(records.values())
+
+
+def _read_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Yields each whole line and the record that it holds."""
+    mend = "remove that line, or move the file away: it only tells how the run went"
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            record = json.loads(line.decode("utf-8"))
+        except (ValueError, RecursionError) as error:
+            reason = getattr(error, "reason", None) or getattr(error, "msg", str(error)[:80])
+            raise ValueError(f"{path}:{number}: not JSON: {reason}; {mend}") from None
+        if not isinstance(record, dict) or type(record.get("step")) is not int:
+            raise ValueError(f"{path}:{number}: needs an object with a whole number `step`; {mend}")
+        yield line, record
+
+
+def _keep_lines(path: Path, reached: int, evaluated: bool) -> None:
+    """Removes the lines of what comes again after step `reached`, all at once or not at all."""
+    if not path.exists():
+        return
+    lines, kept = 0, {}
+    for line, record in _read_lines(path):
+        lines += 1
+        step, is_evaluation = record["step"], _is_evaluation(record)
+        if step < reached or (step == reached and (evaluated or not is_evaluation)):
+            kept.pop((step, is_evaluation), None)
+            kept[step, is_evaluation] = line
+    if len(kept) == lines:
+        return
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("wb") as file:
+        file.writelines(line + b"\n" for line in kept.values())
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _is_evaluation(record: Mapping[str, Any]) -> bool:
+    return "eval_loss" in record
 
 
 def _to_scalar(name: str, value: Any) -> bool | int | float | str | None:

@@ -7,24 +7,31 @@ import json
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from rich.console import Console
 
+from lorax.adapter_base import with_recorded_revision
 from lorax.beside import finish_beside, start_beside
-from lorax.card import write_card
-from lorax.checkpoint import CHECKPOINT_FOLDER, MARKER_FILE, CheckpointStore, SaveError
+from lorax.card import title_of, write_card
+from lorax.checkpoint import CHECKPOINT_FOLDER, CheckpointStore, SaveError
 from lorax.compilation_cache import use_compilation_cache
-from lorax.config import RunConfig, dump_config
-from lorax.evaluate import answer_rows, exact_match, last_answer
+from lorax.config import RunConfig
+from lorax.evaluate import answer_rows, exact_match
 from lorax.export import export_model
-from lorax.generate import stop_token_ids
+from lorax.export_files import companion_files
 from lorax.interop.checkpoint import resolve_checkpoint
-from lorax.interop.files import CheckpointError, read_json, refuse_occupied, sync
-from lorax.metrics import RunLog, check_reporters, library_versions, memory_gib
+from lorax.interop.files import read_json, sync
+from lorax.metrics import (
+    METRICS_FILE,
+    RunLog,
+    check_reporters,
+    library_versions,
+    memory_gib,
+    read_metrics,
+)
 from lorax.models.recompute import Recomputation
 from lorax.overview import report_data, report_model, shows_text
 from lorax.phases import Phases
@@ -44,6 +51,15 @@ from lorax.resume import (
     name_datasets,
     refuse_other_run,
 )
+from lorax.run_folder import (
+    EXPORT_FOLDERS,
+    SUMMARY_FILE,
+    Resume,
+    date_of_run,
+    find_run,
+    keep_date,
+    record_run,
+)
 from lorax.run_inputs import (
     Inputs,
     adapt_base,
@@ -51,9 +67,7 @@ from lorax.run_inputs import (
     check_targets,
     check_weights,
     choose_recomputation,
-    date_of_run,
     explain_memory,
-    keep_date,
     load_base,
     load_inputs,
     saved_identity,
@@ -63,16 +77,7 @@ from lorax.step_events import Event
 from lorax.stopping import OutOfMemoryError
 from lorax.train import Listener, Trainer
 
-type Resume = Literal["never", "auto", "always"]
-
-CHAT_TEMPLATE_FILE = "chat_template.jinja"
-"""In a run's folder: the template it was trained with, where that is not the tokenizer's own."""
-
-SUMMARY_FILE = "summary.json"
-
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
-
-EXPORT_FOLDERS = {"peft": "adapter", "peft-portable": "adapter-portable", "merged": "merged"}
 
 
 def run_training(
@@ -101,6 +106,8 @@ def run_training(
         SaveError: If the disk is full or cannot be written.
     """
     with _memory_explained(config), _disk_explained(config):
+        tell = lambda text: console.print(text, highlight=False, soft_wrap=True)
+        config = with_recorded_revision(config, tell)
         return _run(config, console, phases or Phases(), resume)
 
 
@@ -115,6 +122,8 @@ def _run(config: RunConfig, console: Console, phases: Phases, resume: Resume) ->
             console.print(f"{output}: this run has ended; there is nothing to resume")
             return RunSummary(**read_json(output / SUMMARY_FILE))
     check_reporters(config.log.report_to)
+    if resumed and "jsonl" in config.log.report_to and (output / METRICS_FILE).exists():
+        read_metrics(output / METRICS_FILE)  # what it raises must not wait for the run's end
     check_weights(config)
     console.rule("Settings")
     print_config(console, config)
@@ -164,6 +173,12 @@ def _run(config: RunConfig, console: Console, phases: Phases, resume: Resume) ->
         files=files,
     )
     del model
+    trainer.beside["files"] = companion_files(
+        inputs.base,
+        chat_template=inputs.chat_template,
+        stop_ids=inputs.stop_ids(needed=False),
+        card=None,
+    )
     # The exports belong to the run, so its lock is held until they are done, or have failed.
     with contextlib.closing(trainer.checkpoints):
         trainer.keeps_lock = True
@@ -196,9 +211,18 @@ def _train_and_export(
     config, console = trainer.config, recorder.console
     output, before = trainer.output_dir, trainer.progress.notes.get("exact match")
     trainer.checkpoints.open()
-    _make_directory(output, config, inputs)
+    record_run(
+        output,
+        config,
+        chat_template=inputs.chat_template,
+        stop_ids=inputs.stop_ids(needed=False),
+        tokenizer=inputs.tokenizer,
+        versions=library_versions(),
+    )
     console.rule("Training")
-    with RunLog(output, config.log.report_to) as log:
+    reached, settled = trainer.progress.step, trainer.progress.settled
+    evaluated = 0 < reached <= settled
+    with RunLog(output, config.log.report_to, reached=reached, evaluated=evaluated) as log:
         recorder.log = log
         with show_progress(console, trainer.total_steps) as show:
             recorder.show = show
@@ -207,10 +231,7 @@ def _train_and_export(
     console.rule("Export")
     files = _export_all(config, trainer.model, inputs, console, result, (before, after))
     if "jsonl" in config.log.report_to:
-        from lorax.loss_curve import draw_loss_curve
-
-        draw_loss_curve(output / "metrics.jsonl", output / "loss.png", title=_title(config))
-        files |= {"loss curve": str(output / "loss.png")}
+        files |= _draw_curve(output, title_of(config), console)
     files |= {"run": str(output)}
     memory, speed = memory_gib(), trainer.throughput.mean()
     summary = RunSummary(
@@ -231,29 +252,6 @@ def _train_and_export(
     sync(partial)
     partial.replace(output / SUMMARY_FILE)
     return summary
-
-
-def find_run(output: Path, resume: Resume) -> bool:
-    """Says whether there is a run to go on with.
-
-    Raises:
-        CheckpointError: If the directory holds a run, or something else, and is not to be resumed,
-            or is to be and holds no run.
-    """
-    checkpoints = output / CHECKPOINT_FOLDER
-    is_run = (checkpoints / MARKER_FILE).is_file()
-    if not is_run and checkpoints.is_dir() and not any(checkpoints.iterdir()):
-        # What a run that was killed while it made its folder leaves: this and nothing else.
-        is_run = list(output.iterdir()) == [checkpoints]
-    if resume == "never" and is_run:
-        raise CheckpointError(
-            f"{output} holds a run: go on with --resume, or choose another save.output_dir"
-        )
-    if resume == "always" and not is_run:
-        raise CheckpointError(f"{output} holds no run of lorax to resume; leave out --resume")
-    if not is_run:
-        refuse_occupied(output)
-    return is_run
 
 
 def fingerprint_inputs(config: RunConfig, inputs: Inputs) -> dict[str, str]:
@@ -323,32 +321,19 @@ def _disk_explained(config: RunConfig) -> Iterator[None]:
         ) from error
 
 
-def _make_directory(output: Path, config: RunConfig, inputs: Inputs) -> None:
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-    if inputs.chat_template is not None:
-        (output / CHAT_TEMPLATE_FILE).write_text(inputs.chat_template, encoding="utf-8")
-    versions = json.dumps(library_versions(), indent=2)
-    (output / "versions.json").write_text(versions + "\n", encoding="utf-8")
-
-
 def _score(config: RunConfig, model, inputs: Inputs, console: Console, when: str) -> float | None:
     """Lets the model answer held-out rows, if the config asks for it, and shows one answer."""
     if not config.eval.exact_match or inputs.eval is None:
         return None
     evaluated = nnx.clone(model)
     evaluated.eval()
-    # A template may end turns with a token that the base model does not stop at.
-    ends = {last_answer(inputs.train.row(i))[1][-1] for i in range(min(100, len(inputs.train)))}
-    trained_ends = ends & set(inputs.tokenizer.all_special_ids)
-    stop_ids = sorted({*stop_token_ids(inputs.base, inputs.tokenizer), *trained_ends})
     answers = answer_rows(
         evaluated,
         inputs.eval,
         inputs.tokenizer,
         rows=config.eval.exact_match_rows,
         max_new_tokens=config.eval.max_new_tokens,
-        stop_ids=stop_ids,
+        stop_ids=inputs.stop_ids(),
     )
     score, shown = exact_match(answers), answers[0]
     console.print(
@@ -382,7 +367,9 @@ def _export_all(config, model, inputs: Inputs, console, result, scores) -> dict[
             format,
             base=inputs.base,
             base_name=config.model.name_or_path,
+            base_revision=config.model.revision,
             chat_template=inputs.chat_template,
+            stop_ids=inputs.stop_ids(needed=False),
             dtype=jnp.dtype(config.model.dtype),
             card=write_card(config, format, facts),
         )
@@ -395,7 +382,14 @@ def _export_all(config, model, inputs: Inputs, console, result, scores) -> dict[
     return files
 
 
-def _title(config: RunConfig) -> str:
-    base = "/".join(Path(config.model.name_or_path).parts[-2:])
-    method = "full fine-tuning" if config.train.method == "full" else "LoRA"
-    return f"{method} of {base}"
+def _draw_curve(output: Path, title: str, console: Console) -> dict[str, str]:
+    """Draws the losses of a run; what it trained is worth more than a plot that fails."""
+    try:
+        from lorax.loss_curve import draw_loss_curve
+
+        draw_loss_curve(output / METRICS_FILE, output / "loss.png", title=title)
+    except Exception as error:
+        said = f"WARNING: no loss curve: {str(error) or type(error).__name__}"
+        console.print(said, highlight=False, markup=False, soft_wrap=True)
+        return {}
+    return {"loss curve": str(output / "loss.png")}

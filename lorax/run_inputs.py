@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from lorax.adapter_base import with_recorded_revision
 from lorax.beside import await_tracing
 from lorax.checkpoint import CHECKPOINT_FOLDER, CheckpointStore
-from lorax.config import RunConfig, load_config
+from lorax.config import RunConfig
 from lorax.data import (
     RENDERER,
     BatchPlan,
@@ -30,6 +31,7 @@ from lorax.optimizer import make_schedule
 from lorax.plan import GIB, POLICIES, Planner, device_gib
 from lorax.preparation import count_steps, plan_training
 from lorax.sharding import HostArray, embedding_obstacle, make_mesh
+from lorax.stop_tokens import stop_token_ids
 from lorax.targets import TargetError
 
 CHATS = ("auto", "messages", "sharegpt", "alpaca")
@@ -66,6 +68,11 @@ class Inputs:
         """Tokens of a row that the base model was made for."""
         return load_hf_config(self.base).context
 
+    def stop_ids(self, *, needed: bool = True) -> tuple[int, ...]:
+        """Returns what the trained model stops with; see `stop_token_ids`."""
+        trained = self.train.report.stop_ids
+        return stop_token_ids(self.base, self.tokenizer, trained, needed=needed)
+
 
 def load_inputs(config: RunConfig) -> Inputs:
     """Reads the tokenizer and the data of a run.
@@ -91,28 +98,9 @@ def load_inputs(config: RunConfig) -> Inputs:
             f"data.date: {config.data.date} has no effect, since no chat template asks for today's "
             "date: remove it"
         )
-    return Inputs(base, tokenizer, train, held_out, _own_template(config), date)
-
-
-def keep_date(config: RunConfig, date: str | None) -> RunConfig:
-    """Returns the settings of a run whose chat template is told `date`, whenever it goes on."""
-    return config.model_copy(update={"data": config.data.model_copy(update={"date": date})})
-
-
-def date_of_run(config: RunConfig) -> str | None:
-    """Returns the day of the run in `save.output_dir`; what is asked for where it has none.
-
-    Raises:
-        ValueError: If another day is asked for.
-    """
-    asked, path = config.data.date, Path(config.save.output_dir) / "config.yaml"
-    kept = load_config(path).data.date if path.is_file() else None
-    if asked is not None and kept is not None and asked != kept:
-        raise ValueError(
-            f"data.date: {asked}, but the run in {config.save.output_dir} has the date {kept}: "
-            "leave it out, or begin another run"
-        )
-    return kept or asked
+    inputs = Inputs(base, tokenizer, train, held_out, _own_template(config), date)
+    inputs.stop_ids(needed=False)  # what it raises is about the files of the base
+    return inputs
 
 
 def _own_template(config: RunConfig) -> str | None:
@@ -287,6 +275,7 @@ def recomputed_before(config: RunConfig) -> Recomputation | None:
 
 def build_model(config: RunConfig) -> CausalLM:
     """Loads the base model and puts fresh or loaded adapters on it, as the config says."""
+    config = with_recorded_revision(config, print)
     return adapt_base(load_base(config), config, choose_recomputation(config)[0])
 
 

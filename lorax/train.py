@@ -137,9 +137,10 @@ class Trainer:
                 self.model, plans[1], self.mesh, loss_fn, full_determinism=repeats
             )
         # A hub id becomes a folder now: what cannot be found must not wait for the first save.
-        self._base = None
+        self.beside: dict[str, Any] = {}  # what `save_model` is given besides the model
         if train.method == "full":
-            self._base = resolve_checkpoint(config.model.name_or_path, config.model.revision)
+            base = resolve_checkpoint(config.model.name_or_path, config.model.revision)
+            self.beside = {"source_directory": base}
         self.output_dir = Path(config.save.output_dir)
         self.store = WeightStore(self.output_dir / "weights", self._write_weights)
         self.throughput = Throughput(model_size(self.model), list(self.mesh.devices.flat))
@@ -388,10 +389,11 @@ class Trainer:
         if self.config.train.method == "full":
             self._update_model()
             dtype = jax.numpy.dtype(model.dtype)
-            save_model(self.model, folder, dtype=dtype, source_directory=self._base)
+            save_model(self.model, folder, dtype=dtype, **self.beside)
         else:  # fetched all at once: one by one takes longer than writing them
             trained = self._merge(jax.device_get(self.state.trainable))
-            save_adapter(trained, folder, base_model_name_or_path=model.name_or_path)
+            base = {"base_model_name_or_path": model.name_or_path, "revision": model.revision}
+            save_adapter(trained, folder, **base)
 
     def _tell(self, event: Event) -> None:
         for listener in self.listeners:

@@ -16,8 +16,7 @@ from pathlib import Path
 from measured_rows import append_rows
 
 from lorax.config import load_config
-from lorax.loss_curve import read_metrics
-from lorax.metrics import METRICS_FILE
+from lorax.metrics import METRICS_FILE, read_metrics
 
 WARM_UP_STEPS = 2
 

@@ -36,10 +36,10 @@ ALLOWED = {
     "lorax.optimizer": {"lorax.config", "lorax.stacking"},
     "lorax.metrics": set(),
     "lorax.report": {"lorax.config", "lorax.metrics"},
-    "lorax.loss_curve": set(),
+    "lorax.loss_curve": {"lorax.metrics"},
     "lorax.outlet": set(),
     "lorax.card": {"lorax.config"},
-    "lorax.checkpoint": {"lorax.checkpoint_files", "lorax.interop"},
+    "lorax.checkpoint": {"lorax.checkpoint_files", "lorax.interop", "lorax.special_files"},
     "lorax.checkpoint_files": {"lorax.interop"},
     "lorax.weights": {"lorax.interop"},
     "lorax.stopping": set(),
@@ -79,7 +79,17 @@ ALLOWED = {
         "lorax.sharding",
         "lorax.targets",
     },
-    "lorax.generate": {"lorax.interop", "lorax.models"},
+    "lorax.generate": {"lorax.models"},
+    "lorax.stop_tokens": {"lorax.interop"},
+    "lorax.special_files": {"lorax.interop.files"},
+    "lorax.adapter_base": {"lorax.config", "lorax.interop"},
+    "lorax.run_folder": {
+        "lorax.checkpoint",
+        "lorax.config",
+        "lorax.interop",
+        "lorax.special_files",
+        "lorax.stop_tokens",
+    },
     "lorax.phases": set(),
     "lorax.preparation": {
         "lorax.beside",
@@ -113,7 +123,8 @@ ALLOWED = {
         "lorax.loss",
         "lorax.sharding",
     },
-    "lorax.export": {"lorax.interop", "lorax.lora", "lorax.merge"},
+    "lorax.export": {"lorax.export_files", "lorax.interop", "lorax.lora", "lorax.merge"},
+    "lorax.export_files": {"lorax.interop", "lorax.stop_tokens"},
     "lorax.train": {
         "lorax.checkpoint",
         "lorax.model_size",
@@ -158,6 +169,9 @@ ALLOWED = {
     },
     "lorax.run": {"lorax"},
     "lorax.cli": {"lorax"},
+    "lorax.cli_common": {"lorax.interop"},
+    "lorax.cli_export": {"lorax"},
+    "lorax.cli_generate": {"lorax"},
     "lorax": {"lorax"},  # the public names
 }
 # Who may import what of other people's.

@@ -1,6 +1,7 @@
 """Bad input of every kind: one readable message, exit code 2, and nothing written or changed."""
 
 import hashlib
+import io
 import json
 import re
 import shutil
@@ -833,15 +834,48 @@ def test_answers_that_nothing_ends_are_refused(base, here, refused):
 def test_generate_refuses_what_it_cannot_do(base, refused):
     model = str(base)
     for arguments, pattern in (
-        (["--temperature", "-1"], r"temperature must be 0 \(greedy\) or positive, got -1"),
-        (["--top-p", "0.9"], r"top_k and top_p .*set a temperature above 0"),
-        (["--top-k", "0", "--temperature", "1"], r"top_k must be at least 1, got 0"),
-        (["--max-new-tokens", "0"], r"max_new_tokens must be at least 1, got 0"),
+        (["--temperature", "-1"], r"--temperature must be 0 \(greedy\) or positive, got -1"),
+        (["--top-p", "0.9"], r"--top-p chooses among samples: set a temperature above 0"),
+        (["--top-k", "0", "--temperature", "1"], r"--top-k must be at least 1, got 0"),
+        (["--max-new-tokens", "0"], r"--max-new-tokens must be 1 to \d+, got 0"),
+        (["--max-new-tokens", str(2**65)], r"--max-new-tokens must be 1 to \d+, got 3"),
+        (["--max-new-tokens", "600"], r"--max-new-tokens 600 .*made for 512: ask for at most \d+$"),
+        (["--seed", str(2**65)], r"--seed must be 0 to 4294967295, got 3"),
+        (["--seed", "-1", "--top-k", "0"], r"--top-k .* at least 1, got 0; --seed must be 0 to"),
+        (["--prompt", "a\udce9b"], r"--prompt 2 must be UTF-8, got byte 0xe9 at 1: convert it"),
+        (["--system", "\udcff"], r"--system must be UTF-8, got byte 0xff at 0: convert it"),
+        (["--prompt", "word " * 9000], r"--prompt 2 has \d+,\d{3} tokens .*made for 512: shorten"),
+        (["--raw", "--system", "x"], r"--system needs a chat template: leave it out"),
         (["--adapter", "absent"], r"absent/adapter_config.json does not exist"),
         (["--dtype", "int8"], r"argument --dtype: invalid choice: 'int8'"),
     ):
         refused(pattern, "generate", model, "--prompt", "Hi", *arguments)
-    refused(r"\./absent: no such folder", "generate", "./absent", "--prompt", "Hi")
+    for name in ("./absent", "absent", "a/b/c", "runs/", "spaced name/x"):
+        refused(
+            rf"{name}: no such folder of a run or a model.*the hub was not asked",
+            "generate", name, "--prompt", "Hi",
+        )  # fmt: skip
+    refused(
+        r"/.* holds rows.jsonl, run.yaml: give a run's folder, which holds config.yaml, or a model",
+        "generate", str(Path.cwd()), "--prompt", "Hi",
+    )  # fmt: skip
+
+
+def test_a_bad_option_of_generate_is_told_before_weights_are_read(base, here, refused):
+    folder = Path(shutil.copytree(base, here / "model"))
+    (folder / "model.safetensors").write_text("no weights")
+    for options in (["--seed", "-1"], ["--prompt", "word " * 900], ["--adapter", "absent"]):
+        message = refused(r"", "generate", str(folder), "--prompt", "Hi", *options)
+        assert "safetensors" not in message
+    edit_json(folder / "generation_config.json", eos_token_id={"id": 2})
+    refused(r"eos_token_id must be a token id", "generate", str(folder), "--prompt", "Hi")
+
+
+def test_a_prompt_on_standard_input_that_is_not_utf_8_is_refused(base, refused, monkeypatch):
+    for errors in ("strict", "surrogateescape"):
+        stream = io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), "utf-8", errors)
+        monkeypatch.setattr("sys.stdin", stream)
+        refused(r"standard input must be UTF-8, got byte 0xe9 at 3", "generate", str(base))
 
 
 def test_export_refuses_an_occupied_folder(good_adapter, here, refused):
@@ -860,7 +894,13 @@ def test_export_refuses_an_occupied_folder(good_adapter, here, refused):
 
 def test_export_refuses_what_is_no_run(here, refused):
     arguments = ["--format", "merged", "--out", "out"]
-    refused(r"adapter_config.json does not exist", "export", str(here), *arguments)
+    refused(
+        r"holds rows.jsonl, run.yaml: give a run's folder, which holds config.yaml, or an "
+        r"adapter's, which holds adapter_config.json",
+        "export", str(here), *arguments,
+    )  # fmt: skip
+    refused(r"absent does not exist: give a run's folder", "export", "absent", *arguments)
+    refused(r"rows.jsonl is a file: give a run's folder", "export", "rows.jsonl", *arguments)
     refused(
         r"argument --format: invalid choice: 'gguf'",
         "export",

@@ -154,8 +154,8 @@ def test_inspect_shows_settings_rows_with_their_mask_and_modules(here, lorax_pri
 def test_a_run_leaves_its_config_versions_and_card(trained):
     names = {path.name for path in trained.iterdir()}
     assert names == {
-        "adapter", "checkpoints", "config.yaml", "loss.png", "metrics.jsonl", "summary.json",
-        "tensorboard", "versions.json", "weights",
+        "adapter", "checkpoints", "config.yaml", "loss.png", "metrics.jsonl", "stop_tokens.json",
+        "summary.json", "tensorboard", "versions.json", "weights",
     }  # fmt: skip
     assert load_config(trained / "config.yaml") == load_config(trained.parent / "run.yaml")
     versions = json.loads((trained / "versions.json").read_text())
@@ -388,7 +388,8 @@ def test_the_shipped_model_answers_every_prompt_alone_as_together(lorax_prints):
     settings = ("--max-new-tokens", "6", "--dtype", "float32")
     both = lorax_prints("generate", MODEL, "--prompt", PROMPT, "--prompt", other, *settings)
     alone = [lorax_prints("generate", MODEL, "--prompt", p, *settings) for p in (PROMPT, other)]
-    assert both == "".join(alone)
+    heads = (f'[{i}/2] "{text}"\n' for i, text in enumerate((PROMPT, other), start=1))
+    assert both == "\n".join(head + answer for head, answer in zip(heads, alone, strict=True))
     assert lorax_prints("generate", MODEL, "--prompt", PROMPT, *settings) == alone[0]
 
 

@@ -97,6 +97,31 @@ def test_stop_tokens_are_supervised_as_train_on_eos_says(encode, template, train
     assert _supervised_text(encode, row, tokenizer, train_on_eos=train_on_eos) == expected
 
 
+@pytest.mark.parametrize("loss_on", ["assistant", "all"])
+@pytest.mark.parametrize("train_on_eos", ["turn", "last", "none", "all"])
+@pytest.mark.parametrize(
+    ("template", "stop"),
+    [(CHATML, "<|im_end|>"), (LLAMA3, "<|eot|>"), (STOP_OUTSIDE, "<|im_end|>")],
+)
+def test_the_stop_tokens_that_are_learned_are_told(encode, template, stop, loss_on, train_on_eos):
+    tokenizer = byte_tokenizer(template)
+    settings = {"loss_on": loss_on, "train_on_eos": train_on_eos}
+    report = encode([{"messages": TWO_TURNS}], tokenizer, **settings).report
+    learned = () if train_on_eos == "none" else (tokenizer.convert_tokens_to_ids(stop),)
+    assert report.stop_ids == learned
+
+
+def test_stop_tokens_of_plain_and_of_tokenized_rows_are_told(encode):
+    tokenizer = byte_tokenizer()
+    end, other = tokenizer.convert_tokens_to_ids(["</s>", "<|eot|>"])
+    assert encode([{"prompt": "a", "completion": "b"}], tokenizer).report.stop_ids == (end,)
+    none = encode([{"prompt": "a", "completion": "b"}], tokenizer, train_on_eos="none")
+    assert none.report.stop_ids == ()
+    tokens = [5, 6, other, 7, end, 8]  # one ends what is supervised, one does not, one is no target
+    row = {"input_ids": tokens, "labels": [-100, 6, other, -100, -100, 8]}
+    assert encode([row], tokenizer).report.stop_ids == (other,)
+
+
 def test_template_that_writes_bos_gets_no_second_one(encode):
     tokenizer = byte_tokenizer(LLAMA3)
     encoded = encode([{"messages": TWO_TURNS}], tokenizer)

@@ -384,14 +384,14 @@ ABOUT_THE_FILE = [
 def test_only_what_is_about_the_file_makes_a_checkpoint_a_damaged_one(store, monkeypatch, error):
     for step in (1, 2):
         store.save(step, arrays(step), {}, wait=True)
-    import orbax.checkpoint as ocp
+    import tensorstore
 
-    def restore(*_, **__):
-        raise RuntimeError("Orbax's own words") from error
+    def refuse(*_, **__):
+        raise RuntimeError("the library's own words") from error
 
-    monkeypatch.setattr(ocp.Checkpointer, "restore", restore)
+    monkeypatch.setattr(tensorstore, "open", refuse)
     if error in PASSING:
-        with pytest.raises(RuntimeError, match="Orbax's own words"):
+        with pytest.raises(RuntimeError, match="the library's own words"):
             store.restore()
         assert store.steps() == [1, 2] and not store.said
     else:
@@ -412,6 +412,43 @@ def test_a_file_that_may_not_be_read_raises_the_systems_own_error(store, monkeyp
     with pytest.raises(PermissionError, match=r"Permission denied.*arrays"):
         store.restore()
     assert store.steps() == [1] and not store.said
+
+
+DAMAGED = """
+import sys
+from pathlib import Path
+from lorax.checkpoint import CheckpointStore
+CheckpointStore(Path(sys.argv[1]), tell=lambda _: None).restore()
+"""
+
+
+def test_one_damaged_array_is_all_that_is_told(store):
+    # The others are large, so that they are still being read when the small one has failed.
+    draw = np.random.default_rng(0)
+    large = {f"b{i}": draw.standard_normal((200, 1000 + i), np.float32) for i in range(24)}
+    store.save(1, {"a": np.arange(3.0)} | large, {}, wait=True)
+    store.close()
+    (chunk,) = (store.directory / "step-000000001" / "arrays" / "00000").glob("0*")
+    chunk.write_bytes(b"xx")
+    root = Path(__file__).parents[1]
+    environment = os.environ | {"PYTHONPATH": f"{root}:{root / 'kernels'}"}
+    command = [sys.executable, "-c", DAMAGED, str(store.directory)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert "none of its checkpoints is whole" in done.stderr
+    assert "Event loop" not in done.stderr and "call_soon" not in done.stderr
+
+
+@pytest.mark.parametrize("place", ["lock", "step-000000001/arrays/00000/.zarray", "pipe"])
+def test_a_fifo_among_the_checkpoints_is_refused_and_not_opened(store, place):
+    store.save(1, arrays(), {}, wait=True)
+    store.close()
+    path = store.directory / place
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    for use in (store.restore, lambda: store.save(2, arrays(2), {}, wait=True)):
+        with pytest.raises(CheckpointError, match=f"{place} is a FIFO, where a run has only files"):
+            use()
+    assert store.steps() == [1]
 
 
 def test_folders_of_others_stay_whatever_their_names(store):

@@ -13,9 +13,10 @@ import torch
 import transformers
 from flax import nnx
 
-from lorax.generate import Sampling, _choose, generate, stop_token_ids
+from lorax.generate import Sampling, _choose, generate
 from lorax.interop.huggingface import load_model
 from lorax.models import CausalLM, DecoderConfig
+from lorax.stop_tokens import generation_settings, stop_token_ids
 
 SMALL: dict[str, Any] = dict(
     vocab_size=61,
@@ -187,7 +188,11 @@ def test_samples_follow_the_distribution():
         (dict(temperature=1.0, top_p=0.0), r"top_p must be in \(0, 1\]"),
         (dict(temperature=1.0, top_p=1.5), r"top_p must be in \(0, 1\]"),
         (dict(top_k=5), "set a temperature above 0"),
-        (dict(max_new_tokens=0), "max_new_tokens must be at least 1"),
+        (dict(max_new_tokens=0), "max_new_tokens must be 1 to 2147483647, got 0"),
+        (dict(max_new_tokens=2**65), "max_new_tokens must be 1 to 2147483647"),
+        (dict(seed=-1), "seed must be 0 to 4294967295, got -1"),
+        (dict(seed=2**65), "seed must be 0 to 4294967295"),
+        (dict(top_k=0, top_p=2.0, temperature=1.0), "top_k must .*, got 0; top_p must .*, got 2"),
         (dict(prompts=[[1], []]), r"prompts\[1\] is empty"),
         (dict(prompts=[[1], [2, 61]]), r"prompts\[1\] holds 61, outside the vocabulary \[0, 61\)"),
         (dict(pad_id=-1), "pad_id holds -1"),
@@ -206,11 +211,61 @@ def test_no_prompts_give_no_rows(model):
 def test_stop_tokens_are_collected_from_all_files(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 7}))
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [9, 7]}))
-    assert stop_token_ids(tmp_path, SimpleNamespace(eos_token_id=3)) == (3, 7, 9)
-    assert stop_token_ids(tmp_path) == (7, 9)
+    assert stop_token_ids(tmp_path, SimpleNamespace(eos_token_id=3)) == (9, 7, 3)
+    assert stop_token_ids(tmp_path) == (9, 7)
+    assert stop_token_ids(tmp_path, trained=[11, 7, 5]) == (9, 7, 5, 11)
 
 
 def test_a_checkpoint_without_stop_tokens_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="from Python: pass stop_ids"):
         stop_token_ids(tmp_path, SimpleNamespace(eos_token_id=None))
+    assert stop_token_ids(tmp_path, trained=[4]) == (4,)
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("value", [{"id": 2}, 2**31, -1, "2", 2.0, True, [[2]], [2, None]])
+def test_what_is_no_token_id_is_refused_with_its_file(tmp_path, file, value):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / file).write_text(json.dumps({"eos_token_id": value}))
+    with pytest.raises(ValueError, match=rf"{file}: eos_token_id must be a token id, .*or remove"):
+        stop_token_ids(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("before", "written"),
+    [
+        ({"eos_token_id": 0}, [0, 2]),
+        ({"eos_token_id": [5, 0], "pad_token_id": 1, "top_p": 0.9}, [5, 0, 2]),
+        ({"temperature": 0.6}, [0, 2]),
+    ],
+)
+def test_generation_settings_name_what_was_trained_and_keep_the_rest(tmp_path, before, written):
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 0}))
+    (tmp_path / "generation_config.json").write_text(json.dumps(before))
+    stop_ids = stop_token_ids(tmp_path, trained=[2])
+    settings = generation_settings(tmp_path, stop_ids)
+    assert settings == before | {"eos_token_id": written}
+    (tmp_path / "generation_config.json").write_text(json.dumps(settings))
+    assert generation_settings(tmp_path, stop_ids) is None
+
+
+def test_a_base_without_generation_settings_keeps_what_transformers_would_take(tmp_path):
+    config = {"bos_token_id": 1, "eos_token_id": 0, "pad_token_id": None, "hidden_size": 8}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert generation_settings(tmp_path, [0]) is None
+    assert generation_settings(tmp_path, [0, 2]) == {"bos_token_id": 1, "eos_token_id": [0, 2]}
+
+
+@pytest.mark.parametrize("temperature", [1e-320, 1e-45, 1e-38, 1e-30])
+def test_a_temperature_near_zero_takes_the_most_likely_token(model, temperature):
+    greedy = generate(model, PROMPTS, max_new_tokens=6, stop_ids=())
+    cold = generate(model, PROMPTS, max_new_tokens=6, stop_ids=(), temperature=temperature)
+    assert cold == greedy
+
+
+def test_a_temperature_beyond_float32_draws_evenly():
+    logits = jnp.broadcast_to(jnp.array([[0.0, 50.0, 100.0, -100.0]]), (4000, 4))
+    drawn = _choose(logits, jax.random.key(0), jnp.int32(0), Sampling(1e300))
+    counts = np.bincount(np.asarray(drawn), minlength=4)
+    assert ((counts - 1000) ** 2 / 1000).sum() < 16.3  # 99.9 % of draws, three degrees of freedom

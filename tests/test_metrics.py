@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import lorax.metrics
 from lorax.metrics import (
     MemoryUse,
     ModelSize,
@@ -90,6 +91,57 @@ def test_resumed_run_appends_and_cuts_a_torn_line(tmp_path):
     with RunLog(tmp_path) as log:
         log.write(2, {"loss": 2.0})
     assert path.read_text() == '{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n'
+
+
+BEFORE = (
+    {"step": 0, "eval_loss": 3.0},
+    {"step": 1, "loss": 2.9},
+    {"step": 2, "loss": 2.8},
+    {"step": 2, "eval_loss": 2.7},
+    {"step": 3, "loss": 2.6},
+    {"step": 4, "loss": 2.5},
+    {"step": 4, "eval_loss": 2.4},
+)
+
+
+def write_lines(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+@pytest.mark.parametrize(
+    ("reached", "evaluated", "kept"),
+    [(0, False, 0), (1, True, 2), (2, False, 3), (2, True, 4), (3, True, 5), (9, True, 7)],
+)
+def test_a_resumed_run_writes_each_step_once(tmp_path, reached, evaluated, kept):
+    path = tmp_path / "metrics.jsonl"
+    write_lines(path, BEFORE)
+    with RunLog(tmp_path, reached=reached, evaluated=evaluated) as log:
+        assert read_metrics(path) == list(BEFORE[:kept])
+        for record in BEFORE[kept:]:
+            log.write(record["step"], {k: v for k, v in record.items() if k != "step"})
+    assert read_metrics(path) == list(BEFORE)
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_what_an_older_version_wrote_twice_is_read_once(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write_lines(path, [*BEFORE, {"step": 4, "loss": 2.51}, {"step": 4, "eval_loss": 2.41}])
+    assert lorax.metrics.read_metrics(path) == [
+        *BEFORE[:5], {"step": 4, "loss": 2.51}, {"step": 4, "eval_loss": 2.41}
+    ]  # fmt: skip
+    with RunLog(tmp_path, reached=4):
+        assert read_metrics(path) == lorax.metrics.read_metrics(path)
+
+
+@pytest.mark.parametrize("broken", [b"{", b"\xff", b"\0\0", b"[1]", b'{"step": 9e9}', b"[" * 9999])
+def test_a_damaged_line_is_named_with_a_remedy_that_works(tmp_path, broken):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "loss": 2.0}\n' + broken + b'\n{"step": 2, "loss": 1.0}\n')
+    for use in (lambda: lorax.metrics.read_metrics(path), lambda: RunLog(tmp_path, reached=1)):
+        with pytest.raises(ValueError, match=r"metrics.jsonl:2: .*remove that line, or move the"):
+            use()
+    path.write_bytes(path.read_bytes().replace(broken + b"\n", b""))
+    assert len(lorax.metrics.read_metrics(path)) == 2
 
 
 def test_log_creates_nothing_outside_the_run_directory(tmp_path):

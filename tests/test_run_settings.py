@@ -141,7 +141,9 @@ def test_generate_uses_the_template_of_the_run(run, tmp_path, monkeypatch):
     (tmp_path / "own.jinja").write_text(TEMPLATE, encoding="utf-8")
     assert run("train", f"data.chat_template={tmp_path}/own.jinja")[0] == 0
     seen = []
-    monkeypatch.setattr("lorax.cli.generate", lambda m, tokens, **k: seen.append(tokens) or [[5]])
+    monkeypatch.setattr(
+        "lorax.cli_generate.generate", lambda _, tokens, **k: seen.append(tokens) or [[5]]
+    )
     assert main(["generate", str(tmp_path / "run"), "--prompt", "hello"]) == 0
     tokenizer = lorax.load_tokenizer(str(TINY / "model"))
     assert tokenizer.decode(seen[0][0]) == "<<user>>hello<|im_end|><<assistant>>"

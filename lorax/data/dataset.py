@@ -45,6 +45,8 @@ class EncodeReport:
         sources: Paths and hub ids.
         changes: What else became of rows, such as those dropped because they are malformed.
         date: The day that the chat template was told, if it asks for it.
+        stop_ids: Tokens that end what is learned, and are learned: what a model that is trained on
+            the rows stops with.
     """
 
     format: str
@@ -59,6 +61,7 @@ class EncodeReport:
     sources: tuple[str, ...]
     changes: tuple[Change, ...] = ()
     date: str | None = None
+    stop_ids: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Sources of any format encoded as token ids and a mask of what is supervised."""
 
 import contextlib
+import dataclasses
 import datetime
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -20,7 +21,7 @@ from lorax.data.formats import (
     TokenRow,
     read_example,
 )
-from lorax.data.masks import StopTokens, mask_plain, mask_turns
+from lorax.data.masks import StopTokens, mask_plain, mask_turns, note_label_stops
 from lorax.data.renderer import MOST_LIMITS, LimitError
 from lorax.data.rows import DataError, MalformedRowError, Row, RowError, Rows
 from lorax.data.sieve import Sieve
@@ -64,8 +65,14 @@ def load_encoded_dataset(
             with open_source(source) as rows:
                 encoder.encode(rows)
         sieve.check()
-        paths = tuple(source.path for source in sources)
-        return kept.finish(sieve.report(encoder.formats, encoder.mask_sources, paths, encoder.date))
+        report = dataclasses.replace(
+            sieve.report(tuple(source.path for source in sources)),
+            format=", ".join(sorted(encoder.formats)),
+            mask_source=", ".join(sorted(encoder.mask_sources)),
+            date=encoder.date,
+            stop_ids=tuple(sorted(encoder.stops.learned)),
+        )
+        return kept.finish(report)
 
 
 class _RowEncoder:
@@ -75,6 +82,7 @@ class _RowEncoder:
         formats: Of the rows.
         mask_sources: What told which tokens are supervised.
         date: The day that a chat template was told; None if none asked.
+        stops: The stop tokens, and which were learned.
     """
 
     def __init__(
@@ -94,7 +102,7 @@ class _RowEncoder:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._chat = load_chat_template(tokenizer, self._config)
-        self._stops = StopTokens.of(tokenizer, config.train_on_eos)
+        self.stops = StopTokens.of(tokenizer, config.train_on_eos)
         self._sieve = sieve
         self._limits = 0
 
@@ -275,11 +283,12 @@ class _RowEncoder:
         if isinstance(item, TokenRow):
             self.mask_sources.add("labels")
             tokens, supervised = _mask_labels(item)
+            note_label_stops((tokens, supervised), self.stops)
         else:
             assert tokenized is not None
             self.mask_sources.add(item.mask_source)
             mask = mask_plain if item.plain else mask_turns
-            tokens, supervised = mask(tokenized, item, self._stops)
+            tokens, supervised = mask(tokenized, item, self.stops)
         lowest, highest = int(tokens.min(initial=0)), int(tokens.max(initial=0))
         if lowest < 0 or (self._vocab_size is not None and highest >= self._vocab_size):
             size = "any vocabulary" if lowest < 0 else f"a vocabulary of {self._vocab_size}"

@@ -20,12 +20,14 @@ class StopTokens:
         eos: The tokenizer's end of sequence, if it has one.
         special: All special tokens but the one that begins a sequence.
         train_on_eos: Which of them are learned: turn, last, all or none.
+        learned: Those that were met at the end of what is learned, and are learned themselves.
     """
 
     begin: int | None
     eos: int | None
     special: frozenset[int]
     train_on_eos: str
+    learned: set[int] = dataclasses.field(default_factory=set, compare=False)
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, train_on_eos: str) -> "StopTokens":
@@ -74,6 +76,7 @@ def mask_plain(tokenized: TokenizedText, rendered: RenderedText, stops: StopToke
         if rendered.mask_source != "all":
             supervised[stop + 1 :] = False
         supervised[stop] = stops.train_on_eos != "none"
+        stops.learned.update(tokens[[stop]][supervised[[stop]]].tolist())
     elif stops.train_on_eos != "none":
         raise DataError(
             "the tokenizer has no eos_token, so the model would never learn to stop; set one, "
@@ -82,6 +85,13 @@ def mask_plain(tokenized: TokenizedText, rendered: RenderedText, stops: StopToke
     if _begins_twice(tokens, stops):
         tokens, supervised = tokens[1:], supervised[1:]
     return tokens, supervised
+
+
+def note_label_stops(row: EncodedRow, stops: StopTokens) -> None:
+    """Notes the special tokens at the end of what the labels of a tokenized row supervise."""
+    tokens, supervised = row
+    ends = supervised & ~np.append(supervised[1:], False)
+    stops.learned.update(set(tokens[ends].tolist()) & stops.special)
 
 
 def mask_turns(tokenized: TokenizedText, rendered: RenderedText, stops: StopTokens) -> EncodedRow:
@@ -133,6 +143,7 @@ def mask_turns(tokenized: TokenizedText, rendered: RenderedText, stops: StopToke
             supervised[found] = False
         case "all":
             supervised |= np.isin(tokenized.ids, tokenized.ids[found])
+    stops.learned.update(int(tokenized.ids[index]) for index in found if supervised[index])
     return tokenized.ids, supervised
 
 

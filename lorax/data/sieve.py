@@ -91,17 +91,11 @@ class Sieve:
         first = next(filter(None, firsts), "")
         return f"none of {self.read} rows is left: {' and '.join(lost)}; the first, {first}"
 
-    def report(
-        self,
-        formats: set[str],
-        mask_sources: set[str],
-        sources: tuple[str, ...],
-        date: str | None,
-    ) -> EncodeReport:
-        """Returns what became of the rows; see `EncodeReport`."""
+    def report(self, sources: tuple[str, ...]) -> EncodeReport:
+        """Returns what became of the rows; what they were is for who read them to add."""
         return EncodeReport(
-            format=", ".join(sorted(formats)),
-            mask_source=", ".join(sorted(mask_sources)),
+            format="",
+            mask_source="",
             rows_read=self.read,
             rows_kept=len(self._kept),
             rows_truncated=self.truncated,
@@ -111,5 +105,4 @@ class Sieve:
             supervised_tokens=self._kept.supervised_tokens,
             sources=sources,
             changes=tuple(self._changes.values()),
-            date=date,
         )

@@ -181,6 +181,7 @@ def write_checkpoint(
     *,
     max_shard_bytes: int = 5 * 2**30,
     source_directory: str | Path | None = None,
+    files: Mapping[str, str | None] | None = None,
 ) -> Path:
     """Writes named tensors and a config.json as a checkpoint, holding one shard at a time.
 
@@ -190,6 +191,7 @@ def write_checkpoint(
         directory: A path that does not exist, or an empty folder.
         max_shard_bytes: Size above which a new file is begun; a larger tensor has its own.
         source_directory: See `save_model`.
+        files: See `save_model`.
 
     Returns:
         The folder.
@@ -197,7 +199,7 @@ def write_checkpoint(
     Raises:
         ValueError: If `directory` holds something, or a name comes twice.
     """
-    directory = Path(directory)
+    directory, files = Path(directory), files or {}
     refuse_occupied(directory)
     if source_directory is not None and not Path(source_directory).is_dir():
         raise CheckpointError(f"{source_directory} (source_directory) is no folder")
@@ -206,8 +208,11 @@ def write_checkpoint(
         _write_json(folder / CONFIG_FILE, dict(config))
         for name in (GENERATION_FILE, *TOKENIZER_FILES) if source_directory else ():
             source = Path(source_directory or "") / name
-            if source.is_file():
+            if source.is_file() and name not in files:
                 shutil.copyfile(source, folder / name)
+        for name, text in files.items():
+            if text is not None:
+                (folder / name).write_text(text, encoding="utf-8")
     return directory
 
 

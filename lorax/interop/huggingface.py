@@ -309,6 +309,7 @@ def save_model(
     max_shard_bytes: int = 5 * 2**30,
     source_directory: str | Path | None = None,
     overrides: Mapping[str, Value] | None = None,
+    files: Mapping[str, str | None] | None = None,
 ) -> Path:
     """Writes a checkpoint that transformers, vLLM and `load_model` read; whole or not at all.
 
@@ -320,6 +321,8 @@ def save_model(
         source_directory: Folder of the original checkpoint, whose tokenizer, chat template and
             generation settings are copied.
         overrides: See `model_tensors`.
+        files: Texts by the name of their file, to stand there instead of what is copied; None
+            leaves a file out.
 
     Returns:
         The folder.
@@ -336,4 +339,5 @@ def save_model(
         directory,
         max_shard_bytes=max_shard_bytes,
         source_directory=source_directory,
+        files=files,
     )

@@ -62,7 +62,11 @@ class AdapterError(ValueError):
 
 
 def adapter_config(
-    model: nnx.Module, *, base_model_name_or_path: str | None = None, portable: bool = False
+    model: nnx.Module,
+    *,
+    base_model_name_or_path: str | None = None,
+    revision: str | None = None,
+    portable: bool = False,
 ) -> dict[str, Any]:
     """Returns the adapter_config.json that makes PEFT rebuild exactly the adapters of `model`.
 
@@ -72,6 +76,7 @@ def adapter_config(
     Args:
         model: A model from `apply_lora` or `load_adapter`.
         base_model_name_or_path: Where the base model is from.
+        revision: Branch, tag or commit of it on the hub.
         portable: One rank, ``lora_alpha = r``, for engines that read only ``alpha / r``.
     """
     layers = _adapted(model)
@@ -87,7 +92,7 @@ def adapter_config(
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model_name_or_path,
-        "revision": None,
+        "revision": revision,
         "inference_mode": True,
         "r": r,
         "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
@@ -160,6 +165,7 @@ def save_adapter(
     *,
     format: AdapterFormat = "peft",
     base_model_name_or_path: str | None = None,
+    revision: str | None = None,
     card: str | None = None,
 ) -> Path:
     """Writes the adapters of `model` in PEFT's format, whole or not at all.
@@ -170,6 +176,7 @@ def save_adapter(
         format: ``peft`` keeps ranks and scales as they are; ``peft-portable`` gives every pair one
             rank and folds the scale into B.
         base_model_name_or_path: Recorded for PEFT, which loads the base from there.
+        revision: Branch, tag or commit of it on the hub, recorded too.
         card: Text of the README.md beside the adapter.
 
     Raises:
@@ -182,7 +189,10 @@ def save_adapter(
     if bad:
         raise ValueError(f"not saved: {bad[0]} holds values that are not finite")
     config = adapter_config(
-        model, base_model_name_or_path=base_model_name_or_path, portable=portable
+        model,
+        base_model_name_or_path=base_model_name_or_path,
+        revision=revision,
+        portable=portable,
     )
     with write_directory(directory) as folder:
         save_tensors(tensors, folder / TENSOR_FILE)

@@ -1,0 +1,96 @@
+"""Which base model an adapter goes on: the one it was made for, unless another is asked for."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+from lorax.config import RunConfig
+from lorax.interop.files import read_json
+from lorax.interop.peft import CONFIG_FILE, AdapterError
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseModel:
+    """A model by its folder or hub id, and on the hub by its branch, tag or commit too."""
+
+    name: str
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        return self.name if self.revision is None else f"{self.name} at revision {self.revision}"
+
+
+def recorded_base(adapter: str | Path) -> BaseModel | None:
+    """Returns the base model that an adapter's folder names, or None if it names none.
+
+    Raises:
+        ValueError: If adapter_config.json is absent or damaged; with the file and the field.
+    """
+    path = Path(adapter) / CONFIG_FILE
+    raw = read_json(path)
+    for field in ("base_model_name_or_path", "revision"):
+        if not isinstance(raw.get(field), str | None):
+            raise AdapterError(
+                f"{path}: {field} must be text or null, got {type(raw[field]).__name__}"
+            )
+    name = raw.get("base_model_name_or_path")
+    return BaseModel(name, raw.get("revision") or None) if name else None
+
+
+def choose_base(
+    recorded: BaseModel | None,
+    where: str | Path,
+    *,
+    name: str | None = None,
+    revision: str | None = None,
+    tell: Callable[[str], object],
+) -> BaseModel:
+    """Returns the base model of an adapter.
+
+    Args:
+        recorded: The one that it was made for, if that is known.
+        where: The file that says so.
+        name: The base that was asked for; None is the one recorded.
+        revision: The revision that was asked for; None is the one recorded, if the base is too.
+        tell: Is told where what was asked for differs from what is recorded.
+
+    Raises:
+        ValueError: If none is asked for and none recorded.
+    """
+    if recorded is None:
+        if name is None:
+            raise AdapterError(f"{where} names no base model: pass --base")
+        return BaseModel(name, revision)
+    same = name is None or _is_same(name, recorded.name)
+    inherited = recorded.revision if same else None
+    chosen = BaseModel(name or recorded.name, revision or inherited)
+    if revision is None and inherited is not None and Path(chosen.name).expanduser().is_dir():
+        tell(f"{where} names revision {inherited} of {chosen.name}, a folder, which has none")
+        return BaseModel(chosen.name)
+    if not same or chosen.revision != recorded.revision:
+        tell(f"the base is {chosen}, as asked; {where} names {recorded}")
+    return chosen
+
+
+def with_recorded_revision(config: RunConfig, tell: Callable[[str], object]) -> RunConfig:
+    """Returns a run's settings with the revision that `model.adapter` was made for.
+
+    That is, where the settings name the same base on the hub and no revision.
+    """
+    model = config.model
+    if model.adapter is None or model.revision is not None:
+        return config
+    recorded = recorded_base(model.adapter)
+    if recorded is None or recorded.revision is None or recorded.name != model.name_or_path:
+        return config
+    if Path(model.name_or_path).expanduser().is_dir():
+        return config
+    tell(f"model.revision: {recorded.revision}, which {model.adapter} was made for")
+    return config.model_copy(
+        update={"model": model.model_copy(update={"revision": recorded.revision})}
+    )
+
+
+def _is_same(name: str, other: str) -> bool:
+    here, there = Path(name).expanduser(), Path(other).expanduser()
+    return name == other or (here.is_dir() and there.is_dir() and here.samefile(there))

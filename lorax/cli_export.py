@@ -1,0 +1,76 @@
+"""`lorax export`: the adapter of a run, or any PEFT adapter, in another format, verified."""
+
+from pathlib import Path
+
+import jax.numpy as jnp
+from rich.console import Console
+
+from lorax.adapter_base import BaseModel, choose_base, recorded_base
+from lorax.card import write_card
+from lorax.cli_common import DTYPES, note, stored_dtype
+from lorax.export import export_model
+from lorax.interop.checkpoint import resolve_checkpoint
+from lorax.interop.files import refuse_occupied
+from lorax.interop.huggingface import load_model
+from lorax.interop.peft import CONFIG_FILE, load_adapter
+from lorax.run_folder import EXPORT_FOLDERS, SavedRun, find_adapter, read_run, run_of
+
+
+def add_export(add) -> None:
+    """Adds the command, by a function that makes one of its name, action and description."""
+    command = add("export", _export, "Export a run's adapter in another format, and verify it.")
+    command.add_argument("source", metavar="RUN", help="the folder of a run, or of a PEFT adapter")
+    command.add_argument("--format", choices=tuple(EXPORT_FOLDERS), required=True)
+    command.add_argument("--out", required=True, help="a folder that does not exist yet")
+    command.add_argument("--base", help="the base model, if it is not where the adapter says")
+    command.add_argument("--revision", help="of the base, if it is not the one the adapter names")
+    command.add_argument("--dtype", choices=DTYPES, default=None)
+
+
+def _export(parsed, console: Console) -> None:
+    refuse_occupied(parsed.out)
+    source, tell = Path(parsed.source), note("export")
+    run = read_run(source)
+    if run is not None and run.config.train.method == "full":
+        raise ValueError(f"{source} trained the whole model: {source / 'merged'} is its checkpoint")
+    adapter = run.adapter if run is not None else find_adapter(source)
+    name, where = _recorded(run, adapter)
+    chosen = choose_base(name, where, name=parsed.base, revision=parsed.revision, tell=tell)
+    # An adapter that lies where a run wrote it is still the run's, with its template and its stops.
+    owner = run or run_of(adapter)
+    if parsed.format == "merged" and owner is not None:
+        _tell_owner(owner, run, tell)
+    base = resolve_checkpoint(chosen.name, chosen.revision)
+    dtype = jnp.dtype(parsed.dtype or (run.config.model.dtype if run else stored_dtype(base)))
+    model = load_adapter(load_model(base, dtype=dtype), adapter)
+    found = export_model(
+        model,
+        parsed.out,
+        parsed.format,
+        base=base,
+        base_name=chosen.name,
+        base_revision=chosen.revision,
+        card=write_card(run.config, parsed.format, {}) if run else None,
+        chat_template=owner.chat_template if owner else None,
+        stop_ids=owner.stop_ids if owner else None,
+    )
+    console.print(
+        f"{parsed.format}: {parsed.out} (base in {dtype.name})\nverified: {found.describe()}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _recorded(run: SavedRun | None, adapter: Path) -> tuple[BaseModel | None, Path]:
+    """Returns the base that an adapter was made for, and the file that names it."""
+    if run is None:
+        return recorded_base(adapter), adapter / CONFIG_FILE
+    model = run.config.model  # older versions did not write the revision into the adapter
+    return BaseModel(model.name_or_path, model.revision), run.folder / "config.yaml"
+
+
+def _tell_owner(owner: SavedRun, run: SavedRun | None, tell) -> None:
+    if run is None:
+        tell(f"the chat template and stop tokens are those of the run in {owner.folder}")
+    if missing := owner.missing_record():
+        tell(missing)

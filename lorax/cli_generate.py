@@ -1,0 +1,232 @@
+"""`lorax generate`: what is asked of which model is checked before its weights are read."""
+
+import dataclasses
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from rich.console import Console
+
+from lorax.adapter_base import BaseModel, choose_base, recorded_base
+from lorax.cli_common import DTYPES, note, stored_dtype
+from lorax.data import encode_prompt, load_tokenizer
+from lorax.generate import generate, option_problems
+from lorax.interop.checkpoint import CONFIG_FILE, resolve_checkpoint
+from lorax.interop.huggingface import load_hf_config, load_model
+from lorax.interop.peft import CONFIG_FILE as ADAPTER_FILE
+from lorax.interop.peft import load_adapter, read_adapter_config
+from lorax.run_folder import CONFIG_FILE as RUN_FILE
+from lorax.run_folder import EXPORT_FOLDERS, SavedRun, list_folder, read_run, run_of
+from lorax.stop_tokens import stop_token_ids
+
+NEW_TOKENS = 256
+"""How many are written at most if nothing is said, and the context has room."""
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
+_SAMPLING = ("temperature", "top_k", "top_p", "seed")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """What answers: a base checkpoint's folder, an adapter on it, and the run that they are of."""
+
+    base: Path
+    adapter: str | None
+    run: SavedRun | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Prompt:
+    """A prompt as it was given, and the name by which messages speak of it."""
+
+    text: str
+    name: str
+
+
+def add_generate(add) -> None:
+    """Adds the command, by a function that makes one of its name, action and description."""
+    command = add("generate", _generate, "Let a model answer a prompt.")
+    command.add_argument("model", help="a checkpoint folder, a hub id, or the folder of a run")
+    command.add_argument("--adapter", help="a PEFT adapter folder to put on the model")
+    command.add_argument(
+        "--prompt",
+        action="append",
+        help="stdin if absent. The answer alone is written; of several prompts, which may be given "
+        "by several --prompt, each one's number and text as a JSON string before its answer",
+    )
+    command.add_argument("--system", help="a system message before each prompt")
+    command.add_argument("--raw", action="store_true", help="continue the text, no chat template")
+    command.add_argument(
+        "--max-new-tokens", type=int, help=f"{NEW_TOKENS}, or as many as the context has room for"
+    )
+    command.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    command.add_argument("--top-k", type=int)
+    command.add_argument("--top-p", type=float)
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--revision", help="of a hub id")
+    command.add_argument("--dtype", choices=DTYPES, default=None)
+
+
+def _generate(parsed, _: Console) -> None:
+    prompts = _check_options(parsed)
+    source = _find_source(parsed)
+    architecture = load_hf_config(source.base)
+    run = source.run
+    dtype = parsed.dtype or (run.config.model.dtype if run else stored_dtype(source.base))
+    tokenizer = load_tokenizer(str(source.base))
+    if run is not None and run.chat_template is not None:
+        tokenizer.chat_template = run.chat_template
+    trained = (run.stop_ids if run else None) or ()
+    stop_ids = stop_token_ids(source.base, tokenizer, trained)
+    date = run.config.data.date if run else None
+    tokens = [_encode(tokenizer, prompt.text, parsed, date) for prompt in prompts]
+    longest = _check_lengths(parsed, prompts, tokens, architecture.context)
+    if source.adapter is not None:
+        read_adapter_config(source.adapter)
+    model = load_model(source.base, dtype=jnp.dtype(dtype))
+    if source.adapter is not None:
+        model = load_adapter(model, source.adapter)
+    model.eval()
+    sampling = {name: getattr(parsed, name) for name in _SAMPLING}
+    written = generate(model, tokens, max_new_tokens=longest, stop_ids=stop_ids, **sampling)
+    _write(prompts, [str(tokenizer.decode(new, skip_special_tokens=True)) for new in written])
+
+
+def _check_options(parsed) -> list[_Prompt]:
+    """Returns the prompts, after all that can be told of the options alone.
+
+    Raises:
+        ValueError: Naming every option that cannot be used.
+    """
+    given = {name: getattr(parsed, name) for name in ("max_new_tokens", *_SAMPLING)}
+    asked = {name: value for name, value in given.items() if value is not None}
+    problems = [
+        f"--{name.replace('_', '-')} {text}" for name, text in option_problems(**asked).items()
+    ]
+    texts = [("--system", parsed.system)] if parsed.system is not None else []
+    if parsed.prompt:
+        single = len(parsed.prompt) == 1
+        names = ["--prompt" if single else f"--prompt {i + 1}" for i in range(len(parsed.prompt))]
+        prompts = [_Prompt(text, name) for text, name in zip(parsed.prompt, names, strict=True)]
+    else:
+        prompts = [] if problems else [_Prompt(_read_stdin(), "standard input")]
+    texts += [(prompt.name, prompt.text) for prompt in prompts]
+    for name, text in texts:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:  # what Python makes of other bytes
+            problems.append(_not_unicode(name, ord(text[error.start]) & 0xFF, error.start))
+    if parsed.raw and parsed.system is not None:
+        problems.append("--system needs a chat template: leave it out, or leave out --raw")
+    if problems:
+        raise ValueError("; ".join(problems))
+    return prompts
+
+
+def _read_stdin() -> str:
+    try:
+        return sys.stdin.read().rstrip("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            _not_unicode("standard input", error.object[error.start], error.start)
+        ) from None
+
+
+def _not_unicode(name: str, byte: int, place: int) -> str:
+    return f"{name} must be UTF-8, got byte 0x{byte:02x} at {place}: convert it"
+
+
+def _find_source(parsed) -> _Source:
+    """Finds the base, the adapter and the run that a command line means.
+
+    Raises:
+        ValueError: If the name is none of a run, a model and a hub id; the hub is not asked then.
+    """
+    tell, folder = note("generate"), Path(parsed.model).expanduser()
+    run, adapter = read_run(folder), parsed.adapter
+    if run is None:
+        _check_name(parsed.model, folder)
+        chosen, owner = BaseModel(parsed.model, parsed.revision), run_of(folder)
+    else:
+        chosen, owner = _base_of_run(run, parsed.revision, tell), run
+    if run is not None and run.config.train.method == "full":
+        chosen = BaseModel(str(run.folder / EXPORT_FOLDERS["merged"]))
+    elif adapter is None and run is not None:
+        adapter = str(run.adapter)
+    elif adapter is not None:
+        recorded, where = recorded_base(adapter), Path(adapter) / ADAPTER_FILE
+        chosen = choose_base(recorded, where, name=chosen.name, revision=chosen.revision, tell=tell)
+        owner = owner or run_of(Path(adapter))
+    if owner is not None and (missing := owner.missing_record()):
+        tell(missing)
+    return _Source(resolve_checkpoint(chosen.name, chosen.revision), adapter, owner)
+
+
+def _base_of_run(run: SavedRun, revision: str | None, tell) -> BaseModel:
+    model = run.config.model
+    recorded = BaseModel(model.name_or_path, model.revision)
+    return choose_base(recorded, run.folder / RUN_FILE, revision=revision, tell=tell)
+
+
+def _check_name(name: str, folder: Path) -> None:
+    """Refuses a name that is nothing here and could be nothing on the hub."""
+    if not folder.exists():
+        if not _HUB_ID.fullmatch(name):
+            raise ValueError(
+                f"{name}: no such folder of a run or a model, and no hub id, which would be like "
+                "Qwen/Qwen3-0.6B; the hub was not asked"
+            )
+    elif folder.is_dir() and not any((folder / n).exists() for n in (CONFIG_FILE, ADAPTER_FILE)):
+        raise ValueError(
+            f"{name} holds {list_folder(folder)}: give a run's folder, which holds {RUN_FILE}, or "
+            f"a model's, which holds {CONFIG_FILE}"
+        )
+
+
+def _encode(tokenizer: Any, text: str, parsed, date: str | None) -> list[int]:
+    if parsed.raw:
+        return tokenizer(text)["input_ids"]
+    if tokenizer.chat_template is None:
+        raise ValueError("the tokenizer has no chat template; pass --raw to continue plain text")
+    messages = [{"role": "system", "content": parsed.system}] if parsed.system else []
+    messages.append({"role": "user", "content": text})
+    return encode_prompt(tokenizer, messages, date)
+
+
+def _check_lengths(parsed, prompts: list[_Prompt], tokens: list[list[int]], context: int) -> int:
+    """Returns how many tokens may be written, by the option or by what the context leaves.
+
+    Raises:
+        ValueError: If a prompt, or a prompt and what the option asks for, is more than the model
+            was made for: memory would grow with its square.
+    """
+    made = f"the model was made for {context:,}"
+    problems = [
+        f"{prompt.name} has {len(ids):,} tokens and leaves no room for an answer, {made}: shorten "
+        "it"
+        for prompt, ids in zip(prompts, tokens, strict=True)
+        if len(ids) >= context
+    ]
+    longest = max(map(len, tokens))
+    room, asked = context - longest, parsed.max_new_tokens
+    if not problems and asked is not None and asked > room:
+        problems.append(
+            f"--max-new-tokens {asked} and a prompt of {longest:,} tokens are more than {made}: "
+            f"ask for at most {room}"
+        )
+    if problems:
+        raise ValueError("; ".join(problems))
+    return min(NEW_TOKENS, room) if asked is None else asked
+
+
+def _write(prompts: list[_Prompt], answers: list[str]) -> None:
+    """Writes the answer, or several with their prompts; as they are, so past the console."""
+    several = len(prompts) > 1
+    for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True), start=1):
+        head = f"[{number}/{len(prompts)}] {json.dumps(prompt.text, ensure_ascii=False)}\n"
+        end = "\n" if several and number < len(prompts) else ""
+        sys.stdout.write(f"{head if several else ''}{answer}\n{end}")
+    sys.stdout.flush()

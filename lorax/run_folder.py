@@ -1,0 +1,188 @@
+"""A run's folder: what a run records of itself there, and what later commands read of it."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from lorax.checkpoint import CHECKPOINT_FOLDER, MARKER_FILE
+from lorax.config import RunConfig, dump_config, load_config
+from lorax.interop.files import CheckpointError, refuse_occupied
+from lorax.interop.peft import CONFIG_FILE as ADAPTER_FILE
+from lorax.special_files import refuse_special_files
+from lorax.stop_tokens import STOP_TOKENS_FILE, read_stop_tokens, write_stop_tokens
+
+CONFIG_FILE, VERSIONS_FILE, SUMMARY_FILE = "config.yaml", "versions.json", "summary.json"
+
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
+"""In a run's folder: the template it was trained with, where that is not the tokenizer's own."""
+
+type Resume = Literal["never", "auto", "always"]
+
+WEIGHTS_FOLDER = "weights"
+
+EXPORT_FOLDERS = {"peft": "adapter", "peft-portable": "adapter-portable", "merged": "merged"}
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedRun:
+    """What a run's folder says.
+
+    Attributes:
+        folder: Where it is.
+        config: The run's settings.
+        chat_template: Its own template; None where it is the tokenizer's.
+        stop_ids: What its model stops with; None if an older version of lorax made it.
+    """
+
+    folder: Path
+    config: RunConfig
+    chat_template: str | None
+    stop_ids: tuple[int, ...] | None
+
+    @property
+    def adapter(self) -> Path:
+        """The adapter of a run that has ended.
+
+        Raises:
+            ValueError: If it has not ended.
+        """
+        adapter = self.folder / EXPORT_FOLDERS["peft"]
+        if adapter.is_dir():
+            return adapter
+        saved = sorted((self.folder / WEIGHTS_FOLDER).glob("step-*"))
+        instead = f", or take {saved[-1]}, an adapter as it was then" if saved else ""
+        raise ValueError(
+            f"{self.folder} has no folder {adapter.name}: the run has not ended. Finish it with "
+            f"`lorax train {self.folder / CONFIG_FILE} --resume`{instead}"
+        )
+
+    def missing_record(self) -> str | None:
+        """Says what is not known of a run of an older version; None if all is."""
+        if self.stop_ids is not None:
+            return None
+        return (
+            f"{self.folder} has no {STOP_TOKENS_FILE} (an older version made it), so only the base "
+            "model's stop tokens are known. If the run's chat template ends turns with another "
+            f'token, write its id into that file: {{"eos_token_id": [ID]}}'
+        )
+
+
+def find_run(output: Path, resume: Resume) -> bool:
+    """Says whether there is a run to go on with.
+
+    Raises:
+        CheckpointError: If the directory holds a run, or something else, and is not to be resumed,
+            or is to be and holds no run, or one with more than files and folders in it.
+    """
+    checkpoints = output / CHECKPOINT_FOLDER
+    is_run = (checkpoints / MARKER_FILE).is_file()
+    if not is_run and checkpoints.is_dir() and not any(checkpoints.iterdir()):
+        # What a run that was killed while it made its folder leaves: this and nothing else.
+        is_run = list(output.iterdir()) == [checkpoints]
+    if resume == "never" and is_run:
+        raise CheckpointError(
+            f"{output} holds a run: go on with --resume, or choose another save.output_dir"
+        )
+    if resume == "always" and not is_run:
+        raise CheckpointError(f"{output} holds no run of lorax to resume; leave out --resume")
+    if not is_run:
+        refuse_occupied(output)
+        return False
+    refuse_special_files(output)
+    return True
+
+
+def record_run(
+    folder: Path,
+    config: RunConfig,
+    *,
+    chat_template: str | None,
+    stop_ids: Sequence[int],
+    tokenizer: Any,
+    versions: Mapping[str, str],
+) -> None:
+    """Writes into a run's folder, made if needed, what `read_run` reads, and the versions."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG_FILE).write_text(dump_config(config), encoding="utf-8")
+    if chat_template is not None:
+        (folder / CHAT_TEMPLATE_FILE).write_text(chat_template, encoding="utf-8")
+    write_stop_tokens(folder, stop_ids, tokenizer)
+    text = json.dumps(dict(versions), indent=2)
+    (folder / VERSIONS_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def read_run(folder: Path) -> SavedRun | None:
+    """Returns what a run's folder says, or None if it is something else.
+
+    Raises:
+        ValueError: If it is a run's and cannot be read as it stands.
+    """
+    if not (folder / CONFIG_FILE).exists():
+        return None
+    refuse_special_files(folder)
+    template = folder / CHAT_TEMPLATE_FILE
+    return SavedRun(
+        folder,
+        load_config(folder / CONFIG_FILE),
+        template.read_text(encoding="utf-8") if template.is_file() else None,
+        read_stop_tokens(folder),
+    )
+
+
+def run_of(folder: Path) -> SavedRun | None:
+    """Returns the run that wrote a folder of adapters or weights, if it lies within its own."""
+    folder = folder.absolute()
+    is_export = folder.name in EXPORT_FOLDERS.values()
+    run = folder.parent if is_export else folder.parent.parent
+    is_weights = folder.parent.name == WEIGHTS_FOLDER
+    is_run = (run / CHECKPOINT_FOLDER / MARKER_FILE).is_file()
+    return read_run(run) if is_run and (is_export or is_weights) else None
+
+
+def find_adapter(folder: Path) -> Path:
+    """Returns a PEFT adapter's folder as it was given, or says what is there instead.
+
+    Raises:
+        CheckpointError: If it is neither an adapter's folder nor a run's.
+    """
+    if (folder / ADAPTER_FILE).exists():
+        return folder
+    kinds = (
+        f"a run's folder, which holds {CONFIG_FILE}, or an adapter's, which holds {ADAPTER_FILE}"
+    )
+    if not folder.is_dir():
+        found = "is a file" if folder.exists() else "does not exist"
+        raise CheckpointError(f"{folder} {found}: give {kinds}")
+    inner = folder / EXPORT_FOLDERS["peft"]
+    hint = f"; its adapter is in {inner}" if (inner / ADAPTER_FILE).exists() else ""
+    raise CheckpointError(f"{folder} holds {list_folder(folder)}: give {kinds}{hint}")
+
+
+def list_folder(folder: Path) -> str:
+    """Names some of what a folder holds."""
+    names = sorted(path.name for path in folder.iterdir())
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more if names else "nothing"
+
+
+def keep_date(config: RunConfig, date: str | None) -> RunConfig:
+    """Returns the settings of a run whose chat template is told `date`, whenever it goes on."""
+    return config.model_copy(update={"data": config.data.model_copy(update={"date": date})})
+
+
+def date_of_run(config: RunConfig) -> str | None:
+    """Returns the day that the run in `save.output_dir` began; what is asked for if it keeps none.
+
+    Raises:
+        ValueError: If another day is asked for.
+    """
+    asked, path = config.data.date, Path(config.save.output_dir) / CONFIG_FILE
+    kept = load_config(path).data.date if path.is_file() else None
+    if asked is not None and kept is not None and asked != kept:
+        raise ValueError(
+            f"data.date: {asked}, but the run in {config.save.output_dir} has the date {kept}: "
+            "leave it out, or begin another run"
+        )
+    return kept or asked

@@ -1,0 +1,109 @@
+"""The tokens that end a text: scoring, generating and exporting all ask here."""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lorax.interop.checkpoint import CONFIG_FILE, GENERATION_FILE
+from lorax.interop.files import CheckpointError, read_json
+
+STOP_TOKENS_FILE = "stop_tokens.json"
+"""In a run's folder: what its model stops with, the tokens that it was trained to stop with too."""
+
+_KEY = "eos_token_id"
+
+
+def stop_token_ids(
+    directory: str | Path,
+    tokenizer: Any = None,
+    trained: Iterable[int] = (),
+    *,
+    needed: bool = True,
+) -> tuple[int, ...]:
+    """Returns every token that ends a text, each once.
+
+    First come those that a checkpoint's files name, since some readers take the first of them to
+    fill up with: ``eos_token_id`` of generation_config.json, of config.json and of the tokenizer
+    (chat models end a turn with one and a text with another). Then come those that were trained: a
+    chat template may end turns with a token that the base model does not stop at.
+
+    Args:
+        directory: Folder of the checkpoint.
+        tokenizer: Anything with ``eos_token_id``, or None.
+        trained: Those that end what was learned; see `EncodeReport.stop_ids`.
+        needed: Whether it is an error that there are none.
+
+    Raises:
+        ValueError: If there are none, or a file names something else; with the file and the key.
+    """
+    found: list[int] = []
+    for name in (GENERATION_FILE, CONFIG_FILE):
+        path = Path(directory) / name
+        if path.exists():
+            found += _token_ids(read_json(path), path)
+    own = getattr(tokenizer, _KEY, None)
+    found += [*([] if own is None else [int(own)]), *sorted(map(int, trained))]
+    if needed and not found:
+        raise CheckpointError(
+            f"{directory}: neither {GENERATION_FILE}, {CONFIG_FILE} nor the tokenizer has an "
+            f"{_KEY}; add one to {GENERATION_FILE} (from Python: pass stop_ids)"
+        )
+    return tuple(dict.fromkeys(found))
+
+
+def generation_settings(directory: str | Path, stop_ids: Sequence[int]) -> dict[str, Any] | None:
+    """Returns the generation_config.json of a model that has `stop_ids` besides its base's own.
+
+    Where the base has no such file, transformers would take the ids that config.json names; so do
+    they stand in the new one.
+
+    Args:
+        directory: Folder of the base checkpoint.
+        stop_ids: From `stop_token_ids`.
+
+    Returns:
+        Its contents, all other fields as they were; None if the base's own files say the same.
+    """
+    path, fallback = Path(directory) / GENERATION_FILE, Path(directory) / CONFIG_FILE
+    source = path if path.exists() else fallback
+    settings = read_json(source)
+    before = dict.fromkeys(_token_ids(settings, source))
+    ids = list(before | dict.fromkeys(stop_ids))
+    if ids == list(before):
+        return None
+    if source == fallback:
+        names = ("bos_token_id", "pad_token_id")
+        settings = {name: settings[name] for name in names if settings.get(name) is not None}
+    return settings | {_KEY: ids[0] if len(ids) == 1 else ids}
+
+
+def write_stop_tokens(folder: Path, stop_ids: Sequence[int], tokenizer: Any) -> None:
+    """Records in a run's folder what its model stops with."""
+    names = tokenizer.convert_ids_to_tokens(list(stop_ids))
+    text = json.dumps({_KEY: list(stop_ids), "tokens": names}, ensure_ascii=False)
+    (folder / STOP_TOKENS_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def read_stop_tokens(folder: Path) -> tuple[int, ...] | None:
+    """Returns what a run recorded, or None if an older version of lorax made it.
+
+    Raises:
+        CheckpointError: If the file is damaged.
+    """
+    path = folder / STOP_TOKENS_FILE
+    return tuple(_token_ids(read_json(path), path)) if path.exists() else None
+
+
+def _token_ids(settings: dict[str, Any], path: Path) -> list[int]:
+    value = settings.get(_KEY)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    for token in ids:
+        whole = isinstance(token, int) and not isinstance(token, bool)
+        if not (whole and 0 <= token < 2**31):
+            shown = repr(token) if whole else type(token).__name__
+            raise CheckpointError(
+                f"{path}: {_KEY} must be a token id, which is 0 to {2**31 - 1}, or a list of them, "
+                f"got {shown[:40]}; write the id of the token that ends a text, or remove the key"
+            )
+    return ids
