@@ -142,7 +142,7 @@ class ChatTemplate:
         requests = [
             Request(
                 talk.messages,
-                _parts(talk, self._turns(talk, marked), template),
+                self._parts(template, talk),
                 talk.tools,
                 talk.template_kwargs,
             )
@@ -157,11 +157,17 @@ class ChatTemplate:
         )
         return list(rendered)
 
-    def _turns(self, conversation: Conversation, marked: bool) -> tuple[int, ...]:
-        """Returns the messages whose turns only renderings of the first messages can tell."""
-        if self.config.loss_on == "all" or self.config.response_part is not None or marked:
-            return ()
-        return conversation.learned_replies(self.config.loss_on)
+    def _parts(self, template: str, talk: Conversation) -> tuple[Part, ...]:
+        """Returns the whole, and what tells where learned turns start and end."""
+        length, learned = len(talk.messages), talk.learned_replies(self.config.loss_on)
+        parts = {Part(length): None}  # a set that keeps its order
+        if self.config.loss_on == "all" or GENERATION.search(template):
+            return tuple(parts)
+        for index in learned if self.config.response_part is None else ():
+            parts |= {Part(index, is_prompt=True): None, Part(index + 1): None}
+        if length - 1 in learned and "eos_token" in template:  # perhaps it ends conversations so
+            parts |= {Part(length, is_prompt=True): None}
+        return tuple(part for part in parts if part.length)
 
 
 def load_chat_template(tokenizer: Tokenizer, config: DataConfig) -> ChatTemplate | None:
@@ -240,14 +246,3 @@ def _gather(found: Sequence[RenderedText | RowError]) -> list[RenderedText] | Ro
     if len(rows) > 1:
         rows[0] = rows[0].with_notes(REWRITTEN)
     return rows
-
-
-def _parts(conversation: Conversation, turns: tuple[int, ...], template: str) -> tuple[Part, ...]:
-    """Returns the whole, and for each turn what is before it and what ends with it."""
-    length = len(conversation.messages)
-    parts = {Part(length): None}  # a set that keeps its order
-    for index in turns:
-        parts |= {Part(index, is_prompt=True): None, Part(index + 1): None}
-    if length - 1 in turns and "eos_token" in template:  # perhaps it ends conversations with that
-        parts |= {Part(length, is_prompt=True): None}
-    return tuple(part for part in parts if part.length)

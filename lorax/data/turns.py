@@ -176,7 +176,9 @@ class Rendering:
             return RenderedText(text, ((0, end),), "all", plain=False)
         if self.config.response_part is not None:
             spans = spans_between_markers(self.talk, text, self.config, self.tokenizer)
-            return RenderedText(text, spans, "markers", plain=False)
+            size = self._size(self._learned[-1], spans[-1][0])
+            spans = tuple((start, min(end, size)) for start, end in spans)
+            return RenderedText(text[:size], spans, "markers", plain=False)
         if GENERATION.search(self.template):
             return self._by_generation()
         starts = [self._start(index) for index in self._learned]
