@@ -12,6 +12,7 @@ import json
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 
 import lorax
@@ -36,12 +37,12 @@ LLAMA2 = (
 )
 ANY = (
     "{% if tools %}{{ tools | tojson + '\\n' }}{% endif %}"
-    "{% for m in messages %}{{ '[' + m['role'] + ']' }}{% if m['role'] == 'assistant' %}"
+    "{% for m in messages %}{{ '[' + m['role'] + ']\\n' }}{% if m['role'] == 'assistant' %}"
     "{% generation %}{% if m['reasoning_content'] %}{{ '(' + m['reasoning_content'] + ')' }}"
     "{% endif %}{{ m['content'] or '' }}{% for c in m['tool_calls'] or [] %}"
     "{{ c['function']['name'] + ' ' + c['function']['arguments'] | tojson }}{% endfor %}"
     "{{ eos_token }}{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}{{ '\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '[assistant]\\n' }}{% endif %}"
 )
 
 LLAMA3_TOKENS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|begin_of_text|>")
@@ -93,7 +94,7 @@ HEADERS = tuple(f"<|start_header_id|>{role}<|end_header_id|>\n\n" for role in ("
 CHATML = ("<|im_start|>user\n", "<|im_start|>assistant\n")
 FAMILIES = {
     # The template puts a space before the answer and another before the stop token.
-    "llama2": Family("</s>", tokenizer=None, answer=" {} ", tokens=("[INST]", "[/INST]")),
+    "llama2": Family("</s>", tokenizer="llama2", answer=" {} "),
     # It opens the assistant's next turn, whether asked or not.
     "llama3": Family("<|eot_id|>", tokenizer="llama3", markers=HEADERS),
     "llama3_1": Family(
@@ -266,8 +267,6 @@ def tokenizer_of(name) -> Any:
     family = FAMILIES[name]
     if family.tokenizer is not None:
         tokenizer = lorax.load_tokenizer(str(asset(family.tokenizer)))
-        if family.tokenizer != name:  # two families share a file
-            tokenizer = lorax.load_tokenizer(str(asset(family.tokenizer)))
     else:
         eos, bos = family.names
         tokenizer = byte_tokenizer(eos_token=eos, bos_token=bos)
@@ -307,52 +306,59 @@ def written_by_any(message, eos: str) -> str:
 
 @dataclasses.dataclass
 class Case:
-    """A row, the settings under which it is encoded, and what is then expected."""
+    """A row, the settings under which it is encoded, and what is then expected.
+
+    Attributes:
+        name: Of the family.
+        messages: As they are under the settings.
+        settings: Of `data`.
+        learned: What is learned; else all answers are, as the family writes them.
+        whole: The messages as they are in the file, if they are others.
+        also: Whether `messages` are there too, as a row of their own.
+    """
 
     name: str
     messages: list[Any]
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     learned: list[str] | None = None
+    whole: list[Any] | None = None
+    also: bool = False
 
     def check(self, folder) -> None:
         """Encodes the row and compares; the error of the row is let through."""
         tokenizer, family = tokenizer_of(self.name), FAMILIES[self.name]
-        rows, encoded = self._encode(folder, tokenizer)
-        replies = [i for i, message in enumerate(self.messages) if message["role"] == "assistant"]
-        expected = self.learned or [written(family, self.messages[i]) for i in replies]
+        encoded = self.encode(folder)
+        rows = [render_example(encoded, i, tokenizer) for i in range(len(encoded))]
         runs = [
             ("".join(text for text, _ in row[:place]), piece)
             for row in rows
             for place, (piece, is_learned) in enumerate(row)
             if is_learned
         ]
+        replies = [i for i, message in enumerate(self.messages) if message["role"] == "assistant"]
+        expected = self.learned or [written(family, self.messages[i]) for i in replies]
         assert [piece for _, piece in runs] == expected
-        for i, (before, _) in zip(replies, runs, strict=True):
+        for i, (before, _) in zip(replies[-len(runs) :], runs, strict=True):
             if i > 0:
                 assert before == self._prompt(tokenizer, i).removesuffix(family.cut)
-        for row, ids in zip(rows, encoded, strict=True):
+        for row in rows:
             tail = row[-1][0] if not row[-1][1] else ""
             assert tail.strip() in ("", HEADERS[1].strip())
-            special = {t for t, token in tokenizer.added_tokens_decoder.items() if token.special}
-            assert set(ids) <= special
+        special = {t for t, token in tokenizer.added_tokens_decoder.items() if token.special}
+        ends = encoded.supervised & ~np.append(encoded.supervised[1:], False)
+        assert set(encoded.tokens[ends].tolist()) <= special
 
-    def _encode(self, folder, tokenizer) -> tuple[list[Any], list[list[int]]]:
-        """Returns the pieces of each row, and the last token of each of its learned runs."""
+    def encode(self, folder) -> Any:
+        """Encodes the row."""
         path = folder / "rows.jsonl"
-        row: dict[str, Any] = {"messages": self.messages}
+        rows: list[Any] = [{"messages": self.whole or self.messages}]
         if any(message.get("tool_calls") for message in self.messages):
-            row["tools"] = TOOLS
-        path.write_text(json.dumps(row) + "\n")
+            rows[0]["tools"] = TOOLS
+        rows += [{"messages": self.messages}] * self.also
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         settings: dict[str, Any] = {"date": DATE, "max_seq_length": 8192} | self.settings
         config = DataConfig(train=(DataSource(path=str(path)),), **settings)
-        encoded = load_encoded_dataset(config.train, config, tokenizer)
-        stops = []
-        for start, end in zip(encoded.offsets[:-1], encoded.offsets[1:], strict=True):
-            flags, ids = encoded.supervised[start:end], encoded.tokens[start:end]
-            follows = [*flags[1:].tolist(), False]
-            stops.append([t for t, a, b in zip(ids.tolist(), flags, follows, strict=True) if a > b])
-        pieces = [render_example(encoded, i, tokenizer) for i in range(len(encoded))]
-        return pieces, stops
+        return load_encoded_dataset(config.train, config, tokenizer_of(self.name))
 
     def _prompt(self, tokenizer, index: int) -> str:
         """What transformers shows a model that should write the message."""
@@ -382,25 +388,24 @@ def without(messages, names):
     keys = {name.removeprefix("message.") for name in names}
     kept = [{k: v for k, v in message.items() if k not in keys} for message in kept]
     if "assistant.thinking" in names:
-        for message in kept:
-            message["content"] = message["content"].split("</think>\n\n")[-1]
+        for message in kept:  # the line breaks behind a thought stay
+            message["content"] = message["content"].split("</think>")[-1]
     return kept
 
 
 def remedies(case: Case, error: str, folder) -> dict[str, Case]:
     """The cases that an error proposes, by what each of them sets."""
     name, messages, family = case.name, case.messages, FAMILIES[case.name]
-    found = {}
+    found: dict[str, Case] = {}
     if match := re.search(r"data\.ignore: \[(.+?)\]", error):
-        names = match[1].split(", ")
-        settings = {"ignore": tuple(names)}
-        found["ignore"] = Case(name, without(messages, names), settings)
-        found["ignore"].messages, kept = messages, found["ignore"].messages
-        found["ignore"] = IgnoringCase(name, kept, settings, whole=messages)
+        names = tuple(match[1].split(", "))
+        found["ignore"] = Case(name, without(messages, names), {"ignore": names}, whole=messages)
     if "data.leading_answer" in error:
-        found["leading_answer"] = IgnoringCase(
-            name, messages[1:], {"leading_answer": "trim"}, whole=messages
-        )
+        settings = {"leading_answer": "trim"}
+        found["trim"] = Case(name, messages[1:], settings, whole=messages)
+    if "trim or drop" in error:
+        settings = {"leading_answer": "drop"}
+        found["drop"] = Case(name, KINDS["system"], settings, whole=messages, also=True)
     if "data.chat_template" in error:
         path = folder / "any.jinja"
         path.write_text(ANY)
@@ -424,16 +429,6 @@ def remedies(case: Case, error: str, folder) -> dict[str, Case]:
     return found
 
 
-@dataclasses.dataclass
-class IgnoringCase(Case):
-    """A case of which a part of the row is left out by a setting."""
-
-    whole: list[Any] = dataclasses.field(default_factory=list)
-
-    def _encode(self, folder, tokenizer):
-        return Case(self.name, self.whole, self.settings)._encode(folder, tokenizer)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_answer_and_its_stop_token_are_learned_or_a_remedy_works(name, kind, tmp_path):
@@ -450,3 +445,43 @@ def test_the_answer_and_its_stop_token_are_learned_or_a_remedy_works(name, kind,
             proposal.check(tmp_path)
         except DataError as error:
             pytest.fail(f"{said}\n{what} does not help: {error}")
+
+
+TOLD = {
+    ("qwen3", "multi-turn"): ["one row per learned turn"],
+    ("gpt_oss", "multi-turn"): ["one row per learned turn"],
+    ("mistral_v3", "system"): ["what the chat template's prompt has there"],
+    ("mistral_nemo", "system, multi-turn"): ["one row per learned", "prompt has there"],
+    ("gpt_oss", "call with a thought"): ["one row per learned turn", "prompt has there"],
+    ("r1", "multi-turn"): ["one row per learned turn", "otherwise than the chat template's own"],
+    ("phi3", "multi-turn"): [],
+    ("llama3", "multi-turn"): [],
+}
+
+
+@pytest.mark.parametrize("name, kind", TOLD)
+def test_what_is_not_as_the_whole_conversation_has_it_is_told(name, kind, tmp_path):
+    encoded = Case(name, KINDS[kind]).encode(tmp_path)
+    changes = [change.what for change in encoded.report.changes]
+    assert len(changes) == len(TOLD[name, kind])
+    for words in TOLD[name, kind]:
+        assert any(words in change for change in changes)
+
+
+@pytest.mark.parametrize("kind", ["multi-turn", "system, multi-turn"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_last_answer_alone_is_learned_behind_its_prompt(name, kind, tmp_path):
+    *_, last = KINDS[kind]
+    learned = [written(FAMILIES[name], last)]
+    Case(name, KINDS[kind], {"loss_on": "last_assistant"}, learned).check(tmp_path)
+
+
+def test_what_is_left_out_by_name_is_counted(tmp_path):
+    settings = {"ignore": ("developer.content", "message.reasoning_content")}
+    messages = [DEVELOPER, USER, say("It is so.", **REASONED)]
+    for name in ("gemma3", "qwen2_5"):
+        report = Case(name, messages, settings).encode(tmp_path).report
+        assert sorted(change.what.split(",")[0] for change in report.changes) == [
+            "hold developer.content",
+            "hold message.reasoning_content",
+        ]

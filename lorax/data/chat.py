@@ -98,8 +98,9 @@ class ChatTemplate:
             failed = [i for i, item in enumerate(tried) if _is_failure(item) and talks[i].has_calls]
             again = [talks[i].with_empty_content(empty) for i in failed]
             for i, item in zip(failed, self._try_arguments(template, again), strict=True):
-                # Of those that fail, the one says most that says what is lost.
-                if not _is_failure(item) or isinstance(item, LostError):
+                # Of ways that fail, the first says most that says what is lost.
+                says_more = isinstance(item, LostError) and not isinstance(tried[i], LostError)
+                if says_more or not _is_failure(item):
                     tried[i] = item
         return [
             self._advise(template, talk, item) if type(item) is RenderError else item
