@@ -12,7 +12,7 @@ test: $(VENV)/.test .aot/.done .assets/.done
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
-	$(BIN)/pytest -q -n 2
+	$(BIN)/pytest -q -n 2 -rs
 
 # Format, lint, types and the fast tests.
 check: $(VENV)/.test

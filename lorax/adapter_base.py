@@ -5,8 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lorax.config import RunConfig
-from lorax.interop.files import read_json
-from lorax.interop.peft import CONFIG_FILE, AdapterError
+from lorax.interop.peft_config import AdapterError, read_base_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,15 +25,8 @@ def recorded_base(adapter: str | Path) -> BaseModel | None:
     Raises:
         ValueError: If adapter_config.json is absent or damaged; with the file and the field.
     """
-    path = Path(adapter) / CONFIG_FILE
-    raw = read_json(path)
-    for field in ("base_model_name_or_path", "revision"):
-        if not isinstance(raw.get(field), str | None):
-            raise AdapterError(
-                f"{path}: {field} must be text or null, got {type(raw[field]).__name__}"
-            )
-    name = raw.get("base_model_name_or_path")
-    return BaseModel(name, raw.get("revision") or None) if name else None
+    name, revision = read_base_name(adapter)
+    return BaseModel(name, revision) if name else None
 
 
 def choose_base(

@@ -1,5 +1,7 @@
 """The model card that goes with every export."""
 
+from pathlib import Path
+
 from lorax.config import RunConfig, dump_config
 
 

@@ -15,7 +15,7 @@ from typing import Any, Self
 import jax
 import numpy as np
 
-from lorax.interop.files import CheckpointError, read_json, sync_tree
+from lorax.interop.files import MAX_INDEX_BYTES, CheckpointError, read_json, sync_tree
 
 MANIFEST_FILE = "manifest.json"
 _FORMAT, _PLACE = 2, ("stack", "row")
@@ -143,7 +143,7 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Reads what a checkpoint says of itself, verified."""
-    manifest = read_json(folder / MANIFEST_FILE)
+    manifest = read_json(folder / MANIFEST_FILE, MAX_INDEX_BYTES)
     digest = manifest.pop("digest", None)
     if digest != _digest(manifest):
         raise CheckpointError(f"{folder / MANIFEST_FILE} is not what was written")

@@ -21,7 +21,7 @@ from lorax.data import WITHOUT_TORCH
 from lorax.long_steps import ABANDONED
 from lorax.metrics import find_version
 from lorax.outlet import Outlet
-from lorax.overview import module_rows, report_data, report_kernels, report_plan
+from lorax.overview import module_rows, report_data, report_kernels, report_notes, report_plan
 from lorax.phases import Phases, process_age
 from lorax.report import print_config, print_modules
 from lorax.run import run_training
@@ -29,6 +29,7 @@ from lorax.run_inputs import (
     check_plan,
     check_targets,
     check_weights,
+    input_notes,
     load_inputs,
     make_planner,
 )
@@ -39,6 +40,7 @@ from lorax.stopping import (
     asking_signals,
     await_second,
 )
+from lorax.wording import describe
 
 WIDTH_IN_LOGS = 100
 
@@ -109,7 +111,7 @@ def _move_resume(words: list[str]) -> list[str]:
 
 def _print_error(command: str, error: BaseException) -> None:
     notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
-    print(f"lorax {command}: error: {error}{notes}", file=sys.stderr)
+    print(f"lorax {command}: error: {describe(error)}{notes}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -192,6 +194,7 @@ def _validate(parsed, console: Console) -> None:
     config = _load_config(parsed, console)
     check_weights(config)
     inputs = load_inputs(config)
+    report_notes(console, input_notes(inputs.base, config.model.adapter))
     adapted = check_targets(config, inputs.base)
     rows = module_rows(adapted)
     report_data(console, config, inputs.datasets, inputs.tokenizer, rows=0, context=inputs.context)
@@ -216,6 +219,7 @@ def _inspect(parsed, console: Console) -> None:
     adapted = check_targets(config, inputs.base)
     console.rule("Settings")
     print_config(console, config)
+    report_notes(console, input_notes(inputs.base, config.model.adapter))
     console.rule("Data")
     report_data(
         console,
@@ -233,7 +237,9 @@ def _inspect(parsed, console: Console) -> None:
 
 def _plan(parsed, console: Console) -> None:
     config = _load_config(parsed, console)
-    report_plan(console, config, make_planner(config))
+    planner = make_planner(config)
+    report_notes(console, planner.architecture.notes)
+    report_plan(console, config, planner)
 
 
 def _load_config(parsed, console: Console) -> RunConfig:

@@ -7,13 +7,15 @@ from rich.console import Console
 
 from lorax.adapter_base import BaseModel, choose_base, recorded_base
 from lorax.card import write_card
-from lorax.cli_common import DTYPES, note, stored_dtype
+from lorax.cli_common import DTYPES, note
+from lorax.data import load_tokenizer
 from lorax.export import export_model
 from lorax.interop.checkpoint import resolve_checkpoint
 from lorax.interop.files import refuse_occupied
-from lorax.interop.huggingface import load_model
+from lorax.interop.huggingface import find_stored_dtype, load_model
 from lorax.interop.peft import CONFIG_FILE, load_adapter
 from lorax.run_folder import EXPORT_FOLDERS, SavedRun, find_adapter, read_run, run_of
+from lorax.run_inputs import input_notes
 
 
 def add_export(add) -> None:
@@ -41,7 +43,9 @@ def _export(parsed, console: Console) -> None:
     if parsed.format == "merged" and owner is not None:
         _tell_owner(owner, run, tell)
     base = resolve_checkpoint(chosen.name, chosen.revision)
-    dtype = jnp.dtype(parsed.dtype or (run.config.model.dtype if run else stored_dtype(base)))
+    for text in input_notes(base, str(adapter)):
+        tell(text)
+    dtype = jnp.dtype(parsed.dtype or (run.config.model.dtype if run else find_stored_dtype(base)))
     model = load_adapter(load_model(base, dtype=dtype), adapter)
     found = export_model(
         model,
@@ -53,6 +57,7 @@ def _export(parsed, console: Console) -> None:
         card=write_card(run.config, parsed.format, {}) if run else None,
         chat_template=owner.chat_template if owner else None,
         stop_ids=owner.stop_ids if owner else None,
+        tokenizer=load_tokenizer(str(base)) if parsed.format == "merged" else None,
     )
     console.print(
         f"{parsed.format}: {parsed.out} (base in {dtype.name})\nverified: {found.describe()}",

@@ -11,15 +11,17 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from lorax.adapter_base import BaseModel, choose_base, recorded_base
-from lorax.cli_common import DTYPES, note, stored_dtype
+from lorax.cli_common import DTYPES, note
 from lorax.data import encode_prompt, load_tokenizer
 from lorax.generate import generate, option_problems
 from lorax.interop.checkpoint import CONFIG_FILE, resolve_checkpoint
-from lorax.interop.huggingface import load_hf_config, load_model
+from lorax.interop.huggingface import find_stored_dtype, load_hf_config, load_model
 from lorax.interop.peft import CONFIG_FILE as ADAPTER_FILE
 from lorax.interop.peft import load_adapter, read_adapter_config
+from lorax.models import DecoderConfig
 from lorax.run_folder import CONFIG_FILE as RUN_FILE
 from lorax.run_folder import EXPORT_FOLDERS, SavedRun, list_folder, read_run, run_of
+from lorax.run_inputs import input_notes
 from lorax.stop_tokens import stop_token_ids
 
 NEW_TOKENS = 256
@@ -74,8 +76,10 @@ def _generate(parsed, _: Console) -> None:
     prompts = _check_options(parsed)
     source = _find_source(parsed)
     architecture = load_hf_config(source.base)
+    for text in input_notes(source.base, source.adapter):
+        note("generate")(text)
     run = source.run
-    dtype = parsed.dtype or (run.config.model.dtype if run else stored_dtype(source.base))
+    dtype = parsed.dtype or (run.config.model.dtype if run else find_stored_dtype(source.base))
     tokenizer = load_tokenizer(str(source.base))
     if run is not None and run.chat_template is not None:
         tokenizer.chat_template = run.chat_template
@@ -83,7 +87,7 @@ def _generate(parsed, _: Console) -> None:
     stop_ids = stop_token_ids(source.base, tokenizer, trained)
     date = run.config.data.date if run else None
     tokens = [_encode(tokenizer, prompt.text, parsed, date) for prompt in prompts]
-    longest = _check_lengths(parsed, prompts, tokens, architecture.context)
+    longest = _check_tokens(parsed, prompts, tokens, architecture)
     if source.adapter is not None:
         read_adapter_config(source.adapter)
     model = load_model(source.base, dtype=jnp.dtype(dtype))
@@ -196,20 +200,30 @@ def _encode(tokenizer: Any, text: str, parsed, date: str | None) -> list[int]:
     return encode_prompt(tokenizer, messages, date)
 
 
-def _check_lengths(parsed, prompts: list[_Prompt], tokens: list[list[int]], context: int) -> int:
+def _check_tokens(
+    parsed, prompts: list[_Prompt], tokens: list[list[int]], architecture: DecoderConfig
+) -> int:
     """Returns how many tokens may be written, by the option or by what the context leaves.
 
     Raises:
-        ValueError: If a prompt, or a prompt and what the option asks for, is more than the model
-            was made for: memory would grow with its square.
+        ValueError: If a prompt cannot be continued, or it and what the option asks for are more
+            than the model was made for: memory would grow with the square of their length.
     """
-    made = f"the model was made for {context:,}"
-    problems = [
-        f"{prompt.name} has {len(ids):,} tokens and leaves no room for an answer, {made}: shorten "
-        "it"
-        for prompt, ids in zip(prompts, tokens, strict=True)
-        if len(ids) >= context
-    ]
+    context, vocabulary = architecture.context, architecture.vocab_size
+    made, problems = f"the model was made for {context:,}", []
+    for prompt, ids in zip(prompts, tokens, strict=True):
+        if not ids:
+            problems.append(f"{prompt.name} has no token: give it some text")
+        elif max(ids) >= vocabulary:
+            problems.append(
+                f"{prompt.name} has the token {max(ids)}, outside the model's vocabulary of "
+                f"{vocabulary:,}: the folder's tokenizer is another model's"
+            )
+        elif len(ids) >= context:
+            problems.append(
+                f"{prompt.name} has {len(ids):,} tokens and leaves no room for an answer, {made}: "
+                "shorten it"
+            )
     longest = max(map(len, tokens))
     room, asked = context - longest, parsed.max_new_tokens
     if not problems and asked is not None and asked > room:

@@ -7,13 +7,15 @@ import os
 import re
 import typing
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+
+from lorax.small_files import SmallFileError, read_small_file
+from lorax.wording import clip, clip_words, explain, show
 
 type Key = tuple[str | int, ...]
 
@@ -42,6 +44,7 @@ _NEEDED = {
     "int_type": "a whole number",
     "invalid_key": "a text key",
     "string_type": "text",
+    "string_unicode": "text of whole characters",
     "greater_than": "a number > {gt}",
     "greater_than_equal": "a number >= {ge}",
     "less_than": "a number < {lt}",
@@ -70,16 +73,16 @@ class _Source:
 
     def problem(self, key: Key, message: str) -> _Problem:
         """Puts the place of `key`, or of the nearest section around it, before a message."""
-        text = f"{_dotted(key)}: {message}" if key else message
+        text = clip_words(f"{_dotted(key)}: {message}" if key else message)
         written = tuple(str(part) for part in key)
         around = [written[:length] for length in range(len(written), -1, -1)]
         for place in around:
             if place in self.overrides:
-                return math.inf, f"override {self.overrides[place]!r}: {text}"
+                return math.inf, f"override {show(self.overrides[place])}: {text}"
         for place in around[:-1]:
             if place in self.lines:
-                return self.lines[place], f"{self.file}:{self.lines[place]}: {text}"
-        return 0, f"{self.file}: {text}"
+                return self.lines[place], f"{clip(self.file, 300)}:{self.lines[place]}: {text}"
+        return 0, f"{clip(self.file, 300)}: {text}"
 
     def replace(self, key: tuple[str, ...], override: str) -> None:
         for known in [*self.lines, *self.overrides]:
@@ -120,6 +123,19 @@ def read_model[Model: BaseModel](
     raise ConfigError("\n".join(dict.fromkeys(message for _, message in ordered)))
 
 
+def check_model[Model: BaseModel](model: type[Model], data: Any, file: str) -> Model:
+    """Checks data that `file` holds in another form than YAML.
+
+    Raises:
+        ConfigError: As `read_model`, without lines.
+    """
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        found = _explain_all(error, model, data, _Source(file))
+        raise ConfigError("\n".join(message for _, message in found)) from error
+
+
 def write_yaml(data: dict[str, Any]) -> str:
     """Writes plain data as block-style YAML 1.2 that reads back equal."""
     yaml = YAML(typ="safe", pure=True)
@@ -134,9 +150,9 @@ def write_yaml(data: dict[str, Any]) -> str:
 
 def _read_text(file: str) -> str:
     try:
-        raw = Path(file).read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{file}: cannot read the config: {error.strerror}") from error
+        raw = read_small_file(file)
+    except SmallFileError as error:
+        raise ConfigError(f"{clip(file, 300)}: cannot read the config: {error}") from error
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -154,7 +170,7 @@ def _parse(text: str, source: _Source) -> tuple[dict[Any, Any], list[_Problem]]:
     except YAMLError as error:
         raise ConfigError(f"{source.file}{_explain_yaml(error, text)}") from error
     except ValueError as error:  # such as a date in month 13
-        raise ConfigError(f"{source.file}: not valid YAML: {error}") from error
+        raise ConfigError(f"{source.file}: not valid YAML: {explain(error)}") from error
     if data is None:
         raise ConfigError(f"{source.file}: the file is empty: it needs sections such as `model:`")
     if not isinstance(data, dict):
@@ -212,7 +228,7 @@ def _apply_override(data: dict[Any, Any], override: str, source: _Source) -> lis
     """Sets one value in `data`; returns why it could not."""
     dotted, equals, text = override.partition("=")
     names = tuple(dotted.strip().split("."))
-    where = f"override {override!r}"
+    where = f"override {show(override)}"
     if not equals or not all(names):
         return [(math.inf, f"{where}: needs section.key=value, such as train.max_steps=10")]
     own = _Source("")
@@ -220,15 +236,15 @@ def _apply_override(data: dict[Any, Any], override: str, source: _Source) -> lis
     try:
         value, problems = _load(text, names, own)
     except (YAMLError, RecursionError, ValueError) as error:
-        reason = getattr(error, "problem", None) or error
-        return [(math.inf, f"{where}: {dotted}: not valid YAML: {reason}")]
+        reason = getattr(error, "problem", None) or explain(error)
+        return [(math.inf, f"{where}: {clip(dotted)}: not valid YAML: {reason}")]
     section = data
     for depth, name in enumerate(names[:-1], start=1):
         if name not in section:
             source.overrides[names[:depth]] = override
         section = section.setdefault(name, {})
         if not isinstance(section, dict):
-            parent = ".".join(names[:depth])
+            parent = _dotted(names[:depth])
             message = f"{parent} is {_show(section)}, not a section: override {parent} as a whole"
             return [(math.inf, f"{where}: {message}")]
     section[names[-1]] = value
@@ -261,7 +277,8 @@ def _explain_all(
             needed.setdefault(key, []).append(_describe_needed(kind, context, item["msg"]))
     for key, phrases in needed.items():
         # One branch of a union got further: what the others wanted is beside the point.
-        below = [other for other in needed if other != key and other[: len(key)] == key]
+        others = (*needed, *settled)
+        below = [other for other in others if other != key and other[: len(key)] == key]
         if not below and key not in settled:
             message = f"needs {' or '.join(dict.fromkeys(phrases))}, got {_show(got[key])}"
             yield source.problem(key, message + _hint(phrases, got[key]))
@@ -283,7 +300,7 @@ def _find_key(data: Any, location: Sequence[str | int], keep_last: bool) -> Key:
 def _describe_needed(kind: str, context: dict[str, Any], message: str) -> str:
     if kind == "literal_error":
         return str(context["expected"]).replace("'", "`").replace("True", "true")
-    return _NEEDED[kind].format(**context) if kind in _NEEDED else f"something else ({message})"
+    return _NEEDED[kind].format(**context) if kind in _NEEDED else f"another value ({message})"
 
 
 def _sections(model: type[BaseModel]) -> dict[Key, type[BaseModel]]:
@@ -354,7 +371,7 @@ def _hint(phrases: list[str], value: Any) -> str:
 
 
 def _dotted(key: Key) -> str:
-    return ".".join(str(part) for part in key)
+    return ".".join(clip(str(part)) for part in key)
 
 
 def _show(value: Any) -> str:
@@ -363,9 +380,11 @@ def _show(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
-        return f"the text {value if len(value) <= 60 else value[:57] + '...'!r}"
+        return f"the text {show(value)}"
     if isinstance(value, list | tuple):
         return f"a list of {len(value)}"
     if isinstance(value, dict):
         return f"a mapping with {len(value)} keys"
-    return str(value)
+    if isinstance(value, int | bytes):
+        return show(value)
+    return clip(str(value))

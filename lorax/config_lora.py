@@ -40,7 +40,8 @@ class LoraConfig(Section):
         bias: Which biases are trained.
         init_lora_weights: `true`: A Kaiming-uniform; `gaussian`: A normal with deviation 1/r.
             B is zero in both.
-        modules_to_save: Name endings of modules that are trained whole and saved with the adapter.
+        modules_to_save: Modules that are trained whole and saved with the adapter, by how their
+            names end, at a dot or not: `norm` takes `input_layernorm` too, as in PEFT.
     """
 
     r: Count = 16

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Self
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from lorax.wording import clip, show
+
 type Conflict = tuple[str, str]
 """A dotted key below the section, and what is wrong with its value."""
 
@@ -36,13 +38,15 @@ def _tuple_from_list(value: Any) -> Any:
 def _refuse_integer(value: Any) -> Any:
     # `1 == True`, so a Literal[True] alone takes it.
     if isinstance(value, int) and not isinstance(value, bool):
-        raise ValueError(f"needs true or a word, got the number {value}")
+        raise ValueError(f"needs true or a word, got the number {show(value)}")
     return value
 
 
 def _check_not_blank(text: str) -> str:
     if not text.strip():
-        raise ValueError(f"needs text that is not empty, got {text!r}")
+        raise ValueError(f"needs text that is not empty, got {show(text)}")
+    if "\0" in text:
+        raise ValueError(f"needs text without a NUL character, got {show(text)}")
     return text
 
 
@@ -50,8 +54,9 @@ def check_regex(pattern: str) -> str:
     """Returns `pattern`; raises ValueError unless it is a regular expression."""
     try:
         re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"needs a regular expression, got {pattern!r}: {error}") from error
+    except (re.error, OverflowError, RecursionError) as error:
+        reason = clip(str(error))
+        raise ValueError(f"needs a regular expression, got {show(pattern)}: {reason}") from error
     return pattern
 
 
@@ -61,14 +66,17 @@ def _check_regex_if_text(value: Any) -> Any:
 
 def _check_count_or_all(value: int) -> int:
     if value != -1 and value < 1:
-        raise ValueError(f"needs a whole number >= 1, or -1, got {value}")
+        raise ValueError(f"needs a whole number >= 1, or -1, got {show(value)}")
     return value
 
 
+MOST = 2**31 - 1
+"""What JAX counts steps, rows and ranks in."""
+
 Text = Annotated[str, AfterValidator(_check_not_blank)]
-Count = Annotated[int, Field(ge=1)]
-CountOrMinusOne = Annotated[int, AfterValidator(_check_count_or_all)]
-Index = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=1, le=MOST)]
+CountOrMinusOne = Annotated[int, Field(le=MOST), AfterValidator(_check_count_or_all)]
+Index = Annotated[int, Field(ge=0, le=MOST)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]

@@ -67,6 +67,7 @@ def export_model(
     card: str | None = None,
     chat_template: str | None = None,
     stop_ids: Sequence[int] | None = None,
+    tokenizer: Any = None,
 ) -> Verification:
     """Writes `model` in a format that others load, and verifies what was written.
 
@@ -83,6 +84,8 @@ def export_model(
         chat_template: Goes with a merged model instead of the base's.
         stop_ids: What the model stops with, from `stop_token_ids`: a merged model's
             generation_config.json then names them; None leaves the base's.
+        tokenizer: What the rows were encoded with, from `load_tokenizer`: a merged model's
+            tokenizer_config.json then names a class that gives its ids; None leaves the base's.
 
     Returns:
         What the comparison showed.
@@ -95,7 +98,11 @@ def export_model(
     refuse_occupied(directory)
     if format == "merged":
         files = companion_files(
-            Path(base), chat_template=chat_template, stop_ids=stop_ids, card=card
+            Path(base),
+            chat_template=chat_template,
+            stop_ids=stop_ids,
+            card=card,
+            tokenizer=tokenizer,
         )
         return _export_merged(model, Path(directory), base, dtype, files)
     name = str(base_name or base)

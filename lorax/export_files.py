@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from lorax.interop.checkpoint import GENERATION_FILE
 from lorax.interop.files import read_json
@@ -10,11 +11,21 @@ from lorax.stop_tokens import generation_settings
 
 TEMPLATE_FILE, TOKENIZER_SETTINGS = "chat_template.jinja", "tokenizer_config.json"
 _OLD_TEMPLATE_FILE = "chat_template.json"
-_INLINE = "chat_template"
+_INLINE, _CLASS = "chat_template", "tokenizer_class"
+
+
+# Which of transformers' classes take a tokenizer.json as it is; the second name is known to old
+# versions too.
+_FAITHFUL = ("TokenizersBackend", "PreTrainedTokenizerFast")
 
 
 def companion_files(
-    base: Path, *, chat_template: str | None, stop_ids: Sequence[int] | None, card: str | None
+    base: Path,
+    *,
+    chat_template: str | None,
+    stop_ids: Sequence[int] | None,
+    card: str | None,
+    tokenizer: Any = None,
 ) -> dict[str, str | None]:
     """Returns what stands beside merged weights instead of the base's files, or besides them.
 
@@ -23,6 +34,8 @@ def companion_files(
         chat_template: The run's own, which then is the only one; None leaves the base's.
         stop_ids: What the model stops with; None leaves what the base says.
         card: Text of the README.md.
+        tokenizer: What the rows were encoded with. Where it takes tokenizer.json as it is and the
+            base names a class that may not, the export names one that does; None leaves the base's.
 
     Returns:
         Texts by the name of their file; None for a file that is left out.
@@ -32,13 +45,18 @@ def companion_files(
         settings = generation_settings(base, stop_ids)
         if settings is not None:
             files[GENERATION_FILE] = _as_text(settings)
+    path = base / TOKENIZER_SETTINGS
+    before = read_json(path) if path.exists() else {}
+    settings = dict(before)
     if chat_template is not None:
         files |= {TEMPLATE_FILE: chat_template, _OLD_TEMPLATE_FILE: None}
         # Some readers, llama.cpp's converter among them, take an inline template before the file.
-        settings = base / TOKENIZER_SETTINGS
-        inline = read_json(settings) if settings.exists() else {}
-        if _INLINE in inline:
-            files[TOKENIZER_SETTINGS] = _as_text(inline | {_INLINE: chat_template})
+        if _INLINE in settings:
+            settings[_INLINE] = chat_template
+    if type(tokenizer).__name__ in _FAITHFUL and settings.get(_CLASS) not in _FAITHFUL:
+        settings[_CLASS] = _FAITHFUL[-1]
+    if settings != before:
+        files[TOKENIZER_SETTINGS] = _as_text(settings)
     if card is not None:
         files["README.md"] = card
     return files

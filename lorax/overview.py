@@ -1,6 +1,7 @@
 """What a run reads and what it trains, shown before it starts."""
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -87,6 +88,12 @@ def _kept(report: EncodeReport) -> str:
     if report.rows_kept > report.rows_read:
         return f"{report.rows_kept:,} rows of {report.rows_read:,} that were read"
     return f"{report.rows_kept:,} of {report.rows_read:,} rows"
+
+
+def report_notes(console: Console, notes: Iterable[str]) -> None:
+    """Prints what the user should know of the files that were read."""
+    for note in notes:
+        console.print(note, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 def shows_text(console: Console) -> bool:

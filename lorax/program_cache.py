@@ -140,9 +140,22 @@ def _surroundings() -> dict[str, Any]:
         "libraries": sorted(d for d in installed if d[0].lower().startswith(_LIBRARIES)),
         "versions": library_versions(),
         "runtime": jax.devices()[0].client.platform_version,
+        "target": _target(),
         "environment": environment,
         "options": options,
     }
+
+
+def _target() -> str:
+    """Returns a number for what XLA compiles for: of a CPU its instructions, which no kind names.
+
+    A folder that two machines share may hold steps of either, and a step that has instructions
+    which the CPU lacks ends the process.
+    """
+    # Private, as nothing public tells it. JAX keys its own cache by it too.
+    from jax._src.lib import xla_client
+
+    return str(xla_client.get_topology_for_devices(jax.local_devices()).fingerprint())
 
 
 @functools.cache

@@ -33,7 +33,7 @@ from lorax.metrics import (
     read_metrics,
 )
 from lorax.models.recompute import Recomputation
-from lorax.overview import report_data, report_model, shows_text
+from lorax.overview import report_data, report_model, report_notes, shows_text
 from lorax.phases import Phases
 from lorax.preparation import compile_ahead
 from lorax.program_cache import ProgramCache, open_program_cache
@@ -68,6 +68,7 @@ from lorax.run_inputs import (
     check_weights,
     choose_recomputation,
     explain_memory,
+    input_notes,
     load_base,
     load_inputs,
     saved_identity,
@@ -135,6 +136,7 @@ def _run(config: RunConfig, console: Console, phases: Phases, resume: Resume) ->
         programs = open_program_cache(tell)
     source = config.model
     folder = resolve_checkpoint(source.name_or_path, source.revision, weights=False)
+    report_notes(console, input_notes(folder, source.adapter))
     shapes = check_targets(config, folder)
     base = start_beside("weights", lambda: load_base(config))  # which need nothing of the data
     inputs = data.result()
@@ -178,6 +180,7 @@ def _run(config: RunConfig, console: Console, phases: Phases, resume: Resume) ->
         chat_template=inputs.chat_template,
         stop_ids=inputs.stop_ids(needed=False),
         card=None,
+        tokenizer=inputs.tokenizer,
     )
     # The exports belong to the run, so its lock is held until they are done, or have failed.
     with contextlib.closing(trainer.checkpoints):
@@ -370,6 +373,7 @@ def _export_all(config, model, inputs: Inputs, console, result, scores) -> dict[
             base_revision=config.model.revision,
             chat_template=inputs.chat_template,
             stop_ids=inputs.stop_ids(needed=False),
+            tokenizer=inputs.tokenizer,
             dtype=jnp.dtype(config.model.dtype),
             card=write_card(config, format, facts),
         )

@@ -19,10 +19,12 @@ from lorax.data import (
     EncodedDataset,
     load_encoded_dataset,
     load_tokenizer,
+    read_own_template,
 )
 from lorax.interop.checkpoint import resolve_checkpoint
 from lorax.interop.huggingface import check_checkpoint, load_hf_config, load_model
 from lorax.interop.peft import check_adapter, load_adapter, read_adapter_config, trains_base_weights
+from lorax.interop.peft_config import adapter_notes
 from lorax.kernel_choice import check_kernels
 from lorax.lora import apply_lora, set_kernels
 from lorax.models import CausalLM
@@ -98,15 +100,14 @@ def load_inputs(config: RunConfig) -> Inputs:
             f"data.date: {config.data.date} has no effect, since no chat template asks for today's "
             "date: remove it"
         )
-    inputs = Inputs(base, tokenizer, train, held_out, _own_template(config), date)
+    inputs = Inputs(base, tokenizer, train, held_out, read_own_template(config.data), date)
     inputs.stop_ids(needed=False)  # what it raises is about the files of the base
     return inputs
 
 
-def _own_template(config: RunConfig) -> str | None:
-    if config.data.chat_template == "tokenizer":
-        return None
-    return Path(config.data.chat_template).read_text(encoding="utf-8-sig")
+def input_notes(base: Path, adapter: str | None = None) -> list[str]:
+    """Returns what of a base model's and an adapter's settings is not read, and changes nothing."""
+    return [*load_hf_config(base).notes, *(adapter_notes(adapter) if adapter else ())]
 
 
 def model_shapes(config: RunConfig, base: Path) -> CausalLM:

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from lorax.config import LoraConfig
 from lorax.patterns import SECONDS, Pattern, find_slow
+from lorax.wording import clip, show
 
 _REGEX_HINT = (
     ". A string is a regular expression over whole module names; for name endings write a list, "
@@ -46,7 +47,7 @@ def match_targets(
 
     A string `target_modules` must match a whole name as a regular expression; an entry of a list
     matches the whole name or a dotted suffix of it; ``all-linear`` takes every linear module but
-    `output_layer`. Excluded and fully trained modules never match.
+    `output_layer`. Excluded and fully trained modules never match, but see `is_saved`.
 
     Args:
         linear_names: Dotted names of the modules that can carry an adapter.
@@ -56,7 +57,8 @@ def match_targets(
 
     Raises:
         TargetError: If an entry of any setting matches nothing, or a module matches that is not
-            linear (the message lists near names), or a regular expression takes too long.
+            linear (the message lists near names), a module would be trained whole and carry an
+            adapter, or a regular expression takes too long.
 
     Source: the behaviour of PEFT 0.21 (`check_target_module_exists`).
     """
@@ -72,6 +74,7 @@ def match_targets(
                 "lora.modules_to_save"
             )
     _refuse_unmatched(matched, linear_names, other_names, config, output_layer)
+    _refuse_trained_twice(matched, (*linear_names, *other_names), config)
     return [_sized(name, config) for name in matched]
 
 
@@ -105,8 +108,11 @@ def is_target(name: str, config: LoraConfig, output_layer: str | None) -> bool:
 
 
 def is_saved(name: str, entry: str) -> bool:
-    """Says whether an entry of `modules_to_save` names this module."""
-    return _is_suffix(entry, name)
+    """Says whether an entry of `modules_to_save` ends this module's name, at a dot or not.
+
+    Source: the behaviour of PEFT 0.21 (`_set_trainable`): ``norm`` takes ``input_layernorm`` too.
+    """
+    return name.endswith(entry)
 
 
 def pattern_value[T](patterns: dict[str, T], name: str, default: T) -> T:
@@ -194,13 +200,14 @@ def refuse_patterns(config: LoraConfig, names: Collection[str]) -> None:
     for pattern in patterns:
         try:
             re.compile(pattern.whole)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise TargetError(
-                f"lora.{pattern.setting}: {pattern.entry!r} is no regular expression: {error}"
+                f"lora.{pattern.setting}: {show(pattern.entry)} is no regular expression: "
+                f"{clip(str(error))}"
             ) from None
     if slow := find_slow(patterns, frozenset(names)):
         raise TargetError(
-            f"lora.{slow.setting}: matching {slow.entry[:200]!r} with the names of the modules "
+            f"lora.{slow.setting}: matching {show(slow.entry)} with the names of the modules "
             f"takes more than {SECONDS} s; repeat fewer things in it, or list name endings"
         )
 
@@ -221,7 +228,7 @@ def _refuse_unmatched(matched, linear_names, other_names, config, output_layer):
             _refuse_layers(config, found, linear_names)
         else:
             raise TargetError(
-                f"lora.target_modules: {entry!r} matches no linear module; "
+                f"lora.target_modules: {show(entry)} matches no linear module; "
                 f"{nearest(entry, linear_names)}{_REGEX_HINT if isinstance(targets, str) else ''}"
             )
     exclude = config.exclude_modules
@@ -229,7 +236,7 @@ def _refuse_unmatched(matched, linear_names, other_names, config, output_layer):
         match = re.fullmatch if isinstance(exclude, str) else _is_suffix
         if not any(match(entry, n) for n in names):
             raise TargetError(
-                f"lora.exclude_modules: {entry!r} matches no module; {nearest(entry, names)}"
+                f"lora.exclude_modules: {show(entry)} matches no module; {nearest(entry, names)}"
             )
     in_layers = [n for n in linear_names if is_target(n, config, output_layer)]
     _refuse_layers(config, in_layers, linear_names)
@@ -241,12 +248,34 @@ def _refuse_unmatched(matched, linear_names, other_names, config, output_layer):
         for entry in getattr(config, setting):
             if not any(pattern_value({entry: True}, n, False) for n in matched):
                 raise TargetError(
-                    f"lora.{setting}: {entry!r} matches no target module; {nearest(entry, matched)}"
+                    f"lora.{setting}: {show(entry)} matches no target module; "
+                    f"{nearest(entry, matched)}"
                 )
     for entry in config.modules_to_save or ():
         if not any(is_saved(n, entry) for n in names):
             raise TargetError(
-                f"lora.modules_to_save: {entry!r} matches no module; {nearest(entry, names)}"
+                f"lora.modules_to_save: {show(entry)} matches no module; {nearest(entry, names)}"
+            )
+
+
+def _refuse_trained_twice(matched: list[str], names: Iterable[str], config: LoraConfig) -> None:
+    """Raises if a module that is trained whole holds an adapter, or another such module."""
+    saved = {n: e for n in names for e in config.modules_to_save or () if is_saved(n, e)}
+    for name, entry in sorted(saved.items()):
+        inside = lambda others, name=name: [n for n in others if f"{n}.".startswith(f"{name}.")]
+        found = (
+            f"lora.modules_to_save: {show(entry)} ends the name of {name}, as PEFT compares them"
+        )
+        if adapted := inside(matched):
+            raise TargetError(
+                f"{found}, but {_listed(adapted, 3)} of it would carry an adapter too. Write more "
+                "of the names that are meant, or put what is to be trained whole into "
+                "lora.exclude_modules"
+            )
+        if within := [n for n in inside(sorted(saved)) if n != name]:
+            raise TargetError(
+                f"{found}, and {show(saved[within[0]])} that of {within[0]} in it, which PEFT "
+                "would then not train. Leave out the one or the other"
             )
 
 
@@ -262,6 +291,6 @@ def _refuse_layers(config: LoraConfig, targets: list[str], linear_names: Sequenc
 
 
 def _listed(names: Iterable, limit: int = 8) -> str:
-    names = [str(n) for n in names]
+    names = [clip(str(n)) for n in names]
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more

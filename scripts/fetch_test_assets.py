@@ -37,7 +37,9 @@ class FetchError(Exception):
 
 def main() -> None:
     """Makes the folder, or says why not and ends with status 1."""
-    parser = argparse.ArgumentParser(description="Fetches real tokenizers, chat templates and a model.")
+    parser = argparse.ArgumentParser(
+        description="Fetches real tokenizers, chat templates and a model."
+    )
     parser.add_argument("folder", type=Path, help="what it held before is replaced")
     folder = parser.parse_args().folder.absolute()
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}-") as work:

@@ -1,6 +1,7 @@
 """How far two computations of one thing may be apart: what rounding explains, and no more."""
 
 import contextlib
+import math
 
 import jax
 import jax.numpy as jnp
@@ -37,3 +38,22 @@ def distance(got, want):
     """Returns ``‖got - want‖ / ‖want‖``, in float64."""
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     return np.linalg.norm(got - want) / np.linalg.norm(want)
+
+
+def rounding(terms, condition=1.0, dtype=np.float32):
+    """Returns the relative distance that rounding explains in a sum of `terms` products.
+
+    ``4 · condition · √terms · u``: roundings go up as often as down, so that their squares add up.
+
+    Args:
+        terms: Products in a sum, or roundings in a row.
+        condition: By how much what follows makes a relative error larger.
+        dtype: Of the sums; u is half its spacing at 1.
+    """
+    return 4 * condition * math.sqrt(terms) * float(jnp.finfo(dtype).eps) / 2
+
+
+def assert_equal_after_steps(got, want, steps):
+    """Compares float32 values that were both rounded once in each of some steps."""
+    allowed = steps * np.spacing(np.abs(want).max(), dtype=np.float32)
+    np.testing.assert_allclose(got, want, rtol=0, atol=allowed)

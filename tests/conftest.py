@@ -1,9 +1,9 @@
 """Strictness for the whole suite: no silent promotion, float32 means float32, no network."""
 
 import atexit
-import functools
 import math
 import os
+import re
 import shutil
 import tempfile
 
@@ -52,6 +52,7 @@ SLOW_FILES = {
     "test_readme.py",
     "test_real_model.py",
     "test_real_tokenizers.py",
+    "test_run_date.py",
     "test_run_folder.py",
     "test_run_settings.py",
     "test_train_accumulation.py",
@@ -71,8 +72,8 @@ def _kernels_are_compiled_anew(request):
     jax.config.update(name, before)
 
 
-@functools.cache
 def _makes_float16():
+    """Says whether XLA compiles float16 for this device: not for a CPU without F16C."""
     try:
         jnp.square(jnp.ones(8, jnp.float16))
     except jax.errors.JaxRuntimeError:
@@ -80,22 +81,15 @@ def _makes_float16():
     return True
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_pyfunc_call():
-    """Skips what runs in float16 on a CPU without F16C, for which XLA compiles none."""
-    try:
-        return (yield)
-    except jax.errors.JaxRuntimeError:
-        if _makes_float16():
-            raise
-        pytest.skip("XLA compiles no float16 for this CPU")
-
-
 def pytest_collection_modifyitems(items):
-    """Marks the slow files, and skips what needs a GPU where there is none."""
+    """Marks the slow files, and skips what needs a GPU or float16 where there is none."""
     for item in items:
         if item.path.name in SLOW_FILES:
             item.add_marker(pytest.mark.slow)
+    in_float16 = [item for item in items if re.search(r"(?<!b)float16", item.name)]
+    if in_float16 and not _makes_float16():
+        for item in in_float16:
+            item.add_marker(pytest.mark.skip(reason="XLA compiles no float16 for this CPU"))
     if any(device.platform == "gpu" for device in jax.devices()):
         return
     for item in items:

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 import re
 import shutil
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import pyarrow.parquet
 import pytest
 from flax import nnx
 from safetensors.numpy import save_file
@@ -18,7 +20,7 @@ from safetensors.numpy import save_file
 import lorax
 from lorax.cli import main
 from lorax.interop.files import read_tensors
-from lorax.interop.huggingface import load_model
+from lorax.interop.huggingface import find_stored_dtype, load_model
 from lorax.interop.peft import save_adapter
 
 TINY = Path(__file__).parents[1] / "examples" / "tiny" / "model"
@@ -182,6 +184,26 @@ CONFIG_FILES = {
         "lora: [r, 4]\n",
         r"run.yaml:8: lora: needs a mapping .*, got a list of 2",
     ),
+    "number of 400 digits": (
+        f"lora:\n  r: {10**400}\n",
+        r"run.yaml:9: lora.r: needs a number <= 2147483647, got a number of about 400 digits",
+    ),
+    "number of 5,000 digits": (
+        f"lora:\n  r: {'1' * 5000}\n",
+        r"run.yaml: not valid YAML: a number in it has more than 4,300 digits",
+    ),
+    "text of 20,000 characters": (
+        f"train:\n  optim: {'x' * 20_000}\n",
+        r"run.yaml:9: train.optim: needs .*got the text 'x{100}'… \(19,900 characters more\)",
+    ),
+    "key of 20,000 characters": (
+        f"train:\n  ? {'x' * 20_000}\n  : 1\n",
+        r"run.yaml:9: train.x{100}… \(19,900 characters more\): unknown key",
+    ),
+    "half a character": (
+        'train:\n  optim: "\\ud800"\n',
+        r"run.yaml:9: train.optim: needs text of whole characters",
+    ),
     "settings that contradict": (
         "train:\n  warmup_ratio: 0.1\n  warmup_steps: 5\n",
         r"run.yaml:9: train.warmup_ratio: set warmup_ratio or warmup_steps, not both",
@@ -243,6 +265,62 @@ def test_several_problems_are_told_at_once(here, refused):
 @pytest.mark.parametrize("command", ["train", "validate", "inspect"])
 def test_a_missing_config_is_refused_by_every_command(refused, command):
     refused(r"absent.yaml: cannot read the config: No such file", command, "absent.yaml")
+
+
+NUL = '"a\\0b"'
+PATHS = ["model.name_or_path", "model.revision", "model.adapter", "data.train", "data.eval"]
+PATHS += ["data.chat_template", "save.output_dir", "data.train=[{path: rows.jsonl, split: %s}]"]
+
+
+@pytest.mark.parametrize("key", PATHS)
+def test_a_nul_character_in_a_path_is_named(refused, key):
+    override = key % NUL if "%s" in key else f"{key}={NUL}"
+    message = refused(r"needs text without a NUL character", "validate", "run.yaml", override)
+    assert "embedded null" not in message and "another value" not in message
+
+
+ENDLESS = {
+    "a device": lambda path: path.symlink_to("/dev/zero"),
+    "a pipe": os.mkfifo,
+    "something large": lambda path: path.write_bytes(b"#" * (2**20 + 1)),
+    "something sparse": lambda path: [path.touch(), os.truncate(path, 2**40)],
+    "a folder": lambda path: path.mkdir(),
+}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", ENDLESS)
+def test_a_config_that_would_never_end_is_not_read(here, capsys, kind):
+    ENDLESS[kind](here / "endless.yaml")
+    assert main(["validate", "endless.yaml"]) == 2
+    message = capsys.readouterr().err
+    expected = {
+        "a folder": "Is a directory",
+        "something large": "it has 1 MiB, where 1 would be much",
+        "something sparse": "it has 1,048,576 MiB, where 1 would be much",
+    }
+    reason = expected.get(kind, "it is a device or a pipe, not a file on a disk")
+    assert f"endless.yaml: cannot read the config: {reason}" in message
+
+
+def test_a_path_that_no_file_can_have_is_refused_in_words(base, here, refused):
+    long = "x" * 5000
+    for arguments in (
+        ("validate", long),
+        ("validate", "a\0b"),
+        ("validate", "run.yaml", f"model.name_or_path=./{long}"),
+        ("validate", "run.yaml", f"model.adapter={long}"),
+        ("generate", f"./{long}", "--prompt", "Hi"),
+        ("generate", "./a\0b", "--prompt", "Hi"),
+        ("generate", "~nobody-at-all/model", "--prompt", "Hi"),
+        ("generate", str(base), "--prompt", "Hi", "--adapter", "a\0b"),
+        ("export", "a\0b", "--format", "merged", "--out", "out"),
+        ("export", "absent", "--format", "merged", "--out", "a\0b"),
+        ("export", "absent", "--format", "merged", "--out", long),
+    ):
+        reason = "too long|NUL character|home directory"
+        message = refused(reason, *arguments)
+        assert "Errno" not in message and "embedded null" not in message
 
 
 OVERRIDES = {
@@ -328,6 +406,34 @@ CONFIG_JSON = {
         edit_config(attention_bais=True),
         r"config.json: attention_bais=True is not a field .*nearest known field is attention_bias",
     ),
+    "dtype of another type": (
+        edit_config(dtype=16),
+        r"config.json: dtype must be bfloat16, float16 or float32, .* or auto or absent, .*got 16",
+    ),
+    "dtype that is none": (
+        edit_config(dtype=None, torch_dtype="float23"),
+        r"config.json: torch_dtype must be bfloat16, float16 or float32, .*got 'float23'",
+    ),
+    "class that is not supported": (
+        edit_config(architectures=["LlamaForSequenceClassification"]),
+        r"config.json: architectures must be .* lorax reads: LlamaForCausalLM, MistralForCausalLM",
+    ),
+    "value of 20,000 characters": (
+        edit_config(surprise="y" * 20_000),
+        r"config.json: surprise='y{100}'… \(19,900 characters more\) is not a field",
+    ),
+    "config.json is null": (
+        lambda folder: (folder / "config.json").write_text("null"),
+        r"config.json must hold an object, got null",
+    ),
+    "config.json never begins": (
+        lambda folder: [(folder / "config.json").unlink(), os.mkfifo(folder / "config.json")],
+        r"config.json does not exist, or is not a file",
+    ),
+    "config.json of two MiB": (
+        lambda folder: (folder / "config.json").write_text(" " * 2**21),
+        r"config.json cannot be read: it has 2 MiB, where 1 would be much",
+    ),
     "quantised weights": (
         edit_config(quantization_config={"quant_method": "gptq"}),
         r"config.json: quantization_config must be absent .*dequantise it first",
@@ -370,6 +476,52 @@ def test_a_bad_model_folder_is_refused_before_weights_are_read(base, here, refus
     damage, pattern = CONFIG_JSON[name]
     damage(Path(shutil.copytree(base, here / "model")))
     refused(pattern, "validate", "run.yaml", f"model.name_or_path={here / 'model'}")
+
+
+def test_every_command_refuses_a_dtype_that_is_none(good_adapter, base, here, refused):
+    folder = Path(shutil.copytree(base, here / "model"))
+    edit_config(dtype="float23")(folder)
+    expected = r"config.json: dtype must be bfloat16, float16 or float32.*got 'float23'"
+    for command in ("validate", "inspect", "plan", "train"):
+        refused(expected, command, "run.yaml", f"model.name_or_path={folder}")
+    refused(expected, "generate", str(folder), "--prompt", "Hi")
+    export = ["export", str(good_adapter), "--format", "merged", "--out", "out"]
+    refused(expected, *export, "--base", str(folder))
+
+
+@pytest.mark.parametrize("dtype", [None, "float32", "half"])
+def test_a_dtype_that_says_nothing_new_is_good(base, here, capsys, dtype):
+    folder = Path(shutil.copytree(base, here / "model"))
+    edit_config(dtype=dtype, torch_dtype=None)(folder)
+    assert main(["validate", "run.yaml", f"model.name_or_path={folder}"]) == 0
+    assert find_stored_dtype(folder) == ("float16" if dtype == "half" else "float32")
+
+
+def test_a_dtype_that_is_left_to_the_tensors_is_theirs(base, here):
+    folder = Path(shutil.copytree(base, here / "model"))
+    for dtype in ("auto", None):
+        edit_config(dtype=dtype, torch_dtype=None)(folder)
+        assert find_stored_dtype(folder) == "float32"
+    halve = lambda t: t.update({name: value.astype(np.float16) for name, value in t.items()})
+    edit_weights(halve)(folder)
+    assert find_stored_dtype(folder) == "float16"
+
+
+def test_what_changes_nothing_is_told_by_every_command(good_adapter, base, here, capsys):
+    folder = Path(shutil.copytree(base, here / "model"))
+    edit_config(unk_token_id=0, internal_version="7", sequence_parallel_enabled=False)(folder)
+    model = f"model.name_or_path={folder}"
+    adapter = Path(shutil.copytree(good_adapter, here / "adapter"))
+    edit_json(adapter / "adapter_config.json", fan_in_fan_out=True)
+    told = "unk_token_id=0 (a token id), internal_version='7' (text that names no computation)"
+    for command in ("validate", "inspect", "plan"):
+        assert main([command, "run.yaml", model]) == 0
+        assert told in capsys.readouterr().out
+    assert main(["validate", "run.yaml", model, f"model.adapter={adapter}"]) == 0
+    assert "fan_in_fan_out is not read" in capsys.readouterr().out
+    assert main(["generate", str(folder), "--prompt", "Hi", "--max-new-tokens", "1"]) == 0
+    captured = capsys.readouterr()
+    assert "unk_token_id" in " ".join(captured.err.split()) and "unk_token" not in captured.out
 
 
 WEIGHTS = {
@@ -476,6 +628,21 @@ def edit_adapter_config(**changes):
 
 
 ADAPTERS = {
+    "rank of 400 digits": (
+        "validate",
+        edit_adapter_config(r=10**400),
+        r"adapter_config.json: r: needs a number <= 2147483647, got a number of about 400 digits",
+    ),
+    "base of another type": (
+        "validate",
+        edit_adapter_config(base_model_name_or_path=5),
+        r"adapter_config.json: base_model_name_or_path must be text or null, got 5",
+    ),
+    "aLoRA": (
+        "validate",
+        edit_adapter_config(alora_invocation_tokens=[1, 2]),
+        r"adapter_config.json: alora_invocation_tokens=\[1, 2\] is not supported; PEFT cannot",
+    ),
     "no adapter_config.json": (
         "validate",
         lambda folder: (folder / "adapter_config.json").unlink(),
@@ -499,7 +666,7 @@ ADAPTERS = {
     "field of another type": (
         "validate",
         edit_adapter_config(r="four"),
-        r"adapter_config.json: r: Input should be a valid integer, got 'four'",
+        r"adapter_config.json: r: needs a whole number, got the text 'four'",
     ),
     "modules of another model": (
         "validate",
@@ -543,7 +710,7 @@ ADAPTERS = {
 def test_a_bad_adapter_is_refused(good_adapter, here, refused, name):
     command, damage, pattern = ADAPTERS[name]
     damage(Path(shutil.copytree(good_adapter, here / "adapter")))
-    in_headers = name not in ("extra tensor", "values that are not finite")
+    in_headers = name != "values that are not finite"
     for each in dict.fromkeys([*["validate"] * in_headers, command]):
         refused(pattern, each, "run.yaml", f"model.adapter={here / 'adapter'}")
 
@@ -845,6 +1012,7 @@ def test_generate_refuses_what_it_cannot_do(base, refused):
         (["--prompt", "a\udce9b"], r"--prompt 2 must be UTF-8, got byte 0xe9 at 1: convert it"),
         (["--system", "\udcff"], r"--system must be UTF-8, got byte 0xff at 0: convert it"),
         (["--prompt", "word " * 9000], r"--prompt 2 has \d+,\d{3} tokens .*made for 512: shorten"),
+        (["--raw", "--prompt", ""], r"--prompt 2 has no token: give it some text"),
         (["--raw", "--system", "x"], r"--system needs a chat template: leave it out"),
         (["--adapter", "absent"], r"absent/adapter_config.json does not exist"),
         (["--dtype", "int8"], r"argument --dtype: invalid choice: 'int8'"),
@@ -924,6 +1092,22 @@ def test_export_refuses_an_adapter_that_names_no_base(good_adapter, here, refuse
         "--out",
         "out",
     )
+
+
+def test_export_refuses_a_base_of_another_type(good_adapter, here, refused):
+    folder = Path(shutil.copytree(good_adapter, here / "adapter"))
+    edit_json(folder / "adapter_config.json", base_model_name_or_path=["a", 1])
+    expected = r"adapter_config.json: base_model_name_or_path must be text or null, got \['a', 1\]"
+    refused(expected, "export", "adapter", "--format", "merged", "--out", "out")
+
+
+def test_a_table_with_a_column_without_a_name_is_refused(here, refused):
+    (here / "rows.csv").write_text(",prompt,completion\n0,Hi,Ho\n")
+    expected = r"rows.{}: column 1 of 3 has no name: name it, or leave it out"
+    refused(expected.format("csv:1"), "validate", "run.yaml", "data.train=rows.csv")
+    columns = {"": ["x"], "prompt": ["Hi"], "completion": ["Ho"]}
+    pyarrow.parquet.write_table(pyarrow.table(columns), here / "rows.parquet")
+    refused(expected.format("parquet"), "validate", "run.yaml", "data.train=rows.parquet")
 
 
 def test_a_command_without_its_arguments_is_refused(refused):

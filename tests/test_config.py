@@ -1,8 +1,10 @@
+import copy
+import datetime
 import textwrap
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from lorax.config import (
     ConfigError,
@@ -15,7 +17,7 @@ from lorax.config import (
     dump_config,
     load_config,
 )
-from lorax.config_file import _FAMILIAR
+from lorax.config_file import _FAMILIAR, check_model
 
 MINIMAL = """\
 model: {name_or_path: tiny}
@@ -481,3 +483,55 @@ def test_defaults_are_not_shared():
 )
 def test_a_key_that_nothing_would_read_is_refused(write, text, message):
     assert message in problem(write(MINIMAL + text + "\n"))
+
+
+# Whatever comes, in words.
+
+JUNK = (
+    None, True, 0, -1, 10**400, 10**5000, 1.5, float("nan"), float("inf"), "", "x", "y" * 20_000,
+    "\ud800", "a\0b", b"x", [], [1], ["x"], [[1]], [None], {}, {"x": 1}, {1: 2}, {"x": 10**400},
+    {"\ud800": 1}, {"x": None}, {"z" * 20_000: 1}, datetime.date(2024, 1, 2),
+)  # fmt: skip
+
+
+def keys_of(model, prefix=()):
+    for name, field in model.model_fields.items():
+        yield (*prefix, name)
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            yield from keys_of(inner, (*prefix, name))
+
+
+@pytest.mark.parametrize("key", list(keys_of(RunConfig)), ids=".".join)
+def test_whatever_comes_is_refused_in_short_words(key):
+    sections: dict[str, Any] = {
+        "model": {"name_or_path": "m"},
+        "data": {"train": "rows.jsonl"},
+        "save": {"output_dir": "run"},
+    }
+    for value in JUNK:
+        data = copy.deepcopy(sections)
+        section = data
+        for name in key[:-1]:
+            section = section.setdefault(name, {})
+        section[key[-1]] = value
+        try:
+            check_model(RunConfig, data, "run.yaml")
+        except ConfigError as error:
+            message = str(error)
+            assert "another value" not in message and "Input should" not in message
+            for line in message.splitlines():
+                assert line.startswith(f"run.yaml: {'.'.join(key)}") and len(line) < 700
+
+
+def test_no_default_message_of_the_checker_is_reachable(write):
+    text = 'train: {optim: "\\ud800"}\n'
+    assert "train.optim: needs text of whole characters" in problem(write(MINIMAL + text))
+
+
+@pytest.mark.parametrize("pattern", ["(" * 20_000, "a{" + "9" * 30 + "}", "x" * 20_000 + "("])
+def test_a_pattern_that_is_none_is_shown_in_short(pattern):
+    with pytest.raises(ConfigError) as refused:
+        check_model(LoraConfig, {"target_modules": pattern}, "adapter_config.json")
+    assert "needs a regular expression, got '" in str(refused.value)
+    assert len(str(refused.value)) < 500

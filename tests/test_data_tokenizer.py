@@ -21,6 +21,8 @@ from tokenizers import decoders, normalizers, pre_tokenizers, processors
 
 import lorax
 from lorax.data import load_tokenizer
+from lorax.data.tokenizer import tokenize_texts
+from lorax.export_files import companion_files
 from lorax.interop.checkpoint import write_checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -232,6 +234,41 @@ def test_a_merged_model_carries_the_files_of_the_trained_ids(tmp_path, model):
         loaded = load_tokenizer(str(merged))
     texts = make_texts()
     assert ids_of(loaded, texts) == list(encode_by_stretches(model, texts))
+
+
+@pytest.mark.parametrize("named", ["LlamaTokenizer", "LlamaTokenizerFast", None])
+def test_a_merged_model_is_tokenized_by_transformers_as_it_was_trained(tmp_path, model, named):
+    source = tmp_path / "base"
+    settings = {**LLAMA, "legacy": False, "tokenizer_class": named}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    write_folder(source, backend=convert(model), model=model, **settings)
+    with warns() if named else contextlib.nullcontext():
+        trained = load_tokenizer(str(source))
+    files = companion_files(source, chat_template=None, stop_ids=None, card=None, tokenizer=trained)
+    merged = write_checkpoint(
+        [("weight", np.zeros(2, np.float32))],
+        {},
+        tmp_path / "merged",
+        source_directory=source,
+        files=files,
+    )
+    shutil.copy(source / "config.json", merged)
+    texts = make_texts()
+    served = transformers.AutoTokenizer.from_pretrained(merged)
+    assert ids_of(served, texts) == ids_of(trained, texts)
+    kept = json.loads((merged / "tokenizer_config.json").read_text())
+    assert kept == settings | {"tokenizer_class": "PreTrainedTokenizerFast"}
+
+
+def test_a_tokenizer_class_that_gives_the_trained_ids_is_kept(tmp_path):
+    files = companion_files(
+        ROOT / "examples" / "tiny" / "model",
+        chat_template=None,
+        stop_ids=None,
+        card=None,
+        tokenizer=load_tokenizer(str(ROOT / "examples" / "tiny" / "model")),
+    )
+    assert "tokenizer_config.json" not in files
 
 
 @pytest.mark.slow
@@ -452,6 +489,18 @@ def test_all_wrong_fields_are_named_at_once(tmp_path):
         f"text, an object with its content, or null, got 7. {folder}/special_tokens_map.json: "
         "pad_token must be a token's text, an object with its content, or null, got 3"
     )
+
+
+def test_a_token_id_beyond_32_bits_is_refused(tmp_path):
+    folder = write_folder(tmp_path, backend=byte_level())
+    path = tmp_path / "tokenizer.json"
+    read = json.loads(path.read_text())
+    read["model"]["vocab"]["a"] = 2**31
+    path.write_text(json.dumps(read))
+    loaded = load_tokenizer(folder)
+    assert tokenize_texts(loaded, ["12"], add_special_tokens=False)[0].ids.dtype == np.int32
+    with pytest.raises(ValueError, match="the token id 2147483648, more than any model's"):
+        tokenize_texts(loaded, ["12", "a"], add_special_tokens=False)
 
 
 def test_a_real_length_is_any_number(tmp_path):

@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from lorax.cli import main
+from lorax.generate import generate
 from lorax.interop import checkpoint
 
 TINY = Path(__file__).parents[1] / "examples" / "tiny"
@@ -105,8 +106,11 @@ def test_transformers_stops_at_the_stop_token_that_was_trained(exports, kind):
     assert END_OF_TURN not in answer[:-1] and END_OF_TEXT not in answer
 
 
-def test_generate_answers_as_transformers_does_from_the_run_and_from_its_export(run, capsys):
+def test_generate_answers_as_transformers_does(run, capsys, monkeypatch):
     answer, tokenizer = answer_of(run / "merged")
+    written = []
+    keep = lambda *a, **k: written.extend(generate(*a, **k)) or written[-1:]
+    monkeypatch.setattr("lorax.cli_generate.generate", keep)
     capsys.readouterr()
     for source in (run, run / "merged"):
         options = ["--prompt", PROMPT, "--dtype", "float32", "--max-new-tokens", str(LONGEST)]
@@ -114,6 +118,7 @@ def test_generate_answers_as_transformers_does_from_the_run_and_from_its_export(
         captured = capsys.readouterr()
         assert captured.out == tokenizer.decode(answer, skip_special_tokens=True) + "\n"
         assert not captured.err
+    assert written == 2 * [answer[:-1]]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -139,19 +144,33 @@ def test_an_export_has_one_chat_template_wherever_it_is_looked_for(base, exports
     assert transformers.AutoTokenizer.from_pretrained(folder).chat_template == TEMPLATE
 
 
-def test_a_run_of_an_older_version_says_what_is_not_known(run, tmp_path, capsys):
+def test_weights_saved_by_a_full_run_come_with_the_same_files(run, tmp_path):
+    overrides = ["lora=null", "train.method=full", "train.max_steps=1", "eval.exact_match=false"]
+    output = [f"save.output_dir={tmp_path}/run", "save.export=[merged]"]
+    assert main(["train", str(run.parent / "run.yaml"), *overrides, *output]) == 0
+    for folder in (tmp_path / "run" / "merged", tmp_path / "run" / "weights" / "step-000001"):
+        assert (folder / "chat_template.jinja").read_text() == TEMPLATE
+        settings = json.loads((folder / "generation_config.json").read_text())
+        assert settings["eos_token_id"] == [END_OF_TEXT, END_OF_TURN]
+
+
+def test_a_run_of_an_older_version_says_what_is_not_known(run, tmp_path, capsys, monkeypatch):
+    stops = []
+    answer = lambda _, tokens, *, stop_ids, **k: stops.append(stop_ids) or [[5]]
+    monkeypatch.setattr("lorax.cli_generate.generate", answer)
     old = Path(shutil.copytree(run, tmp_path / "old"))
     (old / "stop_tokens.json").unlink()
     generate = ["generate", str(old), "--prompt", PROMPT, "--max-new-tokens", str(LONGEST)]
     out = ["--format", "merged", "--out"]
     assert main(generate) == main(["export", str(old), *out, str(tmp_path / "a")]) == 0
     captured = capsys.readouterr()
+    assert "verified" in captured.out
     assert captured.err.count("old has no stop_tokens.json (an older version made it)") == 2
     assert captured.err.count('write its id into that file: {"eos_token_id": [ID]}') == 2
     (old / "stop_tokens.json").write_text(f'{{"eos_token_id": [{END_OF_TURN}]}}')
     assert main(generate) == main(["export", str(old), *out, str(tmp_path / "b")]) == 0
     mended = capsys.readouterr()
-    assert not mended.err and len(mended.out) < len(captured.out)
+    assert not mended.err and stops == [(END_OF_TEXT,), (END_OF_TEXT, END_OF_TURN)]
     found = json.loads((tmp_path / "b" / "generation_config.json").read_text())["eos_token_id"]
     assert found == [END_OF_TEXT, END_OF_TURN]
     (old / "stop_tokens.json").write_text('{"eos_token_id": ["x"]}')

@@ -231,7 +231,10 @@ BAD = {
     ),
     "config that is deep": (write_bytes("config.json", b"[" * 10**5), r"config\.json is not JSON"),
     "config of many digits": (write_bytes("config.json", b"1" * 10**4), r"json is not JSON"),
-    "config of 40 MB": (write_bytes("config.json", b" " * 40 * 10**6), r"config\.json has 38 MiB"),
+    "config of 40 MB": (
+        write_bytes("config.json", b" " * 40 * 10**6),
+        r"config\.json .*it has 38 MiB",
+    ),
     "more layers than there are": (
         lambda f: edit_config(f, num_hidden_layers=10**6),
         r"num_hidden_layers must be at most 1,000, got 1000000",

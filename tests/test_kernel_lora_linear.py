@@ -7,6 +7,7 @@ import pytest
 
 from lorax_kernels import LoraWeights, lora_linear, lora_linear_group
 from lorax_kernels.lora_linear.reference import lora_linear_reference
+from tests.bounds import distance, rounding
 
 SCALE = 2.0
 CEILING = {"float64": 1e-14, "float32": 1e-5, "bfloat16": 3e-2, "float16": 4e-3}
@@ -26,10 +27,6 @@ def value_and_gradients(function, inputs, **options):
     return [np.asarray(v, np.float64) for v in (y, *pull(dy))]
 
 
-def relative(actual, exact):
-    return np.linalg.norm(actual - exact) / np.linalg.norm(exact)
-
-
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
 @pytest.mark.parametrize(
     "m, k, n, r", [(1, 8, 8, 1), (127, 96, 64, 3), (64, 128, 192, 16), (33, 256, 128, 64)]
@@ -42,8 +39,10 @@ def test_values_and_gradients_are_as_accurate_as_the_reference(dtype, m, k, n, r
     with jax.enable_x64(True):
         exact = value_and_gradients(lora_linear_reference, [v.astype("float64") for v in inputs])
     for name, got, base, want in zip(("y", "dx", "da", "db"), actual, plain, exact, strict=True):
-        bound = 2 * relative(base, want) + 4 * UNIT[dtype]
-        assert relative(got, want) <= min(bound, CEILING[dtype]), name
+        # Summed in float32 at least, of which the reference has its share by luck; rounded once.
+        sums = rounding(max(m, k, n), dtype="float64" if dtype == "float64" else "float32")
+        bound = 2 * distance(base, want) + sums + 4 * UNIT[dtype]
+        assert distance(got, want) <= min(bound, CEILING[dtype]), name
 
 
 def test_float32_adapters_on_a_bfloat16_base_get_float32_gradients():
@@ -69,10 +68,10 @@ def test_dropout_acts_on_the_update_alone_and_repeats_in_the_backward_pass():
     actual = value_and_gradients(lora_linear, inputs, **options)
     expected = value_and_gradients(lora_linear_reference, inputs, **options)
     for got, want in zip(actual, expected, strict=True):
-        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+        assert distance(got, want) <= rounding(64)
     x, w, a, b, _ = inputs
     without = lora_linear(x, w, a, jnp.zeros_like(b), scale=SCALE, **options)
-    np.testing.assert_allclose(without, x @ w, rtol=1e-5, atol=1e-6)
+    assert distance(without, x @ w) <= rounding(32)
 
 
 def test_dropout_keeps_the_expected_update():
@@ -80,7 +79,7 @@ def test_dropout_keeps_the_expected_update():
     keys = jax.random.split(jax.random.key(1), 2000)
     dropped = lambda key: lora_linear(x, w, a, b, scale=1.0, dropout_rate=0.3, dropout_key=key)
     mean = jax.vmap(dropped)(keys).mean(0)
-    assert relative(mean - x @ w, x @ a @ b) < 0.1
+    assert distance(mean - x @ w, x @ a @ b) < 0.1
     np.testing.assert_array_equal(dropped(keys[0]), dropped(keys[0]))
 
 

@@ -185,8 +185,8 @@ def _lists(settings):
         ({"target_modules": ["q_proj"], "rank_pattern": {"k_proj": 2}}, "rank_pattern: 'k_proj'"),
         ({"target_modules": ["q_proj"], "alpha_pattern": {"x": 2}}, "alpha_pattern: 'x'"),
         (
-            {"target_modules": ["q_proj"], "modules_to_save": ["head"]},
-            "'head'.*did you mean lm_head",
+            {"target_modules": ["q_proj"], "modules_to_save": ["haed"]},
+            "'haed'.*did you mean lm_head",
         ),
     ],
     ids=str,

@@ -137,7 +137,7 @@ def test_a_frozen_head_is_multiplied_twice_and_its_logits_never_stand_in_memory(
     assert max(map(math.prod, of_logits)) == ROWS * 4 * VOCABULARY
 
 
-def test_a_scaled_loss_scales_half_precision_gradients_without_overflow():
+def test_a_scaled_loss_scales_float16_gradients_without_overflow():
     draw = np.random.default_rng(0)
     hidden = jnp.asarray(draw.normal(size=(1, 4, WIDTH)) * 0.1, jnp.float16)
     labels, head = jnp.zeros((1, 4), jnp.int8), Model(jnp.float16).lm_head

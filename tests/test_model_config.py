@@ -11,6 +11,7 @@ import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from lorax.models import DecoderConfig
+from lorax.models.config import stored_dtype
 from lorax.models.json_fields import JsonFields
 from lorax.models.rope import RopeConfig, inverse_frequencies
 
@@ -247,6 +248,48 @@ REFUSED = {
     ),
     "rope is no object": (dict(rope_scaling="linear"), "rope_scaling must be an object"),
     "negative theta": (dict(rope_theta=-1.0), "rope_theta must be a number above 0"),
+    "no model type": (dict(model_type=None), "model_type is missing; it must be one of llama"),
+    "model type as list": (dict(model_type=["llama"]), "model_type must be one of llama"),
+    "class of another model": (
+        dict(architectures=["Qwen2ForCausalLM"]),
+        "architectures must be LlamaForCausalLM, as model_type says",
+    ),
+    "what classes there are": (
+        dict(architectures=["LlamaModel"]),
+        "LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, got",
+    ),
+    "several unknown fields": (
+        dict(sliding_windows=4, rms_norm_epsilon=1e-5),
+        "sliding_windows=4 is not a field .*rms_norm_epsilon=1e-05 is not .*They may change",
+    ),
+    "layer types of another type": (
+        dict(model_type="qwen2", layer_types=[["full_attention"]] * 3),
+        "layer_types must be 3 times",
+    ),
+    "rope type of another type": (
+        dict(rope_scaling=dict(rope_type=["linear"], factor=2.0)),
+        "rope_scaling.rope_type must be one of default",
+    ),
+    "stop token beyond 32 bits": (dict(eos_token_id=2**31), "eos_token_id must be below 2³¹"),
+    "stop token as object": (dict(eos_token_id={"a": 1}), "eos_token_id must be a token id"),
+    "number beyond floats": (
+        dict(rms_norm_eps=10**400),
+        "rms_norm_eps must be a number above 0, got a number of about 400 digits",
+    ),
+    "text of 20,000 characters": (
+        dict(hidden_act="x" * 20_000),
+        r"hidden_act must be .*got 'x{100}'… \(19,900 characters more\)",
+    ),
+    "windows of a llama": (dict(use_sliding_window=True), "use_sliding_window must be False"),
+    "mistral's window switched off": (
+        dict(model_type="mistral", use_sliding_window=False),
+        "use_sliding_window must be True .*got False",
+    ),
+    "query norms of a llama": (dict(use_qk_norm=True), "use_qk_norm must be False"),
+    "no query norms of a qwen3": (
+        dict(model_type="qwen3", qk_norm=False),
+        "qk_norm must be True .*got False",
+    ),
     "stop token": (dict(eos_token_id="</s>"), "eos_token_id must be a token id or a list"),
 }
 
@@ -261,3 +304,141 @@ def test_what_lorax_does_not_compute_is_refused(case):
 def test_a_field_that_is_null_counts_as_absent():
     config = read(rope_scaling=None, quantization_config=None, head_dim=None, pretraining_tp=None)
     assert config == read()
+
+
+TOLD = {
+    "a token's id": dict(unk_token_id=0),
+    "ids of tokens": dict(image_token_ids=[3, 4]),
+    "text of a token": dict(unk_token="<unk>"),
+    "a version": dict(internal_version="7b-v2"),
+    "a date": dict(release_date="2024-01-02"),
+    "a licence": dict(license="apache-2.0"),
+    "tags": dict(tags=["chat", "en"]),
+    "prose": dict(remark="trained on a cluster of eight"),
+    "a switch that is off": dict(sequence_parallel_enabled=False),
+    "another": dict(use_moe=False),
+    "an empty list": dict(no_split_modules=[]),
+    "no dropout": dict(ffn_dropout=0.0),
+    "null": dict(vision_config=None),
+}
+
+
+@pytest.mark.parametrize("case", TOLD)
+def test_what_cannot_change_the_result_is_told_and_not_refused(case):
+    (name,) = TOLD[case]
+    config = read(**TOLD[case])
+    assert config == read() and repr(config) == repr(read())
+    (note,) = config.notes
+    assert note.startswith(f"{WHERE}: {name}=") and "nothing that it computes depends on it" in note
+    assert name not in config.to_hf()
+
+
+def test_all_that_is_told_of_a_file_is_one_line():
+    config = read(unk_token_id=0, internal_version="7", sequence_parallel_enabled=False)
+    (note,) = config.notes
+    assert "unk_token_id=0 (a token id), internal_version='7'" in note
+    assert "sequence_parallel_enabled=False (switched off)" in note
+    assert not read().notes
+
+
+MIGHT = {
+    "rope switched off": dict(use_rope=False),
+    "the causal mask switched off": dict(is_causal=False),
+    "norms switched off": dict(use_rms_norm=False),
+    "no layer is rotated": dict(rope_layers=[]),
+    "the gate switched off": dict(gated_mlp=False),
+    "a switch that is on": dict(use_moe=True),
+    "a kind of norm": dict(norm_type="layernorm"),
+    "a kind of position": dict(position_embedding_type="alibi"),
+    "another activation": dict(activation_function="gelu"),
+    "text that may choose": dict(mixer="mamba"),
+    "a name that may choose": dict(attention_version="linear"),
+    "a word without a meaning": dict(foo="bar"),
+    "a number": dict(logit_soft_cap=30.0),
+    "experts": dict(num_experts=8),
+    "a dropout": dict(ffn_dropout=0.1),
+    "an object": dict(vision_config={"hidden_size": 8}),
+    "true for a token's id": dict(image_token_id=True),
+    "an unknown field of the rotary embedding": dict(rope_parameters=dict(rope_mode=False)),
+}
+
+
+@pytest.mark.parametrize("case", MIGHT)
+def test_what_might_change_the_result_is_refused(case):
+    with pytest.raises(ValueError, match=rf"^{WHERE}: .*is not a field that lorax knows here"):
+        read(**MIGHT[case])
+
+
+def test_what_says_what_is_computed_anyway_is_accepted():
+    for same in (
+        dict(use_sliding_window=False, sliding_window=4096, max_window_layers=21),
+        dict(layer_types=["full_attention"] * 3),
+        dict(use_qk_norm=False, parallel_attn=False, use_parallel_residual=False),
+        dict(embedding_multiplier=1.0, logits_scaling=1),
+        dict(architectures=["LLaMAForCausalLM"]),
+    ):
+        assert read(**same) == read() and not read(**same).notes
+    for model_type, same in (
+        ("mistral", dict(attention_bias=False, mlp_bias=False, use_sliding_window=True)),
+        ("mistral", dict(layer_types=["sliding_attention"] * 3)),
+        ("qwen2", dict(attention_bias=False)),
+        ("qwen3", dict(qk_norm=True)),
+    ):
+        assert read(model_type=model_type, **same) == read(model_type=model_type)
+
+
+def test_a_class_that_is_not_known_is_told():
+    config = read(architectures=["OtherForCausalLM"])
+    assert "architectures='OtherForCausalLM' is not known" in config.notes[0]
+    assert "computed as LlamaForCausalLM" in config.notes[0]
+
+
+def test_nothing_that_transformers_can_write_is_refused_or_told():
+    generation = transformers.GenerationConfig()
+    written = {**transformers.PreTrainedConfig().to_dict(), **generation.to_dict()}
+    for model_type in FAMILIES:
+        config = theirs(model_type, **FAMILIES[model_type]).to_dict()
+        assert not DecoderConfig.from_hf(written | config, WHERE).notes
+
+
+def test_what_transformers_keeps_of_a_gguf_is_told():
+    config = theirs("llama", unk_token_id=0, internal_version="x").to_dict()
+    assert "unk_token_id=0" in DecoderConfig.from_hf(config, WHERE).notes[0]
+
+
+DTYPES = {
+    "bfloat16": "bfloat16",
+    "float16": "float16",
+    "float32": "float32",
+    "half": "float16",
+    "float": "float32",
+    "torch.bfloat16": "bfloat16",
+    "auto": None,
+    None: None,
+}
+
+
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+@pytest.mark.parametrize("given", DTYPES)
+def test_a_dtype_is_read_as_in_transformers(name, given):
+    assert stored_dtype({name: given}, WHERE) == DTYPES[given]
+    read(**{name: given})
+    if given not in ("auto", "torch.bfloat16"):
+        config = theirs("llama", **{name: given}).to_dict()
+        assert config["dtype"] == DTYPES[given]
+
+
+def test_the_newer_name_of_the_dtype_counts():
+    both = dict(dtype="float16", torch_dtype="float32")
+    assert stored_dtype(both, WHERE) == theirs("llama", **both).to_dict()["dtype"] == "float16"
+    assert stored_dtype(dict(dtype="auto", torch_dtype="float32"), WHERE) == "float32"
+    assert stored_dtype({}, WHERE) is None
+
+
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+@pytest.mark.parametrize(
+    "value", ["float23", "fp32", "int8", "float8_e4m3fn", "", 16, 1.5, True, [], ["float32"], {}]
+)
+def test_a_dtype_that_is_none_is_refused(name, value):
+    with pytest.raises(ValueError, match=rf"{WHERE}: {name} must be bfloat16, float16 or float32"):
+        read(**{name: value})

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from lorax.models import CausalLM, DecoderConfig, DocumentLayout, attention, llama
+from tests.bounds import EXACT, distance, in_float64
 
 SMALL: dict[str, Any] = dict(
     model_type="llama",
@@ -29,6 +30,8 @@ WINDOW: dict[str, Any] = dict(model_type="mistral", sliding_window=4)
 def make(gradient_checkpointing="none", **settings):
     config = DecoderConfig.from_hf(SMALL | settings, "here")
     options: dict[str, Any] = dict(gradient_checkpointing=gradient_checkpointing)
+    # Asked for at each call, so that `in_float64` decides it.
+    options |= dict(dtype=jnp.float32, param_dtype=jnp.float32)
     model = CausalLM(config, rngs=nnx.Rngs(0), **options)
     # Larger than at birth, so that attention is far from uniform.
     return jax.tree.map(lambda x: x if x.ndim == 1 else 10 * x, model)
@@ -110,13 +113,11 @@ def value_and_gradient(model, *inputs):
 @pytest.mark.parametrize("packed", [False, True])
 def test_recomputation_gives_the_same_gradients(packed):
     inputs = pack(draw_documents(), 16)[: 3 if packed else 1]
-    (value, gradient), _, _ = value_and_gradient(make("none"), *inputs)
-    (again, recomputed), _, _ = value_and_gradient(make("full"), *inputs)
-    np.testing.assert_allclose(again, value, rtol=1e-6)
-    scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(gradient))
-    for a, b in zip(jax.tree.leaves(recomputed), jax.tree.leaves(gradient), strict=True):
-        assert float(jnp.abs(b).max()) > 0
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6 * scale)
+    with in_float64():
+        expected, found = (value_and_gradient(make(p), *inputs)[0] for p in ("none", "full"))
+    for ours, theirs in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        assert ours.dtype == np.float64 and np.linalg.norm(theirs) > 0
+        assert distance(ours, theirs) <= EXACT
 
 
 def saved_shapes(model, ids):

@@ -200,7 +200,9 @@ def test_another_model_or_adapter_in_the_same_folder_is_another_step(prepared, t
     assert place_of(config, inputs, folder) != before
 
 
-@pytest.mark.parametrize("what", ["code", "libraries", "versions", "runtime", "environment"])
+@pytest.mark.parametrize(
+    "what", ["code", "libraries", "versions", "runtime", "target", "environment"]
+)
 def test_other_surroundings_are_another_step(prepared, monkeypatch, what):
     prepare, folder = prepared
     before, usual = place_of(*prepare(), folder), program_cache._surroundings()
@@ -228,6 +230,17 @@ def test_surroundings_are_those_of_the_moment(monkeypatch):
     devices = [SimpleNamespace(client=SimpleNamespace(platform_version="cuda 99"), device_kind="x")]
     monkeypatch.setattr(program_cache.jax, "devices", lambda: devices)
     assert program_cache._surroundings()["runtime"] == "cuda 99"
+
+
+def test_steps_of_another_cpu_are_not_taken():
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_max_isa=SSE4_2"
+    older = "from lorax import program_cache; print(program_cache._surroundings()['target'])"
+    done = subprocess.run(
+        [sys.executable, "-c", older],
+        cwd=ROOT, capture_output=True, text=True, check=True, env=os.environ | {"XLA_FLAGS": flags},
+    )  # fmt: skip
+    same = "max_isa=SSE4_2" in os.environ.get("XLA_FLAGS", "")
+    assert (done.stdout.strip() == program_cache._surroundings()["target"]) == same
 
 
 def test_the_cache_is_the_users_own(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import os
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 from lorax.data.batches import Batch, BatchPlan
-from lorax.data.chat import encode_prompt
+from lorax.data.chat import encode_prompt, read_own_template
 from lorax.data.dataset import EncodedDataset, EncodedRow, EncodeReport
 from lorax.data.encode import load_encoded_dataset
 from lorax.data.packing import pack_rows
@@ -31,5 +31,6 @@ __all__ = [
     "load_tokenizer",
     "pack_rows",
     "prefetch",
+    "read_own_template",
     "render_example",
 ]

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from lorax.config import DataConfig
 from lorax.data.conversation import INSTRUCTING, Conversation, Message
@@ -13,6 +12,7 @@ from lorax.data.renderer import RENDERER, Part, Rendered, RenderError, Request
 from lorax.data.rows import DataError, RowError
 from lorax.data.tokenizer import Tokenizer
 from lorax.data.turns import GENERATION, RenderedText, Rendering, RewrittenError, ignored
+from lorax.small_files import SmallFileError, read_small_file
 
 REWRITTEN = "became one row per learned turn: the chat template rewrites earlier turns"
 
@@ -171,21 +171,36 @@ class ChatTemplate:
         return tuple(part for part in parts if part.length)
 
 
-def load_chat_template(tokenizer: Tokenizer, config: DataConfig) -> ChatTemplate | None:
-    """Returns the template that `config.chat_template` names, or None if the tokenizer has none.
+def read_own_template(config: DataConfig) -> str | None:
+    """Returns the text of the template file that the settings name; None if it is the tokenizer's.
 
     Raises:
         DataError: If the file is missing, empty, or no text.
     """
     if config.chat_template == "tokenizer":
-        return ChatTemplate(tokenizer, config) if tokenizer.chat_template else None
+        return None
+    where = f"data.chat_template: {config.chat_template}"
     try:
-        template = Path(config.chat_template).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"data.chat_template {config.chat_template!r}: {error}") from error
+        template = read_small_file(config.chat_template).decode("utf-8-sig")
+    except SmallFileError as error:
+        raise DataError(f"{where}: {error}; needed is the path of a .jinja file") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: byte {error.start} is not UTF-8") from error
     if not template.strip():
-        raise DataError(f"data.chat_template {config.chat_template!r}: the file is empty")
-    return ChatTemplate(tokenizer, config, template)
+        raise DataError(f"{where}: the file is empty")
+    return template
+
+
+def load_chat_template(tokenizer: Tokenizer, config: DataConfig) -> ChatTemplate | None:
+    """Returns the template that the settings name, or None if the tokenizer has none.
+
+    Raises:
+        DataError: If a file is named that cannot be read.
+    """
+    own = read_own_template(config)
+    if own is None and not tokenizer.chat_template:
+        return None
+    return ChatTemplate(tokenizer, config, own)
 
 
 def encode_prompt(

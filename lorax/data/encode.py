@@ -28,6 +28,7 @@ from lorax.data.sieve import Sieve
 from lorax.data.sources import open_source
 from lorax.data.tokenizer import TokenizedText, Tokenizer, check_fast, tokenize_texts
 from lorax.data.turns import RenderedText
+from lorax.wording import explain
 
 _ROWS_PER_BATCH, _SIZE_PER_BATCH = 256, 2**20
 _DEEPEST = 100
@@ -62,8 +63,11 @@ def load_encoded_dataset(
         sieve = Sieve(config, kept)
         encoder = _RowEncoder(config, tokenizer, vocab_size, sieve)
         for source in sources:
-            with open_source(source) as rows:
-                encoder.encode(rows)
+            try:
+                with open_source(source) as rows:
+                    encoder.encode(rows)
+            except OSError as error:
+                raise DataError(f"{source.path}: cannot be read: {explain(error)}") from error
         sieve.check()
         report = dataclasses.replace(
             sieve.report(tuple(source.path for source in sources)),

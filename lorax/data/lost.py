@@ -70,14 +70,16 @@ def lost_fields(fields: Sequence[Field], text: str) -> list[Field]:
                 doubtful.append((field, words))
             else:
                 position = end
-    if not doubtful:
-        return []
     everything = "\0".join(words for field in fields for words in field.texts)
-    lost = [
-        field
-        for field, words in doubtful
-        if sum(text.count(form) for form in forms(words)) < everything.count(words)
-    ]
+    lost: list[Field] = []
+    for words in dict.fromkeys(words for _, words in doubtful):
+        missing = everything.count(words) - sum(text.count(form) for form in forms(words))
+        if missing > 0:
+            # Which of several equal texts it is cannot be seen; users and assistants are always
+            # written, so it is rather another's.
+            holders = [field for field in fields if words in field.texts]
+            holders.sort(key=lambda field: field.name.startswith(("user.", "assistant.content")))
+            lost += holders[:missing]
     return list(dict.fromkeys(lost))
 
 

@@ -16,6 +16,7 @@ from jaxtyping import Int64
 
 from lorax.config import DataSource
 from lorax.data.rows import DataError, NumberedRows, Row, Rows, show_name, undecodable_place
+from lorax.wording import clip, describe
 
 _READ_ERRORS = (DatasetsError, pyarrow.ArrowException, OSError, ValueError)
 
@@ -81,12 +82,7 @@ def _check_csv(path: Path, name: str) -> list[str]:
         records = filter(None, reader)
         try:
             columns = next(records)
-            if len(set(columns)) != len(columns):
-                # Without a header it is the first row: its words may be training text.
-                twice = next(column for column in columns if columns.count(column) > 1)
-                raise DataError(
-                    f"{name}:1: a column name stands twice in the header: {show_name(twice)}"
-                )
+            _check_columns(columns, f"{name}:{reader.line_num}")
             empty = True
             for record in records:
                 empty = False
@@ -104,8 +100,23 @@ def _check_csv(path: Path, name: str) -> list[str]:
     return columns
 
 
+def _check_columns(columns: list[str], place: str) -> None:
+    """Refuses names by which a column cannot be found."""
+    nameless = [str(i) for i, column in enumerate(columns, start=1) if not column.strip()]
+    if nameless:
+        raise DataError(
+            f"{place}: column {' and '.join(nameless)} of {len(columns)} has no name: name it, or "
+            "leave it out (pandas writes its index so, unless with to_csv(index=False))"
+        )
+    if len(set(columns)) != len(columns):
+        # Without a header it is the first row: its words may be training text.
+        twice = next(column for column in columns if columns.count(column) > 1)
+        raise DataError(f"{place}: a column name stands twice in the header: {show_name(twice)}")
+
+
 def _read_parquet(path: Path, name: str, cache: str) -> datasets.Dataset:
     try:
+        _check_columns(pyarrow.parquet.read_schema(path).names, name)
         if pyarrow.parquet.read_metadata(path).num_rows == 0:
             raise DataError(f"{name}: the file holds no rows")
         with _without_progress_bars():
@@ -122,7 +133,8 @@ def _table(read: Any, path: Path, cache: str, **options: Any) -> datasets.Datase
 
 
 def _unreadable(name: str, error: BaseException) -> DataError:
-    return DataError(f"{name}: cannot be read: {str(error.__cause__ or error).strip()}")
+    said = " ".join(describe(error.__cause__ or error).split())
+    return DataError(f"{name}: cannot be read: {clip(said, 300)}")
 
 
 def open_hub(source: DataSource) -> Rows:
@@ -138,7 +150,7 @@ def open_hub(source: DataSource) -> Rows:
         what = f"configuration {source.name!r}, " if source.name else ""
         raise DataError(
             f"{source.path}: cannot load this hub dataset ({what}split {source.split!r}): "
-            f"{error.__cause__ or error}"
+            f"{clip(describe(error.__cause__ or error), 300)}"
         ) from error
     if not isinstance(table, datasets.Dataset):
         raise DataError(f"{source.path}: split {source.split!r} gave {type(table).__name__}")

@@ -22,6 +22,7 @@ from lorax.data.tokenizer_files import (
     comparable_steps,
     read_steps,
 )
+from lorax.wording import clip
 
 if TYPE_CHECKING:
     import transformers
@@ -189,21 +190,30 @@ def tokenize_texts(
         texts: Any number of texts.
         add_special_tokens: Whether to add what the tokenizer adds to a text, such as BOS. A
             rendered chat template already holds it.
+
+    Raises:
+        DataError: If it fails, as where its vocabulary lacks what its model needs.
     """
     if not texts:
         return []
-    encoding = tokenizer(
-        list(texts),
-        add_special_tokens=add_special_tokens,
-        return_offsets_mapping=True,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        truncation=False,
-        padding=False,
-        verbose=False,
-    )
+    try:
+        encoding = tokenizer(
+            list(texts),
+            add_special_tokens=add_special_tokens,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            truncation=False,
+            padding=False,
+            verbose=False,
+        )
+    except Exception as error:  # of no class of its own, from the tokenizers library
+        raise DataError(
+            f"the tokenizer fails on a text: {clip(str(error), 200)}; use the tokenizer files that "
+            "came with the model"
+        ) from error
     return [
-        _with_reach(np.asarray(ids, np.int32), np.asarray(offsets, np.int64).reshape(-1, 2))
+        _with_reach(_narrow(ids), np.asarray(offsets, np.int64).reshape(-1, 2))
         for ids, offsets in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)
     ]
 
@@ -224,6 +234,16 @@ def special_token_ids(tokenizer: Tokenizer) -> frozenset[int]:
     """Returns the ids of all tokens that are flagged special, named (EOS, …) or added."""
     added = tokenizer.added_tokens_decoder.items()
     return frozenset({*tokenizer.all_special_ids, *(i for i, token in added if token.special)})
+
+
+def _narrow(ids: Sequence[int]) -> Int32[np.ndarray, " tokens"]:
+    wide = np.asarray(ids, np.int64)
+    if (highest := int(wide.max(initial=0))) > np.iinfo(np.int32).max:
+        raise DataError(
+            f"the tokenizer gives the token id {highest}, more than any model's vocabulary has; "
+            "use the tokenizer of the model"
+        )
+    return wide.astype(np.int32)
 
 
 def _with_reach(

@@ -1,11 +1,12 @@
 """The files of a tokenizer, looked at before a library makes something of them."""
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lorax.interop.files import CheckpointError, read_json, refuse_stand_ins
+from lorax.interop.files import MAX_INDEX_BYTES, CheckpointError, read_json, refuse_stand_ins
 
 TOKENIZER_FILE, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
 
@@ -22,6 +23,9 @@ _SWITCHES = (
     "legacy",
     "split_special_tokens",
 )
+
+_HEAD = 2**20
+"""Characters of a tokenizer.json in which its steps are looked for first."""
 
 type Steps = dict[str, Any]
 """What a tokenizer does besides its vocabulary, as tokenizer.json names it."""
@@ -52,7 +56,8 @@ def check_tokenizer_files(folder: Path) -> None:
     problems = []
     for name in (CONFIG_FILE, "special_tokens_map.json"):
         path = folder / name
-        settings = read_json(path) if path.exists() else {}
+        # Thousands of added tokens, one by one, are more than a megabyte: Gemma 3 has them.
+        settings = read_json(path, MAX_INDEX_BYTES) if path.exists() else {}
         wrong = [
             f"{key} must be {needed}, got {_show(settings[key])}"
             for key, (fits, needed) in _FIELDS.items()
@@ -70,15 +75,14 @@ def read_steps(path: Path) -> Steps:
     Raises:
         ValueError: If it is not JSON of this form.
     """
-    text = path.read_text(encoding="utf-8")
     # Vocabulary and merges come last as a rule; they are most of the file, and slow to parse.
-    head, steps = text.partition('"vocab"')[0].rstrip().removesuffix(","), {}
-    try:
-        steps = json.loads(head + "}}")
-    except ValueError:
-        pass
-    if not {"normalizer", "pre_tokenizer"} <= steps.keys():
-        steps = json.loads(text)
+    with path.open(encoding="utf-8") as file:
+        text, steps = file.read(_HEAD), {}
+        with contextlib.suppress(ValueError):
+            head = text.partition('"vocab"')[0].rstrip().removesuffix(",")
+            steps = json.loads(head + "}}")
+        if not {"normalizer", "pre_tokenizer", "model"} <= steps.keys():
+            steps = json.loads(text + file.read())
     if not isinstance(steps, dict) or not isinstance(steps.get("model"), dict):
         raise CheckpointError(f"{path} names no model of a tokenizer")
     return comparable_steps(steps.get("normalizer"), steps.get("pre_tokenizer"), steps["model"])

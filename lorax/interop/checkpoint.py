@@ -10,14 +10,17 @@ import huggingface_hub
 import numpy as np
 
 from lorax.interop.files import (
+    MAX_INDEX_BYTES,
     CheckpointError,
     TensorEntry,
     read_headers,
     read_json,
+    refuse_nul,
     refuse_occupied,
     save_tensors,
     write_directory,
 )
+from lorax.wording import clip, explain, kind_of, show
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 WEIGHT_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
@@ -53,16 +56,23 @@ def resolve_checkpoint(
     Raises:
         CheckpointError: If it is neither, or `revision` is given for a folder.
     """
-    path = Path(path_or_id).expanduser()
-    if path.exists():
+    refuse_nul(path_or_id)
+    name = str(path_or_id)
+    try:
+        path = Path(path_or_id).expanduser()
+        exists = path.exists()
+    except (OSError, RuntimeError) as error:  # a name that is too long, or of no user
+        raise CheckpointError(f"{clip(name)}: no such folder: {explain(error)}") from error
+    if exists:
         if not path.is_dir():
             raise CheckpointError(f"{path} is a file; give the folder that holds {CONFIG_FILE}")
         if revision is not None:
-            raise CheckpointError(f"{path} is a folder: revision={revision!r} is for hub ids only")
+            raise CheckpointError(
+                f"{path} is a folder: revision={show(revision)} is for hub ids only"
+            )
         return path
-    name = str(path_or_id)
     if name.count("/") > 1 or name.startswith((".", "~", "/")) or "\\" in name:
-        raise CheckpointError(f"{name}: no such folder")
+        raise CheckpointError(f"{clip(name)}: no such folder")
     fetch = lambda patterns: huggingface_hub.snapshot_download(
         name, revision=revision, allow_patterns=list(patterns)
     )
@@ -77,7 +87,8 @@ def resolve_checkpoint(
         return Path(fetch((*settings, *files)))
     except (OSError, huggingface_hub.errors.HFValidationError) as error:
         raise CheckpointError(
-            f"{name} is neither a folder nor a checkpoint that the Hugging Face hub gives: {error}"
+            f"{clip(name)} is neither a folder nor a checkpoint that the Hugging Face hub gives: "
+            f"{clip(str(error), 300)}"
         ) from error
 
 
@@ -122,7 +133,7 @@ def _find_indexed(directory: Path, index: Path) -> dict[str, TensorEntry]:
     shards = {name: directory / name for name in dict.fromkeys(weight_map.values())}
     for name, path in shards.items():
         if not path.exists():
-            raise CheckpointError(f"{index} lists {name}, which does not exist; fetch it")
+            raise CheckpointError(f"{index} lists {clip(name)}, which does not exist; fetch it")
     entries = read_headers(_inside(directory, path) for path in shards.values())
     for tensor, shard in weight_map.items():
         if tensor not in entries or entries[tensor].file != shards[shard]:
@@ -134,15 +145,16 @@ def _find_indexed(directory: Path, index: Path) -> dict[str, TensorEntry]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_json(index, MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: weight_map must be an object of tensor: file")
+        got = "an empty one" if weight_map == {} else kind_of(weight_map)
+        raise CheckpointError(f"{index}: weight_map must be an object of tensor: file, got {got}")
     for tensor, name in weight_map.items():
         plain = isinstance(name, str) and name == Path(name).name and name not in ("", ".", "..")
         if not plain or "\\" in name or "\0" in name or not name.endswith(".safetensors"):
             raise CheckpointError(
-                f"{index}: weight_map[{tensor!r}] must be the bare name of a .safetensors file in "
-                f"the same folder, got {name!r}"
+                f"{index}: weight_map[{show(tensor)}] must be the bare name of a .safetensors file "
+                f"in the same folder, got {show(name)}"
             )
     return weight_map
 

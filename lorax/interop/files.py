@@ -19,13 +19,17 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from lorax.small_files import MOST_BYTES, SmallFileError, read_small_file
+from lorax.wording import clip, explain, kind_of, show
+
 READABLE_DTYPES = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32}
 """By the name that safetensors gives them."""
 
 MAX_HEADER_BYTES = 2**24
 """Of a safetensors file: room for 100,000 tensors. A larger one takes long to parse, and memory."""
 
-MAX_JSON_BYTES = 2**25
+MAX_INDEX_BYTES = 2**25
+"""Of a JSON file that lists tensors: as `MAX_HEADER_BYTES`."""
 
 _READERS = 2
 """Threads that read weights."""
@@ -52,12 +56,16 @@ class TensorEntry:
     offset: int
 
 
-def read_json(path: str | Path) -> dict[str, Any]:
+def read_json(path: str | Path, most: int = MOST_BYTES) -> dict[str, Any]:
     """Returns the object in a JSON file.
 
+    Args:
+        path: The file.
+        most: Bytes above which it is not read.
+
     Raises:
-        CheckpointError: If the file is absent, is a Git LFS pointer or a web page, is not UTF-8
-            JSON, holds anything but an object, or gives a key twice.
+        CheckpointError: If the file is absent, too large, a Git LFS pointer or a web page, is not
+            UTF-8 JSON, holds anything but an object, or gives a key twice.
     """
     path = Path(path)
     refuse_stand_ins(path)
@@ -66,22 +74,25 @@ def read_json(path: str | Path) -> dict[str, Any]:
         result = dict(pairs)
         for key in result if len(result) < len(pairs) else ():
             if sum(k == key for k, _ in pairs) > 1:
-                raise CheckpointError(f"{path}: the key {key!r} is given twice")
+                raise CheckpointError(f"{path}: the key {show(key)} is given twice")
         return result
 
-    if (size := path.stat().st_size) > MAX_JSON_BYTES:
-        raise CheckpointError(
-            f"{path} has {size / 2**20:,.0f} MiB, where a description of a model needs less than "
-            f"{MAX_JSON_BYTES / 2**20:.0f}: it is something else, fetch it again"
-        )
     try:
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+        text = read_small_file(path, most).decode("utf-8")
+        value = json.loads(text, object_pairs_hook=unique)
+    except SmallFileError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}; fetch it again") from error
     except CheckpointError:
         raise
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from None
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise CheckpointError(f"{path} is not JSON: byte 0x{byte:02x} is no UTF-8") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {explain(error)}") from None
+    except RecursionError:
+        raise CheckpointError(f"{path} is not JSON of a model: it is nested too deeply") from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold an object, got {type(value).__name__}")
+        raise CheckpointError(f"{path} must hold an object, got {kind_of(value)}")
     return value
 
 
@@ -193,7 +204,8 @@ def open_tensors(path: str | Path) -> Iterator[Any]:
         file = safe_open(path, framework="numpy")
     except SafetensorError as error:
         raise CheckpointError(
-            f"{path} is not a whole safetensors file ({error}); it may be truncated: fetch it again"
+            f"{path} is not a whole safetensors file ({clip(str(error))}); it may be truncated: "
+            "fetch it again"
         ) from None
     with file:
         yield file
@@ -201,6 +213,7 @@ def open_tensors(path: str | Path) -> Iterator[Any]:
 
 def refuse_stand_ins(path: Path) -> None:
     """Refuses what downloads leave in the place of a file."""
+    refuse_nul(path)
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist, or is not a file")
     with path.open("rb") as file:
@@ -211,6 +224,12 @@ def refuse_stand_ins(path: Path) -> None:
         )
     if head[:2].lower() in (b"<!", b"<h", b"<?"):
         raise CheckpointError(f"{path} is a web page, not the file itself; fetch it again")
+
+
+def refuse_nul(path: str | Path) -> None:
+    """Raises `CheckpointError` if a path holds a NUL character, which the system's cannot."""
+    if "\0" in str(path):
+        raise CheckpointError(f"{show(str(path))} holds a NUL character, which no path can")
 
 
 def save_tensors(tensors: dict[str, np.ndarray], path: Path) -> None:
@@ -280,6 +299,7 @@ def sync_tree(folder: Path) -> None:
 
 def refuse_occupied(directory: str | Path) -> None:
     """Raises `CheckpointError` if something is where a folder is to be written."""
+    refuse_nul(directory)
     directory = Path(directory)
     if directory.is_dir() and not any(directory.iterdir()):
         return

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -20,8 +21,15 @@ from lorax.interop.checkpoint import (
     resolve_checkpoint,
     write_checkpoint,
 )
-from lorax.interop.files import CheckpointError, TensorEntry, open_tensors, read_ahead
+from lorax.interop.files import (
+    READABLE_DTYPES,
+    CheckpointError,
+    TensorEntry,
+    open_tensors,
+    read_ahead,
+)
 from lorax.models import AttentionImplementation, CausalLM, DecoderConfig, GradientCheckpointing
+from lorax.models.config import stored_dtype
 from lorax.sharding import HostArray
 
 type ParameterPath = tuple[Any, ...]
@@ -100,6 +108,21 @@ def load_hf_config(path_or_id: str | Path, *, revision: str | None = None) -> De
     """
     directory = resolve_checkpoint(path_or_id, revision)
     return DecoderConfig.from_hf(read_config(directory), str(directory / CONFIG_FILE))
+
+
+def find_stored_dtype(directory: Path) -> str:
+    """Returns the dtype of a checkpoint's weights: what config.json says, else what most are in.
+
+    Raises:
+        ValueError: As `load_hf_config`, or `find_tensors` where config.json leaves it to them.
+    """
+    named = stored_dtype(read_config(directory), str(directory / CONFIG_FILE))
+    if named is not None:
+        return named
+    sizes = dict.fromkeys(READABLE_DTYPES, 0)
+    for entry in find_tensors(directory).values():
+        sizes[entry.dtype] += math.prod(entry.shape)
+    return np.dtype(READABLE_DTYPES[max(sizes, key=lambda name: sizes[name])]).name
 
 
 def load_model(

@@ -10,55 +10,27 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from pydantic import ValidationError
 
 from lorax.config import LoraConfig
-from lorax.interop.files import read_headers, read_json, read_tensors, save_tensors, write_directory
+from lorax.interop.files import (
+    TensorEntry,
+    read_headers,
+    read_tensor,
+    save_tensors,
+    write_directory,
+)
 from lorax.interop.huggingface import hf_name
+from lorax.interop.peft_config import CONFIG_FILE as CONFIG_FILE
+from lorax.interop.peft_config import AdapterError as AdapterError
+from lorax.interop.peft_config import read_adapter_config as read_adapter_config
 from lorax.lora import LoraLinear, apply_lora, lora_layers, named_modules, tied_modules
 from lorax.targets import TargetError, match_targets
+from lorax.wording import clip
 
 PREFIX = "base_model.model."
-CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
+TENSOR_FILE = "adapter_model.safetensors"
 
 type AdapterFormat = Literal["peft", "peft-portable"]
-
-# Fields of adapter_config.json that lorax's LoraConfig also has.
-_SHARED_FIELDS = (
-    "r",
-    "lora_alpha",
-    "lora_dropout",
-    "target_modules",
-    "exclude_modules",
-    "layers_to_transform",
-    "layers_pattern",
-    "rank_pattern",
-    "alpha_pattern",
-    "use_rslora",
-    "bias",
-    "modules_to_save",
-)
-# Fields that cannot change what a loaded adapter computes.
-_NEUTRAL_FIELDS = {
-    "auto_mapping",
-    "peft_version",
-    "base_model_name_or_path",
-    "revision",
-    "task_type",
-    "inference_mode",
-    "megatron_config",
-    "megatron_core",
-    "loftq_config",
-    "runtime_config",
-    "ensure_weight_tying",
-    "qalora_group_size",
-}
-# These initialisations leave the base as it is; all others change it before training.
-_PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva")
-
-
-class AdapterError(ValueError):
-    """An adapter folder that cannot be loaded as it stands."""
 
 
 def adapter_config(
@@ -203,43 +175,6 @@ def save_adapter(
     return Path(directory)
 
 
-def read_adapter_config(directory: str | Path) -> LoraConfig:
-    """Reads adapter_config.json, refusing every field that lorax does not implement.
-
-    Raises:
-        AdapterError: Naming the file, the field, its value and what is supported.
-    """
-    path = Path(directory) / CONFIG_FILE
-    raw = read_json(path)
-    if raw.get("peft_type") != "LORA":
-        raise AdapterError(f"{path}: peft_type must be LORA, got {raw.get('peft_type')!r}")
-    initialisation = raw.get("init_lora_weights", True)
-    if initialisation not in _PLAIN_INITIALISATIONS:
-        raise AdapterError(
-            f"{path}: init_lora_weights={initialisation!r} changes the base weights on loading, "
-            "which lorax does not do; convert the adapter to plain LoRA with PEFT first"
-        )
-    known = {*_SHARED_FIELDS, *_NEUTRAL_FIELDS, "peft_type", "init_lora_weights"}
-    for field, value in raw.items():
-        if field not in known and value not in (None, False, [], {}):
-            raise AdapterError(
-                f"{path}: {field}={value!r} is not supported; remove it or merge with PEFT"
-            )
-    fields = {f: raw[f] for f in _SHARED_FIELDS if raw.get(f) is not None}
-    fields.setdefault("r", 8)
-    fields.setdefault("lora_alpha", 8)
-    if not fields.get("target_modules"):
-        raise AdapterError(f"{path}: target_modules is missing; lorax does not guess it")
-    try:
-        return LoraConfig(**fields)
-    except ValidationError as error:
-        problems = [
-            f"{'.'.join(map(str, item['loc']))}: {item['msg']}, got {item['input']!r}"
-            for item in error.errors(include_url=False)
-        ]
-        raise AdapterError(f"{path}: {'; '.join(problems)}") from None
-
-
 def load_adapter[M: nnx.Module](model: M, directory: str | Path) -> M:
     """Returns `model` with the adapters of a PEFT folder, ready to train on or to evaluate.
 
@@ -256,42 +191,57 @@ def load_adapter[M: nnx.Module](model: M, directory: str | Path) -> M:
         adapted = apply_lora(model, config, rngs=nnx.Rngs(0))
     except TargetError as error:
         raise TargetError(f"{directory} does not fit this model: {error}") from None
-    path = _tensor_file(directory)
-    found = {key: value for _, key, value in read_tensors([path])}
-    expected = {key: value.shape for key, value in adapter_tensors(adapted).items()}
-    _accept_base_copies(found, expected, adapted, path)
-    _refuse_untied(found, adapted, path)
-    for label, keys in (
-        ("lacks", expected.keys() - found.keys()),
-        ("has unexpected", found.keys() - expected.keys()),
-    ):
-        if keys:
-            raise AdapterError(f"{path} {label} {len(keys)} tensors, first {sorted(keys)[0]}")
-    for key, shape in expected.items():
-        if found[key].shape != shape:
-            raise AdapterError(f"{path}: {key} has shape {found[key].shape}, needed {shape}")
-        if not np.isfinite(found[key].astype(np.float32)).all():
-            raise AdapterError(f"{path}: {key} holds values that are not finite")
+    entries = check_adapter(adapted, directory)
+    found = {key: read_tensor(entry) for key, entry in entries.items()}
+    _check_values(found, adapted, directory / TENSOR_FILE)
     _fill(adapted, found)
     return adapted
 
 
-def check_adapter(model: nnx.Module, directory: str | Path) -> None:
-    """Compares the shapes of A and B in a PEFT folder with an adapted model, which may be shapes.
+def check_adapter(model: nnx.Module, directory: str | Path) -> dict[str, TensorEntry]:
+    """Compares the tensors of a PEFT folder with an adapted model, which may be of shapes.
+
+    Returns:
+        Where each tensor is; none is read but a head and an embedding that must be equal.
 
     Raises:
-        AdapterError: Naming the file and the tensor.
+        AdapterError: Naming the file and the tensor: absent, unknown or of another shape.
     """
     path = _tensor_file(Path(directory))
-    entries, expected = read_headers([path]), {}
-    for name, layer in lora_layers(model).items():
-        expected[f"{PREFIX}{name}.lora_A.weight"] = layer.r, layer.in_features
-        expected[f"{PREFIX}{name}.lora_B.weight"] = layer.out_features, layer.r
-    if missing := sorted(expected.keys() - entries.keys()):
-        raise AdapterError(f"{path} lacks {len(missing)} tensors, first {missing[0]}")
-    for key, shape in expected.items():
-        if entries[key].shape != shape:
-            raise AdapterError(f"{path}: {key} has shape {entries[key].shape}, needed {shape}")
+    entries, expected = read_headers([path]), _expected_shapes(model)
+    _refuse_untied(entries, model, path)
+    # PEFT saves the weights of an adapted head beside it, which are the base's.
+    copies = {
+        f"{PREFIX}{name}.base_layer.weight": (layer.out_features, layer.in_features)
+        for name, layer in lora_layers(model).items()
+    }
+    for label, keys in (
+        ("lacks", expected.keys() - entries.keys()),
+        ("has unexpected", entries.keys() - expected.keys() - copies.keys()),
+    ):
+        if keys:
+            first = clip(sorted(keys)[0])
+            raise AdapterError(f"{path} {label} {len(keys)} tensors, first {first}")
+    for key, entry in entries.items():
+        needed = expected[key] if key in expected else copies[key]
+        if entry.shape != needed:
+            raise AdapterError(f"{path}: {key} has shape {entry.shape}, needed {needed}")
+    return entries
+
+
+def _expected_shapes(model: nnx.Module) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of every tensor that adapter_model.safetensors must hold."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, layer in _adapted(model).items():
+        shapes[f"{PREFIX}{name}.lora_A.weight"] = layer.r, layer.in_features
+        shapes[f"{PREFIX}{name}.lora_B.weight"] = layer.out_features, layer.r
+    for key, transposed, variable in _trained_parameters(model):
+        shape = tuple(variable.get_value().shape)
+        shapes[PREFIX + key] = shape[::-1] if transposed else shape
+    for name, source in tied_modules(model).items():
+        if (shared := f"{PREFIX}{source}.weight") in shapes:
+            shapes[f"{PREFIX}{name}.weight"] = shapes[shared]
+    return shapes
 
 
 def _tensor_file(directory: Path) -> Path:
@@ -315,8 +265,12 @@ def _fill(model: nnx.Module, tensors: dict[str, np.ndarray]) -> None:
         variable.set_value(jnp.asarray(value.T if transposed else value, dtype))
 
 
-def _accept_base_copies(found, expected, model, path) -> None:
-    """Drops the copies of base weights that PEFT saves beside adapted heads, if they are equal."""
+def _check_values(found: dict[str, np.ndarray], model: nnx.Module, path: Path) -> None:
+    """Refuses values that are not finite, and copies of another base's weights."""
+    for key, value in found.items():
+        if not np.isfinite(value.astype(np.float32)).all():
+            raise AdapterError(f"{path}: {key} holds values that are not finite")
+    expected = _expected_shapes(model)
     for name, layer in lora_layers(model).items():
         key = f"{PREFIX}{name}.base_layer.weight"
         if key in found and key not in expected:
@@ -326,17 +280,14 @@ def _accept_base_copies(found, expected, model, path) -> None:
                     f"{path}: {key} differs from the base model's weight; the adapter was made for "
                     "another base"
                 )
-            del found[key]
 
 
-def _refuse_untied(found: dict[str, np.ndarray], model: nnx.Module, path: Path) -> None:
+def _refuse_untied(entries: dict[str, TensorEntry], model: nnx.Module, path: Path) -> None:
     """Refuses an adapter whose head and embedding were trained apart, on a model that ties them."""
     for name, source in tied_modules(model).items():
         pair = [f"{PREFIX}{n}.weight" for n in (source, name)]
-        present = [key for key in pair if key in found]
-        if not present:
-            continue
-        if len(present) < 2 or not np.array_equal(found[pair[0]], found[pair[1]]):
+        present = [entries[key] for key in pair if key in entries]
+        if present and not (len(present) == 2 and np.array_equal(*map(read_tensor, present))):
             raise AdapterError(
                 f"{path}: {pair[0]} and {pair[1]} must both be there and equal, because the base "
                 f"model ties {name} to {source}; this adapter trained them apart "

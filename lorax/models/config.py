@@ -4,8 +4,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from lorax.models.config_fields import FIXED_FIELDS, HARMLESS_FIELDS, neutral_kind
 from lorax.models.json_fields import JsonFields
 from lorax.models.rope import RopeConfig
+from lorax.models.windows import SLIDING, read_windows, write_windows
+from lorax.wording import show
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +91,13 @@ _HARMLESS_FIELDS: dict[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 
-FULL, SLIDING = "full_attention", "sliding_attention"
+_DTYPES = {
+    "bfloat16": "bfloat16",
+    "float16": "float16",
+    "half": "float16",
+    "float32": "float32",
+    "float": "float32",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +124,7 @@ class DecoderConfig:
         bos_token_id: Kept for generation.
         eos_token_id: Kept for generation; may be several.
         pad_token_id: Kept for generation.
+        notes: What of the file is not read and changes nothing, for the user to know.
     """
 
     model_type: str
@@ -136,6 +146,7 @@ class DecoderConfig:
     bos_token_id: int | tuple[int, ...] | None = None
     eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | tuple[int, ...] | None = None
+    notes: tuple[str, ...] = dataclasses.field(default=(), compare=False, repr=False)
 
     @property
     def architecture(self) -> str:
@@ -176,19 +187,19 @@ class DecoderConfig:
 
         Raises:
             ValueError: Naming file and field: unknown (with the nearest known name), missing, of
-                a wrong type, out of range, or of a value that lorax does not compute.
+                a wrong type, out of range, or of a value that lorax does not compute. What is
+                unknown and cannot change anything goes into `notes` instead.
         """
         fields = JsonFields(config, where)
-        model_type = fields.raw("model_type")
-        if model_type not in _FAMILIES:
-            raise fields.error("model_type", f"must be one of {', '.join(_FAMILIES)}")
+        model_type = _read_model_type(fields)
         family = _FAMILIES[model_type]
-        _check_architectures(fields)
-        for name, (allowed, reason) in _FIXED_FIELDS.items():
+        _check_architectures(fields, family)
+        stored_dtype(config, where)
+        for name, (allowed, reason) in FIXED_FIELDS.items():
             fields.only(name, allowed, reason)
         shape = _read_shape(fields, family)
         layers = shape["num_hidden_layers"]
-        window, layer_types = _read_windows(fields, family, layers)
+        window, layer_types = read_windows(fields, family.window, layers)
         result = cls(
             model_type=model_type,
             **shape,
@@ -208,10 +219,13 @@ class DecoderConfig:
             eos_token_id=fields.token_id("eos_token_id"),
             pad_token_id=fields.token_id("pad_token_id"),
         )
-        for names in _HARMLESS_FIELDS.values():
+        for names in HARMLESS_FIELDS.values():
             fields.ignore(names)
-        fields.finish()
-        return result
+        fields.ignore(("dtype", "torch_dtype"))
+        for name in ("qk_norm", "use_qk_norm"):
+            fields.only(name, (result.qk_norm,), f"a {model_type} model is computed so")
+        fields.finish(neutral_kind)
+        return dataclasses.replace(result, notes=tuple(fields.notes))
 
     def to_hf(self) -> dict[str, Any]:
         """Returns a config.json that transformers 5 and 4 read as this architecture."""
@@ -235,16 +249,66 @@ class DecoderConfig:
             config["attention_bias"] = self.attention_bias
         if family.mlp_bias:
             config["mlp_bias"] = self.mlp_bias
-        return config | self.rope.to_hf() | _windows_to_hf(self, family)
+        return (
+            config
+            | self.rope.to_hf()
+            | write_windows(self.sliding_window, self.layer_types, family.window)
+        )
 
 
-def _check_architectures(fields: JsonFields) -> None:
+def stored_dtype(config: Mapping[str, Any], where: str) -> str | None:
+    """Returns what a config.json says of the dtype of its weights, as ``dtype`` or ``torch_dtype``.
+
+    None leaves it to the tensors, which carry theirs: the field is absent, null or ``auto``.
+
+    Raises:
+        ValueError: If it is no name of a dtype that lorax reads.
+    """
+    fields, found = JsonFields(config, where), []
+    for name in ("dtype", "torch_dtype"):
+        value = fields.raw(name, "auto")
+        known = isinstance(value, str) and value.removeprefix("torch.")
+        if value != "auto" and known not in _DTYPES:
+            raise fields.error(
+                name,
+                "must be bfloat16, float16 or float32, in which weights are stored, or auto or "
+                "absent, which leaves it to the tensors",
+            )
+        found.append(_DTYPES.get(str(known)))
+    return found[0] or found[1]  # as transformers takes the first
+
+
+def _read_model_type(fields: JsonFields) -> str:
+    value = fields.raw("model_type", None)
+    if value is None:
+        raise ValueError(
+            f"{fields.where}: model_type is missing; it must be one of {', '.join(_FAMILIES)}"
+        )
+    if not isinstance(value, str) or value not in _FAMILIES:
+        raise fields.error("model_type", f"must be one of {', '.join(_FAMILIES)}")
+    return value
+
+
+def _check_architectures(fields: JsonFields, family: _Family) -> None:
+    """Refuses a class that is another model's, or no causal language model."""
     value = fields.raw("architectures", None)
     names = value if isinstance(value, list) else [value]
-    if value is not None and not all(
-        isinstance(n, str) and n.endswith("ForCausalLM") for n in names
-    ):
-        raise fields.error("architectures", "must be a causal language model (…ForCausalLM)")
+    supported = {f.architecture.lower(): f.architecture for f in _FAMILIES.values()}
+    others = set(supported) - {family.architecture.lower()}
+    for name in names if value is not None else ():
+        if not isinstance(name, str) or not name.endswith("ForCausalLM"):
+            listed = ", ".join(supported.values())
+            raise fields.error(
+                "architectures", f"must be a causal language model that lorax reads: {listed}"
+            )
+        if name.lower() in others:
+            needed = f"must be {family.architecture}, as model_type says"
+            raise fields.error("architectures", needed)
+        if name.lower() not in supported:
+            fields.note(
+                f"architectures={show(name)} is not known to lorax: model_type decides, so it "
+                f"is computed as {family.architecture}"
+            )
 
 
 def _read_shape(fields: JsonFields, family: _Family) -> dict[str, int]:
@@ -271,46 +335,8 @@ def _read_shape(fields: JsonFields, family: _Family) -> dict[str, int]:
 
 
 def _read_bias(fields: JsonFields, name: str, has_field: bool) -> bool:
-    if has_field:
-        return fields.boolean(name, False)
-    fields.only(name, (), "transformers ignores it for this model_type")
-    return False
-
-
-def _read_windows(
-    fields: JsonFields, family: _Family, layers: int
-) -> tuple[int | None, tuple[str, ...]]:
-    """Returns the window and the type of every layer, by the rules of the model's own class."""
-    if family.window == "none":
-        return None, (FULL,) * layers
-    # Absent and null differ: an absent window is the class's default of 4096.
-    default = 4096 if "sliding_window" not in fields.values else None
-    window = fields.integer("sliding_window", default)
-    if family.window == "every":
-        return window, (SLIDING if window else FULL,) * layers
-    if not fields.boolean("use_sliding_window", False):
-        window = None
-    first = fields.integer("max_window_layers", 28, minimum=0)
-    types = fields.raw("layer_types", None)
-    if types is None:
-        types = [SLIDING if window and i >= first else FULL for i in range(layers)]
-    if not isinstance(types, list) or len(types) != layers or set(types) - {FULL, SLIDING}:
-        raise fields.error("layer_types", f"must be {layers} times {FULL!r} or {SLIDING!r}")
-    if SLIDING in types and window is None:
-        raise fields.error("layer_types", "needs use_sliding_window: true and a sliding_window")
-    return (window if SLIDING in types else None), tuple(types)
-
-
-def _windows_to_hf(config: DecoderConfig, family: _Family) -> dict[str, Any]:
-    if family.window == "none":
-        return {}
-    result: dict[str, Any] = {"sliding_window": config.sliding_window}
-    if family.window == "every":
-        return result
-    types = list(config.layer_types)
-    first = types.index(SLIDING) if SLIDING in types else len(types)
-    result |= {"use_sliding_window": config.sliding_window is not None, "layer_types": types}
-    # Older transformers know only "full below this layer"; other patterns need layer_types.
-    if FULL not in types[first:]:
-        result["max_window_layers"] = first
-    return result
+    value = fields.boolean(name, False)
+    if value and not has_field:
+        reason = "transformers ignores it for this model_type"
+        raise fields.error(name, f"must be absent or false ({reason})")
+    return value

@@ -2,8 +2,10 @@
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
+
+from lorax.wording import clip, show
 
 REQUIRED: Final = object()
 """The default of a field that must be there."""
@@ -23,12 +25,20 @@ class JsonFields:
     def __init__(self, values: Mapping[str, Any], where: str, prefix: str = ""):
         self.values, self.where, self.prefix = values, where, prefix
         self._read: set[str] = set()
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        """Keeps something that the user should be told."""
+        self.notes.append(f"{self.where}: {self.prefix}{text}")
 
     def error(self, name: str, text: str) -> ValueError:
         """Returns the error that names file, field and value."""
-        return ValueError(
-            f"{self.where}: {self.prefix}{name} {text}, got {self.values.get(name)!r}"
-        )
+        return ValueError(f"{self.where}: {self.prefix}{name} {text}, got {self._show(name)}")
+
+    def _show(self, name: str) -> str:
+        """Returns a value as Python writes it, clipped."""
+        value = self.values.get(name)
+        return "null" if value is None else show(value)
 
     def raw(self, name: str, default: Any = REQUIRED) -> Any:
         """Returns the value as it stands, or `default` if it is absent or null."""
@@ -57,11 +67,15 @@ class JsonFields:
         if value is default:
             return default
         good = isinstance(value, int | float) and not isinstance(value, bool)
-        if not (good and math.isfinite(value) and (value > minimum if above else value >= minimum)):
+        try:
+            number = float(value) if good else math.nan
+        except OverflowError:
+            number = math.inf
+        if not (math.isfinite(number) and (number > minimum if above else number >= minimum)):
             raise self.error(
                 name, f"must be a number {'above' if above else 'of at least'} {minimum}"
             )
-        return float(value)
+        return number
 
     def boolean(self, name: str, default: Any = REQUIRED) -> Any:
         """Returns true or false, or the default."""
@@ -76,6 +90,8 @@ class JsonFields:
         ids = value if isinstance(value, list) else [value]
         if value is not None and any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
             raise self.error(name, "must be a token id or a list of them")
+        if value is not None and any(abs(i) >= 2**31 for i in ids):
+            raise self.error(name, "must be below 2³¹, as token ids are")
         return tuple(ids) if isinstance(value, list) else value
 
     def only(self, name: str, allowed: Iterable[Any], reason: str) -> None:
@@ -91,14 +107,29 @@ class JsonFields:
         """Marks fields as known to change nothing."""
         self._read.update(names)
 
-    def finish(self) -> None:
-        """Refuses every field that was not read, naming the nearest known one."""
-        for name in self.values:
-            if name not in self._read:
-                near = difflib.get_close_matches(name, sorted(self._read), n=1)
-                hint = f"; the nearest known field is {near[0]}" if near else ""
-                raise ValueError(
-                    f"{self.where}: {self.prefix}{name}={self.values[name]!r} is not a field that "
-                    f"lorax knows here{hint}. It may change what the model computes, so it is not "
-                    "ignored; remove it if it does not"
-                )
+    def finish(self, neutral: Callable[[str, Any], str | None] = lambda *_: None) -> None:
+        """Refuses every field that was not read, naming the nearest known one.
+
+        Args:
+            neutral: Says of a name and a value why they change nothing, or None if they may. What
+                changes nothing is noted.
+        """
+        unknown = {name: value for name, value in self.values.items() if name not in self._read}
+        reasons = {name: neutral(name, value) for name, value in unknown.items()}
+        if told := [name for name, reason in reasons.items() if reason]:
+            listed = ", ".join(f"{clip(n)}={self._show(n)} ({reasons[n]})" for n in told)
+            self.note(f"{listed}: not read by lorax, and nothing that it computes depends on it")
+        refused = [name for name, reason in reasons.items() if not reason]
+        if refused:
+            found = ". ".join(map(self._describe_unknown, refused))
+            which = "It may change" if len(refused) == 1 else "They may change"
+            them = "it is not ignored; remove it if it does not"
+            if len(refused) > 1:
+                them = "they are not ignored; remove those that do not"
+            raise ValueError(f"{self.where}: {found}. {which} what the model computes, so {them}")
+
+    def _describe_unknown(self, name: str) -> str:
+        near = difflib.get_close_matches(name[:100], sorted(self._read), n=1)
+        hint = f"; the nearest known field is {near[0]}" if near else ""
+        shown = f"{self.prefix}{clip(name)}={self._show(name)}"
+        return f"{shown} is not a field that lorax knows here{hint}"

@@ -111,7 +111,7 @@ def _read_type(values: dict[str, Any], where: str, prefix: str, theta: float | N
     if old is not None and new is not None and old != new:
         raise fields.error("rope_type", f"must equal {prefix}type={old!r}")
     rope_type = next((t for t in (new, old) if t is not None), "default")
-    if rope_type not in _FIELDS_OF_TYPE:
+    if not isinstance(rope_type, str) or rope_type not in _FIELDS_OF_TYPE:
         name = "rope_type" if new is not None else "type"
         raise fields.error(name, f"must be one of {', '.join(_FIELDS_OF_TYPE)}")
     inner = fields.number("rope_theta", theta, minimum=0, above=True)

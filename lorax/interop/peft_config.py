@@ -1,0 +1,175 @@
+"""adapter_config.json read: what a plain LoRA is made of, and what would make it another method."""
+
+from pathlib import Path
+from typing import Any
+
+from lorax.config import ConfigError, LoraConfig
+from lorax.config_file import check_model
+from lorax.interop.files import read_json
+from lorax.wording import clip, show
+
+CONFIG_FILE = "adapter_config.json"
+
+# Fields that lorax's LoraConfig also has.
+_SHARED_FIELDS = (
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+    "bias",
+    "modules_to_save",
+)
+
+# Fields that cannot change what a loaded adapter computes.
+_NEUTRAL_FIELDS = {
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "task_type",
+    "inference_mode",
+    "megatron_config",
+    "megatron_core",
+    "runtime_config",
+    "ensure_weight_tying",
+    "qalora_group_size",  # only read with use_qalora
+    # How A and B began, which `init_lora_weights` says; they are trained now.
+    "eva_config",
+    "corda_config",
+    "lora_ga_config",
+    "loftq_config",
+    # For Conv1D alone: PEFT takes false for a linear layer, and lorax adapts no other.
+    "fan_in_fan_out",
+}
+
+# Initialisations that leave the base as it is; all others change it before training.
+_PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
+
+_MERGE = (
+    "merge with PEFT (PeftModel.from_pretrained(…).merge_and_unload()) and take the merged model"
+)
+_KEEP = "PEFT cannot merge it and no plain LoRA does the same: use it with PEFT itself"
+_CONVERT = (
+    "convert it where it was trained, with save_pretrained(…, "
+    "path_initial_model_for_weight_conversion=…) of PEFT"
+)
+
+# What makes an adapter another method, why, and what to do about it. PEFT 0.21 was run for each.
+_OTHER_METHODS = {
+    "use_dora": ("DoRA scales the columns of the weight too", _MERGE),
+    "kasa_config": ("KaSA cuts singular values off the base", _MERGE),
+    "use_bdlora": ("BD-LoRA keeps blocks of A or B only", _MERGE),
+    "velora_config": ("VeLoRA keeps more than A and B", _MERGE),
+    "monteclora_config": ("Monteclora keeps more than A and B", _MERGE),
+    "trainable_token_indices": ("rows of the embedding were trained too", _MERGE),
+    "target_parameters": ("parameters without a linear layer are adapted", _MERGE),
+    "alora_invocation_tokens": (
+        "aLoRA adapts only the tokens from the invocation on, and without this field all would be",
+        _KEEP,
+    ),
+    "arrow_config": ("Arrow chooses among several adapters for each token", _KEEP),
+    "layer_replication": ("layers of the base are used more than once", _KEEP),
+    "lora_bias": ("B has a bias, which no layer without one can take in", _KEEP),
+    "use_qalora": ("QALoRA pools the inputs of a quantised base", _KEEP),
+}
+
+
+class AdapterError(ValueError):
+    """An adapter folder that cannot be loaded as it stands."""
+
+
+def read_adapter_config(directory: str | Path) -> LoraConfig:
+    """Reads adapter_config.json, refusing every field that lorax does not implement.
+
+    Raises:
+        AdapterError: Naming the file, the fields, their values and what to do; all at once.
+    """
+    path = Path(directory) / CONFIG_FILE
+    raw = read_json(path)
+    if raw.get("peft_type") != "LORA":
+        raise AdapterError(f"{path}: peft_type must be LORA, got {show(raw.get('peft_type'))}")
+    if problems := [*_other_methods(raw), *_check_names(raw)]:
+        raise AdapterError("\n".join(f"{path}: {problem}" for problem in problems))
+    # PEFT takes what is empty for what is absent.
+    fields = {f: raw[f] for f in _SHARED_FIELDS if raw.get(f) not in (None, [], "", {})}
+    fields.setdefault("r", 8)
+    fields.setdefault("lora_alpha", 8)
+    if not fields.get("target_modules"):
+        raise AdapterError(f"{path}: target_modules is missing; lorax does not guess it")
+    try:
+        return check_model(LoraConfig, fields, str(path))
+    except ConfigError as error:
+        raise AdapterError(str(error)) from None
+
+
+def read_base_name(directory: str | Path) -> tuple[str | None, str | None]:
+    """Returns the base model that adapter_config.json names, and its revision, if it says so.
+
+    Raises:
+        AdapterError: If one of them is no text.
+    """
+    path = Path(directory) / CONFIG_FILE
+    raw = read_json(path)
+    if problems := _check_names(raw):
+        raise AdapterError("\n".join(f"{path}: {problem}" for problem in problems))
+    return raw.get("base_model_name_or_path") or None, raw.get("revision") or None
+
+
+def adapter_notes(directory: str | Path) -> list[str]:
+    """Returns what a user should know of an adapter that loads: how training it on will differ."""
+    path = Path(directory) / CONFIG_FILE
+    raw, notes = read_json(path), []
+    if str(raw.get("init_lora_weights")).lower() == "mica":
+        notes.append(f"{path}: MiCA trained A alone; lorax trains A and B")
+    if raw.get("fan_in_fan_out"):
+        notes.append(f"{path}: fan_in_fan_out is not read: it is for other layers than linear ones")
+    return notes
+
+
+def _check_names(raw: dict[str, Any]) -> list[str]:
+    return [
+        f"{name} must be text or null, got {show(raw[name])}"
+        for name in ("base_model_name_or_path", "revision")
+        if not isinstance(raw.get(name), str | None)
+    ]
+
+
+def _other_methods(raw: dict[str, Any]) -> list[str]:
+    """Says of each field that makes another method of the adapter what it does, and what helps."""
+    problems = _initialisation(raw.get("init_lora_weights", True))
+    known = {*_SHARED_FIELDS, *_NEUTRAL_FIELDS, "peft_type", "init_lora_weights"}
+    for field, value in raw.items():
+        if field in known or value in (None, False, [], {}, ""):
+            continue
+        reason, remedy = _OTHER_METHODS.get(
+            field,
+            (
+                "lorax does not know it, and it may change what the adapter computes",
+                "merge with the PEFT that wrote it, and take the merged model",
+            ),
+        )
+        problems.append(f"{clip(field)}={show(value)} is not supported; {remedy} ({reason})")
+    return problems
+
+
+def _initialisation(value: Any) -> list[str]:
+    """Says what is wrong with an initialisation that changes the base that A and B belong to."""
+    name = value.lower() if isinstance(value, str) else value
+    if name in _PLAIN_INITIALISATIONS:
+        return []
+    remedy = _CONVERT
+    if name in ("pissa", "olora"):
+        # PEFT takes the base apart on loading, the same way as before training.
+        remedy = f"{_MERGE}; or {_CONVERT}"
+    elif name == "loftq":
+        remedy = "use it with PEFT, on the base that LoftQ quantised"
+    return [
+        f"init_lora_weights={show(value)} changes the base weights before training, so A and B "
+        f"belong to another base than the one that is named; {remedy}"
+    ]

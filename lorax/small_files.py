@@ -1,0 +1,48 @@
+"""Small files read whole: regular ones alone, and no more of them than a description needs."""
+
+import errno
+import os
+import stat
+from pathlib import Path
+
+from lorax.wording import explain
+
+MOST_BYTES = 2**20
+"""Of a file that describes a run, a model or an adapter; real ones have a few kilobytes."""
+
+
+class SmallFileError(ValueError):
+    """Why a file is not read; whoever wanted it names it."""
+
+
+def read_small_file(path: str | os.PathLike[str], most: int = MOST_BYTES) -> bytes:
+    """Returns all bytes of a file.
+
+    A device or a pipe might never end, or never begin, so it is not even opened.
+
+    Args:
+        path: The file.
+        most: Bytes above which it is not what it is taken for.
+
+    Raises:
+        SmallFileError: Saying why it cannot be read, without its name.
+    """
+    try:
+        status = Path(path).stat()
+        if stat.S_ISDIR(status.st_mode):
+            raise SmallFileError(os.strerror(errno.EISDIR))
+        if not stat.S_ISREG(status.st_mode):
+            raise SmallFileError("it is a device or a pipe, not a file on a disk")
+        with Path(path).open("rb") as file:
+            data = file.read(most + 1)  # what the system makes up as it is read has no size before
+    except (OSError, ValueError) as error:
+        if isinstance(error, SmallFileError):
+            raise
+        raise SmallFileError(explain(error)) from error
+    if len(data) > most:
+        size = max(status.st_size, len(data))
+        raise SmallFileError(
+            f"it has {size / 2**20:,.0f} MiB, where {most / 2**20:,.0f} would be much: it is "
+            "something else"
+        )
+    return data

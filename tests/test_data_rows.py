@@ -1,0 +1,573 @@
+"""Nothing of a row vanishes: every text and key is learned from, read, or refused by name."""
+
+import json
+
+import pytest
+
+from lorax.config import DataConfig, DataSource
+from lorax.data import DataError, load_encoded_dataset, render_example
+from tests.chats import CHATML, GENERATION, LLAMA3, PROMPT, TWO_TURNS, byte_tokenizer
+
+TOOLS = (
+    "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '\\n' + (m['content'] or '') }}"
+    "{% for c in m['tool_calls'] or [] %}{% set f = c['function'] if 'function' in c else c %}"
+    '{"name": "{{ f[\'name\'] }}", "arguments": {{ f[\'arguments\'] | tojson }}}{% endfor %}'
+    "{{ '<|im_end|>\\n' }}{% endfor %}" + PROMPT
+)
+CONCATENATES = TOOLS.replace("f['arguments'] | tojson", "f['name'] ~ ':' + f['arguments']")
+ROLES = (
+    "{% for m in messages %}{% if m['role'] in ['system', 'user', 'assistant'] %}"
+    "{{ '<|im_start|>' + m['role'] + '\\n' + m['content'].split('</think>')[-1] }}"
+    "{{ '<|im_end|>\\n' }}{% endif %}{% endfor %}" + PROMPT
+)
+DATED = CHATML.replace(
+    "{% for m in messages %}",
+    '{{ strftime_now("%d %b %Y") + "<|end|>" }}{% for m in messages %}',
+    1,
+)
+ALWAYS_PROMPTS = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|start|>' + m['role'] + '<|end|>\\n\\n' }}"
+    "{{ m['content'] | trim + '<|eot|>' }}{% endfor %}{{ '<|start|>assistant<|end|>\\n\\n' }}"
+)
+OPENS_A_THOUGHT = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}"
+    "{{ '<|start|>' + m['content'] }}{% else %}"
+    "{{ '<|end|>' + m['content'].split('</think>')[-1] + '</s>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|end|><think>\\n' }}{% endif %}"
+)
+USER, ANSWER = TWO_TURNS[0], TWO_TURNS[1]
+
+
+@pytest.fixture
+def encode(tmp_path):
+    """Encodes rows under given settings; returns the dataset."""
+
+    def run(rows, template=CHATML, *, name="rows.jsonl", source=None, tokenizer=None, **settings):
+        path = tmp_path / name
+        text = rows if isinstance(rows, str) else "".join(json.dumps(row) + "\n" for row in rows)
+        path.write_text(text)
+        config = DataConfig(train=(DataSource(path=str(path), **(source or {})),), **settings)
+        tokenizer = tokenizer or byte_tokenizer(template)
+        return load_encoded_dataset(config.train, config, tokenizer)
+
+    return run
+
+
+def learned(encoded, template=CHATML):
+    """Returns the supervised pieces of every row."""
+    tokenizer = byte_tokenizer(template)
+    rows = [render_example(encoded, i, tokenizer) for i in range(len(encoded))]
+    return [[text for text, flag in row if flag] for row in rows]
+
+
+def changes(encoded):
+    """Returns what became of rows, with their number."""
+    return {change.what: change.rows for change in encoded.report.changes}
+
+
+def chat(*messages, **columns):
+    return {"messages": list(messages), **columns}
+
+
+def call(arguments, **more):
+    function = {"name": "get_weather", "arguments": arguments}
+    return {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"id": "a1", "type": "function", "function": function}],
+        **more,
+    }
+
+
+# Tool calls.
+
+
+@pytest.mark.parametrize("arguments", ['{"city": "Oslo"}', {"city": "Oslo"}])
+@pytest.mark.parametrize("nested", [True, False])
+def test_arguments_are_encoded_once(encode, arguments, nested):
+    message = call(arguments)
+    if not nested:
+        message["tool_calls"] = [message["tool_calls"][0]["function"]]
+    encoded = encode([chat(USER, message)], TOOLS)
+    expected = '{"name": "get_weather", "arguments": {"city": "Oslo"}}<|im_end|>'
+    assert learned(encoded) == [[expected]]
+
+
+@pytest.mark.parametrize("arguments", ['{"city": "Oslo"}', {"city": "Oslo"}])
+def test_a_template_that_joins_arguments_to_text_is_given_text(encode, arguments):
+    encoded = encode([chat(USER, call(arguments))], CONCATENATES)
+    expected = '{"name": "get_weather", "arguments": get_weather:{"city": "Oslo"}}<|im_end|>'
+    assert learned(encoded) == [[expected]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        ("city: Oslo", "got text that is no JSON: Expecting value"),
+        ("", "got text that is no JSON"),
+        ('{"city": "Oslo"', "got text that is no JSON"),
+        ('{"a": 1, "a": 2}', "got text that is no JSON: cannot be parsed"),
+        ('"Oslo"', "got text of 4 characters"),
+        ("[1]", "got a list of 1"),
+        ([1], "got a list of 1"),
+        (7, "got int 7"),
+        ("[" * 100_000, "got text that is no JSON"),
+    ],
+)
+def test_arguments_that_are_no_object_are_refused_by_row_and_call(encode, arguments, problem):
+    with pytest.raises(DataError) as caught:
+        encode([chat(*TWO_TURNS), chat(USER, call(arguments))], TOOLS)
+    assert "rows.jsonl:2: messages[1].tool_calls[0].function.arguments must be" in str(caught.value)
+    assert problem in str(caught.value) and "Oslo" not in str(caught.value)
+
+
+def test_an_argument_that_the_template_cuts_is_refused(encode):
+    template = TOOLS.replace("f['arguments'] | tojson", "f['arguments']['city'][:2] | tojson")
+    with pytest.raises(DataError, match=r"leaves out the assistant's tool calls of messages\[1\]"):
+        encode([chat(USER, call({"city": "Oslo"}))], template)
+
+
+@pytest.mark.parametrize("text", ['a "quoted" word', "two\nlines", "ünï 🙂", "back\\slash"])
+def test_texts_that_a_template_writes_as_json_are_found(encode, text):
+    encoded = encode([chat(USER, call({"city": text}))], TOOLS)
+    assert (
+        json.loads(learned(encoded)[0][0].removesuffix("<|im_end|>"))["arguments"]["city"] == text
+    )
+
+
+# Texts that the template leaves out, and keys that it does not read.
+
+
+def test_each_lost_text_and_unread_key_is_named_and_the_remedy_works(encode):
+    row = chat(
+        {"role": "developer", "content": "Answer in French."},
+        {"role": "user", "content": "colour?"},
+        {
+            "role": "assistant",
+            "content": "<think>grass</think>vert",
+            "reasoning_content": "hidden steps",
+            "loss_mask": 0,
+        },
+        {"role": "tool", "content": "TOOL RESULT"},
+        {"role": "assistant", "content": "ok"},
+    )
+    with pytest.raises(DataError) as caught:
+        encode([row], ROLES)
+    said = str(caught.value)
+    for what in (
+        "developer's content of messages[0]",
+        "assistant's thinking of messages[2]",
+        "tool's content of messages[3]",
+        "the key reasoning_content",
+    ):
+        assert what in said
+    names = said.split("data.ignore: [")[1].split("]")[0].split(", ")
+    assert not any(word in said for word in ("French", "grass", "hidden", "TOOL RESULT"))
+    assert learned(encode([row], ROLES, ignore=names)) == [["ok<|im_end|>"]]
+
+
+@pytest.mark.parametrize("role", ["system", "developer", "tool"])
+@pytest.mark.parametrize("content", ["hi", "a longer text of several words"])
+def test_a_message_that_vanishes_is_refused(encode, role, content):
+    template = CHATML.replace(
+        "{% for m in messages %}", f"{{% for m in messages if m['role'] != '{role}' %}}", 1
+    )
+    row = chat(USER, ANSWER, {"role": role, "content": content}, *TWO_TURNS)
+    with pytest.raises(DataError, match=rf"leaves out the {role}'s content of messages\[2\]"):
+        encode([row], template)
+    found = encode([row], template, ignore=[f"{role}.content"])
+    assert learned(found) == [["hello<|im_end|>", "hello<|im_end|>", "ciao<|im_end|>"]]
+
+
+def test_a_text_that_another_message_holds_too_is_missed(encode):
+    # "hi" stands in the user's turn, so it is found; but not as often as the row has it.
+    template = CHATML.replace(
+        "{% for m in messages %}", "{% for m in messages if m['role'] != 'system' %}", 1
+    )
+    with pytest.raises(DataError, match="leaves out the system's content"):
+        encode([chat({"role": "system", "content": "hi"}, *TWO_TURNS)], template)
+
+
+def test_texts_that_a_template_reorders_are_found(encode):
+    template = (
+        "{% for m in messages if m['role'] != 'system' %}"
+        "{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
+        "{% for m in messages if m['role'] == 'system' %}{{ m['content'] }}{% endfor %}" + PROMPT
+    )
+    row = chat({"role": "system", "content": "be kind"}, *TWO_TURNS)
+    with pytest.raises(DataError, match="so the turn's tokens cannot be told for certain"):
+        encode([row], template)
+    assert encode([row], template, loss_on="all", train_on_eos="none").report.rows_kept == 1
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_thoughts_under_any_name_are_learned_where_the_template_reads_them(encode, key):
+    template = CHATML.replace(
+        "{{ m['content']",
+        "{{ ('<think>' + m['reasoning_content'] + '</think>') if m['reasoning_content'] else '' }}"
+        "{{ m['content']",
+    )
+    answer = {**ANSWER, key: "step by step"}
+    encoded = encode([chat(USER, answer)], template)
+    assert learned(encoded) == [["<think>step by step</think>hello<|im_end|>"]]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("name", "Ann"),
+        ("reasoning_content", "steps"),
+        ("thinking", "steps"),
+        ("timestamp", 1700000000),
+        ("citations", ["a.html"]),
+        ("metadata", {"source": "web"}),
+        ("is_error", False),
+    ],
+)
+def test_a_key_of_a_message_that_nothing_reads_is_refused(encode, key, value):
+    row = chat(USER, {**ANSWER, key: value})
+    with pytest.raises(
+        DataError, match=rf"does not read the key {key}.*data.ignore: \[message.{key}\]"
+    ):
+        encode([row])
+    found = encode([row], ignore=[f"message.{key}"])
+    assert learned(found) == [["hello<|im_end|>"]]
+    assert changes(found) == {f"hold message.{key}, which is not learned from (data.ignore)": 1}
+
+
+@pytest.mark.parametrize("value", [None, "", [], {}])
+def test_keys_that_hold_nothing_are_no_loss(encode, value):
+    row = chat(USER, {**ANSWER, "refusal": value}, images=value, audio=value)
+    assert learned(encode([row])) == [["hello<|im_end|>"]]
+
+
+# Columns.
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "said"),
+    [
+        ("functions", [{"name": "f"}], "functions: write the functions as tools"),
+        ("function_call", {"name": "f"}, "function_call: write the call as tool_calls"),
+        ("images", ["a.png"], "images: lorax learns from text alone"),
+        ("id", "row-1", "remove them, or allow them by name"),
+        ("source", "web", "remove them, or allow them by name"),
+        ("score", 0.5, "remove them, or allow them by name"),
+        ("documents", [{"text": "d"}], "remove them, or allow them by name"),
+        ("parallel_tool_calls", False, "remove them, or allow them by name"),
+    ],
+)
+def test_a_column_that_nothing_reads_is_refused_by_name(encode, column, value, said):
+    row = chat(*TWO_TURNS, **{column: value})
+    with pytest.raises(DataError, match=rf"nothing reads the columns '{column}'") as caught:
+        encode([row])
+    assert said in str(caught.value) and f"data.ignore: [{column}]" in str(caught.value)
+    assert learned(encode([row], ignore=[column])) == [["hello<|im_end|>", "ciao<|im_end|>"]]
+
+
+@pytest.mark.parametrize(
+    ("row", "settings"),
+    [
+        ({"prompt": "q", "completion": "a"}, {}),
+        ({"instruction": "q", "output": "a"}, {}),
+        ({"text": "abc"}, {"loss_on": "all"}),
+        ({"input_ids": [5, 6]}, {"loss_on": "all"}),
+        ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, {}),
+    ],
+)
+def test_unread_columns_are_refused_in_every_format(encode, row, settings):
+    with pytest.raises(DataError, match=r"nothing reads the columns 'category'"):
+        encode([{**row, "category": "x"}], **settings)
+    assert encode([{**row, "category": "x"}], ignore=["category"], **settings).report.rows_kept == 1
+
+
+def test_tools_of_a_plain_completion_are_not_read(encode):
+    with pytest.raises(DataError, match="nothing reads the columns 'tools'"):
+        encode([{"prompt": "q", "completion": "a", "tools": [{"name": "f"}]}])
+
+
+def test_a_rows_settings_reach_the_template_or_are_refused(encode):
+    template = CHATML.replace(
+        "{% for m in messages %}",
+        "{{ '/fast' if enable_speed else '/slow' }}{% for m in messages %}",
+        1,
+    )
+    row = chat(*TWO_TURNS, chat_template_kwargs={"enable_speed": True})
+    encoded = encode([row], template)
+    assert render_example(encoded, 0, byte_tokenizer(template))[0][0].startswith("/fast")
+    with pytest.raises(DataError, match=r"does not read 'enable_speed' of chat_template_kwargs"):
+        encode([row])
+
+
+# Flags.
+
+
+@pytest.mark.parametrize(
+    "flag",
+    ["train", "training", "trainable", "train_on_turn", "weight", "loss", "loss_mask", "mask"],
+)
+@pytest.mark.parametrize("value", [0, False, 0.0, "false"])
+def test_a_turn_whose_flag_says_so_is_not_learned(encode, flag, value):
+    row = chat(USER, {**ANSWER, flag: value}, *TWO_TURNS[2:])
+    encoded = encode([row])
+    assert learned(encoded) == [["ciao<|im_end|>"]]
+    assert changes(encoded) == {"hold assistant turns that a flag leaves out of what is learned": 1}
+
+
+@pytest.mark.parametrize("template", [CHATML, GENERATION])
+def test_flags_of_sharegpt_turns_are_followed(encode, template):
+    turns = [
+        {"from": "human", "value": "hi"},
+        {"from": "gpt", "value": "hello", "weight": 1},
+        {"from": "human", "value": "bye", "weight": 0},
+        {"from": "gpt", "value": "ciao", "weight": 0},
+    ]
+    assert learned(encode([{"conversations": turns}], template)) == [["hello<|im_end|>"]]
+
+
+@pytest.mark.parametrize("value", [0.5, 2, -1, "yes", [1], {"a": 1}])
+def test_a_flag_that_is_no_flag_is_refused(encode, value):
+    with pytest.raises(DataError, match=r"messages\[1\].weight must be 0, 1, true or false"):
+        encode([chat(USER, {**ANSWER, "weight": value})])
+
+
+def test_flags_that_differ_are_refused(encode):
+    with pytest.raises(DataError, match="train and weight say different things"):
+        encode([chat(USER, {**ANSWER, "weight": 1, "train": False})])
+
+
+def test_flags_that_the_loss_cannot_follow_are_refused(encode):
+    with pytest.raises(DataError, match=r"messages\[1\] \(assistant\) says that it is not learned"):
+        encode([chat(USER, {**ANSWER, "train": 0})], loss_on="all")
+    with pytest.raises(DataError, match=r"messages\[0\] \(user\) says that it is learned"):
+        encode([chat({**USER, "train": 1}, ANSWER)])
+    assert encode([chat({**USER, "train": 1}, ANSWER)], loss_on="all").report.rows_kept == 1
+
+
+@pytest.mark.parametrize("flag", ["weight", "loss_mask", "train"])
+def test_a_row_whose_flag_says_so_is_left_out(encode, flag):
+    encoded = encode([chat(*TWO_TURNS, **{flag: 0}), chat(USER, ANSWER, **{flag: 1})])
+    assert learned(encoded) == [["hello<|im_end|>"]]
+    assert changes(encoded) == {"left out by a flag of the row": 1}
+    with pytest.raises(DataError, match=rf"rows.jsonl:1: {flag} must be 0, 1, true or false"):
+        encode([chat(*TWO_TURNS, **{flag: 0.3})])
+
+
+def test_rows_without_a_learned_turn_are_left_out_and_counted(encode):
+    encoded = encode([chat(USER, {**ANSWER, "train": False}), chat(USER, ANSWER)])
+    assert learned(encoded) == [["hello<|im_end|>"]]
+    assert changes(encoded)["left out, since flags leave nothing of them to learn"] == 1
+
+
+# Rows that cannot be read, and those that an answer begins.
+
+SHAREGPT = [
+    {"conversations": []},
+    {
+        "conversations": [
+            {"from": "gpt", "value": "Hello, what can I do?"},
+            {"from": "human", "value": "add two and two"},
+            {"from": "gpt", "value": "four"},
+        ]
+    },
+    {"conversations": [{"from": "human", "value": "nobody answers this"}]},
+]
+
+
+def test_all_problems_come_together_with_their_remedies(encode):
+    with pytest.raises(DataError) as caught:
+        encode(SHAREGPT * 5)
+    said = str(caught.value)
+    assert "15 of 15 rows cannot be used" in said
+    assert "rows.jsonl:1," in said and "and 2 more rows: conversations must be a list" in said
+    assert "no assistant turn to learn from" in said
+    assert "data.malformed: drop" in said and "data.leading_answer to trim or drop" in said
+    settings = {"malformed": "drop", "leading_answer": "trim"}
+    encoded = encode(SHAREGPT * 5, **settings)
+    assert learned(encoded) == [["four<|im_end|>"]] * 5
+    assert changes(encoded) == {
+        "dropped, malformed (data.malformed: drop)": 10,
+        "cut to their first user turn, begun by an answer (data.leading_answer: trim)": 5,
+    }
+
+
+@pytest.mark.parametrize(
+    "line", ["{", "[1]", "7", '{"messages": 3}', '{"messages": [{"role": "bot"}]}', "\udcff"]
+)
+def test_rows_of_every_malformed_kind_can_be_dropped(encode, tmp_path, line):
+    good = json.dumps(chat(*TWO_TURNS))
+    text = f"{good}\n{line}\n{good}\n".encode("utf-8", "surrogateescape")
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(text)
+    config = DataConfig(train=str(path))
+    with pytest.raises(DataError, match=r"rows.jsonl:2: "):
+        load_encoded_dataset(config.train, config, byte_tokenizer(CHATML))
+    config = DataConfig(train=str(path), malformed="drop")
+    report = load_encoded_dataset(config.train, config, byte_tokenizer(CHATML)).report
+    assert (report.rows_read, report.rows_kept) == (3, 2)
+    assert report.changes[0].first.endswith("rows.jsonl:2")
+
+
+def test_a_leading_answer_is_dropped_or_cut_off(encode):
+    system = {"role": "system", "content": "be kind"}
+    row = chat(system, ANSWER, *TWO_TURNS)
+    cut = encode([row], leading_answer="trim")
+    text = render_example(cut, 0, byte_tokenizer(CHATML))[0][0]
+    assert "be kind" in text and text.count("hello") == 0
+    assert learned(cut) == [["hello<|im_end|>", "ciao<|im_end|>"]]
+    with pytest.raises(DataError, match=r"none of 1 rows is left.*rows.jsonl:1"):
+        encode([row], leading_answer="drop")
+    assert learned(encode([row, chat(*TWO_TURNS)], leading_answer="drop")) == [
+        ["hello<|im_end|>", "ciao<|im_end|>"]
+    ]
+
+
+def test_the_flags_of_a_cut_conversation_stay_with_their_turns(encode):
+    row = chat({**ANSWER, "train": 1}, USER, {**ANSWER, "train": 0}, *TWO_TURNS[2:])
+    assert learned(encode([row], leading_answer="trim")) == [["ciao<|im_end|>"]]
+
+
+def test_reading_stops_where_nothing_can_be_used(encode):
+    rows = "".join("{\n" for _ in range(5000))
+    with pytest.raises(DataError, match=r"1,024 of 1,024 rows cannot be used; reading stopped"):
+        encode(rows)
+
+
+def test_a_setting_that_is_wrong_is_told_at_once(encode):
+    with pytest.raises(DataError, match=r"rows.jsonl:2: .* set data\.loss_on: all"):
+        encode("{\n" + json.dumps({"text": "a"}) + "\n", format="text")
+
+
+# Files of one object.
+
+PRETTY = json.dumps(
+    {"meta": {"language": "en"}, "rows": [{"instruction": "two and two", "output": "four"}]},
+    indent=2,
+)
+
+
+def test_an_object_that_holds_the_rows_is_refused_with_what_it_holds(encode):
+    with pytest.raises(DataError) as caught:
+        encode(PRETTY, name="pretty.json")
+    said = str(caught.value)
+    assert "'meta' (an object of 1 keys), 'rows' (a list of 1)" in said and "field: rows" in said
+    encoded = encode(PRETTY, name="pretty.json", source={"field": "rows"})
+    assert learned(encoded) == [["four<|im_end|>"]]
+
+
+def test_one_row_over_several_lines_is_a_row(encode):
+    assert learned(encode(json.dumps(chat(USER, ANSWER), indent=1), name="a.json")) == [
+        ["hello<|im_end|>"]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "field", "said"),
+    [
+        (PRETTY, "a.json", "meta", "must name a list of rows"),
+        (PRETTY, "a.json", "none", "must name a list of rows"),
+        ("[]", "a.json", "rows", "a list of rows, without a key 'rows'"),
+        ('{"text": "a"}\n', "a.jsonl", "rows", "one JSON object per line"),
+        ("text\na\n", "a.csv", "rows", "this is a table"),
+    ],
+)
+def test_a_field_that_cannot_be_read_is_refused(encode, text, name, field, said):
+    with pytest.raises(DataError, match=said):
+        encode(text, name=name, source={"field": field}, loss_on="all")
+
+
+# BOS and stop tokens once.
+
+
+@pytest.mark.parametrize("end", ["<|im_end|>\n", "<|im_end|>", "</s>", "</s>\n"])
+@pytest.mark.parametrize("begin", ["<s>", ""])
+def test_a_rendered_text_gets_no_second_bos_or_stop(encode, begin, end):
+    text = f"{begin}<|im_start|>user\nhow many?<|im_end|>\n<|im_start|>assistant\nfour{end}"
+    tokenizer = byte_tokenizer()
+    encoded = encode([{"text": text}], tokenizer=tokenizer, loss_on="all")
+    tokens, supervised = encoded.row(0)
+    assert tokens.tolist().count(tokenizer.bos_token_id) == 1
+    assert not supervised[0] and tokens[0] == tokenizer.bos_token_id
+    stops = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    assert sum(int(token) in stops for token in tokens) == 2  # the user's and the assistant's
+    assert tokenizer.decode(tokens) == f"<s>{text.removeprefix('<s>')}"
+
+
+def test_a_text_without_a_stop_gets_eos(encode):
+    tokenizer = byte_tokenizer()
+    tokens, supervised = encode([{"text": "abc"}], tokenizer=tokenizer, loss_on="all").row(0)
+    assert tokens[-1] == tokenizer.eos_token_id and supervised[-1]
+
+
+@pytest.mark.parametrize(("template", "stop"), [(CHATML, "<|im_end|>"), (GENERATION, "<|im_end|>")])
+@pytest.mark.parametrize("space", ["", "\n"])
+def test_an_answer_that_brings_its_own_stop_token_is_refused(encode, template, stop, space):
+    answer = {"role": "assistant", "content": f"hello{stop}{space}"}
+    with pytest.raises(DataError, match="ends with its stop token twice"):
+        encode([chat(USER, answer)], template)
+
+
+def test_a_message_that_brings_its_own_bos_is_refused(encode):
+    template = "{{ bos_token }}" + CHATML.replace("{{ '<|im_start|>' + m['role'] + '\\n' }}", "")
+    message = {"role": "user", "content": "<s>hi"}
+    with pytest.raises(DataError, match="begins with BOS twice"):
+        encode([chat(message, ANSWER)], template, loss_on="all")
+
+
+# Templates of other kinds.
+
+
+@pytest.mark.parametrize("loss_on", ["assistant", "last_assistant"])
+def test_a_template_that_always_opens_the_next_turn_ends_turns_at_their_stop(encode, loss_on):
+    encoded = encode([chat(*TWO_TURNS)], ALWAYS_PROMPTS, loss_on=loss_on)
+    expected = ["hello<|eot|>", "ciao<|eot|>"]
+    assert learned(encoded, ALWAYS_PROMPTS) == [
+        expected if loss_on == "assistant" else expected[1:]
+    ]
+    plain = encode([chat(*TWO_TURNS)], LLAMA3, loss_on=loss_on)
+    assert learned(plain, LLAMA3) == learned(encoded, ALWAYS_PROMPTS)
+
+
+def test_all_of_such_a_template_ends_at_the_last_stop(encode):
+    (pieces,) = learned(encode([chat(*TWO_TURNS)], ALWAYS_PROMPTS, loss_on="all"), ALWAYS_PROMPTS)
+    assert pieces[-1].endswith("ciao<|eot|>")
+
+
+def test_a_prompt_that_opens_a_thought_is_told(encode):
+    encoded = encode([chat(*TWO_TURNS)], OPENS_A_THOUGHT)
+    assert learned(encoded, OPENS_A_THOUGHT) == [["hello</s>"], ["ciao</s>"]]
+    assert any("otherwise than the chat template's own prompt" in what for what in changes(encoded))
+    thinking = {"role": "assistant", "content": "<think>\nmm\n</think>hello"}
+    with pytest.raises(DataError, match=r"leaves out the assistant's thinking of messages\[1\]"):
+        encode([chat(USER, thinking)], OPENS_A_THOUGHT)
+    found = encode([chat(USER, thinking)], OPENS_A_THOUGHT, ignore=["assistant.thinking"])
+    assert learned(found, OPENS_A_THOUGHT) == [["hello</s>"]]
+
+
+@pytest.mark.parametrize(
+    "body",
+    ["m['content'] | truncate(20)", "m['content'][:3]", "m['text']", "m['content'] | upper"],
+)
+@pytest.mark.parametrize("template", [CHATML, GENERATION])
+def test_an_answer_that_is_not_whole_in_what_is_learned_is_refused(encode, template, body):
+    template = template.replace("m['content']", f"({body} | string)")
+    row = chat(USER, {"role": "assistant", "content": "a long answer of more than twenty letters"})
+    with pytest.raises(DataError, match=r"rows.jsonl:1: the chat template leaves out the"):
+        encode([row], template)
+
+
+# Dates.
+
+
+def test_the_date_is_that_of_the_setting(encode):
+    encoded = encode([chat(*TWO_TURNS)], DATED, date="2026-11-30")
+    assert render_example(encoded, 0, byte_tokenizer(DATED))[0][0].startswith("30 Nov 2026")
+    assert encoded.report.date == "2026-11-30"
+    assert encode([chat(*TWO_TURNS)]).report.date is None
+
+
+def test_a_date_is_checked(encode):
+    for wrong in ("30.11.2026", "2026-13-01", "today", ""):
+        with pytest.raises(ValueError, match="needs a date as 2026-11-30"):
+            DataConfig(train="a.jsonl", date=wrong)
