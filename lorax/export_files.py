@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lorax.interop.checkpoint import GENERATION_FILE
-from lorax.interop.files import read_json
+from lorax.interop.files import MAX_INDEX_BYTES, read_json
 from lorax.stop_tokens import generation_settings
 
 TEMPLATE_FILE, TOKENIZER_SETTINGS = "chat_template.jinja", "tokenizer_config.json"
@@ -46,7 +46,7 @@ def companion_files(
         if settings is not None:
             files[GENERATION_FILE] = _as_text(settings)
     path = base / TOKENIZER_SETTINGS
-    before = read_json(path) if path.exists() else {}
+    before = read_json(path, MAX_INDEX_BYTES) if path.exists() else {}
     settings = dict(before)
     if chat_template is not None:
         files |= {TEMPLATE_FILE: chat_template, _OLD_TEMPLATE_FILE: None}

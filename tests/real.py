@@ -1,4 +1,4 @@
-"""The real tokenizers and the real model that `make test` fetches into `.assets`."""
+"""The real tokenizers, chat templates and model that `make test` fetches into `.assets`."""
 
 import os
 from pathlib import Path

@@ -1,15 +1,17 @@
 """Conversations rendered by a chat template, and the characters in them that are learned."""
 
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 
 from lorax.config import DataConfig
-from lorax.data.conversation import Conversation, Message
-from lorax.data.renderer import RENDERER, Part, Rendered, Request
+from lorax.data.conversation import INSTRUCTING, Conversation, Message
+from lorax.data.lost import LostError
+from lorax.data.renderer import RENDERER, Part, Rendered, RenderError, Request
 from lorax.data.rows import DataError, RowError
 from lorax.data.tokenizer import Tokenizer
-from lorax.data.turns import GENERATION, RenderedText, Rendering, RewrittenError
+from lorax.data.turns import GENERATION, RenderedText, Rendering, RewrittenError, ignored
 from lorax.small_files import SmallFileError, read_small_file
 
 REWRITTEN = "became one row per learned turn: the chat template rewrites earlier turns"
@@ -39,7 +41,8 @@ class ChatTemplate:
             leaves something out, or the turns cannot be told apart for certain.
         """
         for template, group in itertools.groupby(conversations, self.template_of):
-            talks = list(group)
+            whole = list(group)
+            talks = [talk.without_roles(self._left_out) for talk in whole]
             tried = self._try(template, talks)
             again = [
                 (i, talk.ending_with(turn))
@@ -52,7 +55,17 @@ class ChatTemplate:
             for (i, _), found in zip(again, rendered, strict=True):
                 apart.setdefault(i, []).append(found)
             for i, found in enumerate(tried):
-                yield _gather(apart[i]) if i in apart else _gather([found])
+                rows = _gather(apart.get(i, [found]))
+                if not isinstance(rows, RowError):
+                    roles = {message["role"] for message in whole[i].messages} & self._left_out
+                    names = sorted(f"{role}.content" for role in roles)
+                    rows[0] = rows[0].with_notes(*map(ignored, names))
+                yield rows
+
+    @property
+    def _left_out(self) -> set[str]:
+        """The roles whose messages are left out, as the config says."""
+        return {role for role in INSTRUCTING if f"{role}.content" in self.config.ignore}
 
     def asks_for_date(self, conversation: Conversation) -> bool:
         """Says whether the template of a conversation writes today's date."""
@@ -75,11 +88,32 @@ class ChatTemplate:
             ) from error
 
     def _try(self, template: str, talks: Sequence[Conversation]) -> list[RenderedText | RowError]:
-        """Renders each conversation as a whole; a failure comes in its place."""
+        """Renders each conversation as a whole; a failure comes in its place.
+
+        Templates differ in how they want calls: those without words with no content, an empty one
+        or null; arguments as an object or as text. The first way in which nothing is lost is taken.
+        """
+        tried = self._try_arguments(template, talks)
+        for empty in ("", None):
+            failed = [i for i, item in enumerate(tried) if _is_failure(item) and talks[i].has_calls]
+            again = [talks[i].with_empty_content(empty) for i in failed]
+            for i, item in zip(failed, self._try_arguments(template, again), strict=True):
+                # Of ways that fail, the first says most that says what is lost.
+                says_more = isinstance(item, LostError) and not isinstance(tried[i], LostError)
+                if says_more or not _is_failure(item):
+                    tried[i] = item
+        return [
+            self._advise(template, talk, item) if type(item) is RenderError else item
+            for talk, item in zip(talks, tried, strict=True)
+        ]
+
+    def _try_arguments(
+        self, template: str, talks: Sequence[Conversation]
+    ) -> list[RenderedText | RowError]:
         found = self._render(template, talks)
         # Some templates join the arguments of a call to their text, others take them apart.
         failed = [
-            i for i, item in enumerate(found) if isinstance(item, RowError) and _calls(talks[i])
+            i for i, item in enumerate(found) if isinstance(item, RowError) and talks[i].has_calls
         ]
         texts = [talks[i].with_arguments_as_text() for i in failed]
         for i, item in zip(failed, self._render(template, texts), strict=True):
@@ -88,6 +122,15 @@ class ChatTemplate:
             item if isinstance(item, RowError) else self._read(template, talk, item)
             for talk, item in zip(talks, found, strict=True)
         ]
+
+    def _advise(self, template: str, talk: Conversation, error: RowError) -> RowError:
+        """Returns the error of a template that fails, with what can be done about it."""
+        other = "set data.chat_template to one that can render such rows, or remove them"
+        for remedy, less in _ways_out(talk):
+            (found,) = self._render(template, [less])
+            if not isinstance(found, RowError):
+                return RenderError(f"{error}; {remedy}, or {other}")
+        return RenderError(f"{error}; {other}")
 
     def _read(self, template: str, talk: Conversation, found: Rendered) -> RenderedText | RowError:
         try:
@@ -100,7 +143,7 @@ class ChatTemplate:
         requests = [
             Request(
                 talk.messages,
-                _parts(talk, self._turns(talk, marked)),
+                self._parts(template, talk),
                 talk.tools,
                 talk.template_kwargs,
             )
@@ -115,11 +158,17 @@ class ChatTemplate:
         )
         return list(rendered)
 
-    def _turns(self, conversation: Conversation, marked: bool) -> tuple[int, ...]:
-        """Returns the messages whose turns only renderings of the first messages can tell."""
-        if self.config.loss_on == "all" or self.config.response_part is not None or marked:
-            return ()
-        return conversation.learned_replies(self.config.loss_on)
+    def _parts(self, template: str, talk: Conversation) -> tuple[Part, ...]:
+        """Returns the whole, and what tells where learned turns start and end."""
+        length, learned = len(talk.messages), talk.learned_replies(self.config.loss_on)
+        parts = {Part(length): None}  # a set that keeps its order
+        if self.config.loss_on == "all" or GENERATION.search(template):
+            return tuple(parts)
+        for index in learned if self.config.response_part is None else ():
+            parts |= {Part(index, is_prompt=True): None, Part(index + 1): None}
+        if length - 1 in learned and "eos_token" in template:  # perhaps it ends conversations so
+            parts |= {Part(length, is_prompt=True): None}
+        return tuple(part for part in parts if part.length)
 
 
 def read_own_template(config: DataConfig) -> str | None:
@@ -180,25 +229,37 @@ def encode_prompt(
     return ids  # pyright: ignore[reportReturnType]
 
 
+def _ways_out(talk: Conversation) -> Iterator[tuple[str, Conversation]]:
+    """Yields what a setting can leave out of a conversation: what is said of it, and the rest."""
+    here = [role for role in INSTRUCTING if any(item["role"] == role for item in talk.messages)]
+    for roles in [*([role] for role in here), here]:
+        names = ", ".join(f"{role}.content" for role in roles)
+        remedy = f"it renders what data.ignore: [{names}] leaves of the row: set that"
+        if roles:
+            yield remedy, talk.without_roles(roles)
+    if talk.has_leading_answer:
+        with contextlib.suppress(RowError):
+            shorter = talk.without_leading_answer()
+            yield "it renders what data.leading_answer: trim leaves of the row: set that", shorter
+
+
+def _is_failure(item: RenderedText | RowError) -> bool:
+    return isinstance(item, RowError) and not isinstance(item, RewrittenError)
+
+
 def _gather(found: Sequence[RenderedText | RowError]) -> list[RenderedText] | RowError:
-    """Returns the rows that a conversation becomes, or what is wrong with the first that is not."""
-    rows: list[RenderedText] = []
-    for item in found:
-        if isinstance(item, RowError):
-            return item
-        rows.append(item)
+    """Returns the rows that a conversation becomes, or what is wrong with those that it does not.
+
+    What is left out of several rows is told together; else the first error is.
+    """
+    errors = [item for item in found if isinstance(item, RowError)]
+    lossy = [item for item in errors if isinstance(item, LostError)]
+    if errors and len(lossy) == len(errors):
+        lost = (field for error in lossy for field in error.lost)
+        return LostError(lost, (name for error in lossy for name in error.unread))
+    if errors:
+        return errors[0]
+    rows = [item for item in found if isinstance(item, RenderedText)]
     if len(rows) > 1:
-        rows[0] = dataclasses.replace(rows[0], notes=(*rows[0].notes, REWRITTEN))
+        rows[0] = rows[0].with_notes(REWRITTEN)
     return rows
-
-
-def _calls(talk: Conversation) -> bool:
-    return any(message.get("tool_calls") for message in talk.messages)
-
-
-def _parts(conversation: Conversation, turns: tuple[int, ...]) -> tuple[Part, ...]:
-    """Returns the whole, and for each turn what is before it and what ends with it."""
-    parts = {Part(len(conversation.messages)): None}  # a set that keeps its order
-    for index in turns:
-        parts |= {Part(index, is_prompt=True): None, Part(index + 1): None}
-    return tuple(part for part in parts if part.length)

@@ -2,10 +2,10 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, Literal
 
-from lorax.data.columns import FLAGS, read_flag
+from lorax.data.columns import FLAGS, is_empty, read_flag
 from lorax.data.rows import (
     MalformedRowError,
     Row,
@@ -16,7 +16,13 @@ from lorax.data.rows import (
 )
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
+INSTRUCTING = ("system", "developer")
+"""Roles of what stands before a conversation and can be left out of it."""
+
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+
+_NEEDED = ("role", "from", "content", "value")
+"""Keys that are looked at even where they are empty."""
 
 type Message = dict[str, Any]
 
@@ -78,13 +84,21 @@ class Conversation:
         """
         roles = [message["role"] for message in self.messages]
         first = roles.index("user") if "user" in roles else len(roles)
-        kept = [i for i, role in enumerate(roles) if i >= first or role in ("system", "developer")]
-        messages = tuple(self.messages[i] for i in kept)
-        refuse_no_answer(messages)
+        shorter = self._of([i for i, role in enumerate(roles) if i >= first or role in INSTRUCTING])
+        refuse_no_answer(shorter.messages)
+        return shorter
+
+    def without_roles(self, roles: Collection[str]) -> "Conversation":
+        """Returns the conversation without the messages of some roles."""
+        kept = [i for i, message in enumerate(self.messages) if message["role"] not in roles]
+        return self if len(kept) == len(self.messages) else self._of(kept)
+
+    def _of(self, kept: Sequence[int]) -> "Conversation":
+        """Returns the conversation of some of the messages."""
         start = self.completion_start
         return dataclasses.replace(
             self,
-            messages=messages,
+            messages=tuple(self.messages[i] for i in kept),
             completion_start=None if start is None else sum(i < start for i in kept),
             flags={new: self.flags[i] for new, i in enumerate(kept) if i in self.flags},
         )
@@ -93,9 +107,24 @@ class Conversation:
         """Returns the messages up to `turn`, of which it alone is learned."""
         return dataclasses.replace(self, messages=self.messages[: turn + 1], turns=(turn,))
 
+    @property
+    def has_calls(self) -> bool:
+        """Whether a message calls a function."""
+        return any(message.get("tool_calls") for message in self.messages)
+
     def with_arguments_as_text(self) -> "Conversation":
         """Returns the conversation with the arguments of all calls as JSON text."""
         return dataclasses.replace(self, messages=tuple(map(_with_text, self.messages)))
+
+    def with_empty_content(self, empty: Literal["", None]) -> "Conversation":
+        """Returns the conversation with `empty` as the content of calls that have no words."""
+        messages = tuple(
+            message | {"content": empty}
+            if message.get("tool_calls") and not message.get("content")
+            else message
+            for message in self.messages
+        )
+        return dataclasses.replace(self, messages=messages)
 
 
 def read_messages(row: Row, column: str) -> tuple[list[Message], dict[int, bool]]:
@@ -106,11 +135,15 @@ def read_messages(row: Row, column: str) -> tuple[list[Message], dict[int, bool]
     """
     messages, flags = [], {}
     for index, (item, where) in enumerate(list_of_dicts(row, column)):
-        kept = {key: value for key, value in item.items() if value is not None}
-        flag = read_flag(kept, f"{where}.")
+        flag = read_flag(item, f"{where}.")
         if flag is not None:
             flags[index] = flag
-        kept = {key: value for key, value in kept.items() if key not in FLAGS}
+        # Templates ask whether a key is there: a table has all keys in all messages.
+        kept = {
+            key: value
+            for key, value in item.items()
+            if key not in FLAGS and (key in _NEEDED or not is_empty(value)) and value is not None
+        }
         read = _read_sharegpt if column == "conversations" else _read_message
         messages.append(read(kept, where))
     return messages, flags

@@ -73,7 +73,7 @@ def lost_fields(fields: Sequence[Field], text: str) -> list[Field]:
     everything = "\0".join(words for field in fields for words in field.texts)
     lost: list[Field] = []
     for words in dict.fromkeys(words for _, words in doubtful):
-        missing = everything.count(words) - sum(text.count(form) for form in _forms(words))
+        missing = everything.count(words) - sum(text.count(form) for form in forms(words))
         if missing > 0:
             # Which of several equal texts it is cannot be seen; users and assistants are always
             # written, so it is rather another's.
@@ -94,25 +94,28 @@ def end_of_fields(fields: Sequence[Field], text: str, start: int) -> int | None:
     return position
 
 
-def refuse_lost(lost: Iterable[Field], unread: Iterable[str]) -> None:
-    """Raises RowError naming each lost text and unread key, and what to do."""
-    lost, unread = list(lost), list(unread)
-    if not lost and not unread:
-        return
-    places = [f"{_what(field)} of messages[{field.message}]" for field in lost]
-    names = list(dict.fromkeys([*(field.name for field in lost), *unread]))
-    said = [f"leaves out the {_listed(places)}"] * bool(places)
-    said += [
-        f"does not read the key {_listed([n.removeprefix('message.') for n in unread])}"
-    ] * bool(unread)
-    allowed = [name for name in names if name.startswith("message.") or name not in _NEEDED]
-    remedy = f", or allow it by name with data.ignore: [{', '.join(allowed)}]" * (
-        len(allowed) == len(names)
-    )
-    raise RowError(
-        f"the chat template {' and '.join(said)}: take a template that writes them, remove them "
-        f"from the row{remedy}"
-    )
+class LostError(RowError):
+    """Texts that a rendering leaves out, and keys that the template does not read.
+
+    Attributes:
+        lost: What is left out.
+        unread: The keys, as `data.ignore` names them.
+    """
+
+    def __init__(self, lost: Iterable[Field], unread: Iterable[str]) -> None:
+        self.lost, self.unread = list(dict.fromkeys(lost)), list(dict.fromkeys(unread))
+        places = [f"{_what(field)} of messages[{field.message}]" for field in self.lost]
+        keys = [name.removeprefix("message.") for name in self.unread]
+        said = [f"leaves out the {_listed(places)}"] * bool(places)
+        said += [f"does not read the key {_listed(keys)}"] * bool(keys)
+        names = list(dict.fromkeys([*(field.name for field in self.lost), *self.unread]))
+        allowed = [name for name in names if name not in _NEEDED]
+        ways = ["set data.chat_template to one that writes them", "remove them from the row"]
+        if allowed == names:
+            ways.append(f"allow it by name with data.ignore: [{', '.join(allowed)}]")
+        super().__init__(
+            f"the chat template {' and '.join(said)}: {', '.join(ways[:-1])}, or {ways[-1]}"
+        )
 
 
 _NEEDED = ("assistant.content", "assistant.tool_calls")
@@ -129,7 +132,7 @@ def _listed(names: Sequence[str], most: int = 6) -> str:
 
 
 def _fields(index: int, message: Message) -> Iterator[Field]:
-    role, content = message["role"], message.get("content", "")
+    role, content = message["role"], message.get("content") or ""
     for key in REASONING_KEYS:
         if words := tuple(_texts_in(message.get(key))):
             yield Field(index, f"message.{key}", words)
@@ -177,7 +180,7 @@ def _texts_in(value: Any) -> Iterator[str]:
             yield from _texts_in(item)
 
 
-def _forms(words: str) -> list[str]:
+def forms(words: str) -> list[str]:
     """Returns a text as it is, and as it stands in JSON where that differs."""
     forms = [words, *(json.dumps(words, ensure_ascii=flag)[1:-1] for flag in (False, True))]
     return list(dict.fromkeys(forms))
@@ -188,7 +191,7 @@ def _end_of(words: str, text: str, start: int) -> int | None:
     found = text.find(words, start)
     if found >= 0:
         return found + len(words)
-    for form in _forms(words)[1:]:
+    for form in forms(words)[1:]:
         if (found := text.find(form, start)) >= 0:
             return found + len(form)
     return None

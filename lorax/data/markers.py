@@ -26,6 +26,9 @@ def spans_between_markers(
     instruction, response = config.instruction_part, config.response_part
     assert instruction is not None and response is not None
     starts = [match.end() for match in re.finditer(re.escape(response), text)]
+    size = len(text)
+    if len(starts) > len(conversation.replies) and not text[starts[-1] :].strip():
+        size = starts.pop() - len(response)  # there the template opens the next turn unasked
     ends = [match.start() for match in re.finditer(re.escape(instruction), text)]
     for name, part, places in (
         ("response_part", response, starts),
@@ -37,7 +40,7 @@ def spans_between_markers(
                 f"tokens are {' '.join(_special_tokens_of(text, tokenizer)) or 'none at all'}"
             )
     _check_counts(conversation, starts, ends)
-    borders = sorted([start - len(response) for start in starts] + ends + [len(text)])
+    borders = sorted([start - len(response) for start in starts] + ends + [size])
     spans = [(start, next(end for end in borders if end >= start)) for start in starts]
     learned = conversation.learned_replies(config.loss_on)
     return tuple(span for i, span in zip(conversation.replies, spans, strict=True) if i in learned)

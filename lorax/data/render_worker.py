@@ -84,8 +84,9 @@ def render(
 ) -> dict[str, Any]:
     """Returns the whole text, its generation blocks, and how each part begins the whole.
 
-    Of a part that is its length, and how many of its first characters are those of the whole. Or
-    the error of the first part that fails, and whether it took more than it may.
+    Of a part that is its length, how many of its first characters are those of the whole, and its
+    text where those are not all. Or the error of the first part that fails, and whether it took
+    more than it may.
     """
     length, whole, blocks, parts = len(request["messages"]), None, [], []
     try:
@@ -101,7 +102,8 @@ def render(
                 raise _LimitError(f"it renders {len(texts[0]):,} characters")
             if whole is None:
                 whole, blocks = texts[0], found[0] if found else []
-            parts.append((len(texts[0]), len(os.path.commonprefix([whole, texts[0]]))))
+            shared = len(os.path.commonprefix([whole, texts[0]]))
+            parts.append((len(texts[0]), shared, texts[0] if shared < len(texts[0]) else None))
     except _LimitError as error:
         said = f"{error}, more than any conversation needs"
         return {"length": length, "error": said, "limit": True}

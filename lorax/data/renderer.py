@@ -29,6 +29,10 @@ MOST_LIMITS = 3
 """So many conversations that take too much are enough to know the template."""
 
 
+class RenderError(RowError):
+    """A conversation on which the chat template fails."""
+
+
 class LimitError(RowError):
     """A conversation whose rendering takes too much time, memory or text."""
 
@@ -57,12 +61,14 @@ class Rendered(NamedTuple):
         blocks: The characters of its ``{% generation %}`` blocks.
         prefixes: By part, how many characters of the text it is; None if it is no beginning of it.
         shared: By part, how many characters at its beginning are those of the text.
+        others: By part that is no beginning of the text, what it is.
     """
 
     text: str
     blocks: list[Span]
     prefixes: dict[Part, int | None]
     shared: dict[Part, int]
+    others: dict[Part, str]
 
 
 class Renderer:
@@ -114,8 +120,9 @@ class Renderer:
                 yield Rendered(
                     answer["text"],
                     [(start, end) for start, end in answer["blocks"]],
-                    {p: length if shared == length else None for p, (length, shared) in found},
-                    {part: shared for part, (_, shared) in found},
+                    {p: length if text is None else None for p, (length, _, text) in found},
+                    {part: shared for part, (_, shared, _) in found},
+                    {part: text for part, (_, _, text) in found if text is not None},
                 )
 
     def _ask(self, group: Sequence[Request], options: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -212,7 +219,7 @@ def _error(request: Request, answer: Mapping[str, Any]) -> RowError:
     roles = [str(message.get("role")) for message in request.messages]
     shown = ", ".join(roles[: min(answer["length"], 6)])
     more = ", …" if answer["length"] > 6 else ""
-    kind = LimitError if answer.get("limit") else RowError
+    kind = LimitError if answer.get("limit") else RenderError
     return kind(f"the chat template fails on the messages ({shown}{more}): {answer['error']}")
 
 

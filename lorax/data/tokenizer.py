@@ -224,6 +224,12 @@ def named_token_id(tokenizer: Tokenizer, name: Literal["bos", "eos", "unk"]) -> 
     return None if found is None else int(found)
 
 
+def special_texts(tokenizer: Tokenizer) -> list[str]:
+    """Returns the texts of all tokens that are flagged special, the longest first."""
+    added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    return sorted({*tokenizer.all_special_tokens, *added}, key=len, reverse=True)
+
+
 def special_token_ids(tokenizer: Tokenizer) -> frozenset[int]:
     """Returns the ids of all tokens that are flagged special, named (EOS, …) or added."""
     added = tokenizer.added_tokens_decoder.items()

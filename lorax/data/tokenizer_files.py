@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lorax.interop.files import CheckpointError, read_json, refuse_stand_ins
+from lorax.interop.files import MAX_INDEX_BYTES, CheckpointError, read_json, refuse_stand_ins
 
 TOKENIZER_FILE, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
 
@@ -56,7 +56,8 @@ def check_tokenizer_files(folder: Path) -> None:
     problems = []
     for name in (CONFIG_FILE, "special_tokens_map.json"):
         path = folder / name
-        settings = read_json(path) if path.exists() else {}
+        # Thousands of added tokens, one by one, are more than a megabyte: Gemma 3 has them.
+        settings = read_json(path, MAX_INDEX_BYTES) if path.exists() else {}
         wrong = [
             f"{key} must be {needed}, got {_show(settings[key])}"
             for key, (fits, needed) in _FIELDS.items()

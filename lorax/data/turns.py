@@ -7,19 +7,27 @@ from collections.abc import Sequence
 
 from lorax.config import DataConfig
 from lorax.data.conversation import Conversation
-from lorax.data.lost import Field, end_of_fields, fields_of, lost_fields, refuse_lost, unread_keys
+from lorax.data.lost import (
+    Field,
+    LostError,
+    end_of_fields,
+    fields_of,
+    forms,
+    lost_fields,
+    unread_keys,
+)
 from lorax.data.markers import spans_between_markers
 from lorax.data.renderer import Part, Rendered, Span
 from lorax.data.rows import RowError, check_unicode, show_name
-from lorax.data.tokenizer import Tokenizer
+from lorax.data.tokenizer import Tokenizer, special_texts
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 OTHER_PROMPT = "begin the assistant's turn otherwise than the chat template's own prompt for it"
 
-_OTHER_WAYS = (
-    "give data.instruction_part and data.response_part, or a data.chat_template that marks what "
-    "the assistant writes with {% generation %}"
+OWN_PROMPT = (
+    "have before the learned turn what the chat template's prompt has there; rendered with that "
+    "turn, it has something else"
 )
 
 
@@ -43,6 +51,15 @@ class RenderedText:
     plain: bool
     one_turn_per_span: bool = True
     notes: tuple[str, ...] = ()
+
+    def with_notes(self, *notes: str) -> "RenderedText":
+        """Returns the same with more to tell."""
+        return dataclasses.replace(self, notes=tuple(dict.fromkeys((*self.notes, *notes))))
+
+
+def ignored(name: str) -> str:
+    """Returns what is told of rows that hold what `data.ignore` names."""
+    return f"hold {name}, which is not learned from (data.ignore)"
 
 
 class RewrittenError(RowError):
@@ -75,10 +92,19 @@ class Rendering:
             RowError: If the template leaves something out, or a turn cannot be told for certain.
         """
         check_unicode(self.found.text, "the rendered conversation")
-        self._refuse_lost()
-        rendered = self._find_turns()
+        try:
+            rendered = self._find_turns()
+        except RewrittenError:
+            raise
+        except RowError:  # of what is lost the reader learns first
+            self._refuse_lost(self.found.text)
+            raise
+        self._refuse_lost(rendered.text)
         self._refuse_cut(rendered)
-        return rendered
+        allowed = [field for field in fields_of(self.talk.messages) if field not in self._fields]
+        return rendered.with_notes(
+            *(ignored(field.name) for field in lost_fields(allowed, rendered.text))
+        )
 
     @functools.cached_property
     def _fields(self) -> list[Field]:
@@ -90,29 +116,36 @@ class Rendering:
     def _learned(self) -> tuple[int, ...]:
         return self.talk.learned_replies(self.config.loss_on)
 
+    @property
+    def _is_last_alone(self) -> bool:
+        """Whether one turn is learned, and nothing follows it."""
+        return self._learned == (len(self.talk.messages) - 1,)
+
     def _of(self, index: int) -> list[Field]:
         return [field for field in self._fields if field.message == index]
 
-    def _refuse_lost(self) -> None:
+    def _refuse_lost(self, text: str) -> None:
         """Refuses a row of which the template leaves out a text, or does not read a key."""
-        talk, last = self.talk, len(self.talk.messages) - 1
+        talk = self.talk
         unread = unread_keys(talk.messages, self.template)
-        # A turn that is rewritten here is looked at again where it is the last one; there the
-        # turns before it are as the template means them to be.
-        again = {i for i in self._learned if i < last or len(self._learned) > 1}
-        if talk.turns is not None:
-            again = set(talk.replies) - set(talk.turns)
+        # Answers before the one that is learned here are as the template means them to be; they are
+        # looked at where they are learned themselves.
+        elsewhere = set(talk.replies) - set(talk.turns) if talk.turns is not None else set()
         lost = [
             field
-            for field in lost_fields(self._fields, self.found.text)
-            if field.name not in unread and field.message not in again
+            for field in lost_fields(self._fields, text)
+            if field.name not in unread and field.message not in elsewhere
         ]
-        refuse_lost(lost, unread)
-        functions = [name for name in talk.functions if name not in self.found.text]
+        if (lost or unread) and not self._is_last_alone and self.config.loss_on != "all":
+            raise RewrittenError("the chat template leaves something out")
+        if lost or unread:
+            raise LostError(lost, unread)
+        functions = [name for name in talk.functions if name not in text]
         if functions:
             raise RowError(
                 f"the chat template leaves out {len(functions)} functions of the row's tools and "
-                "tool_calls: take a template that writes them, or remove them from the row"
+                "tool_calls: set data.chat_template to one that writes them, or remove them from "
+                "the row"
             )
         is_named = lambda name: re.search(rf"\b{re.escape(name)}\b", self.template)
         kwargs = [show_name(name) for name in talk.template_kwargs if not is_named(name)]
@@ -132,54 +165,110 @@ class Rendering:
             spans = dict.fromkeys(self._learned, whole)
         for index, (start, end) in spans.items():
             if lost := lost_fields(self._of(index), rendered.text[start:end]):
-                if len(self._learned) > 1 or index < len(self.talk.messages) - 1:
+                if not self._is_last_alone:
                     raise RewrittenError(f"the chat template rewrites messages[{index}]")
-                refuse_lost(lost, ())
+                raise LostError(lost, ())
 
     def _find_turns(self) -> RenderedText:
         text, loss_on = self.found.text, self.config.loss_on
         if loss_on == "all":
-            end = self._end_of_turn(len(self.talk.messages) - 1, 0) or len(text)
+            end = self._end_of_unasked(len(self.talk.messages) - 1, 0) or len(text)
             return RenderedText(text, ((0, end),), "all", plain=False)
         if self.config.response_part is not None:
             spans = spans_between_markers(self.talk, text, self.config, self.tokenizer)
-            return RenderedText(text, spans, "markers", plain=False)
+            size = self._size(self._learned[-1], spans[-1][0])
+            spans = tuple((start, min(end, size)) for start, end in spans)
+            return RenderedText(text[:size], spans, "markers", plain=False)
         if GENERATION.search(self.template):
             return self._by_generation()
-        turns = [self._turn(index) for index in self._learned]
-        notes = tuple(dict.fromkeys(note for _, note in turns if note))
-        spans = tuple(span for span, _ in turns)
-        return RenderedText(text, spans, "prefix", plain=False, notes=notes)
+        starts = [self._start(index) for index in self._learned]
+        if None in starts and not self._is_last_alone:
+            raise RewrittenError("the chat template rewrites what stands before a learned turn")
+        if None in starts:
+            return self._as_prompted()
+        pairs = list(zip(self._learned, starts, strict=True))
+        spans = tuple((start, self._end(index, start)) for index, start in pairs if start)
+        return RenderedText(text[: self._size(*pairs[-1])], spans, "prefix", plain=False)
 
-    def _turn(self, index: int) -> tuple[Span, str]:
-        """Returns the characters that message `index` adds, and what is to be told of them."""
+    def _start(self, index: int) -> int | None:
+        """Returns where message `index` starts: where its prompt, a beginning of the text, ends."""
         if index == 0:
             raise RowError(
                 "messages[0] is an assistant turn, and nothing before it shows where it starts; "
-                f"set data.leading_answer to trim or drop, or {_OTHER_WAYS}"
+                f"set data.leading_answer to trim or drop, or {self._other_ways}"
             )
-        found, note = self.found, ""
-        prompt, is_last = Part(index, is_prompt=True), index == len(self.talk.messages) - 1
-        start, upto = found.prefixes[prompt], found.prefixes[Part(index + 1)]
-        if start is None and is_last:
-            # The prompt opens the turn with more than a finished turn has, such as a thought.
-            words = next((words for field in self._of(index) for words in field.texts), None)
-            rest = found.text[found.shared[prompt] :].lstrip()
-            if words is not None and rest.startswith(words):
-                start, note = found.shared[prompt], OTHER_PROMPT
-        if start is not None:
-            end = self._end_of_turn(index, start) or upto
-            if end is not None and start < end:
-                return (start, end), note
-        if not is_last:
-            raise RewrittenError(f"the chat template rewrites messages[{index}]")
+        return self.found.prefixes[Part(index, is_prompt=True)]
+
+    def _as_prompted(self) -> RenderedText:
+        """Returns the last turn behind its prompt, of which the text is no continuation.
+
+        As the prompt is when the model writes that turn, where the turn is behind the same words in
+        the text. Else the prompt opens the turn with more than a finished turn has, such as a
+        thought, and the turn stays where it is.
+        """
+        (index,), text = self._learned, self.found.text
+        prompt = self.found.others[Part(index, is_prompt=True)]
+        if start := self._start_behind(prompt, index):
+            end, size = self._end(index, start), self._size(index, start)
+            spans = ((len(prompt), len(prompt) + end - start),)
+            text = prompt + text[start:size]
+            return RenderedText(text, spans, "prefix", plain=False, notes=(OWN_PROMPT,))
+        if start := self._start_of_words(index):
+            spans, size = ((start, self._end(index, start)),), self._size(index, start)
+            return RenderedText(text[:size], spans, "prefix", plain=False, notes=(OTHER_PROMPT,))
         raise RowError(
             f"the chat template renders what stands before messages[{index}] (assistant) otherwise "
             "without it than with it, so the turn's tokens cannot be told for certain; "
-            f"{_OTHER_WAYS}"
+            f"{self._other_ways}"
         )
 
-    def _end_of_turn(self, index: int, start: int) -> int | None:
+    def _start_behind(self, prompt: str, index: int) -> int | None:
+        """Returns where a turn starts: in the text, behind what the prompt ends with.
+
+        That is the words of the message before the turn and what opens the turn.
+        """
+        before = [field for field in fields_of(self.talk.messages) if field.message == index - 1]
+        if not before:
+            return None
+        end, words = max((prompt.rfind(form), form) for form in forms(before[-1].texts[-1]))
+        opening = prompt[end + len(words) :]
+        if end < 0 or not opening.strip():
+            return None
+        text, limit = self.found.text, len(self.found.text)
+        while (found := text.rfind(words + opening, 0, limit)) >= 0:
+            start = found + len(words + opening)
+            if not lost_fields(self._of(index), text[start:]):
+                return start
+            limit = start - 1
+        return None
+
+    def _start_of_words(self, index: int) -> int | None:
+        """Returns where a turn's words start, if its prompt and the text are alike up to there."""
+        text, alike = self.found.text, self.found.shared[Part(index, is_prompt=True)]
+        words = next((words for field in self._of(index) for words in field.texts), None)
+        if words is None:
+            return None
+        if text[alike:].lstrip().startswith(words):
+            return alike
+        # By chance the words begin as the rest of the prompt does.
+        places = range(alike - 1, max(alike - len(words), 0), -1)
+        return next((place for place in places if text.startswith(words, place)), None)
+
+    def _end(self, index: int, start: int) -> int:
+        """Returns where a turn ends."""
+        end = self._end_of_unasked(index, start) or self._end_of_closed(index, start)
+        end = end or self.found.prefixes[Part(index + 1)]
+        if end is None:
+            raise RewrittenError(f"the chat template rewrites messages[{index}]")
+        return end
+
+    def _size(self, index: int, start: int | None) -> int:
+        """Returns how long the text is without what ends the conversation behind its last turn."""
+        is_last = index == len(self.talk.messages) - 1
+        closed = self._end_of_closed(index, start or 0) if is_last else None
+        return closed or len(self.found.text)
+
+    def _end_of_unasked(self, index: int, start: int) -> int | None:
         """Returns where a turn ends behind which the template opens the next one unasked.
 
         What such a template adds is no part of the turn; its stop token follows the words.
@@ -192,6 +281,34 @@ class Rendering:
         text = self.found.text
         end = end_of_fields(fields, text, start)
         return None if end is None else len(text) - len(text[end:].lstrip())
+
+    def _end_of_closed(self, index: int, start: int) -> int | None:
+        """Returns where a turn ends behind which the template ends the conversation.
+
+        It does so where no turn follows and no prompt is asked for: so with one of them it writes
+        the turn, up to its stop token, and then something else.
+        """
+        is_last = index == len(self.talk.messages) - 1
+        alike = self.found.shared.get(Part(index + 1, is_prompt=is_last))
+        if alike is None or alike == self.found.prefixes[Part(index + 1)]:
+            return None
+        words_end = end_of_fields(self._of(index), self.found.text, start)
+        if words_end is None or words_end > alike:
+            return None
+        special = "|".join(map(re.escape, special_texts(self.tokenizer)))
+        behind = re.compile(special).finditer(self.found.text, words_end, alike)
+        return max((match.end() for match in behind), default=None) if special else None
+
+    @property
+    def _other_ways(self) -> str:
+        marked = (
+            "a data.chat_template that marks what the assistant writes with {% generation %}: put "
+            "the tag before it and {% endgeneration %} behind its stop token"
+        )
+        first = self.talk.replies[0]
+        if {"user", "assistant"}.issuperset(item["role"] for item in self.talk.messages[first:]):
+            return f"give data.instruction_part and data.response_part, or {marked}"
+        return f"give {marked}"
 
     def _by_generation(self) -> RenderedText:
         text, replies = self.found.text, self.talk.replies
