@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import datetime
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -225,12 +226,15 @@ class _RowEncoder:
                     found = [self._read_plain(example)]
                 read += [(index, item) for item in found]
         tokenized = self._tokenize([item for _, item in read if isinstance(item, RenderedText)])
-        for index, item in read:
-            text = next(tokenized) if isinstance(item, RenderedText) else None
+        for index, parts in itertools.groupby(read, lambda pair: pair[0]):
+            items = [item for _, item in parts]
+            texts = [next(tokenized) if isinstance(item, RenderedText) else None for item in items]
             with self._refusing(rows, index):
-                self._sieve.add(self._mask(item, text), rows.place(index))
-                for note in item.notes if isinstance(item, RenderedText) else ():
-                    self._sieve.note(note, rows.place(index))
+                encoded = [self._mask(*pair) for pair in zip(items, texts, strict=True)]
+                for item, row in zip(items, encoded, strict=True):
+                    self._sieve.add(row, rows.place(index))
+                    for note in item.notes if isinstance(item, RenderedText) else ():
+                        self._sieve.note(note, rows.place(index))
 
     @contextlib.contextmanager
     def _refusing(self, rows: Rows, index: int) -> Iterator[None]:
