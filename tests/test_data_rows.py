@@ -571,3 +571,123 @@ def test_a_date_is_checked(encode):
     for wrong in ("30.11.2026", "2026-13-01", "today", ""):
         with pytest.raises(ValueError, match="needs a date as 2026-11-30"):
             DataConfig(train="a.jsonl", date=wrong)
+
+
+# Texts that stand in the rendering by chance.
+
+NO_TOOLS = CHATML.replace(
+    "{% for m in messages %}",
+    "{% for m in messages if m['role'] not in ['tool', 'developer'] %}",
+    1,
+)
+NEVER_PROMPTS = CHATML.replace(PROMPT, "")
+
+
+@pytest.mark.parametrize(
+    ("messages", "lost"),
+    [
+        (
+            [USER, {"role": "tool", "content": "4 C"}, {**ANSWER, "content": "It is 4 C there."}],
+            "tool's content of messages[1]",
+        ),
+        (
+            [
+                {"role": "developer", "content": "Be brief"},
+                {"role": "user", "content": "Be brief please: hi"},
+                ANSWER,
+            ],
+            "developer's content of messages[0]",
+        ),
+    ],
+)
+def test_a_lost_text_that_a_later_one_holds_is_missed(encode, messages, lost):
+    with pytest.raises(DataError) as caught:
+        encode([chat(*messages)], NO_TOOLS)
+    assert f"leaves out the {lost}" in str(caught.value)
+
+
+def test_an_answer_is_not_found_in_a_special_token(encode):
+    template = CHATML.replace("m['content']", "(m['content'] if m['role'] == 'user' else '')")
+    with pytest.raises(DataError, match="leaves out the assistant's content"):
+        encode([chat(USER, {**ANSWER, "content": "im"})], template)
+
+
+def test_no_setting_lets_an_answer_be_lost(encode):
+    template = CHATML.replace("m['content']", "(m['text'] | string)")
+    with pytest.raises(DataError, match="leaves out the"):
+        encode([chat(USER, ANSWER)], template, ignore=["assistant.content", "user.content"])
+
+
+@pytest.mark.parametrize("answer", ["fine", "a", "assistant", "im"])
+def test_a_template_without_a_prompt_has_the_turns_opening_learned_and_told(encode, answer):
+    encoded = encode([chat(USER, {**ANSWER, "content": answer})], NEVER_PROMPTS)
+    assert learned(encoded, NEVER_PROMPTS) == [[f"<|im_start|>assistant\n{answer}<|im_end|>"]]
+    assert any("has no prompt for it" in what for what in changes(encoded))
+    assert encoded.report.stop_ids == (
+        byte_tokenizer(NEVER_PROMPTS).convert_tokens_to_ids("<|im_end|>"),
+    )
+
+
+@pytest.mark.parametrize("first", ["ok", "say ok now"])
+def test_all_of_a_conversation_ends_with_its_last_turn(encode, first):
+    messages = [{"role": "user", "content": first}, {**ANSWER, "content": "sure"}]
+    messages += [{"role": "user", "content": "more"}, {**ANSWER, "content": "ok"}]
+    encoded = encode([chat(*messages)], ALWAYS_PROMPTS, loss_on="all")
+    (pieces,) = learned(encoded, ALWAYS_PROMPTS)
+    assert pieces[-1].endswith("<|start|>assistant<|end|>\n\nok<|eot|>")
+
+
+def test_calls_of_sharegpt_turns_are_read_as_those_of_messages(encode):
+    function = {"name": "f", "arguments": '{"city": "Oslo"}'}
+    turn = {"from": "gpt", "value": None, "tool_calls": [{"function": function}]}
+    row = {"conversations": [{"from": "human", "value": "hi"}, turn]}
+    expected = '{"name": "f", "arguments": {"city": "Oslo"}}<|im_end|>'
+    assert learned(encode([row], TOOLS)) == [[expected]]
+    turn["tool_calls"] = ["x"]
+    with pytest.raises(
+        DataError, match=r"conversations\[1\].tool_calls\[0\] needs a function's name"
+    ):
+        encode([row], TOOLS)
+
+
+def test_numbers_and_names_of_arguments_are_looked_for(encode):
+    template = TOOLS.replace("{{ f['arguments'] | tojson }}", "")
+    with pytest.raises(DataError, match=r"leaves out the assistant's tool calls of messages\[1\]"):
+        encode([chat(USER, call({"n": 57}))], template)
+
+
+def test_markers_end_a_turn_at_its_stop_token(encode):
+    parts = {"instruction_part": "user\n", "response_part": "assistant\n"}
+    encoded = encode([chat(*TWO_TURNS)], **parts)
+    assert learned(encoded) == [["hello<|im_end|>", "ciao<|im_end|>"]]
+    stop = byte_tokenizer(CHATML).convert_tokens_to_ids("<|im_end|>")
+    assert encoded.report.stop_ids == (stop,)
+
+
+def test_words_between_generation_blocks_are_not_learned_and_so_refused(encode):
+    template = GENERATION.replace(
+        "{% generation %}{{ m['content'] + '<|im_end|>' }}",
+        "{% set p = m['content'].split(';') %}{% generation %}{{ p[0] }}{% endgeneration %}"
+        "{{ ';' ~ p[1] ~ ';' }}{% generation %}{{ p[2] + '<|im_end|>' }}",
+    )
+    with pytest.raises(DataError, match="leaves out the assistant's content"):
+        encode([chat(USER, {**ANSWER, "content": "aa;MIDDLE;cc"})], template)
+
+
+def test_a_flag_that_the_settings_overrule_is_told(encode):
+    row = chat(USER, {**ANSWER, "train": True}, *TWO_TURNS[2:])
+    encoded = encode([row], loss_on="last_assistant")
+    assert learned(encoded) == [["ciao<|im_end|>"]]
+    assert any("a flag says are learned and that are not" in what for what in changes(encoded))
+
+
+def test_the_completion_of_a_cut_conversation_stays_where_it_is(encode):
+    row = {"prompt": [ANSWER, USER, ANSWER, TWO_TURNS[2]], "completion": [TWO_TURNS[3]]}
+    assert learned(encode([row], leading_answer="trim")) == [["ciao<|im_end|>"]]
+
+
+def test_all_lost_texts_of_one_wording_are_named(encode):
+    tool = {"role": "tool", "content": "same words"}
+    with pytest.raises(DataError) as caught:
+        encode([chat(USER, ANSWER, tool, ANSWER, tool, *TWO_TURNS)], NO_TOOLS)
+    assert "messages[2]" in str(caught.value) and "messages[4]" in str(caught.value)

@@ -149,7 +149,8 @@ def read_messages(row: Row, column: str) -> tuple[list[Message], dict[int, bool]
     return messages, flags
 
 
-def _read_message(message: Message, where: str) -> Message:
+def _read_message(message: Message, where: str, said: str = "content") -> Message:
+    """Reads a message of the form that templates take; `said` is what its row calls the content."""
     role = message.get("role")
     if role not in ROLES:
         raise MalformedRowError(
@@ -158,12 +159,10 @@ def _read_message(message: Message, where: str) -> Message:
     if "tool_calls" in message:
         message = message | {"tool_calls": _read_calls(message["tool_calls"], where)}
     if "content" not in message and not message.get("tool_calls"):
-        raise MalformedRowError(f"{where}.content is missing or null; needed is text")
-    content = text_of(message.get("content", ""), f"{where}.content", empty=True)
+        raise MalformedRowError(f"{where}.{said} is missing or null; needed is text")
+    content = text_of(message.get("content", ""), f"{where}.{said}", empty=True)
     if role == "assistant" and not content.strip() and not message.get("tool_calls"):
-        raise MalformedRowError(
-            f"{where}.content is empty, and it is what the assistant should say"
-        )
+        raise MalformedRowError(f"{where}.{said} is empty, and it is what the assistant should say")
     return message
 
 
@@ -174,12 +173,11 @@ def _read_sharegpt(turn: Message, where: str) -> Message:
         raise MalformedRowError(
             f"{where}.from must be one of {', '.join(known)}, got {show_name(role)}"
         )
-    content = text_of(turn.get("value"), f"{where}.value", empty=True)
-    others = {key: value for key, value in turn.items() if key not in ("from", "value")}
-    message = {"role": _SHAREGPT_ROLES.get(role, role), "content": content, **others}
-    if message["role"] == "assistant" and not content.strip():
-        raise MalformedRowError(f"{where}.value is empty, and it is what the assistant should say")
-    return message
+    message = {key: value for key, value in turn.items() if key not in ("from", "value")}
+    message["role"] = _SHAREGPT_ROLES.get(role, role)
+    if "value" in turn:
+        message["content"] = turn["value"]
+    return _read_message(message, where, "value")
 
 
 def _read_calls(calls: Any, where: str) -> list[Any]:

@@ -202,11 +202,20 @@ class _RowEncoder:
                     f"messages[{index}] ({role}) says that it is learned, and data.loss_on: "
                     f"{loss_on} learns assistant turns alone; set the flag to 0, or remove it"
                 )
+        learned = set(example.learned_replies(loss_on))
+        if loss_on != "all" and any(
+            example.flags.get(index, False) and index not in learned for index in example.replies
+        ):
+            self._sieve.note(
+                "hold assistant turns that a flag says are learned and that are not: "
+                "data.loss_on, or the row's completion, leaves them out",
+                place,
+            )
         if any(not example.flags.get(index, True) for index in example.replies):
             self._sieve.note(
                 "hold assistant turns that a flag leaves out of what is learned", place
             )
-        if loss_on != "all" and not example.learned_replies(loss_on):
+        if loss_on != "all" and not learned:
             self._sieve.note("left out, since flags leave nothing of them to learn", place)
             return None
         return example

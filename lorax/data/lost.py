@@ -13,6 +13,9 @@ REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 
 THINKING = "assistant.thinking"
 
+NEEDED = ("assistant.content", "assistant.tool_calls")
+"""What no setting can leave out: it is what is learned."""
+
 _STRUCTURE = ("role", "content", "tool_calls", "tool_call_id", *REASONING_KEYS)
 _THINKING_TAGS = re.compile(r"<think(?:ing)?>(.*?)</think(?:ing)?>", re.DOTALL)
 
@@ -62,17 +65,20 @@ def lost_fields(fields: Sequence[Field], text: str) -> list[Field]:
     Each text must be found, white space at its ends aside, as it is or as in JSON: one after the
     other; or as often as all fields together hold it, where the template orders them otherwise.
     """
-    position, doubtful = 0, []
+    position, doubtful = 0, list[str]()
     for field in fields:
         for words in field.texts:
             end = _end_of(words, text, position)
             if end is None:
-                doubtful.append((field, words))
+                doubtful.append(words)
             else:
                 position = end
+    if not doubtful:
+        return []
+    # One that was found may have been found in another, which then is the doubtful one.
     everything = "\0".join(words for field in fields for words in field.texts)
     lost: list[Field] = []
-    for words in dict.fromkeys(words for _, words in doubtful):
+    for words in dict.fromkeys(words for field in fields for words in field.texts):
         missing = everything.count(words) - sum(text.count(form) for form in forms(words))
         if missing > 0:
             # Which of several equal texts it is cannot be seen; users and assistants are always
@@ -109,17 +115,13 @@ class LostError(RowError):
         said = [f"leaves out the {_listed(places)}"] * bool(places)
         said += [f"does not read the key {_listed(keys)}"] * bool(keys)
         names = list(dict.fromkeys([*(field.name for field in self.lost), *self.unread]))
-        allowed = [name for name in names if name not in _NEEDED]
+        allowed = [name for name in names if name not in NEEDED]
         ways = ["set data.chat_template to one that writes them", "remove them from the row"]
         if allowed == names:
             ways.append(f"allow it by name with data.ignore: [{', '.join(allowed)}]")
         super().__init__(
             f"the chat template {' and '.join(said)}: {', '.join(ways[:-1])}, or {ways[-1]}"
         )
-
-
-_NEEDED = ("assistant.content", "assistant.tool_calls")
-"""What no setting can leave out: it is what is learned."""
 
 
 def _what(field: Field) -> str:
@@ -164,7 +166,11 @@ def _texts_of_calls(calls: Iterable[Any]) -> Iterator[str]:
         arguments = inner.get("arguments")
         if isinstance(arguments, str):  # as a template asked for them: told apart when parsed
             arguments = json.loads(arguments)
-        yield from _texts_in(arguments)
+        for name, value in (arguments or {}).items():
+            yield name
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                yield json.dumps(value)
+            yield from _texts_in(value)
 
 
 def _texts_in(value: Any) -> Iterator[str]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from lorax.config import DataConfig
 from lorax.data.conversation import Conversation
 from lorax.data.lost import (
+    NEEDED,
     Field,
     LostError,
     end_of_fields,
@@ -24,6 +25,13 @@ from lorax.data.tokenizer import Tokenizer, special_texts
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 OTHER_PROMPT = "begin the assistant's turn otherwise than the chat template's own prompt for it"
+
+OPENING = (
+    "learn what opens the assistant's turn too, since the chat template has no prompt for it "
+    "(add_generation_prompt)"
+)
+
+_PROMPT = "add_generation_prompt"
 
 OWN_PROMPT = (
     "have before the learned turn what the chat template's prompt has there; rendered with that "
@@ -100,17 +108,41 @@ class Rendering:
             self._refuse_lost(self.found.text)
             raise
         self._refuse_lost(rendered.text)
-        self._refuse_cut(rendered)
-        allowed = [field for field in fields_of(self.talk.messages) if field not in self._fields]
-        return rendered.with_notes(
-            *(ignored(field.name) for field in lost_fields(allowed, rendered.text))
-        )
+        if self.config.loss_on != "all":
+            self._refuse_cut(rendered)
+        allowed = [field for field in self._all_fields if field not in self._fields]
+        lost = lost_fields(allowed, self._hide(rendered.text))
+        return rendered.with_notes(*(ignored(field.name) for field in lost))
+
+    @functools.cached_property
+    def _special(self) -> re.Pattern[str] | None:
+        texts = sorted(special_texts(self.tokenizer), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, texts))) if texts else None
+
+    def _hide(self, text: str) -> str:
+        """Returns a text, as long as before, in whose special tokens no words are found."""
+        if self._special is None:
+            return text
+        return self._special.sub(lambda found: "\1" * len(found[0]), text)
+
+    @functools.cached_property
+    def _all_fields(self) -> list[Field]:
+        """Every text of the messages, to be found where special tokens are hidden."""
+        return [
+            field._replace(texts=tuple(map(self._hide, field.texts)))
+            for field in fields_of(self.talk.messages)
+        ]
 
     @functools.cached_property
     def _fields(self) -> list[Field]:
         """What the rendering must hold."""
-        fields = fields_of(self.talk.messages)
-        return [field for field in fields if field.name not in self.config.ignore]
+        ignore = set(self.config.ignore) - set(NEEDED)
+        return [field for field in self._all_fields if field.name not in ignore]
+
+    @functools.cached_property
+    def _words(self) -> str:
+        """The rendering with its special tokens hidden."""
+        return self._hide(self.found.text)
 
     @functools.cached_property
     def _learned(self) -> tuple[int, ...]:
@@ -133,7 +165,7 @@ class Rendering:
         elsewhere = set(talk.replies) - set(talk.turns) if talk.turns is not None else set()
         lost = [
             field
-            for field in lost_fields(self._fields, text)
+            for field in lost_fields(self._fields, self._hide(text))
             if field.name not in unread and field.message not in elsewhere
         ]
         if (lost or unread) and not self._is_last_alone and self.config.loss_on != "all":
@@ -158,13 +190,11 @@ class Rendering:
 
     def _refuse_cut(self, rendered: RenderedText) -> None:
         """Refuses learned turns that do not hold what the assistant says, whole."""
-        if rendered.one_turn_per_span and rendered.mask_source != "all":
-            spans = dict(zip(self._learned, rendered.spans, strict=True))
-        else:
-            whole = rendered.spans[0][0], rendered.spans[-1][1]
-            spans = dict.fromkeys(self._learned, whole)
-        for index, (start, end) in spans.items():
-            if lost := lost_fields(self._of(index), rendered.text[start:end]):
+        parts = [self._hide(rendered.text[start:end]) for start, end in rendered.spans]
+        if not rendered.one_turn_per_span:
+            parts = ["".join(parts)] * len(self._learned)
+        for index, part in zip(self._learned, parts, strict=True):
+            if lost := lost_fields(self._of(index), part):
                 if not self._is_last_alone:
                     raise RewrittenError(f"the chat template rewrites messages[{index}]")
                 raise LostError(lost, ())
@@ -172,12 +202,17 @@ class Rendering:
     def _find_turns(self) -> RenderedText:
         text, loss_on = self.found.text, self.config.loss_on
         if loss_on == "all":
-            end = self._end_of_unasked(len(self.talk.messages) - 1, 0) or len(text)
+            last = len(self.talk.messages) - 1
+            before = [field for field in self._fields if field.message < last]
+            after = end_of_fields(before, self._words, 0) or 0
+            end = self._end_of_unasked(last, after) or len(text)
             return RenderedText(text, ((0, end),), "all", plain=False)
         if self.config.response_part is not None:
             spans = spans_between_markers(self.talk, text, self.config, self.tokenizer)
             size = self._size(self._learned[-1], spans[-1][0])
-            spans = tuple((start, min(end, size)) for start, end in spans)
+            ends = [min(end, size) for _, end in spans]
+            pairs = zip(self._learned, spans, ends, strict=True)
+            spans = tuple((start, self._up_to_stop(i, start, end)) for i, (start, _), end in pairs)
             return RenderedText(text[:size], spans, "markers", plain=False)
         if GENERATION.search(self.template):
             return self._by_generation()
@@ -188,7 +223,23 @@ class Rendering:
             return self._as_prompted()
         pairs = list(zip(self._learned, starts, strict=True))
         spans = tuple((start, self._end(index, start)) for index, start in pairs if start)
-        return RenderedText(text[: self._size(*pairs[-1])], spans, "prefix", plain=False)
+        opened = [self._is_opened(index, start) for index, start in pairs if start]
+        notes = () if all(opened) else (OPENING,)
+        text = text[: self._size(*pairs[-1])]
+        return RenderedText(text, spans, "prefix", plain=False, notes=notes)
+
+    def _is_opened(self, index: int, start: int) -> bool:
+        """Says whether a template that knows no prompt still opens a turn before its words."""
+        words = next((words for field in self._of(index) for words in field.texts), "")
+        return _PROMPT in self.template or self._words[start:].lstrip().startswith(words)
+
+    def _up_to_stop(self, index: int, start: int, end: int) -> int:
+        """Returns where the first special token behind a turn's words ends, or the turn itself."""
+        behind = end_of_fields(self._of(index), self._words, start)
+        if self._special is None or behind is None or behind > end:
+            return end
+        stop = self._special.search(self.found.text, behind, end)
+        return end if stop is None else stop.end()
 
     def _start(self, index: int) -> int | None:
         """Returns where message `index` starts: where its prompt, a beginning of the text, ends."""
@@ -237,14 +288,14 @@ class Rendering:
         text, limit = self.found.text, len(self.found.text)
         while (found := text.rfind(words + opening, 0, limit)) >= 0:
             start = found + len(words + opening)
-            if not lost_fields(self._of(index), text[start:]):
+            if not lost_fields(self._of(index), self._words[start:]):
                 return start
             limit = start - 1
         return None
 
     def _start_of_words(self, index: int) -> int | None:
         """Returns where a turn's words start, if its prompt and the text are alike up to there."""
-        text, alike = self.found.text, self.found.shared[Part(index, is_prompt=True)]
+        text, alike = self._words, self.found.shared[Part(index, is_prompt=True)]
         words = next((words for field in self._of(index) for words in field.texts), None)
         if words is None:
             return None
@@ -274,13 +325,14 @@ class Rendering:
         What such a template adds is no part of the turn; its stop token follows the words.
         """
         fields = self._of(index)
-        if "add_generation_prompt" in self.template or not fields:
+        if _PROMPT in self.template or not fields:
             return None
         if any(field.name.endswith(".tool_calls") for field in fields):
             return None
-        text = self.found.text
-        end = end_of_fields(fields, text, start)
-        return None if end is None else len(text) - len(text[end:].lstrip())
+        if self.config.loss_on != "all" and not self._is_opened(index, start):
+            return None
+        end = end_of_fields(fields, self._words, start)
+        return None if end is None else len(self._words) - len(self._words[end:].lstrip())
 
     def _end_of_closed(self, index: int, start: int) -> int | None:
         """Returns where a turn ends behind which the template ends the conversation.
@@ -292,12 +344,11 @@ class Rendering:
         alike = self.found.shared.get(Part(index + 1, is_prompt=is_last))
         if alike is None or alike == self.found.prefixes[Part(index + 1)]:
             return None
-        words_end = end_of_fields(self._of(index), self.found.text, start)
-        if words_end is None or words_end > alike:
+        words_end = end_of_fields(self._of(index), self._words, start)
+        if words_end is None or words_end > alike or self._special is None:
             return None
-        special = "|".join(map(re.escape, special_texts(self.tokenizer)))
-        behind = re.compile(special).finditer(self.found.text, words_end, alike)
-        return max((match.end() for match in behind), default=None) if special else None
+        behind = self._special.finditer(self.found.text, words_end, alike)
+        return max((match.end() for match in behind), default=None)
 
     @property
     def _other_ways(self) -> str:
