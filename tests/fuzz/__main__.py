@@ -1,8 +1,8 @@
 """Runs the fuzzer and prints what became of the cases, by kind.
 
-    python -m tests.fuzz --cases 2000 --seed 0 --out docs/measurements/fuzz.jsonl
-    python -m tests.fuzz --replay "rows 17" "config 3"
-    python -m tests.fuzz --cases 0 --out docs/measurements/fuzz.jsonl --table docs/reliability.md
+python -m tests.fuzz --cases 2000 --seed 0 --out docs/measurements/fuzz.jsonl
+python -m tests.fuzz --replay "rows 17" "config 3"
+python -m tests.fuzz --cases 0 --out docs/measurements/fuzz.jsonl --table docs/reliability.md
 """
 
 import argparse
@@ -19,14 +19,14 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 from tests.fuzz.edits import UnfitError
 from tests.fuzz.judge import ACCEPTED, FAULT, REFUSED, judge
 from tests.fuzz.kinds import KINDS, Case, draw_case
-from tests.fuzz.pool import Outcome, Worker, worker_environment
+from tests.fuzz.pool import MIB, SECONDS, Outcome, Worker, worker_environment
 
 MARKS = "<!-- fuzz table -->", "<!-- end of fuzz table -->"
 
@@ -44,9 +44,13 @@ def make_garden(temporary: Path) -> Path:
 
 
 def run_seeds(
-    names: Iterable[tuple[str, int]], temporary: Path, garden: Path, clock_seconds: float, workers: int
+    names: Iterable[tuple[str, int]],
+    temporary: Path,
+    garden: Path,
+    clock_seconds: float,
+    workers: int,
 ) -> Iterator[dict[str, Any]]:
-    """Runs the case of each kind and seed; one that is unfit gives way to the next seed of its own."""
+    """Runs the case of each kind and seed; an unfit one gives way to another seed."""
     local = threading.local()
     made: list[Worker] = []
 
@@ -62,17 +66,21 @@ def run_seeds(
             except UnfitError:
                 seed += 1_000_000
 
-    with ThreadPoolExecutor(workers) as pool:
-        yield from pool.map(run, names)
-    for worker in made:
-        worker.close()
+    try:
+        with ThreadPoolExecutor(workers) as pool:
+            for done in as_completed([pool.submit(run, name) for name in names]):
+                yield done.result()
+    finally:
+        for worker in made:
+            worker.close()
 
 
 def describe(case: Case, outcome: Outcome) -> dict[str, Any]:
     """Returns what is recorded of a case."""
     verdict, wrong = judge(case, outcome)
     row = case.to_json() | {"verdict": verdict, "status": outcome.status}
-    row |= {"seconds": round(outcome.seconds, 3), "peak_mib": round(outcome.peak_mib)}
+    row |= {"seconds": round(outcome.seconds, 3), "cpu_seconds": round(outcome.cpu_seconds, 3)}
+    row |= {"peak_mib": round(outcome.peak_mib)}
     row |= {"said": outcome.err[-1500:]} if verdict != ACCEPTED else {}
     row |= {"reason": outcome.reason} if outcome.reason else {}
     if wrong:
@@ -90,7 +98,7 @@ def summarise(rows: list[dict[str, Any]]) -> str:
     for kind in [*kinds, "all"]:
         of_kind = [row for row in rows if kind in (row["kind"], "all")]
         counts = collections.Counter(row["verdict"] for row in of_kind)
-        slowest = max(row["seconds"] for row in of_kind)
+        slowest = max(row["cpu_seconds"] for row in of_kind)
         most = max(row["peak_mib"] for row in of_kind)
         lines.append(
             f"| {kind} | {len(of_kind):,} | {counts[REFUSED]:,} | {counts[ACCEPTED]:,} | "
@@ -99,16 +107,34 @@ def summarise(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def origin(commit: str, seed: int) -> dict[str, Any]:
-    """Returns where a run was made."""
+def list_reasons(rows: list[dict[str, Any]]) -> str:
+    """Returns a table of why acceptances were right."""
+    lines = ["| input | why it was right to accept it | cases |", "|---|---|---|"]
+    reasons = ((row["kind"], row["reason"].partition(";")[0]) for row in rows if "reason" in row)
+    for (kind, reason), count in sorted(collections.Counter(reasons).items()):
+        lines.append(f"| {kind} | {reason} | {count:,} |")
+    return "\n".join(lines)
+
+
+def write_tables(document: Path, rows: list[dict[str, Any]]) -> None:
+    """Puts the tables of a run into a document, between its two marks."""
+    before, _, rest = document.read_text(encoding="utf-8").partition(MARKS[0])
+    after = rest.partition(MARKS[1])[2]
+    tables = f"{summarise(rows)}\n\n{list_reasons(rows)}"
+    document.write_text(f"{before}{MARKS[0]}\n{tables}\n{MARKS[1]}{after}", encoding="utf-8")
+
+
+def origin(parsed: argparse.Namespace) -> dict[str, Any]:
+    """Returns where and how a run was made."""
     from lorax.metrics import library_versions
 
     return {
         "device": f"{os.cpu_count()} cores, {platform.machine()}",
         "versions": library_versions(),
-        "commit": commit,
+        "commit": parsed.commit,
         "date": datetime.date.today().isoformat(),
-        "seed": seed,
+        "seed": parsed.seed,
+        "limits": {"seconds": parsed.seconds, "MiB": MIB},
     }
 
 
@@ -121,10 +147,25 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="a file of JSON lines, one per case")
     parser.add_argument("--commit", default="")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=20.0, help="after which a case hangs")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="after which a case hangs")
     parser.add_argument("--temporary", type=Path, help="kept, with the sound inputs in it")
     parser.add_argument("--table", type=Path, help="a document whose table is made anew")
     parsed = parser.parse_args()
+    rows = list(_run(parsed)) if parsed.cases or parsed.replay else []
+    if parsed.out and rows:
+        head = origin(parsed)
+        rows.sort(key=lambda row: (row["seed"], row["kind"]))
+        parsed.out.write_text("".join(json.dumps(row) + "\n" for row in (head, *rows)))
+    elif parsed.out:
+        rows = [json.loads(line) for line in parsed.out.read_text().splitlines()[1:]]
+    if parsed.table:
+        write_tables(parsed.table, rows)
+    print(summarise(rows))
+    return any(row["verdict"] == FAULT for row in rows)
+
+
+def _run(parsed: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Runs the cases that were asked for, and prints faults as they are found."""
     each = -(-parsed.cases // len(parsed.kinds))
     names = [(kind, parsed.seed + i) for i in range(each) for kind in parsed.kinds]
     if parsed.replay is not None:
@@ -135,19 +176,14 @@ def main() -> int:
         garden = temporary / "garden"
         if not garden.exists():
             make_garden(temporary)
-        rows, started = [], time.monotonic()
+        started = time.monotonic()
         for row in run_seeds(names, temporary, garden, parsed.seconds, parsed.workers):
-            rows.append(row)
+            yield row
             if row["verdict"] == FAULT or parsed.replay is not None:
                 print(f"{row['verdict']} {Case.from_json({k: row[k] for k in CASE})}")
                 for wrong in row.get("wrong", [row.get("reason") or row.get("said", "")]):
                     print(f"    {wrong}", flush=True)
-        print(f"{len(rows)} cases in {time.monotonic() - started:.0f} s")
-    if parsed.out and rows:
-        head = origin(parsed.commit, parsed.seed)
-        parsed.out.write_text("".join(json.dumps(row) + "\n" for row in (head, *rows)))
-    print(summarise(rows))
-    return any(row["verdict"] == FAULT for row in rows)
+        print(f"{len(names)} cases in {time.monotonic() - started:.0f} s")
 
 
 CASE = tuple(field.name for field in dataclasses.fields(Case))

@@ -41,7 +41,7 @@ def _of_config(case: Case, folder: Path) -> str | None:
     for word in words:
         key, _, value = word.partition("=")
         _put(given, key.strip().split("."), _second_reading(value))
-    if found := next(_differences(given, taken), None):
+    if next(_differences(given, taken), None):
         return None
     return _plausible(taken) and "the settings in force are those that a second YAML reader finds"
 
@@ -120,9 +120,7 @@ def _of_rows(case: Case, folder: Path) -> str | None:
     rows = list(_read_rows(folder, case))
     dataset, tokenizer = _encode(folder, case)
     if case.variant == "rows-ids":
-        same = all(
-            dataset.row(i)[0].tolist() == row["input_ids"] for i, row in enumerate(rows)
-        )
+        same = all(dataset.row(i)[0].tolist() == row["input_ids"] for i, row in enumerate(rows))
         return "the ids are those of the rows" if same else None
     if len(dataset) != len(rows):
         return None
@@ -190,7 +188,11 @@ def _answers(row: dict[str, Any]) -> Iterator[str]:
         for message in row.get(key) or () if isinstance(row.get(key), list) else ():
             role = message.get("role") or message.get("from")
             text = message.get("content") or message.get("value") or ""
-            flags = [message[k] for k in _NO_TEXT if k not in ("role", "from", "type", "id") and k in message]
+            flags = [
+                message[k]
+                for k in _NO_TEXT
+                if k not in ("role", "from", "type", "id") and k in message
+            ]
             if role in ("assistant", "gpt") and all(flags):
                 yield text.strip()
     for key in ("completion", "output", "text"):
@@ -222,7 +224,9 @@ def _of_tokenizer(case: Case, folder: Path) -> str | None:
         tokenizer = lorax.load_tokenizer("model")
         ids = tokenizer("zqhello", add_special_tokens=False)["input_ids"]
         return "its ids stand for the prompt" if "zqhello" in tokenizer.decode(ids) else None
-    return _of_template(case, folder) and "its ids stand for every text of the rows, and the answers"
+    return (
+        _of_template(case, folder) and "its ids stand for every text of the rows, and the answers"
+    )
 
 
 # --- Models -------------------------------------------------------------------------------------
@@ -284,31 +288,59 @@ def _of_weights(case: Case, folder: Path) -> str | None:
     if case.changed_words[0] == "validate":
         return "names, shapes and dtypes are right; values are read by what uses them"
     finite = all(np.isfinite(np.asarray(value, np.float32)).all() for value in found.values())
-    return "other finite weights of the same names and shapes: the format has no digest" * finite or None
+    return (
+        "other finite weights of the same names and shapes: the format has no digest" * finite
+        or None
+    )
 
 
 def _of_adapter(case: Case, folder: Path) -> str | None:
-    """Settings and tensors fit each other and the model, as PEFT's own classes find them."""
-    import peft
+    """The tensors are those of the adapter, finite, of the ranks and modules that it names."""
     from safetensors.numpy import load_file
 
     if not (folder / "adapter").is_dir():
         return None
-    settings = json.loads((folder / "adapter/adapter_config.json").read_text())
-    config = peft.PeftConfig.from_pretrained(str(folder / "adapter"))
-    tensors = load_file(folder / "adapter/adapter_model.safetensors")
-    ranks = {name: value.shape[0] for name, value in tensors.items() if "lora_A" in name}
-    for name, rank in ranks.items():
-        wanted = next(
-            (r for pattern, r in (settings.get("rank_pattern") or {}).items() if pattern in name.replace("\\", "")),
-            config.r,
-        )
-        if "rank_pattern" not in str(case.edits) and rank != wanted:
-            return None
-    finite = all(np.isfinite(value).all() for value in tensors.values())
+    sound = Path(os.environ["FUZZ_GARDEN"]) / "adapter/adapter"
+    now, before = (
+        json.loads((place / "adapter_config.json").read_text())
+        for place in (folder / "adapter", sound)
+    )
+    found, known = (load_file(p / "adapter_model.safetensors") for p in (folder / "adapter", sound))
+    if {n: v.shape for n, v in found.items()} != {n: v.shape for n, v in known.items()}:
+        return None
+    finite = all(np.isfinite(np.asarray(v, np.float32)).all() for v in found.values())
     if not finite and case.changed_words[0] != "validate":
         return None
-    return "PEFT reads the same settings, and the tensors are of their ranks"
+    differing = {key for key in now.keys() | before.keys() if now.get(key) != before.get(key)}
+    if differing <= ADAPTER_FREE.keys():
+        return "; ".join(["names and shapes are right", *(ADAPTER_FREE[key] for key in differing)])
+    return None
+
+
+ADAPTER_FREE = {
+    "alpha_pattern": "a scale is what it says",
+    "lora_alpha": "a scale is what it says",
+    "use_rslora": "a scale is what it says",
+    "lora_dropout": "dropout is what it says",
+    "bias": "no layer has a bias",
+    "init_lora_weights": "how A and B began does not matter once they are loaded",
+    "inference_mode": "it is about PEFT's loading",
+    "peft_version": "it is about PEFT",
+    "auto_mapping": "it is about PEFT's loading",
+    "revision": "it names the commit of the base on the hub",
+    "base_model_name_or_path": "validate has the base from the config",
+    "task_type": "one of PEFT's kinds for a decoder, or none",
+    "eva_config": "how A and B began does not matter once they are loaded",
+    "loftq_config": "how A and B began does not matter once they are loaded",
+    "corda_config": "how A and B began does not matter once they are loaded",
+    "target_modules": "they are the modules that the tensors are of",
+    "rank_pattern": "the ranks are those of the tensors",
+    "r": "the ranks are those of the tensors",
+    "exclude_modules": "the modules left are those that the tensors are of",
+    "layers_to_transform": "the layers are those that the tensors are of",
+    "layers_pattern": "the layers are those that the tensors are of",
+}
+"""Fields in which an adapter may differ and be right, and why."""
 
 
 # --- Commands and runs --------------------------------------------------------------------------

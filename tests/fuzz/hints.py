@@ -1,10 +1,12 @@
 """What is likely to be wrong: values of known keys, and pieces of syntax."""
+# ruff: noqa: E501
+# fmt: off
 
 from typing import Any
 
 _EVIL = r"((a|[a-z_.0-9]+)+)+!"
 _SOURCES = ["held.jsonl", "model", "run.yaml", "/dev/zero", "/dev/null", "a/b", "rows", "rows.csv",
-            "../rows.jsonl", "./rows.jsonl", "x.jsonl", "~/x.jsonl", "http://x/y.jsonl"]  # fmt: skip
+            "../rows.jsonl", "./rows.jsonl", "x.jsonl", "~/x.jsonl", "http://x/y.jsonl"]
 
 CONFIG: dict[str, list[Any]] = {
     "name_or_path": ["nowhere", "a/b", "a/b/c", "./nowhere", "run.yaml", "/dev/zero", "~", "~nobody",
@@ -64,7 +66,7 @@ CONFIG: dict[str, list[Any]] = {
     "export": [[], ["gguf"], ["merged", "merged"], "peft", ["peft-portable", "merged"]],
     "report_to": [[], ["tensorboard"], ["wandb"], "jsonl", "none"],
     "data": [64, 0, -2, 10**12],
-}  # fmt: skip
+}
 CONFIG_KEYS = [
     *("warmup_ratio", "kept_layers", "memory_gib", "instruction_part", "response_part", "method"),
     *("layers_pattern", "batch_size", "lr", "rank", "attn_impl", "kernels", "offload_embedding"),
@@ -85,7 +87,7 @@ YAML_SYNTAX = [
     ("model:", "\ufeffmodel:"), ("model:", "- model:"), ("model:", "model: {"), ("model:", "#"),
     ("data:", "data: |\n"), ("data:", "data: >\n"), ("\n", "\r\n"), ("\n", "\r"), ("\n", "\u2028"),
     ("\n  ", "\n   "), ("  ", "\t"), (":", "\uff1a"), ("\"model\"", "!path model"), ("\"run\"", "${HOME}"),
-]  # fmt: skip
+]
 
 ROWS: dict[str, list[Any]] = {
     "role": ["human", "bot", "System", "tool", "developer", "function", "ipython", "", "assistant ",
@@ -112,10 +114,17 @@ ROWS: dict[str, list[Any]] = {
     "messages": [None, "zqtext", [], {}, [None], [[]], "[{\"role\": \"user\", \"content\": \"zq\"}]"],
     "text": ["<|im_start|>zq<|im_end|>", "zq<|im_end|>\n", "\n", " "],
     "completion": ["", " ", "<|im_end|>", "zqdone\n", None],
-}  # fmt: skip
+}
 ROW_KEYS = [
     *("weight", "train", "mask", "loss_mask", "trainable", "train_on_turn", "tool_calls", "tools"),
-    *("reasoning_content", "thinking", "name", "function_call", "functions", "chat_template_kwargs"),
+    *(
+        "reasoning_content",
+        "thinking",
+        "name",
+        "function_call",
+        "functions",
+        "chat_template_kwargs",
+    ),
     *("images", "system", "history", "id", "source", "labels", "attention_mask", "text", "prompt"),
     *("token_type_ids", "position_ids", "rejected", "chosen", "messages", "completion"),
 ]
@@ -153,7 +162,7 @@ TEMPLATE_PIECES: dict[str, list[str]] = {
     "loop.index0": ["loop.index", "loop.depth", "1 // 0"],
     "'\\n'": ["''", "' '", "'\\n' * 10 ** 9"],
     "assistant": ["model", "Assistant", ""],
-}  # fmt: skip
+}
 TEMPLATE_ADDITIONS = [
     "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
     "{{ 'a' * 10 ** 9 }}", "{{ ''.__class__.__mro__ }}", "{{ cycler.__init__.__globals__ }}",
@@ -166,7 +175,7 @@ TEMPLATE_ADDITIONS = [
     "{% for m in messages recursive %}{{ loop(messages) }}{% endfor %}", "{% autoescape true %}",
     "{% do messages.append({}) %}", "{{ messages.pop() }}", "{{ messages.__len__() }}", "{{ range(9)|random }}",
     "{% set _ = messages[0].update({'content': 'zq'}) %}", "{{ 'é' }}", "{{ '\\ud800' }}", "{{ '\\x00' }}",
-]  # fmt: skip
+]
 
 TOKENIZER: dict[str, list[Any]] = {
     "type": ["BPE", "WordPiece", "Unigram", "WordLevel", "EVIL", "Sequence", "ByteLevel", "Metaspace",
@@ -201,10 +210,17 @@ TOKENIZER: dict[str, list[Any]] = {
     "clean_up_tokenization_spaces": [True], "backend": ["sentencepiece", "mistral-common"],
     "added_tokens_decoder": [{"5": {"content": "zq", "special": True}}, {"x": {"content": "zq"}}, {"0": {}}, []],
     "tokenizer_file": ["/dev/zero", "nowhere"], "spaces_between_special_tokens": [True],
-}  # fmt: skip
+}
 TOKENIZER_KEYS = [
     *("auto_map", "chat_template", "legacy", "unk_token", "extra_special_tokens", "tokenizer_file"),
-    *("split_special_tokens", "backend", "truncation_side", "dropout", "add_prefix_space", "name_or_path"),
+    *(
+        "split_special_tokens",
+        "backend",
+        "truncation_side",
+        "dropout",
+        "add_prefix_space",
+        "name_or_path",
+    ),
 ]
 
 MODEL_CONFIG: dict[str, list[Any]] = {
@@ -237,12 +253,37 @@ MODEL_CONFIG: dict[str, list[Any]] = {
     "logit_scale": [1.0, 2.0], "final_logit_softcapping": [None, 30.0], "num_experts": [None, 8, 0],
     "temperature": [0, 2.0, "x"], "transformers_version": [None, 7], "do_sample": [True, "x"],
     "max_length": [20, -1], "no_repeat_ngram_size": [3],
-}  # fmt: skip
+}
 MODEL_CONFIG_KEYS = [
-    *("rope_parameters", "unk_token_id", "quantization_config", "sliding_window", "use_sliding_window"),
-    *("auto_map", "pretraining_tp", "sequence_parallel_enabled", "internal_version", "_name_or_path"),
-    *("layer_types", "partial_rotary_factor", "attn_implementation", "is_decoder", "logit_scale", "dtype"),
-    *("final_logit_softcapping", "num_experts", "max_length", "no_repeat_ngram_size", "eos_token_id"),
+    *(
+        "rope_parameters",
+        "unk_token_id",
+        "quantization_config",
+        "sliding_window",
+        "use_sliding_window",
+    ),
+    *(
+        "auto_map",
+        "pretraining_tp",
+        "sequence_parallel_enabled",
+        "internal_version",
+        "_name_or_path",
+    ),
+    *(
+        "layer_types",
+        "partial_rotary_factor",
+        "attn_implementation",
+        "is_decoder",
+        "logit_scale",
+        "dtype",
+    ),
+    *(
+        "final_logit_softcapping",
+        "num_experts",
+        "max_length",
+        "no_repeat_ngram_size",
+        "eos_token_id",
+    ),
 ]
 
 WEIGHTS: dict[str, list[Any]] = {
@@ -254,8 +295,14 @@ WEIGHTS: dict[str, list[Any]] = {
                           "model-00001-of-00002.safetensors", "", 7, None, "a\0b.safetensors", "."],
     "total_size": [0, -1, "x", 10**30],
     "__metadata__": [{}, {"format": "tf"}, {"a": 1}, None, "x", {"a": "y" * 100_000}],
-}  # fmt: skip
-WEIGHT_NAMES = ["pytorch_model.bin", "adapter_model.bin", "model-1.safetensors", "x.safetensors", "MODEL.SAFETENSORS"]
+}
+WEIGHT_NAMES = [
+    "pytorch_model.bin",
+    "adapter_model.bin",
+    "model-1.safetensors",
+    "x.safetensors",
+    "MODEL.SAFETENSORS",
+]
 
 ADAPTER: dict[str, list[Any]] = WEIGHTS | {
     "r": [3, 5, 0, -1, "4", 4.0, 10**400, 10**9, None, True], "lora_alpha": [0, -1, 1e308, "8", None, 7.5],
@@ -273,18 +320,25 @@ ADAPTER: dict[str, list[Any]] = WEIGHTS | {
     "auto_mapping": [None, {}], "corda_config": [None, {}], "use_qalora": [True, False], "alora_invocation_tokens":
     [None, [1, 2]], "target_parameters": [None, ["x"]], "exclude_modules": [None, ["v_proj"], ["x"], "(q|v)_proj"],
     "peft_version": ["0.21.2", 7], "arrow_config": [None, {}], "ensure_weight_tying": [False, True],
-}  # fmt: skip
+}
 ADAPTER_KEYS = [
-    *("eva_config", "loftq_config", "megatron_config", "trainable_token_indices", "lora_bias", "peft_version"),
+    *(
+        "eva_config",
+        "loftq_config",
+        "megatron_config",
+        "trainable_token_indices",
+        "lora_bias",
+        "peft_version",
+    ),
     *("corda_config", "use_qalora", "alora_invocation_tokens", "target_parameters", "arrow_config"),
     *("ensure_weight_tying", "auto_mapping", "secret_sauce"),
 ]
 
 _NUMBERS = ["0", "-1", "1", "2", "1e-320", "1e-40", "nan", "inf", "-inf", "1e999", "0.5", "1.0", "x", "",
-            "99999999999", "9223372036854775808", "340282366920938463463374607431768211456", "0x10", "1_0", "٣"]  # fmt: skip
+            "99999999999", "9223372036854775808", "340282366920938463463374607431768211456", "0x10", "1_0", "٣"]
 NAMES = ["nowhere", "a/b", "./nowhere", "model", "run", "run/adapter", "run/checkpoints", "rows.jsonl", ".", "/",
          "", "~", "run.yaml", "/dev/zero", "/dev/null", "x" * 5000, "\udcff", "held.jsonl", "--", "-", "lora.r=2",
-         "a b/c d", "HTTP://x", "model/", "run/../model"]  # fmt: skip
+         "a b/c d", "HTTP://x", "model/", "run/../model"]
 OPTIONS: dict[str, list[str]] = {
     "--prompt": ["", " ", "\udcff\udcfe", "zq " * 300, "zq" * 60_000, "<|im_end|>", "\ufeff", "a\nb", "-"],
     "--system": ["", "zqsys", "\udcff", "zq " * 5000],
@@ -303,14 +357,14 @@ OPTIONS: dict[str, list[str]] = {
     "--resume": ["auto", "always", "never", "", "x"],
     "--raw": ["", "x"],
     "--help": [""],
-}  # fmt: skip
+}
 OPTIONS_OF = {
     "generate": ["--prompt", "--system", "--max-new-tokens", "--temperature", "--top-k", "--top-p", "--seed",
                  "--adapter", "--dtype", "--revision", "--raw", "--max-tokens", "--help"],
     "export": ["--format", "--out", "--base", "--dtype", "--force"],
     "inspect": ["--rows", "--help"],
     "train": ["--resume", "--verbose"],
-}  # fmt: skip
+}
 
 RUN: dict[str, list[Any]] = {
     "step": [0, -1, 1, 2, 10**9, "1", None, 1.5], "loss": ["x", None, {"raw": "NaN"}, 1e308, -1],
@@ -322,4 +376,4 @@ RUN: dict[str, list[Any]] = {
     "files": [None, [], {"peft": 7}], "exact_match": [None, [None], "x"], "tokens_per_s": [None, "x"],
     "progress": [{}, None], "recent_losses": [None, ["x"], [1] * 99], "weights": [[99], None, ["x"]],
     "eval_loss": ["x", None],
-}  # fmt: skip
+}

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from tests.fuzz import kinds
 from tests.fuzz.edits import WORDS
 from tests.fuzz.kinds import Case
-from tests.fuzz.pool import SECONDS, Outcome
+from tests.fuzz.pool import Outcome
 
 REFUSED, ACCEPTED, FAULT = "refused", "accepted", "fault"
 
@@ -16,7 +16,8 @@ _WORDS_OF_THE_INSIDE = re.compile(
     r"Traceback|\[Errno|embedded null|NoneType|has no attribute|not subscriptable|Event loop"
     r"|needs something else|<class |\bat 0x|Field \"|codec can't|unsupported operand|KeyError"
     r"|IndexError|TypeError|AttributeError|must be str|not iterable|unhashable|object is not"
-    r"|Exception ignored|list index|dict object|argument must be|INTERNAL:|Fatal Python|Segmentation"
+    r"|Exception ignored|list index|dict object|argument must be|INTERNAL:|Fatal Python"
+    r"|Segmentation"
 )
 """Words that only who wrote the program understands."""
 
@@ -28,7 +29,7 @@ _WRITES = {"export": ("out",), "train": ("run",)}
 
 
 def judge(case: Case, outcome: Outcome) -> tuple[str, list[str]]:
-    """Returns what became of a case: `REFUSED`, `ACCEPTED` or `FAULT`, and what is wrong with it."""
+    """Returns what became of a case, `REFUSED`, `ACCEPTED` or `FAULT`, and what is wrong."""
     wrong = list(_faults(case, outcome))
     if outcome.status == 0 and outcome.reason is None:
         wrong.append("nothing says why it is right that this was accepted")
@@ -43,8 +44,6 @@ def _faults(case: Case, outcome: Outcome) -> Iterator[str]:
         return
     if outcome.status not in (0, 1, 2):
         yield f"exit status {outcome.status}"
-    if outcome.seconds > SECONDS:
-        yield f"took {outcome.seconds:.0f} s"
     # What is inside a tokenizer's own reasons is transformers'; the rest must be ours.
     if found := _WORDS_OF_THE_INSIDE.search(outcome.err):
         yield f"says {found[0]!r}"
@@ -76,9 +75,14 @@ def _written(case: Case, outcome: Outcome) -> Iterator[str]:
 
 
 def _is_input(case: Case, parts: list[str]) -> bool:
-    return parts[0] in ("model", "adapter", "rows.jsonl", "held.jsonl", "run.yaml", "chat.jinja") or (
-        parts[0] == "run" and "train" not in case.changed_words
-    )
+    return parts[0] in (
+        "model",
+        "adapter",
+        "rows.jsonl",
+        "held.jsonl",
+        "run.yaml",
+        "chat.jinja",
+    ) or (parts[0] == "run" and "train" not in case.changed_words)
 
 
 def _unclear(case: Case, outcome: Outcome) -> Iterator[str]:
@@ -90,7 +94,7 @@ def _unclear(case: Case, outcome: Outcome) -> Iterator[str]:
         yield f"says more than its error: {said[:200]!r}"
     if len(said) > _LONGEST:
         yield f"a message of {len(said):,} characters"
-    if not any(place in said for place in _places(case)):
+    if not any(place in said.partition(": error: ")[2] for place in _places(case)):
         yield f"names no place: {said[:200]!r}"
 
 

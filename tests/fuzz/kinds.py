@@ -117,7 +117,9 @@ def change_text(rng: random.Random, file: str, text: str) -> Edit:
         )
         return Edit(file, "insert", [place], added.encode("utf-8", "surrogatepass").hex())
     end = min(len(text), place + rng.randrange(1, 30))
-    return Edit(file, "replace", [1], [text[place:end] or text[:1], rng.choice(["", "x", "}}", "{%"])])
+    return Edit(
+        file, "replace", [1], [text[place:end] or text[:1], rng.choice(["", "x", "}}", "{%"])]
+    )
 
 
 VALIDATE = ("validate", "run.yaml")
@@ -197,13 +199,17 @@ def _model_config(draw: Draw) -> Case:
 def _weights(draw: Draw) -> Case:
     variant = draw.pick({"plain": 3, "sharded": 2})
     parts = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
-    files = [*parts, "model.safetensors.index.json"] if variant == "sharded" else ["model.safetensors"]
+    files = (
+        [*parts, "model.safetensors.index.json"] if variant == "sharded" else ["model.safetensors"]
+    )
 
     def one() -> Edit:
         file = f"model/{draw.rng.choice(files)}"
         if draw.rng.random() < 0.1:
             return Edit(file, "move", (), draw.rng.choice(hints.WEIGHT_NAMES))
-        return draw.edit(variant, file, hints=hints.WEIGHTS, new_keys=["__metadata__", "extra.weight"])
+        return draw.edit(
+            variant, file, hints=hints.WEIGHTS, new_keys=["__metadata__", "extra.weight"]
+        )
 
     generate = ("generate", "model", "--prompt", "zqhello", "--max-new-tokens", "2")
     return Case("weights", 0, variant, draw.pick({VALIDATE: 6, generate: 4}), draw.edits(one))
@@ -219,7 +225,16 @@ def _adapter(draw: Draw) -> Case:
 
     words = {
         VALIDATE: 6.0,
-        ("generate", "model", "--adapter", "adapter", "--prompt", "zq", "--max-new-tokens", "2"): 2.0,
+        (
+            "generate",
+            "model",
+            "--adapter",
+            "adapter",
+            "--prompt",
+            "zq",
+            "--max-new-tokens",
+            "2",
+        ): 2.0,
         ("export", "adapter", "--format", "merged", "--out", "out"): 1.0,
         ("export", "adapter", "--format", "peft", "--out", "out"): 1.0,
         ("export", "adapter", "--format", "peft-portable", "--out", "out"): 0.5,

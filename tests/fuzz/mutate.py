@@ -23,7 +23,18 @@ NESTED: list[Any] = [[], {}, [None], [[]], [0], [""], {"a": {}}, {"": 0}, ["a", 
 DEEP = {"raw": "[" * 2000 + "]" * 2000}
 BYTES = ("00", "ff", "efbbbf", "0d0a", "c3", "eda080", "20", "0a", "7b", "5d", "22")
 STAND_INS = (
-    *("", " \n", LFS_POINTER, "<!DOCTYPE html><html>404", "null", "[]", "{}", '""', "7", "[" * 9999),
+    *(
+        "",
+        " \n",
+        LFS_POINTER,
+        "<!DOCTYPE html><html>404",
+        "null",
+        "[]",
+        "{}",
+        '""',
+        "7",
+        "[" * 9999,
+    ),
     *("PK\x03\x04\0\0", "%PDF-1.7", "\ufeff{}", "{" * 99, "\0" * 64, "---\n...\n---\n"),
 )
 LINKS = ("/dev/zero", "/dev/null", "nowhere", "itself", "/dev/stdin", "/proc/self/mem")
@@ -58,9 +69,7 @@ def to_json(value: Any) -> Any:
 
 def any_value(rng: random.Random, value: Any) -> Any:
     """Returns what may be put in the place of a value."""
-    pool = rng.choices(
-        (NUMBERS, TEXTS, NESTED, (None, True, False), (DEEP,)), (4, 4, 2, 2, 0.3)
-    )[0]
+    pool = rng.choices((NUMBERS, TEXTS, NESTED, (None, True, False), (DEEP,)), (4, 4, 2, 2, 0.3))[0]
     return neighbours(rng, value) if rng.random() < 0.4 else rng.choice(pool)
 
 

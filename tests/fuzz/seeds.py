@@ -139,7 +139,8 @@ def _rows() -> dict[str, list[dict[str, Any]]]:
         "prompt": [{"prompt": a, "completion": " " + b} for a, b in pairs],
         "talk": [{"prompt": talk[:-1], "completion": talk[-1:]} for talk in talks],
         "text": [{"text": f"{a} {b}"} for a, b in pairs],
-        "ids": [{"input_ids": [5, 6, 7, 8 + i], "labels": [-100, -100, 7, 8 + i]} for i in range(4)],
+        "ids": [{"input_ids": [5, 6, 7, 8 + i], "labels": [-100, -100, 7, 8 + i]}
+                for i in range(4)],
     }  # fmt: skip
 
 
@@ -226,8 +227,9 @@ def weights() -> dict[str, np.ndarray]:
     draw = lambda *shape: rng.normal(0, 0.02, shape).astype(np.float32)
     found = {"model.embed_tokens.weight": draw(512, 32), "lm_head.weight": draw(512, 32)}
     found["model.norm.weight"] = np.ones(32, np.float32)
-    shapes = {"self_attn.q_proj": (32, 32), "self_attn.k_proj": (16, 32), "self_attn.v_proj": (16, 32),
-              "self_attn.o_proj": (32, 32), "mlp.gate_proj": (48, 32), "mlp.up_proj": (48, 32),
+    shapes = {"self_attn.q_proj": (32, 32), "self_attn.k_proj": (16, 32),
+              "self_attn.v_proj": (16, 32), "self_attn.o_proj": (32, 32),
+              "mlp.gate_proj": (48, 32), "mlp.up_proj": (48, 32),
               "mlp.down_proj": (32, 48)}  # fmt: skip
     for i in range(2):
         found |= {f"model.layers.{i}.{name}.weight": draw(*shape) for name, shape in shapes.items()}
@@ -238,11 +240,11 @@ def weights() -> dict[str, np.ndarray]:
 
 def _shard(model: Path) -> None:
     (model / "model.safetensors").unlink()
-    parts, weights = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"), weights()
-    names = {name: parts["layers.1" in name] for name in weights}
+    parts, found = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)], weights()
+    names = {name: parts["layers.1" in name] for name in found}
     for part in parts:
-        save_file({n: weights[n] for n in weights if names[n] == part}, model / part)
-    size = sum(value.nbytes for value in weights.values())
+        save_file({n: found[n] for n in found if names[n] == part}, model / part)
+    size = sum(value.nbytes for value in found.values())
     index = {"metadata": {"total_size": size}, "weight_map": names}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
 

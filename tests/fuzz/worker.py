@@ -32,8 +32,10 @@ def main() -> None:
         import jax
 
         from lorax.cli import main as command
+        from lorax.data import WITHOUT_TORCH
         from lorax.outlet import Outlet
 
+    WITHOUT_TORCH.set()  # as the command itself does
     jax.devices()
     bytes_now = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     limit = resource.getrlimit(resource.RLIMIT_AS)[1]
@@ -80,7 +82,9 @@ def _redirected(folder: Path, logs: Path) -> Iterator[None]:
     hook, stdin, kept = sys.unraisablehook, sys.stdin, [os.dup(i) for i in (1, 2)]
     given = folder / "stdin"
     opened = [os.open(given if given.exists() else os.devnull, os.O_RDONLY)]
-    opened += [os.open(logs / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) for name in ("out", "err")]
+    opened += [
+        os.open(logs / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) for name in ("out", "err")
+    ]
     for number, file in enumerate(opened):
         os.dup2(file, number)
         os.close(file)
