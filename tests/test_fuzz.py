@@ -97,6 +97,14 @@ def test_an_edit_does_what_it_says(after, tmp_path):
     assert again.edits[0].value == CHANGES[after].value
 
 
+def test_long_repetitions_are_told_shortly():
+    edit = Edit("x.json", "set", ["a"], ["a" + "bc" * 5000 + "d" * 99 + "e", {"raw": "[" * 2000}])
+    case = dataclasses.replace(CASE, edits=(edit,))
+    text = json.dumps(case.to_json())
+    assert len(text) < 500
+    assert Case.from_json(json.loads(text)).edits[0].value == edit.value
+
+
 def test_what_is_not_changed_is_written_as_it_was():
     for name, text in {
         "x.json": DOCUMENT,

@@ -122,17 +122,29 @@ def _of_rows(case: Case, folder: Path) -> str | None:
     if case.variant == "rows-ids":
         same = all(dataset.row(i)[0].tolist() == row["input_ids"] for i, row in enumerate(rows))
         return "the ids are those of the rows" if same else None
-    if len(dataset) != len(rows):
+    if not _learns(dataset, tokenizer, rows, last_only=False):
         return None
-    for index, row in enumerate(rows):
-        ids, supervised = dataset.row(index)
-        whole = tokenizer.decode(ids, skip_special_tokens=False)
-        learned = tokenizer.decode(ids[supervised], skip_special_tokens=False)
-        if not all(text in whole for text in _texts(row)):
-            return None
-        if not all(text in learned for text in _answers(row)):
-            return None
     return "every text of the rows is found again, and the answers in what is learned"
+
+
+def _learns(dataset: Any, tokenizer: Any, rows: list[dict[str, Any]], *, last_only: bool) -> bool:
+    """Says whether every text of the rows stands in the dataset, and every answer is learned.
+
+    A row may have become several, one for each of its turns.
+    """
+    if len(dataset) < len(rows):
+        return False
+    whole, learned = [], []
+    for index in range(len(dataset)):
+        ids, supervised = dataset.row(index)
+        whole.append(tokenizer.decode(ids, skip_special_tokens=False))
+        learned.append(tokenizer.decode(ids[supervised], skip_special_tokens=False))
+    answers = [list(_answers(row))[-1 if last_only else 0 :] for row in rows]
+    texts = (text for row in rows for text in _texts(row))
+    is_in = lambda text, shown: any(text in each for each in shown)
+    return all(is_in(text, whole) for text in texts) and all(
+        is_in(text, learned) for of_row in answers for text in of_row
+    )
 
 
 def _read_rows(folder: Path, case: Case) -> Iterator[dict[str, Any]]:
@@ -204,15 +216,8 @@ def _of_template(case: Case, folder: Path) -> str | None:
     """As of rows: the template shows every text, and the answers are learned whole."""
     dataset, tokenizer = _encode(folder, case)
     rows, last_only = list(_read_rows(folder, case)), case.variant == "template-inst"
-    if len(dataset) < len(rows):
+    if not _learns(dataset, tokenizer, rows, last_only=last_only):
         return None
-    for index, row in enumerate(rows):
-        ids, supervised = dataset.row(index)
-        whole = tokenizer.decode(ids, skip_special_tokens=False)
-        learned = tokenizer.decode(ids[supervised], skip_special_tokens=False)
-        answers = list(_answers(row))[-1:] if last_only else list(_answers(row))
-        if not (all(t in whole for t in _texts(row)) and all(t in learned for t in answers)):
-            return None
     return "the template shows every text of the rows, and the answers are learned whole"
 
 

@@ -31,10 +31,11 @@ class Case:
     edits: Sequence[Edit]
 
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        return structure.fold(dataclasses.asdict(self))
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "Case":
+        value = structure.unfold(value)
         return cls(**value | {"edits": tuple(Edit(**edit) for edit in value["edits"])})
 
     @property

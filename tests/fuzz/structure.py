@@ -1,6 +1,7 @@
 """Documents with keys, kept as they are written: keys may stand twice, numbers need not be ones."""
 
 import json
+import re
 import struct
 from typing import Any
 
@@ -101,3 +102,28 @@ def _read_yaml(text: str) -> Any:
     import yaml
 
     return keyed(yaml.safe_load(text))
+
+
+_RUN = re.compile(r"(.{1,12}?)\1{30,}", re.DOTALL)
+
+
+def fold(value: Any) -> Any:
+    """Returns JSON in which long repetitions are told by what is repeated, and how often."""
+    if isinstance(value, dict):
+        return {key: fold(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [fold(item) for item in value]
+    if not isinstance(value, str) or not (run := _RUN.search(value)):
+        return value
+    count = len(run[0]) // len(run[1])
+    return {"folded": [value[: run.start()], run[1], count, fold(value[run.end() :])]}
+
+
+def unfold(value: Any) -> Any:
+    """Returns what `fold` was given."""
+    if isinstance(value, dict) and value.keys() == {"folded"}:
+        before, repeated, count, after = value["folded"]
+        return before + repeated * count + unfold(after)
+    if isinstance(value, dict):
+        return {key: unfold(item) for key, item in value.items()}
+    return [unfold(item) for item in value] if isinstance(value, list) else value
