@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from tests.fuzz import edits, structure
-from tests.fuzz.__main__ import describe, make_garden, run_seeds
+from tests.fuzz.__main__ import make_garden, run_cases
 from tests.fuzz.edits import Edit
 from tests.fuzz.judge import ACCEPTED, FAULT, REFUSED, judge
 from tests.fuzz.kinds import KINDS, Case, read_cases
-from tests.fuzz.pool import Outcome, Worker
+from tests.fuzz.pool import Outcome
 
 FOUND = Path(__file__).parent / "fuzz" / "found.jsonl"
 """What was a fault once."""
@@ -26,11 +26,8 @@ SECONDS = 120.0
 
 def test_changed_inputs_are_refused_clearly_or_rightly_used(tmp_path):
     garden = make_garden(tmp_path)
-    worker = Worker(tmp_path, garden, SECONDS)
-    rows = [describe(case, worker.run(case)) for case in read_cases(FOUND)]
-    worker.close()
-    names = [(kind, seed) for seed in SEEDS for kind in KINDS]
-    rows += run_seeds(names, tmp_path, garden, SECONDS, workers=1)
+    drawn = [(kind, seed) for seed in SEEDS for kind in KINDS]
+    rows = list(run_cases([*read_cases(FOUND), *drawn], tmp_path, garden, SECONDS, workers=1))
     faults = [row for row in rows if row["verdict"] == FAULT]
     assert not faults, "\n".join(json.dumps(row) for row in faults)
     verdicts = [row["verdict"] for row in rows]

@@ -25,7 +25,7 @@ from typing import Any
 
 from tests.fuzz.edits import UnfitError
 from tests.fuzz.judge import ACCEPTED, FAULT, REFUSED, judge
-from tests.fuzz.kinds import KINDS, Case, draw_case
+from tests.fuzz.kinds import KINDS, Case, draw_case, read_cases
 from tests.fuzz.pool import MIB, SECONDS, Outcome, Worker, worker_environment
 
 MARKS = "<!-- fuzz table -->", "<!-- end of fuzz table -->"
@@ -43,21 +43,23 @@ def make_garden(temporary: Path) -> Path:
     return garden
 
 
-def run_seeds(
-    names: Iterable[tuple[str, int]],
+def run_cases(
+    names: Iterable[tuple[str, int] | Case],
     temporary: Path,
     garden: Path,
     clock_seconds: float,
     workers: int,
 ) -> Iterator[dict[str, Any]]:
-    """Runs the case of each kind and seed; an unfit one gives way to another seed."""
+    """Runs cases, given whole or by kind and seed; an unfit seed gives way to another."""
     local = threading.local()
     made: list[Worker] = []
 
-    def run(name: tuple[str, int]) -> dict[str, Any]:
+    def run(name: tuple[str, int] | Case) -> dict[str, Any]:
         if not hasattr(local, "worker"):
             local.worker = Worker(temporary, garden, clock_seconds)
             made.append(local.worker)
+        if isinstance(name, Case):
+            return describe(name, local.worker.run(name))
         kind, seed = name
         while True:
             case = draw_case(kind, seed, garden)
@@ -144,6 +146,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="the first; the others follow it")
     parser.add_argument("--kinds", nargs="*", default=list(KINDS), choices=list(KINDS))
     parser.add_argument("--replay", nargs="*", metavar="'KIND SEED'", help="these cases alone")
+    parser.add_argument("--found", type=Path, help="a file of cases; these alone")
     parser.add_argument("--out", type=Path, help="a file of JSON lines, one per case")
     parser.add_argument("--commit", default="")
     parser.add_argument("--workers", type=int, default=2)
@@ -151,7 +154,7 @@ def main() -> int:
     parser.add_argument("--temporary", type=Path, help="kept, with the sound inputs in it")
     parser.add_argument("--table", type=Path, help="a document whose table is made anew")
     parsed = parser.parse_args()
-    rows = list(_run(parsed)) if parsed.cases or parsed.replay else []
+    rows = list(_run(parsed)) if parsed.cases or parsed.replay or parsed.found else []
     if parsed.out and rows:
         head = origin(parsed)
         rows.sort(key=lambda row: (row["seed"], row["kind"]))
@@ -170,6 +173,8 @@ def _run(parsed: argparse.Namespace) -> Iterator[dict[str, Any]]:
     names = [(kind, parsed.seed + i) for i in range(each) for kind in parsed.kinds]
     if parsed.replay is not None:
         names = [(name.rpartition(" ")[0], int(name.rpartition(" ")[2])) for name in parsed.replay]
+    if parsed.found is not None:
+        names = read_cases(parsed.found)
     with contextlib.ExitStack() as stack:
         temporary = parsed.temporary or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         temporary.mkdir(exist_ok=True)
@@ -177,9 +182,9 @@ def _run(parsed: argparse.Namespace) -> Iterator[dict[str, Any]]:
         if not garden.exists():
             make_garden(temporary)
         started = time.monotonic()
-        for row in run_seeds(names, temporary, garden, parsed.seconds, parsed.workers):
+        for row in run_cases(names, temporary, garden, parsed.seconds, parsed.workers):
             yield row
-            if row["verdict"] == FAULT or parsed.replay is not None:
+            if row["verdict"] == FAULT or parsed.replay is not None or parsed.found is not None:
                 print(f"{row['verdict']} {Case.from_json({k: row[k] for k in CASE})}")
                 for wrong in row.get("wrong", [row.get("reason") or row.get("said", "")]):
                     print(f"    {wrong}", flush=True)

@@ -207,7 +207,7 @@ def _answers(row: dict[str, Any]) -> Iterator[str]:
             ]
             if role in ("assistant", "gpt") and all(flags):
                 yield text.strip()
-    for key in ("completion", "output", "text"):
+    for key in ("completion", "output"):  # the first token of a text has nothing before it
         if isinstance(row.get(key), str):
             yield row[key].strip()
 

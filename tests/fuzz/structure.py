@@ -99,9 +99,9 @@ def write(name: str, document: Any, before: bytes) -> bytes:
 
 
 def _read_yaml(text: str) -> Any:
-    import yaml
+    from ruamel.yaml import YAML
 
-    return keyed(yaml.safe_load(text))
+    return keyed(YAML(typ="safe", pure=True).load(text))
 
 
 _RUN = re.compile(r"(.{1,12}?)\1{30,}", re.DOTALL)
