@@ -20,6 +20,7 @@ from lorax.data.tokenizer_files import (
     TOKENIZER_FILE,
     check_tokenizer_files,
     comparable_steps,
+    explain_field,
     read_steps,
 )
 from lorax.wording import clip
@@ -71,6 +72,8 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> Tokenizer:
         ours = isinstance(error, MemoryError | DataError)
         if ours or not (panicked or isinstance(error, Exception)):
             raise
+        if field := explain_field(error):
+            raise ValueError(f"{name_or_path}/{field}") from error
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
         raise ValueError(
             f"{name_or_path}: cannot load its tokenizer; needed is a tokenizer.json: {reason}"

@@ -356,14 +356,14 @@ def _of_words(case: Case, folder: Path) -> str | None:
     words = case.changed_words
     given = dict(_options(words))
     if words[0] == "generate":
-        temperature = float(given.get("--temperature", 0))
-        if temperature and not 1e-6 <= temperature < math.inf:
+        # However small, it divides what the logits are below the largest: the most likely stays.
+        if not 0 <= float(given.get("--temperature", 0)) < math.inf:
             return None
         if not 0 < float(given.get("--top-p", 1)) <= 1 or int(given.get("--top-k", 1)) < 1:
             return None
         if not 1 <= int(given.get("--max-new-tokens", 1)) <= 256:
             return None
-        if not -(2**63) <= int(given.get("--seed", 0)) < 2**64:
+        if not 0 <= int(given.get("--seed", 0)) < 2**32:
             return None
         return "every option is within its range"
     if words[0] == "export":

@@ -100,9 +100,11 @@ def _unclear(case: Case, outcome: Outcome) -> Iterator[str]:
 
 def _places(case: Case) -> Iterator[str]:
     """Yields what a message may name to tell where the fault is."""
+    if case.kind == "command line":
+        yield from (word.partition("=")[0][:60] for word in case.changed_words[1:] if word)
     for edit in case.edits:
         if edit.file == WORDS:
-            yield from ("argument", "override", "prompt", "-", ":")
+            yield from ("argument", "override", "standard input", ":")
             continue
         name = edit.file.rsplit("/", 1)[-1]
         yield name
