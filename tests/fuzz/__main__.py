@@ -83,11 +83,10 @@ def describe(case: Case, outcome: Outcome) -> dict[str, Any]:
     row = case.to_json() | {"verdict": verdict, "status": outcome.status}
     row |= {"seconds": round(outcome.seconds, 3), "cpu_seconds": round(outcome.cpu_seconds, 3)}
     row |= {"peak_mib": round(outcome.peak_mib)}
-    row |= {"said": outcome.err[-1500:]} if verdict != ACCEPTED else {}
-    row |= {"reason": outcome.reason} if outcome.reason else {}
     if wrong:
-        row |= {"wrong": wrong, "error": (outcome.error or "")[-3000:]}
-    return row
+        return row | {"wrong": wrong, "said": outcome.err[-1500:], "error": outcome.error}
+    said = outcome.err.partition(": error: ")[2].strip()
+    return row | ({"reason": outcome.reason} if outcome.reason else {"said": said[:200]})
 
 
 def summarise(rows: list[dict[str, Any]]) -> str:

@@ -239,21 +239,19 @@ def _of_tokenizer(case: Case, folder: Path) -> str | None:
 
 def _of_model_config(case: Case, folder: Path) -> str | None:
     """The same is computed, or what is computed differs as the changed fields say."""
-    from lorax.generate import stop_token_ids
-    from lorax.models import DecoderConfig
+    from lorax.interop.huggingface import load_hf_config
+    from lorax.stop_tokens import stop_token_ids
 
     config = json.loads((folder / "model/config.json").read_text())
-    sound, now = (DecoderConfig.from_hf(c, "x") for c in (seeds.CONFIG, config))
+    garden = Path(os.environ["FUZZ_GARDEN"])
+    sound, now = (load_hf_config(place / "model") for place in (garden / "plain", folder))
     reason = "the same is computed"
     if sound != now:
-        said = dict(_leaves(config)) | {"": None}
-        before = dict(_leaves(seeds.CONFIG))
-        if said == before:
+        if dict(_leaves(config)) == dict(_leaves(seeds.CONFIG)):
             return None
         reason = "another model of the same shapes, as its fields say"
     if case.changed_words[0] == "generate":
-        stops, named = stop_token_ids(folder / "model"), _named_stops(folder)
-        if not named <= set(stops):
+        if not _named_stops(folder) <= set(stop_token_ids(folder / "model")):
             return None
         reason += ", and it stops at every token that the files name"
     return reason

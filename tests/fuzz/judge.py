@@ -44,8 +44,9 @@ def _faults(case: Case, outcome: Outcome) -> Iterator[str]:
         return
     if outcome.status not in (0, 1, 2):
         yield f"exit status {outcome.status}"
-    # What is inside a tokenizer's own reasons is transformers'; the rest must be ours.
-    if found := _WORDS_OF_THE_INSIDE.search(outcome.err):
+    # What Jinja says of a template is for who wrote the template.
+    ours = re.sub(r"the chat template fails.*", "", outcome.err)
+    if found := _WORDS_OF_THE_INSIDE.search(ours):
         yield f"says {found[0]!r}"
     yield from _leaks(case, outcome)
     yield from _written(case, outcome)
@@ -101,7 +102,8 @@ def _unclear(case: Case, outcome: Outcome) -> Iterator[str]:
 def _places(case: Case) -> Iterator[str]:
     """Yields what a message may name to tell where the fault is."""
     if case.kind == "command line":
-        yield from (word.partition("=")[0][:60] for word in case.changed_words[1:] if word)
+        parts = (part for word in case.changed_words[1:] for part in word.split("=", 1))
+        yield from (part[:60] for part in parts if part)
     for edit in case.edits:
         if edit.file == WORDS:
             yield from ("argument", "override", "standard input", ":")
