@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from tests.fuzz import kinds
 from tests.fuzz.edits import WORDS
 from tests.fuzz.kinds import Case
-from tests.fuzz.pool import Outcome
+from tests.fuzz.pool import SECONDS, Outcome
 
 REFUSED, ACCEPTED, FAULT = "refused", "accepted", "fault"
 
@@ -44,6 +44,8 @@ def _faults(case: Case, outcome: Outcome) -> Iterator[str]:
         return
     if outcome.status not in (0, 1, 2):
         yield f"exit status {outcome.status}"
+    if outcome.cpu_seconds > SECONDS:
+        yield f"took {outcome.cpu_seconds:.0f} s of the processor"
     # What Jinja says of a template is for who wrote the template.
     ours = re.sub(r"the chat template fails.*", "", outcome.err)
     if found := _WORDS_OF_THE_INSIDE.search(ours):

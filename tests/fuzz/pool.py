@@ -20,7 +20,7 @@ from tests.fuzz.kinds import Case
 
 ROOT = Path(__file__).parents[2]
 SECONDS, MIB = 20.0, 2048
-"""What a case may take; of time more where other work holds the machine up."""
+"""What a case may take: of the processor, and of the clock where no other work holds it up."""
 
 _WORN_MIB = 1400
 """A worker that has grown to this makes way for a fresh one."""
@@ -36,7 +36,7 @@ class Outcome:
         err: What was printed as an error.
         error: The traceback of what escaped, or why the process was ended.
         seconds: By the clock.
-        cpu_seconds: Of the processor.
+        cpu_seconds: Of the processor, in all processes.
         peak_mib: Of resident memory.
         changed: Files that were written, changed or removed.
         reason: Why it is right that it was accepted; None if nothing says so.
