@@ -182,6 +182,14 @@ class TokenizedText:
         """Tells which tokens stand for a character of ``[start, end)``."""
         return (self.ends > start) & (self.starts < end)
 
+    def find_lost(self, text: str) -> list[int]:
+        """Returns the places of visible characters of `text` that no token stands for."""
+        depth = np.zeros(len(text) + 1, np.int64)
+        np.add.at(depth, self.starts, 1)
+        np.add.at(depth, self.ends, -1)
+        bare = np.flatnonzero(np.cumsum(depth)[:-1] == 0)
+        return [int(place) for place in bare if not text[place].isspace()]
+
 
 def tokenize_texts(
     tokenizer: Tokenizer, texts: Sequence[str], *, add_special_tokens: bool

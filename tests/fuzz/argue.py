@@ -43,11 +43,9 @@ def _of_config(case: Case, folder: Path) -> str | None:
         _put(given, key.strip().split("."), _second_reading(value))
     if next(_differences(given, taken), None):
         return None
-    return _plausible(taken) and "the settings in force are those that a second YAML reader finds"
-
-
-def _plausible(taken: dict[str, Any]) -> bool:
-    return all(math.isfinite(x) for x in _numbers(taken))
+    if not all(math.isfinite(number) for number in _numbers(taken)):
+        return None
+    return "the settings in force are those that a second YAML reader finds"
 
 
 def _numbers(value: Any) -> Iterator[float]:
@@ -257,8 +255,8 @@ def _of_model_config(case: Case, folder: Path) -> str | None:
     return reason
 
 
-def _named_stops(folder: Path) -> set[int]:
-    found: set[int] = set()
+def _named_stops(folder: Path) -> set[Any]:
+    found: set[Any] = set()
     for name in ("config.json", "generation_config.json"):
         path = folder / "model" / name
         value = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
@@ -314,7 +312,10 @@ def _of_adapter(case: Case, folder: Path) -> str | None:
     finite = all(np.isfinite(np.asarray(v, np.float32)).all() for v in found.values())
     if not finite and case.changed_words[0] != "validate":
         return None
-    differing = {key for key in now.keys() | before.keys() if now.get(key) != before.get(key)}
+    # What is empty or false stands for what is not given.
+    differing = {
+        k for k in now.keys() | before.keys() if (now.get(k) or None) != (before.get(k) or None)
+    }
     if differing <= ADAPTER_FREE.keys():
         return "; ".join(["names and shapes are right", *(ADAPTER_FREE[key] for key in differing)])
     return None

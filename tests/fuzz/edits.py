@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ruamel.yaml.error import YAMLError
+
 from tests.fuzz import structure
 from tests.fuzz.structure import Pairs
 
@@ -54,7 +56,7 @@ def apply(folder: Path, edit: Edit) -> None:
     else:
         try:
             root = structure.read(edit.file, data)
-        except (ValueError, ImportError) as error:
+        except (ValueError, YAMLError) as error:  # what an edit before has made of it
             raise UnfitError(str(error)) from error
         data = structure.write(edit.file, change(root, edit), data)
     path.unlink()  # it may be linked to elsewhere
@@ -217,7 +219,7 @@ def _array(path: Path, edit: Edit) -> None:
     path.with_suffix(".json").write_bytes(b"[" + joint.join(lines) + b"]")
 
 
-FILE_OPS: dict[str, Callable[[Path, Edit], None]] = {
+FILE_OPS: dict[str, Callable[[Path, Edit], object]] = {
     "remove": lambda path, edit: _clear(path),
     "link": _link,
     "pipe": _pipe,

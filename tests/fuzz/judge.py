@@ -113,8 +113,8 @@ def _places(case: Case) -> Iterator[str]:
         name = edit.file.rsplit("/", 1)[-1]
         yield name
         yield edit.file.split("/")[0]
-        if name.endswith(".jinja"):
-            yield "chat template"
+        if name.endswith(".jinja") or "token" in name:
+            yield from ("chat template", "rows.jsonl", "held.jsonl")  # which are rendered with it
         if edit.op == "move":
             yield edit.value
         yield from (str(key) for key in edit.at if isinstance(key, str) and len(key) > 1)

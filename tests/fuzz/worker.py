@@ -64,6 +64,7 @@ def _run(command: Any, words: list[str], folder: Path, logs: Path) -> dict[str, 
             error = traceback.format_exc()
         seconds, cpu_seconds = time.monotonic() - started, _cpu_seconds() - worked
         is_alone = _await_others()
+        _await_renderer()
     return {
         "status": status,
         "error": error,
@@ -117,6 +118,15 @@ def _await_others() -> bool:
     while works_beside() and time.monotonic() < end:
         time.sleep(0.01)
     return not works_beside()
+
+
+def _await_renderer() -> None:
+    """Waits for the process that renders: it would not start in a folder that is gone."""
+    from lorax.data import RENDERER
+    from lorax.data.renderer import Part, Request
+
+    messages = [{"role": "user", "content": ""}]
+    list(RENDERER.render("", [Request(messages, [Part(1)])], special_tokens={}))
 
 
 def _cpu_seconds() -> float:
