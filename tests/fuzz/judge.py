@@ -115,8 +115,8 @@ def _places(case: Case) -> Iterator[str]:
         yield edit.file.split("/")[0]
         if name.endswith(".jinja") or "token" in name:
             yield from ("chat template", "rows.jsonl", "held.jsonl")  # which are rendered with it
-        if edit.op == "move":
-            yield edit.value
+        if isinstance(edit.value, str) and len(edit.value) > 3:
+            yield edit.value[:60]  # such as a path that leads nowhere
         yield from (str(key) for key in edit.at if isinstance(key, str) and len(key) > 1)
 
 
