@@ -140,15 +140,16 @@ class Worker:
     def _running(self) -> subprocess.Popen[str]:
         if self._process is None:
             environment = worker_environment(self.temporary) | {"FUZZ_GARDEN": str(self.garden)}
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.fuzz.worker"],
-                cwd=ROOT,
-                env=environment,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=(self.temporary / "workers.log").open("ab"),
-                encoding="utf-8",
-            )
+            with (self.temporary / "workers.log").open("ab") as log:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", "tests.fuzz.worker"],
+                    cwd=ROOT,
+                    env=environment,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    encoding="utf-8",
+                )
             assert self._process.stdout is not None
             assert self._process.stdout.readline() == '"ready"\n', "the worker does not start"
             self._warm_up()
