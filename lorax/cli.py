@@ -7,7 +7,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn, override
 
 from rich.console import Console
 
@@ -40,7 +40,7 @@ from lorax.stopping import (
     asking_signals,
     await_second,
 )
-from lorax.wording import describe
+from lorax.wording import LONGEST, clip_words, describe
 
 WIDTH_IN_LOGS = 100
 
@@ -114,8 +114,16 @@ def _print_error(command: str, error: BaseException) -> None:
     print(f"lorax {command}: error: {describe(error)}{notes}", file=sys.stderr)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Parses words, and shows long ones clipped."""
+
+    @override
+    def error(self, message: str) -> NoReturn:
+        super().error(clip_words(message, LONGEST))
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="lorax", description="LoRA fine-tuning of language models in JAX.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"lorax {find_version()}")

@@ -199,6 +199,8 @@ def _explain_yaml(error: YAMLError, text: str) -> str:
     written = lines[line - 1] if line <= len(lines) else ""
     if "\t" in written[: len(written) - len(written.lstrip())]:
         reason = "indented with a tab: use spaces"
+    elif "unhashable key" in str(reason):
+        reason = "a key must be a word, not a list or a mapping"
     return f":{line}: not valid YAML: {reason}"
 
 

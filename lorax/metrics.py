@@ -174,7 +174,11 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 def _read_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """Yields each whole line and the record that it holds."""
     mend = "remove that line, or move the file away: it only tells how the run went"
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]
+    except OSError as error:
+        raise ValueError(f"{path}: it cannot be read: {error.strerror}; move it away") from error
+    for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line.decode("utf-8"))
         except (ValueError, RecursionError) as error:

@@ -5,6 +5,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -80,6 +81,21 @@ class RunSummary:
     exact_match: tuple[float | None, float | None] = (None, None)
     files: Mapping[str, str] = dataclasses.field(default_factory=dict)
     gradient_checkpointing: str | None = None
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any], where: str) -> "RunSummary":
+        """Returns the summary that a file holds; what another version added is left out.
+
+        Raises:
+            ValueError: If it lacks what every summary has.
+        """
+        if missing := [name for name in ("steps", "seconds") if name not in values]:
+            raise ValueError(
+                f"{where} lacks {' and '.join(missing)}: remove it, and the run is ended again "
+                "from its last checkpoint"
+            )
+        names = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in values.items() if name in names})
 
 
 def print_config(console: Console, config: RunConfig) -> None:

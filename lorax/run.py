@@ -119,9 +119,9 @@ def _run(config: RunConfig, console: Console, phases: Phases, resume: Resume) ->
     if resumed:
         config = keep_date(config, date_of_run(config))
         refuse_changed_settings(config)
-        if (output / SUMMARY_FILE).is_file():
+        if (ended := output / SUMMARY_FILE).is_file():
             console.print(f"{output}: this run has ended; there is nothing to resume")
-            return RunSummary(**read_json(output / SUMMARY_FILE))
+            return RunSummary.read(read_json(ended), str(ended))
     check_reporters(config.log.report_to)
     if resumed and "jsonl" in config.log.report_to and (output / METRICS_FILE).exists():
         read_metrics(output / METRICS_FILE)  # what it raises must not wait for the run's end

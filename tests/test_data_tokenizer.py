@@ -20,7 +20,8 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import decoders, normalizers, pre_tokenizers, processors
 
 import lorax
-from lorax.data import load_tokenizer
+from lorax.config import DataConfig
+from lorax.data import DataError, load_encoded_dataset, load_tokenizer
 from lorax.data.tokenizer import tokenize_texts
 from lorax.export_files import companion_files
 from lorax.interop.checkpoint import write_checkpoint
@@ -507,3 +508,15 @@ def test_a_real_length_is_any_number(tmp_path):
     for length in (4096, 1e30, 10**30, 1.0, None):
         folder = write_folder(tmp_path, backend=byte_level(), model_max_length=length)
         assert lorax.load_tokenizer(folder).encode("12")
+
+
+def test_a_tokenizer_that_drops_characters_is_refused(tmp_path):
+    """Without byte-level steps and unk_token, unknown characters vanish and all places shift."""
+    folder = Path(shutil.copytree("examples/tiny/model", tmp_path / "model"))
+    settings = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps(settings | {"pre_tokenizer": None}))
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho ho"}]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": talk}) + "\n")
+    config = DataConfig.model_validate({"train": str(tmp_path / "rows.jsonl")})
+    with pytest.raises(DataError, match=r"rows.jsonl:1.*makes no token of some characters"):
+        load_encoded_dataset(config.train, config, load_tokenizer(str(folder)))

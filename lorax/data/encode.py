@@ -303,6 +303,13 @@ class _RowEncoder:
             note_label_stops((tokens, supervised), self.stops)
         else:
             assert tokenized is not None
+            if lost := tokenized.find_lost(item.text):
+                # Where it drops characters, the places that it gives for the others are wrong too.
+                raise RowError(
+                    "the tokenizer makes no token of some characters, and it has no unk_token for "
+                    f"them: {len(lost):,} are missing at the end of its {len(item.text):,}; use "
+                    "the tokenizer of the model as it came"
+                )
             self.mask_sources.add(item.mask_source)
             mask = mask_plain if item.plain else mask_turns
             tokens, supervised = mask(tokenized, item, self.stops)

@@ -25,6 +25,7 @@ from lorax.data.rows import (
     parse_object,
     show_name,
 )
+from lorax.wording import explain
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 
@@ -89,10 +90,14 @@ def _check_file(path: Path, source: DataSource) -> None:
             "file: remove name"
         )
     if not path.is_file():
-        reason = "is a directory" if path.is_dir() else "no such file"
+        special = "is a device or a pipe, not a file" if path.exists() else "no such file"
+        reason = "is a directory" if path.is_dir() else special
         raise DataError(f"{source.path}: {reason} (looked for {path.absolute()})")
-    with path.open("rb") as file:
-        head = file.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip()
+    try:
+        with path.open("rb") as file:
+            head = file.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip()
+    except OSError as error:
+        raise DataError(f"{source.path}: it cannot be read: {explain(error)}") from error
     if head.startswith(b"version https://git-lfs.github.com/spec/"):
         raise DataError(
             f"{source.path}: this is a Git LFS pointer, not the data; run `git lfs pull`"

@@ -20,6 +20,7 @@ from lorax.data.tokenizer_files import (
     TOKENIZER_FILE,
     check_tokenizer_files,
     comparable_steps,
+    explain_field,
     read_steps,
 )
 from lorax.wording import clip
@@ -71,6 +72,8 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> Tokenizer:
         ours = isinstance(error, MemoryError | DataError)
         if ours or not (panicked or isinstance(error, Exception)):
             raise
+        if field := explain_field(error):
+            raise ValueError(f"{name_or_path}/{field}") from error
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
         raise ValueError(
             f"{name_or_path}: cannot load its tokenizer; needed is a tokenizer.json: {reason}"
@@ -178,6 +181,14 @@ class TokenizedText:
     def inside(self, start: int, end: int) -> Bool[np.ndarray, " tokens"]:
         """Tells which tokens stand for a character of ``[start, end)``."""
         return (self.ends > start) & (self.starts < end)
+
+    def find_lost(self, text: str) -> list[int]:
+        """Returns the places of visible characters of `text` that no token stands for."""
+        depth = np.zeros(len(text) + 1, np.int64)
+        np.add.at(depth, self.starts, 1)
+        np.add.at(depth, self.ends, -1)
+        bare = np.flatnonzero(np.cumsum(depth)[:-1] == 0)
+        return [int(place) for place in bare if not text[place].isspace()]
 
 
 def tokenize_texts(

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,19 @@ _SWITCHES = (
 _HEAD = 2**20
 """Characters of a tokenizer.json in which its steps are looked for first."""
 
+_FIELD = re.compile(r"Validation error for field '(\w+)'")
+_TYPES = re.compile(r"expected (\w+), got (\w+)")
+_NAMES = {
+    "NoneType": "null",
+    "bool": "true or false",
+    "dict": "an object",
+    "float": "a number with a point",
+    "int": "a whole number",
+    "list": "a list",
+    "str": "text",
+}
+"""Of types, as transformers' checks of config.json name them."""
+
 type Steps = dict[str, Any]
 """What a tokenizer does besides its vocabulary, as tokenizer.json names it."""
 
@@ -39,6 +53,22 @@ MODEL_OPTIONS = (
     "ignore_merges",
     "unk_token",
 )
+
+
+def explain_field(error: BaseException) -> str | None:
+    """Returns which field of config.json transformers does not take, if that is the error.
+
+    It reads the tokenizer's class from there.
+    """
+    field, types = _FIELD.search(str(error)), _TYPES.findall(str(error))
+    if type(error).__name__ != "StrictDataclassFieldValidationError" or not (field and types):
+        return None
+    needed = dict.fromkeys(_NAMES.get(wanted, wanted) for wanted, _ in types)
+    got = _NAMES.get(types[0][1], types[0][1])
+    return (
+        f"config.json: {field[1]} must be {' or '.join(needed)}, got {got}: transformers, which "
+        "loads the tokenizer, reads it too"
+    )
 
 
 def check_tokenizer_files(folder: Path) -> None:
