@@ -32,6 +32,7 @@ OPENING = (
 )
 
 _PROMPT = "add_generation_prompt"
+_THOUGHT = re.compile(r"\s*(<think(ing)?>\s*)?")
 
 OWN_PROMPT = (
     "have before the learned turn what the chat template's prompt has there; rendered with that "
@@ -231,7 +232,8 @@ class Rendering:
     def _is_opened(self, index: int, start: int) -> bool:
         """Says whether a template that knows no prompt still opens a turn before its words."""
         words = next((words for field in self._of(index) for words in field.texts), "")
-        return _PROMPT in self.template or self._words[start:].lstrip().startswith(words)
+        opening = self._words[start:].partition(words)[0] if words else ""
+        return _PROMPT in self.template or _THOUGHT.fullmatch(opening) is not None
 
     def _up_to_stop(self, index: int, start: int, end: int) -> int:
         """Returns where the first special token behind a turn's words ends, or the turn itself."""
