@@ -1,8 +1,11 @@
 """Nothing of a row vanishes: every text and key is learned from, read, or refused by name."""
 
 import json
+import re
+import shlex
 
 import pytest
+import yaml
 
 from lorax.config import DataConfig, DataSource
 from lorax.data import DataError, load_encoded_dataset, render_example
@@ -545,6 +548,50 @@ def test_one_row_over_several_lines_is_a_row(encode):
 def test_a_field_that_cannot_be_read_is_refused(encode, text, name, field, said):
     with pytest.raises(DataError, match=said):
         encode(text, name=name, source={"field": field}, loss_on="all")
+
+
+@pytest.mark.parametrize("inside", [{"rows": [chat(USER, ANSWER)]}, {"a": {"rows": [1]}}, {}])
+def test_an_object_that_holds_rows_deeper_is_refused_with_what_it_holds(encode, inside):
+    text = json.dumps({"version": 1, "data": inside})
+    for source in ({}, {"field": "data"}):
+        with pytest.raises(DataError, match=r"a\.json: .*'version' \(int 1\), 'data' ") as caught:
+            encode(text, name="a.json", source=source)
+        assert "only a key of the top level" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["pretty.json", "a, b.json"])
+def test_the_remedy_of_a_field_works_on_a_command_line(encode, name):
+    with pytest.raises(DataError) as caught:
+        encode(PRETTY, name=name)
+    (override,) = shlex.split(re.findall(r"'data\.train=.*'", str(caught.value))[0])
+    sources = yaml.safe_load(override.removeprefix("data.train="))
+    config = DataConfig(train=sources)
+    found = load_encoded_dataset(config.train, config, byte_tokenizer(CHATML))
+    assert learned(found) == [["four<|im_end|>"]]
+
+
+# Content in parts.
+
+
+@pytest.mark.parametrize("texts", [["hello"], ["hel", "lo"]])
+def test_parts_of_text_are_joined(encode, texts):
+    answer = {**ANSWER, "content": [{"type": "text", "text": text} for text in texts]}
+    assert learned(encode([chat(USER, answer)])) == [["hello<|im_end|>"]]
+
+
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [
+        ({"type": "image_url", "image_url": {"url": "x"}}, r"content\[1\].type .*'image_url'"),
+        ({"type": "text", "text": "b", "cache": {"a": 1}}, r"nothing reads: 'cache'"),
+        ({"type": "text", "text": 5}, r"content must be text, got a list of 2"),
+        ("b", r"content must be text, got a list of 2"),
+    ],
+)
+def test_parts_of_another_kind_are_refused(encode, part, said):
+    answer = {**ANSWER, "content": [{"type": "text", "text": "a"}, part]}
+    with pytest.raises(DataError, match=said):
+        encode([chat(USER, answer)])
 
 
 # BOS and stop tokens once.
