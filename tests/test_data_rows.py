@@ -1,8 +1,11 @@
 """Nothing of a row vanishes: every text and key is learned from, read, or refused by name."""
 
 import json
+import re
+import shlex
 
 import pytest
+import yaml
 
 from lorax.config import DataConfig, DataSource
 from lorax.data import DataError, load_encoded_dataset, render_example
@@ -362,6 +365,7 @@ def test_rows_without_a_learned_turn_are_left_out_and_counted(encode):
 
 # Rows that cannot be read, and those that an answer begins.
 
+DROPPED = "dropped, malformed (data.malformed: drop)"
 SHAREGPT = [
     {"conversations": []},
     {
@@ -387,7 +391,8 @@ def test_all_problems_come_together_with_their_remedies(encode):
     encoded = encode(SHAREGPT * 5, **settings)
     assert learned(encoded) == [["four<|im_end|>"]] * 5
     assert changes(encoded) == {
-        "dropped, malformed (data.malformed: drop)": 10,
+        f"{DROPPED}: conversations must be a list of objects, got an empty list": 5,
+        f"{DROPPED}: the conversation has no assistant turn to learn from, only user": 5,
         "cut to their first user turn, begun by an answer (data.leading_answer: trim)": 5,
     }
 
@@ -439,6 +444,74 @@ def test_a_setting_that_is_wrong_is_told_at_once(encode):
         encode("{\n" + json.dumps({"text": "a"}) + "\n", format="text")
 
 
+def test_one_error_holds_all_kinds_of_problems(encode):
+    rows = [
+        {"messages": []},
+        {"prompt": "q", "completion": "a" * 50},
+        {"prompt": "q" * 20, "completion": "a"},
+        {"prompt": "q", "completion": 5},
+    ]
+    rows[0] = {"prompt": "q", "completion": ""}
+    with pytest.raises(DataError) as caught:
+        encode(rows, max_seq_length=10)
+    said = str(caught.value)
+    assert said.startswith("4 of 4 rows cannot be used")
+    assert "rows.jsonl:1: completion is empty" in said
+    assert "2 of 4 rows are longer than data.max_seq_length: 10" in said
+    assert "set data.overlong to" in said and "data.malformed: drop" in said
+    with pytest.raises(DataError) as caught:
+        encode([*rows, {"input_ids": [1, 2], "labels": [-100, -100]}][2:3], max_seq_length=10)
+    assert str(caught.value).startswith("1 of 1 rows are longer")
+
+
+def test_overlong_and_unsupervised_rows_are_told_together(encode):
+    rows = [{"input_ids": [5] * 20, "labels": [5] * 20}, {"input_ids": [5], "labels": [-100]}]
+    with pytest.raises(DataError, match=r"2 of 2 rows cannot be used(.|\n)*longer(.|\n)*no super"):
+        encode(rows, max_seq_length=10)
+
+
+def test_an_unread_column_does_not_hide_what_is_wrong_besides(encode):
+    with pytest.raises(DataError) as caught:
+        encode([{"messages": [], "id": "x"}, chat(*TWO_TURNS)])
+    said = str(caught.value)
+    assert said.startswith("1 of 2 rows cannot be used")
+    assert "nothing reads the columns 'id'" in said and "got an empty list" in said
+
+
+@pytest.mark.parametrize("odd", [{}, {"foo": 1}])
+def test_the_first_row_that_fits_a_format_tells_it(encode, odd):
+    rows = [odd, chat(*TWO_TURNS), {"messages": []}]
+    with pytest.raises(DataError) as caught:
+        encode(rows)
+    assert "2 of 3 rows cannot be used" in str(caught.value)
+    assert "rows.jsonl:1: a row of format 'messages' needs" in str(caught.value)
+    assert encode(rows, malformed="drop").report.rows_kept == 1
+    with pytest.raises(DataError, match=r"rows.jsonl:1: the columns .* fit no format"):
+        encode([odd, odd], malformed="drop")
+
+
+def test_every_kind_of_problem_is_told_or_its_first_place(encode):
+    rows = [chat({"role": f"r{chr(97 + i)}", "content": "a"}) for i in range(23)]
+    with pytest.raises(DataError) as caught:
+        encode(rows)
+    said = str(caught.value)
+    assert all(f"rows.jsonl:{i}" in said for i in range(1, 24))
+    assert said.count("role must be") == 20 and "3 rows with 3 other problems" in said
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_template_that_is_no_jinja_is_told_once(encode, tmp_path, own):
+    broken = "{% for m in messages %}\n{{ m['content' }}\n{% endfor %}"
+    path = tmp_path / "own.jinja"
+    path.write_text(broken)
+    settings = {"chat_template": str(path)} if own else {}
+    with pytest.raises(DataError) as caught:
+        encode([chat(*TWO_TURNS)] * 3, CHATML if own else broken, **settings)
+    said = str(caught.value)
+    assert said.startswith(str(path) if own else "the tokenizer's chat template")
+    assert "line 2" in said and "rows.jsonl" not in said
+
+
 # Files of one object.
 
 PRETTY = json.dumps(
@@ -475,6 +548,50 @@ def test_one_row_over_several_lines_is_a_row(encode):
 def test_a_field_that_cannot_be_read_is_refused(encode, text, name, field, said):
     with pytest.raises(DataError, match=said):
         encode(text, name=name, source={"field": field}, loss_on="all")
+
+
+@pytest.mark.parametrize("inside", [{"rows": [chat(USER, ANSWER)]}, {"a": {"rows": [1]}}, {}])
+def test_an_object_that_holds_rows_deeper_is_refused_with_what_it_holds(encode, inside):
+    text = json.dumps({"version": 1, "data": inside})
+    for source in ({}, {"field": "data"}):
+        with pytest.raises(DataError, match=r"a\.json: .*'version' \(int 1\), 'data' ") as caught:
+            encode(text, name="a.json", source=source)
+        assert "only a key of the top level" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["pretty.json", "a, b.json"])
+def test_the_remedy_of_a_field_works_on_a_command_line(encode, name):
+    with pytest.raises(DataError) as caught:
+        encode(PRETTY, name=name)
+    (override,) = shlex.split(re.findall(r"'data\.train=.*'", str(caught.value))[0])
+    sources = yaml.safe_load(override.removeprefix("data.train="))
+    config = DataConfig(train=sources)
+    found = load_encoded_dataset(config.train, config, byte_tokenizer(CHATML))
+    assert learned(found) == [["four<|im_end|>"]]
+
+
+# Content in parts.
+
+
+@pytest.mark.parametrize("texts", [["hello"], ["hel", "lo"]])
+def test_parts_of_text_are_joined(encode, texts):
+    answer = {**ANSWER, "content": [{"type": "text", "text": text} for text in texts]}
+    assert learned(encode([chat(USER, answer)])) == [["hello<|im_end|>"]]
+
+
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [
+        ({"type": "image_url", "image_url": {"url": "x"}}, r"content\[1\].type .*'image_url'"),
+        ({"type": "text", "text": "b", "cache": {"a": 1}}, r"nothing reads: 'cache'"),
+        ({"type": "text", "text": 5}, r"content must be text, got a list of 2"),
+        ("b", r"content must be text, got a list of 2"),
+    ],
+)
+def test_parts_of_another_kind_are_refused(encode, part, said):
+    answer = {**ANSWER, "content": [{"type": "text", "text": "a"}, part]}
+    with pytest.raises(DataError, match=said):
+        encode([chat(USER, answer)])
 
 
 # BOS and stop tokens once.

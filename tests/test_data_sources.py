@@ -341,6 +341,8 @@ def test_bad_row_behind_the_first_batch_is_named(tmp_path, tokenizer):
         ("a.json", b'[{"text": "a"},\n', r"a\.json:2: invalid JSON"),
         ("a.json", b'[{"text":\n "\xff"}]', r"a\.json:2: invalid UTF-8"),
         ("a.csv", b"text\n", r"a\.csv: the file holds no rows"),
+        ("a.csv", b"prompt;completion\nb;c\n", r"a\.csv:1: the header has semicolons .*commas"),
+        ("a.csv", b"prompt\tcompletion\nb\tc\n", r"a\.csv:1: the header has tabs .*commas"),
         ("a.csv", b"text,text\nb,c\n", r"a\.csv:1: a column name stands twice .*: 'text'$"),
         ("a.csv", b"My own,My own\nb,c\n", r"a\.csv:1: a column .*: text of 6 characters$"),
         ("a.csv", b"text,b\nb,c,d\ne,f\n", r"a\.csv:2: the record has 3 fields and the header 2"),

@@ -86,11 +86,10 @@ def detect_format(columns: Collection[str]) -> str:
 
 
 def check_columns(row: Row, data_format: str) -> None:
-    """Refuses a row that lacks a column of its format, or has one that nothing reads.
+    """Refuses a row that lacks a column of its format.
 
     Raises:
         MalformedRowError: Naming the columns that are missing.
-        RowError: Naming the columns that are not read, and the setting that allows them.
     """
     missing = [key for key in FORMAT_COLUMNS[data_format] if row.get(key) is None]
     if missing:
@@ -102,14 +101,20 @@ def check_columns(row: Row, data_format: str) -> None:
             f"a row of format {data_format!r} needs the columns {', '.join(missing)}, got "
             f"{', '.join(names) or 'nothing'}; all rows of a source must have one format"
         )
+
+
+def refuse_unread(row: Row, data_format: str) -> None:
+    """Refuses a row that has the columns of its format, and others that nothing reads.
+
+    Raises:
+        RowError: Naming the columns that are not read, and the setting that allows them.
+    """
+    if any(row.get(key) is None for key in FORMAT_COLUMNS[data_format]):
+        return  # it may be of another format, which reads them
     known = (*FORMAT_COLUMNS[data_format], *_OPTIONAL_COLUMNS[data_format], *FLAGS)
     if data_format == "prompt_completion" and isinstance(row["prompt"], str):
         known = tuple(key for key in known if key not in CHAT_COLUMNS)
-    refuse_unread([key for key, value in row.items() if key not in known and not is_empty(value)])
-
-
-def refuse_unread(keys: Collection[str]) -> None:
-    """Refuses columns that nothing reads."""
+    keys = [key for key, value in row.items() if key not in known and not is_empty(value)]
     if not keys:
         return
     hints = [f"{key}: {_REMEDIES[key]}" for key in keys if key in _REMEDIES]

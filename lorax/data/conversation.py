@@ -160,6 +160,8 @@ def _read_message(message: Message, where: str, said: str = "content") -> Messag
         message = message | {"tool_calls": _read_calls(message["tool_calls"], where)}
     if "content" not in message and not message.get("tool_calls"):
         raise MalformedRowError(f"{where}.{said} is missing or null; needed is text")
+    if "content" in message:
+        message = message | {"content": _joined_parts(message["content"], f"{where}.{said}")}
     content = text_of(message.get("content", ""), f"{where}.{said}", empty=True)
     if role == "assistant" and not content.strip() and not message.get("tool_calls"):
         raise MalformedRowError(f"{where}.{said} is empty, and it is what the assistant should say")
@@ -270,3 +272,28 @@ def text_of(value: Any, where: str, *, empty: bool = False) -> str:
     if not value.strip() and not empty:
         raise MalformedRowError(f"{where} is empty")
     return check_unicode(value, where)
+
+
+def _joined_parts(content: Any, where: str) -> Any:
+    """Returns the text of a list of text parts, ``{"type": "text", "text": …}``; else `content`.
+
+    Raises:
+        MalformedRowError: If a part is of another type, which is named.
+    """
+    if not isinstance(content, list) or not content:
+        return content
+    for index, part in enumerate(content):
+        if not isinstance(part, Mapping) or "type" not in part:
+            return content
+        if part["type"] != "text":
+            raise MalformedRowError(
+                f"{where}[{index}].type must be 'text', got {show_name(part['type'])}: lorax "
+                "learns from text alone"
+            )
+        if unread := [key for key in part if key not in ("type", "text") and part[key] is not None]:
+            raise MalformedRowError(
+                f"{where}[{index}] has keys that nothing reads: {', '.join(map(show_name, unread))}"
+            )
+    if not all(isinstance(part.get("text"), str) for part in content):
+        return content
+    return "".join(part["text"] for part in content)

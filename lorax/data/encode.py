@@ -11,7 +11,7 @@ import numpy as np
 
 from lorax.config import DataConfig, DataSource
 from lorax.data.chat import load_chat_template
-from lorax.data.columns import detect_format, read_flag
+from lorax.data.columns import detect_format, fitting_formats, read_flag, refuse_unread
 from lorax.data.conversation import Conversation
 from lorax.data.dataset import EncodedDataset, EncodedRow, RowWriter
 from lorax.data.formats import (
@@ -23,7 +23,7 @@ from lorax.data.formats import (
     read_example,
 )
 from lorax.data.masks import StopTokens, mask_plain, mask_turns, note_label_stops
-from lorax.data.renderer import MOST_LIMITS, LimitError
+from lorax.data.renderer import MOST_LIMITS, LimitError, TemplateError
 from lorax.data.rows import DataError, MalformedRowError, Row, RowError, Rows
 from lorax.data.sieve import Sieve
 from lorax.data.sources import open_source
@@ -120,16 +120,20 @@ class _RowEncoder:
         data_format = self._config.format
         for batch in _batches(rows):
             examples: list[tuple[int, Example]] = []
+            if data_format == "auto":
+                data_format = self._detect(batch, rows)
             for index, row in batch:
                 self._sieve.read += 1
+                example = None
                 with self._refusing(rows, index):
                     if isinstance(row, MalformedRowError):
                         raise row
                     row = self._without_ignored(row, rows.place(index))
-                    if data_format == "auto":
-                        data_format = detect_format(row)
                     self.formats.add(data_format)
                     example = self._read(row, data_format, rows.place(index))
+                with self._refusing(rows, index):  # told too where the row is malformed besides
+                    if isinstance(row, dict):
+                        refuse_unread(row, data_format)
                     if example is not None:
                         examples.append((index, example))
             self._encode(examples, rows)
@@ -137,6 +141,22 @@ class _RowEncoder:
                 self._sieve.check("; reading stopped where the template had taken too much")
             if self._sieve.is_hopeless:
                 self._sieve.check("; reading stopped there")
+
+    def _detect(self, batch: Sequence[tuple[int, Row | MalformedRowError]], rows: Rows) -> str:
+        """Returns the format of the first row that fits one; "auto" if no row can be parsed.
+
+        Raises:
+            DataError: If rows can be parsed and none fits a format, or the first fits several.
+        """
+        ignored = set(self._config.ignore)
+        found = [(i, row.keys() - ignored) for i, row in batch if isinstance(row, dict)]
+        if not found:
+            return "auto"
+        fitting = (pair for pair in found if fitting_formats(pair[1]))
+        index, columns = next(fitting, next((pair for pair in found if pair[1]), found[0]))
+        with self._refusing(rows, index):
+            return detect_format(columns)
+        return "auto"
 
     def _without_ignored(self, row: Row, place: str) -> Row:
         """Returns a row without what `data.ignore` names, which is noted."""
@@ -253,6 +273,10 @@ class _RowEncoder:
         except RowError as error:
             self._limits += isinstance(error, LimitError)
             self._sieve.refuse(error, rows.place(index))
+        except TemplateError as error:
+            own = self._config.chat_template
+            which = "the tokenizer's chat template" if own == "tokenizer" else own
+            raise DataError(f"{which}: {error}") from error
         except DataError as error:
             raise DataError(f"{rows.place(index)}: {error}") from error
 

@@ -55,7 +55,6 @@ def read_example(row: Row, data_format: str, *, chat: bool) -> Example:
 
     Raises:
         MalformedRowError: Naming the column or message, what came and what was needed.
-        RowError: Naming the columns that nothing reads.
     """
     check_columns(row, data_format)
     match data_format:

@@ -1,12 +1,13 @@
 """What is wrong with rows, told together: each kind once, with its number and first places."""
 
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from lorax.data.rows import DataError, MalformedRowError
 
 _PLACES = 3
-_KINDS = 8
+_KINDS = 20
 
 
 class Problem(NamedTuple):
@@ -23,39 +24,56 @@ class Problems:
 
     def __init__(self):
         self._found: dict[str, Problem] = {}
+        self._rows, self._last = 0, ""
 
     def __len__(self) -> int:
-        return sum(problem.rows for problem in self._found.values())
+        """Returns how many rows have a problem; one may have several, told one after another."""
+        return self._rows
+
+    @property
+    def kinds(self) -> list[Problem]:
+        """What was found, the most frequent first."""
+        return sorted(self._found.values(), key=lambda problem: -problem.rows)
 
     def add(self, place: str, error: DataError) -> None:
         """Notes what is wrong with the row at a place."""
         message = str(error)
+        self._rows += place != self._last
+        self._last = place
         key = re.sub(r"\d+", "#", message)
         known = self._found.get(key, Problem(0, (), message, type(error)))
         places = known.places if len(known.places) == _PLACES else (*known.places, place)
         self._found[key] = known._replace(rows=known.rows + 1, places=places)
 
-    def check(self, read: int, *, stopped: str = "") -> None:
+    def check(
+        self, read: int, *, stopped: str = "", lost: int = 0, more: Sequence[str] = ()
+    ) -> None:
         """Raises DataError if there is a problem.
 
         Args:
             read: Rows that were read.
             stopped: Why no more were.
+            lost: Rows that `more` tells of.
+            more: What else is wrong, a sentence each.
         """
-        if not self._found:
+        problems = self.kinds
+        if not problems and len(more) < 2:
+            if more:
+                raise DataError(more[0])
             return
-        problems = sorted(self._found.values(), key=lambda problem: -problem.rows)
         unread = any(issubclass(problem.kind, MalformedRowError) for problem in problems)
         remedy = "mend what cannot be read, or set data.malformed: drop" * unread
-        if len(self) == 1:
+        if len(problems) == 1 and len(self) == 1 and not more:
             lines = [f"{problems[0].places[0]}: {problems[0].message}"]
         else:
-            lines = [f"{len(self):,} of {read:,} rows cannot be used{stopped}:"]
+            rows = min(len(self) + lost, read)  # a conversation may become several that are lost
+            lines = [f"{rows:,} of {read:,} rows cannot be used{stopped}:"]
             lines += map(_describe, problems[:_KINDS])
         if others := problems[_KINDS:]:
             rows = sum(problem.rows for problem in others)
-            lines.append(f"{rows:,} rows with {len(others):,} other problems")
-        raise DataError("\n  ".join([*lines, *filter(None, [remedy])]))
+            firsts = ", ".join(problem.places[0] for problem in others)
+            lines.append(f"{rows:,} rows with {len(others):,} other problems, first: {firsts}")
+        raise DataError("\n  ".join([*lines, *more, *filter(None, [remedy])]))
 
 
 def _describe(problem: Problem) -> str:

@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
+from jinja2 import TemplateSyntaxError
 from transformers.utils import chat_template_utils
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -110,6 +111,8 @@ def render(
     except MemoryError:
         said = "it takes more memory than any conversation needs"
         return {"length": length, "error": said, "limit": True}
+    except TemplateSyntaxError as error:  # raised before a message is looked at
+        return {"length": length, "error": str(error.message), "line": error.lineno}
     except Exception as error:
         words = [request["messages"], request["tools"]]
         return {"length": length, "error": _without_words(error, words, options["chat_template"])}

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from lorax.data.rows import RowError
+from lorax.data.rows import DataError, RowError
 
 type Span = tuple[int, int]
 
@@ -31,6 +31,10 @@ MOST_LIMITS = 3
 
 class RenderError(RowError):
     """A conversation on which the chat template fails."""
+
+
+class TemplateError(DataError):
+    """A chat template that is no Jinja."""
 
 
 class LimitError(RowError):
@@ -102,6 +106,7 @@ class Renderer:
             mark_generation: Whether to tell the generation blocks; else there are none.
 
         Raises:
+            TemplateError: If the template cannot be parsed; names its line.
             RuntimeError: If the process cannot be started.
         """
         options = {
@@ -113,6 +118,11 @@ class Renderer:
         for group in itertools.batched(requests, _AT_A_TIME):
             answers = self._ask(group, {"options": options, "date": day})
             for request, answer in zip(group, answers, strict=True):
+                if "line" in answer:
+                    raise TemplateError(
+                        f"line {answer['line']}: {answer['error']}; mend the template, or set "
+                        "data.chat_template to a .jinja file that can be parsed"
+                    )
                 if "error" in answer:
                     yield _error(request, answer)
                     continue

@@ -9,13 +9,16 @@ _TRIED = 1000
 """If none of so many rows can be used, reading stops."""
 
 
+_DROPPED = "dropped, malformed (data.malformed: drop)"
+
+
 class Sieve:
     """Keeps the rows that can be trained on, counts those that cannot, and what became of them."""
 
     def __init__(self, config: DataConfig, kept: RowWriter) -> None:
         self._config = config
         self._kept = kept
-        self._problems = Problems()
+        self._problems, self._dropped = Problems(), Problems()
         self._changes: dict[str, Change] = {}
         self._first_overlong = self._first_unsupervised = ""
         self.read = self.truncated = self.overlong = self.unsupervised = 0
@@ -41,7 +44,7 @@ class Sieve:
     def refuse(self, error: DataError, place: str) -> None:
         """Takes a row that cannot be used; a malformed one is dropped if the config says so."""
         if isinstance(error, MalformedRowError) and self._config.malformed == "drop":
-            self.note("dropped, malformed (data.malformed: drop)", place)
+            self._dropped.add(place, error)
         else:
             self._problems.add(place, error)
 
@@ -62,21 +65,33 @@ class Sieve:
             stopped: Why the rest of the rows was not read.
         """
         config = self._config
-        self._problems.check(self.read, stopped=stopped)
+        lost, more = 0, []
         if self.overlong and config.overlong == "error":
-            raise DataError(
+            lost += self.overlong
+            more.append(
                 f"{self.overlong} of {self.read} rows are longer than data.max_seq_length: "
                 f"{config.max_seq_length}; the first, {self._first_overlong}. Raise "
                 "max_seq_length, or set data.overlong to truncate or drop"
             )
         if self.unsupervised and config.unsupervised == "error":
-            raise DataError(
+            lost += self.unsupervised
+            more.append(
                 f"{self.unsupervised} of {self.read} rows have no supervised token"
                 f"{f' ({self.truncated} rows were truncated)' if self.truncated else ''}; the "
                 f"first is {self._first_unsupervised}. Mend them, or set data.unsupervised: drop"
             )
+        self._problems.check(self.read, stopped=stopped, lost=lost, more=more)
         if not len(self._kept):
             raise DataError(self._nothing_left())
+
+    @property
+    def _all_changes(self) -> tuple[Change, ...]:
+        """What became of rows; of those dropped as malformed, each kind."""
+        dropped = (
+            Change(f"{_DROPPED}: {problem.message}", problem.rows, problem.places[0])
+            for problem in self._dropped.kinds
+        )
+        return (*dropped, *self._changes.values())
 
     def _nothing_left(self) -> str:
         lost = [
@@ -85,9 +100,9 @@ class Sieve:
         lost = lost * bool(self.overlong)
         if self.unsupervised:
             lost.append(f"{self.unsupervised} have no supervised token")
-        lost += [f"{change.rows} {change.what}" for change in self._changes.values()]
+        lost += [f"{change.rows} {change.what}" for change in self._all_changes]
         firsts = [self._first_overlong, self._first_unsupervised]
-        firsts += [change.first for change in self._changes.values()]
+        firsts += [change.first for change in self._all_changes]
         first = next(filter(None, firsts), "")
         return f"none of {self.read} rows is left: {' and '.join(lost)}; the first, {first}"
 
@@ -104,5 +119,5 @@ class Sieve:
             tokens=self._kept.tokens,
             supervised_tokens=self._kept.supervised_tokens,
             sources=sources,
-            changes=tuple(self._changes.values()),
+            changes=self._all_changes,
         )

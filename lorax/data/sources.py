@@ -1,6 +1,7 @@
 """Files and hub datasets, opened as rows."""
 
 import contextlib
+import json
 import re
 import tempfile
 from collections.abc import Iterator
@@ -158,14 +159,23 @@ def _rows_of(document: Any, source: DataSource) -> list[Any]:
         if isinstance(rows, list) and rows:
             return rows
         raise DataError(
-            f"{source.path}: field {source.field!r} must name a list of rows in it; the file's "
-            f"object holds {holds or 'nothing'}"
+            f"{source.path}: field {source.field!r} must name a list of rows in it, and can name "
+            f"only a key of the top level; the file's object holds {holds or 'nothing'}"
         )
     lists = [key for key, value in row.items() if is_word(key) and _is_rows(value)]
     if lists and not fitting_formats(row):
+        plain = re.fullmatch(r"[\w./-]+", source.path)
+        quoted = source.path if plain else json.dumps(source.path, ensure_ascii=False)
         raise DataError(
             f"{source.path}: the file is one object, which holds {holds}; name the list of the "
-            f"rows, as in data.train: [{{path: {source.path}, field: {lists[0]}}}]"
+            f"rows with field: {lists[0]} beside its path, on a command line as "
+            f"'data.train=[{{path: {quoted}, field: {lists[0]}}}]'"
+        )
+    if any(isinstance(value, dict) for value in row.values()) and not fitting_formats(row):
+        raise DataError(
+            f"{source.path}: the file is one object without a list of rows at its top level; it "
+            f"holds {holds}. The setting field can name only a key of the top level: store the "
+            "rows as a list there, or one a line in a .jsonl file"
         )
     return [row]
 

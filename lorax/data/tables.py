@@ -82,6 +82,7 @@ def _check_csv(path: Path, name: str) -> list[str]:
         records = filter(None, reader)
         try:
             columns = next(records)
+            _refuse_other_separator(columns, f"{name}:{reader.line_num}")
             _check_columns(columns, f"{name}:{reader.line_num}")
             empty = True
             for record in records:
@@ -98,6 +99,17 @@ def _check_csv(path: Path, name: str) -> list[str]:
     if empty:
         raise DataError(f"{name}: the file holds no rows")
     return columns
+
+
+def _refuse_other_separator(columns: list[str], place: str) -> None:
+    """Refuses a header of one column in which something else than a comma parts the names."""
+    kinds = {";": "semicolons", "\t": "tabs"}
+    parted = [kind for mark, kind in kinds.items() if len(columns) == 1 and mark in columns[0]]
+    if parted:
+        raise DataError(
+            f"{place}: the header has {parted[0]} and no comma; a .csv file needs commas between "
+            "its columns: write it again with commas"
+        )
 
 
 def _check_columns(columns: list[str], place: str) -> None:
