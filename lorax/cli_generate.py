@@ -110,6 +110,11 @@ def _check_options(parsed) -> list[_Prompt]:
     problems = [
         f"--{name.replace('_', '-')} {text}" for name, text in option_problems(**asked).items()
     ]
+    if not parsed.model.strip():
+        problems.append(
+            "MODEL is empty: give the folder of a run or a model, or a hub id such as "
+            "Qwen/Qwen3-0.6B"
+        )
     texts = [("--system", parsed.system)] if parsed.system is not None else []
     if parsed.prompt:
         single = len(parsed.prompt) == 1
@@ -118,6 +123,7 @@ def _check_options(parsed) -> list[_Prompt]:
     else:
         prompts = [] if problems else [_Prompt(_read_stdin(), "standard input")]
     texts += [(prompt.name, prompt.text) for prompt in prompts]
+    problems += [f"{p.name} is empty: give it some text" for p in prompts if not p.text]
     for name, text in texts:
         try:
             text.encode("utf-8")

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lorax.data.tokenizer_files import NAMED_TOKENS
 from lorax.interop.checkpoint import GENERATION_FILE
 from lorax.interop.files import MAX_INDEX_BYTES, read_json
 from lorax.stop_tokens import generation_settings
@@ -35,7 +36,8 @@ def companion_files(
         stop_ids: What the model stops with; None leaves what the base says.
         card: Text of the README.md.
         tokenizer: What the rows were encoded with. Where it takes tokenizer.json as it is and the
-            base names a class that may not, the export names one that does; None leaves the base's.
+            base names a class that may not, the export names one that does, and the tokens (BOS, …)
+            that only the base's class knew; None leaves the base's.
 
     Returns:
         Texts by the name of their file; None for a file that is left out.
@@ -55,6 +57,9 @@ def companion_files(
             settings[_INLINE] = chat_template
     if type(tokenizer).__name__ in _FAITHFUL and settings.get(_CLASS) not in _FAITHFUL:
         settings[_CLASS] = _FAITHFUL[-1]
+        # A class may know them by itself, where no file names them; this one does not.
+        own = {name: getattr(tokenizer, name) for name in NAMED_TOKENS}
+        settings |= {n: str(t) for n, t in own.items() if t and settings.get(n) is None}
     if settings != before:
         files[TOKENIZER_SETTINGS] = _as_text(settings)
     if card is not None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -52,7 +53,14 @@ class SavedRun:
         if adapter.is_dir():
             return adapter
         saved = sorted((self.folder / WEIGHTS_FOLDER).glob("step-*"))
-        instead = f", or take {saved[-1]}, an adapter as it was then" if saved else ""
+        instead = ""
+        if saved:
+            base, then = (shlex.quote(str(n)) for n in (self.config.model.name_or_path, saved[-1]))
+            instead = (
+                ", or take the adapter as it was at a save: "
+                f"`lorax generate {base} --adapter {then}`, "
+                f"`lorax export {then} --base {base} --format merged --out FOLDER`"
+            )
         raise ValueError(
             f"{self.folder} has no folder {adapter.name}: the run has not ended. Finish it with "
             f"`lorax train {self.folder / CONFIG_FILE} --resume`{instead}"

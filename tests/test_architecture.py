@@ -135,7 +135,7 @@ ALLOWED = {
         "lorax.sharding",
     },
     "lorax.export": {"lorax.export_files", "lorax.interop", "lorax.lora", "lorax.merge"},
-    "lorax.export_files": {"lorax.interop", "lorax.stop_tokens"},
+    "lorax.export_files": {"lorax.data", "lorax.interop", "lorax.stop_tokens"},
     "lorax.train": {
         "lorax.checkpoint",
         "lorax.model_size",

@@ -609,7 +609,8 @@ def test_a_file_as_model_is_refused(refused):
 
 def test_an_adapter_as_base_model_is_refused(good_adapter, refused):
     refused(
-        r"holds a LoRA adapter, not a model; load the base model",
+        r"holds a LoRA adapter, not a model; load the base model (?!BASE)(\S+), then give it the "
+        r"adapter: `lorax generate \1 --adapter /",
         "validate",
         "run.yaml",
         f"model.name_or_path={good_adapter}",
@@ -1012,12 +1013,15 @@ def test_generate_refuses_what_it_cannot_do(base, refused):
         (["--prompt", "a\udce9b"], r"--prompt 2 must be UTF-8, got byte 0xe9 at 1: convert it"),
         (["--system", "\udcff"], r"--system must be UTF-8, got byte 0xff at 0: convert it"),
         (["--prompt", "word " * 9000], r"--prompt 2 has \d+,\d{3} tokens .*made for 512: shorten"),
-        (["--raw", "--prompt", ""], r"--prompt 2 has no token: give it some text"),
+        (["--raw", "--prompt", ""], r"--prompt 2 is empty: give it some text"),
+        (["--prompt", ""], r"--prompt 2 is empty: give it some text"),
         (["--raw", "--system", "x"], r"--system needs a chat template: leave it out"),
         (["--adapter", "absent"], r"absent/adapter_config.json does not exist"),
         (["--dtype", "int8"], r"argument --dtype: invalid choice: 'int8'"),
     ):
         refused(pattern, "generate", model, "--prompt", "Hi", *arguments)
+    for name in ("", " "):
+        refused(r"MODEL is empty: give the folder of a run", "generate", name, "--prompt", "Hi")
     for name in ("./absent", "absent", "a/b/c", "runs/", "spaced name/x"):
         refused(
             rf"{name}: no such folder of a run or a model.*the hub was not asked",

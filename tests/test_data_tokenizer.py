@@ -261,6 +261,28 @@ def test_a_merged_model_is_tokenized_by_transformers_as_it_was_trained(tmp_path,
     assert kept == settings | {"tokenizer_class": "PreTrainedTokenizerFast"}
 
 
+def test_a_merged_model_keeps_the_named_tokens_that_only_the_class_knew(tmp_path, model):
+    source, merged = tmp_path / "base", tmp_path / "merged"
+    settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True}
+    write_folder(source, backend=convert(model), model=model, **settings)
+    with warns():
+        trained = load_tokenizer(str(source))
+    assert trained.special_tokens_map == NAMED
+    template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    files = companion_files(
+        source, chat_template=template, stop_ids=None, card=None, tokenizer=trained
+    )
+    tensors = [("weight", np.zeros(2, np.float32))]
+    write_checkpoint(tensors, {}, merged, source_directory=source, files=files)
+    shutil.copy(source / "config.json", merged)
+    served = transformers.AutoTokenizer.from_pretrained(merged)
+    assert served.special_tokens_map == NAMED
+    chat = [{"role": "user", "content": "a cat"}]
+    assert served.apply_chat_template(chat, tokenize=False) == "<s>a cat</s>"
+    kept = json.loads((merged / "tokenizer_config.json").read_text())
+    assert kept == settings | NAMED | {"tokenizer_class": "PreTrainedTokenizerFast"}
+
+
 def test_a_tokenizer_class_that_gives_the_trained_ids_is_kept(tmp_path):
     files = companion_files(
         ROOT / "examples" / "tiny" / "model",

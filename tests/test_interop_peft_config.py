@@ -278,6 +278,13 @@ def test_a_field_that_may_change_the_result_is_not_said_to_be_removable(adapter,
     assert "remove" not in str(refused.value)
 
 
+@pytest.mark.parametrize("value", [0, 0.0])
+def test_a_number_of_zero_switches_only_a_known_method_off(adapter, value):
+    read_adapter_config(edit(adapter, use_dora=value))
+    with pytest.raises(AdapterError, match=rf"newmethod_scale={value} is not supported"):
+        read_adapter_config(edit(adapter, newmethod_scale=value))
+
+
 def test_all_that_is_wrong_is_said_at_once(adapter):
     edit(adapter, use_dora=True, surprise=3, base_model_name_or_path=5)
     with pytest.raises(AdapterError) as refused:

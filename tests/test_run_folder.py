@@ -4,11 +4,14 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from lorax.cli import main
 from lorax.metrics import read_metrics
+from lorax.run_folder import SavedRun
 
 TINY = Path(__file__).parents[1] / "examples" / "tiny"
 
@@ -129,3 +132,14 @@ def test_a_run_without_its_config_is_told_what_is_missing(run, tmp_path, capsys)
     assert "give a run's folder, which holds config.yaml, or an adapter's, which holds" in said
     assert f"; its adapter is in {here / 'adapter'}" in said
     assert main(["export", str(here / "adapter"), *out]) == 0  # which works
+
+
+def test_a_run_that_has_not_ended_names_commands_for_its_last_save(tmp_path):
+    (tmp_path / "weights" / "step-000002").mkdir(parents=True)
+    model = SimpleNamespace(name_or_path="some/base model")
+    config: Any = SimpleNamespace(model=model)
+    with pytest.raises(ValueError, match="the run has not ended") as refused:
+        _ = SavedRun(tmp_path, config, None, None).adapter
+    saved = tmp_path / "weights" / "step-000002"
+    assert f"`lorax generate 'some/base model' --adapter {saved}`" in str(refused.value)
+    assert f"`lorax export {saved} --base 'some/base model' --format merged" in str(refused.value)

@@ -1,6 +1,7 @@
 """The files of a Hugging Face checkpoint: finding them, on disk or on the hub, and writing them."""
 
 import json
+import shlex
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -99,11 +100,16 @@ def read_config(directory: Path) -> dict[str, Any]:
         CheckpointError: If there is none, or `files.read_json` refuses it.
     """
     path = directory / CONFIG_FILE
-    if not path.exists() and (directory / "adapter_config.json").exists():
+    adapter = directory / "adapter_config.json"
+    if not path.exists() and adapter.exists():
+        named = read_json(adapter).get("base_model_name_or_path")
+        known = isinstance(named, str) and named != ""
+        base = shlex.quote(named) if known else "BASE"
+        which = base if known else f"that it was trained on (BASE; {adapter.name} names none)"
         raise CheckpointError(
-            f"{directory} holds a LoRA adapter, not a model; load the base model that its "
-            "adapter_config.json names, then give it the adapter: `lorax generate BASE --adapter "
-            "FOLDER`, model.adapter in a config, or lorax.load_adapter"
+            f"{directory} holds a LoRA adapter, not a model; load the base model {which}, then "
+            f"give it the adapter: `lorax generate {base} --adapter {shlex.quote(str(directory))}"
+            "`, model.adapter in a config, or lorax.load_adapter"
         )
     return read_json(_inside(directory, path))
 

@@ -145,7 +145,9 @@ def _other_methods(raw: dict[str, Any]) -> list[str]:
     problems = _initialisation(raw.get("init_lora_weights", True))
     known = {*_SHARED_FIELDS, *_NEUTRAL_FIELDS, "peft_type", "init_lora_weights"}
     for field, value in raw.items():
-        if field in known or value in (None, False, [], {}, ""):
+        if field in known or value is None or value is False or value in ([], {}, ""):
+            continue
+        if field in _OTHER_METHODS and not value:  # a 0, which PEFT takes for false
             continue
         reason, remedy = _OTHER_METHODS.get(
             field,

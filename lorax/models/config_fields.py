@@ -94,6 +94,17 @@ _ALWAYS_ON = re.compile(
     r"softmax|swiglu|window)"
 )
 
+# What a name speaks of that a decoder of one device, without experts, does not do or need not:
+# to switch it off leaves the result. Other switches may choose between computations (prenorm).
+_OFF_ANYWAY = re.compile(
+    r"(audio|cach|checkpoint|compil|debug|deepspeed|distribut|expert|flash|fsdp|fus(e|ion)|image|jit|"
+    r"lora$|moe|mtp|offload|parallel|profil|quanti|return|router|sdpa|torchscript|train|verbos|"
+    r"video|vision|xformers)"
+)
+
+# What a name speaks of that some families have: without it the result is another.
+_WEIGHTS = re.compile(r"(bias|mlp|proj|tie|tied|tying)")
+
 # What a name speaks of whose text says where a model is from, or notes something.
 _IDENTITY = re.compile(
     r"(author|by$|citation|comment|commit|company|copyright|creat|dataset|date|descr|develop|"
@@ -107,7 +118,8 @@ def neutral_kind(name: str, value: Any) -> str | None:
     """Returns why a field that lorax does not know changes nothing of what a decoder computes.
 
     Such a field is neutral by its kind: nothing (null); the id of a token; a dropout of 0; a switch
-    that is off, unless its name speaks of what lorax always does (``use_rope``); text that says
+    that is off, if its name speaks of what lorax does not do or need not (caches, parallelism,
+    experts) and of nothing that it always does (``use_rope``); an empty value; text that says
     where the model is from, or that is prose, unless its name speaks of what is computed
     (``norm_type``).
 
@@ -126,6 +138,8 @@ def neutral_kind(name: str, value: Any) -> str | None:
         return "a token id"
     if speaks_of(re.compile("dropout|pdrop|drop$")) and value == 0:
         return "a dropout of 0"
+    if value is False and (speaks_of(_WEIGHTS) or not speaks_of(_OFF_ANYWAY)):
+        return None
     if value is False or value in ("", [], {}):
         return None if speaks_of(_ALWAYS_ON) else "switched off"
     texts = value if isinstance(value, list) else [value]
