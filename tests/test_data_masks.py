@@ -113,7 +113,7 @@ def test_the_stop_tokens_that_are_learned_are_told(encode, template, stop, loss_
 
 def test_stop_tokens_of_plain_and_of_tokenized_rows_are_told(encode):
     tokenizer = byte_tokenizer()
-    end, other = tokenizer.convert_tokens_to_ids(["</s>", "<|eot|>"])
+    end, other = map(tokenizer.convert_tokens_to_ids, ("</s>", "<|eot|>"))
     assert encode([{"prompt": "a", "completion": "b"}], tokenizer).report.stop_ids == (end,)
     none = encode([{"prompt": "a", "completion": "b"}], tokenizer, train_on_eos="none")
     assert none.report.stop_ids == ()

@@ -114,7 +114,7 @@ def test_split_is_sliced_by_rows(tmp_path, split, expected, suffix):
         path.write_text("text\n" + "".join(f"{c}\n" for c in "abcde"))
     else:
         path.write_text("\n\n".join(json.dumps({"text": c}) for c in "abcde"))
-    assert "".join(row["text"] for row in _rows(path, split)) == expected
+    assert _rows(path, split) == [{"text": c} for c in expected]
 
 
 def test_changed_file_is_read_anew(tmp_path, tokenizer):

@@ -63,7 +63,7 @@ def explain_field(error: BaseException) -> str | None:
     field, types = _FIELD.search(str(error)), _TYPES.findall(str(error))
     if type(error).__name__ != "StrictDataclassFieldValidationError" or not (field and types):
         return None
-    needed = dict.fromkeys(_NAMES.get(wanted, wanted) for wanted, _ in types)
+    needed = dict.fromkeys(str(_NAMES.get(wanted, wanted)) for wanted, _ in types)
     got = _NAMES.get(types[0][1], types[0][1])
     return (
         f"config.json: {field[1]} must be {' or '.join(needed)}, got {got}: transformers, which "

@@ -103,9 +103,10 @@ def read_config(directory: Path) -> dict[str, Any]:
     adapter = directory / "adapter_config.json"
     if not path.exists() and adapter.exists():
         named = read_json(adapter).get("base_model_name_or_path")
-        known = isinstance(named, str) and named != ""
-        base = shlex.quote(named) if known else "BASE"
-        which = base if known else f"that it was trained on (BASE; {adapter.name} names none)"
+        base = shlex.quote(named) if isinstance(named, str) and named else "BASE"
+        which = (
+            base if base != "BASE" else f"that it was trained on (BASE; {adapter.name} names none)"
+        )
         raise CheckpointError(
             f"{directory} holds a LoRA adapter, not a model; load the base model {which}, then "
             f"give it the adapter: `lorax generate {base} --adapter {shlex.quote(str(directory))}"
