@@ -27,7 +27,7 @@ from lorax.data.renderer import MOST_LIMITS, LimitError, TemplateError
 from lorax.data.rows import DataError, MalformedRowError, Row, RowError, Rows
 from lorax.data.sieve import Sieve
 from lorax.data.sources import open_source
-from lorax.data.tokenizer import TokenizedText, Tokenizer, check_fast, tokenize_texts
+from lorax.data.tokenizer import TokenizedText, Tokenizer, check_fast, tokenize_in_parts
 from lorax.data.turns import RenderedText
 from lorax.wording import explain
 
@@ -309,12 +309,10 @@ class _RowEncoder:
         if texts:
             check_fast(self._tokenizer)
         kinds = {
-            plain: iter(
-                tokenize_texts(
-                    self._tokenizer,
-                    [item.text for item in texts if item.plain == plain],
-                    add_special_tokens=plain,
-                )
+            plain: tokenize_in_parts(
+                self._tokenizer,
+                [item.text for item in texts if item.plain == plain],
+                add_special_tokens=plain,
             )
             for plain in (False, True)
         }

@@ -24,7 +24,7 @@ from transformers.utils import chat_template_utils
 from transformers.utils.chat_template_utils import render_jinja_template
 
 CPU_SECONDS = 3.0
-CHARACTERS = 2**24
+CHARACTERS = 2**20
 BYTES = 2**28
 """What one rendering may take; a long conversation, as much again as it is long, and more."""
 

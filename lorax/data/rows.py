@@ -10,6 +10,8 @@ from typing import Any, Protocol
 import numpy as np
 from jaxtyping import Int64
 
+from lorax.wording import kind_of
+
 type Row = dict[str, Any]
 
 
@@ -167,7 +169,7 @@ def parse_document(path: Path, name: str) -> Any:
 def check_object(value: Any) -> Row:
     """Returns `value` if it is a JSON object; raises MalformedRowError otherwise."""
     if not isinstance(value, dict):
-        raise MalformedRowError(f"a row must be a JSON object, got {type(value).__name__}")
+        raise MalformedRowError(f"a row must be a JSON object, got {kind_of(value)}")
     return value
 
 

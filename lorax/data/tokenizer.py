@@ -34,6 +34,9 @@ WITHOUT_TORCH = threading.Event()
 """Set where no one needs torch in this process: transformers imports it if it can, for seconds."""
 
 
+_CHARACTERS_AT_ONCE = 2**20
+
+
 def load_tokenizer(name_or_path: str, revision: str | None = None) -> Tokenizer:
     """Loads the tokenizer of a model, as its own tokenizer.json has it.
 
@@ -227,6 +230,23 @@ def tokenize_texts(
         _with_reach(_narrow(ids), np.asarray(offsets, np.int64).reshape(-1, 2))
         for ids, offsets in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)
     ]
+
+
+def tokenize_in_parts(
+    tokenizer: Tokenizer, texts: Sequence[str], *, add_special_tokens: bool
+) -> Iterator[TokenizedText]:
+    """Yields what `tokenize_texts` returns, a few texts at a time: a template may make long ones.
+
+    While it tokenizes, the library takes a hundred bytes and more for each character.
+    """
+    part, size = [], 0
+    for text in texts:
+        if part and size + len(text) > _CHARACTERS_AT_ONCE:
+            yield from tokenize_texts(tokenizer, part, add_special_tokens=add_special_tokens)
+            part, size = [], 0
+        part.append(text)
+        size += len(text)
+    yield from tokenize_texts(tokenizer, part, add_special_tokens=add_special_tokens)
 
 
 def named_token_id(tokenizer: Tokenizer, name: Literal["bos", "eos", "unk"]) -> int | None:

@@ -172,7 +172,10 @@ def _inside(directory: Path, path: Path) -> Path:
     if folder.parent.name == "snapshots":
         # The hub's cache: snapshots/<commit>/<file> links to blobs/<hash>.
         roots.append((folder.parent.parent / "blobs").resolve())
-    target = path.resolve()
+    try:
+        target = path.resolve()
+    except RuntimeError:  # which Python raises for it
+        raise CheckpointError(f"{path} is a link to itself; copy the file") from None
     if not any(target.is_relative_to(root) for root in roots):
         raise CheckpointError(f"{path} is a link to {target}, outside {directory}; copy the file")
     return path

@@ -216,8 +216,11 @@ def refuse_stand_ins(path: Path) -> None:
     refuse_nul(path)
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist, or is not a file")
-    with path.open("rb") as file:
-        head = file.read(256).lstrip()
+    try:
+        with path.open("rb") as file:
+            head = file.read(256).lstrip()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {explain(error)}") from error
     if head.startswith(b"version https://git-lfs"):
         raise CheckpointError(
             f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in its folder"

@@ -35,7 +35,7 @@ def _of_config(case: Case, folder: Path) -> str | None:
     """A second YAML reader finds the same settings, with what overrides say in their place."""
     from lorax.config import load_config
 
-    words = [word for word in case.changed_words[2:] if "=" in word]
+    words = _overrides(case)
     taken = load_config("run.yaml", words).model_dump(mode="json")
     given = _second_reading((folder / "run.yaml").read_text("utf-8-sig"))
     for word in words:
@@ -56,6 +56,10 @@ def _numbers(value: Any) -> Iterator[float]:
             yield from _numbers(item)
     elif isinstance(value, int | float) and not isinstance(value, bool):
         yield value if abs(value) < 1e300 else math.inf
+
+
+def _overrides(case: Case) -> list[str]:
+    return [word for word in case.changed_words[2:] if "=" in word and word[0] != "-"]
 
 
 def _second_reading(text: str) -> Any:
@@ -116,6 +120,7 @@ def _of_octal(given: str, taken: Any) -> bool:
 def _of_rows(case: Case, folder: Path) -> str | None:
     """Every text of every row is found again, and the assistant's in what is learned."""
     rows = list(_read_rows(folder, case))
+    rows = [row for row in rows if all(row[key] for key in _FLAGS & row.keys())]
     dataset, tokenizer = _encode(folder, case)
     if case.variant == "rows-ids":
         same = all(dataset.row(i)[0].tolist() == row["input_ids"] for i, row in enumerate(rows))
@@ -170,14 +175,16 @@ def _encode(folder: Path, case: Case) -> tuple[Any, Any]:
     import lorax
     from lorax.config import load_config
 
-    words = [word for word in case.changed_words[2:] if "=" in word]
+    words = _overrides(case)
     config = load_config("run.yaml", words)
     tokenizer = lorax.load_tokenizer(config.model.name_or_path)
     return lorax.load_encoded_dataset(config.data.train, config.data, tokenizer), tokenizer
 
 
-_NO_TEXT = {"role", "from", "type", "weight", "train", "training", "mask", "loss_mask", "trainable",
-            "train_on_turn", "id"}  # fmt: skip
+_FLAGS = {"weight", "train", "training", "mask", "loss_mask", "trainable", "train_on_turn"}
+"""Of a row, or of a message: whether it is learned."""
+
+_NO_TEXT = {"role", "from", "type", "id", *_FLAGS}
 
 
 def _texts(value: Any, key: str = "") -> Iterator[str]:
@@ -198,11 +205,7 @@ def _answers(row: dict[str, Any]) -> Iterator[str]:
         for message in row.get(key) or () if isinstance(row.get(key), list) else ():
             role = message.get("role") or message.get("from")
             text = message.get("content") or message.get("value") or ""
-            flags = [
-                message[k]
-                for k in _NO_TEXT
-                if k not in ("role", "from", "type", "id") and k in message
-            ]
+            flags = [message[key] for key in _FLAGS & message.keys()]
             if role in ("assistant", "gpt") and all(flags):
                 yield text.strip()
     for key in ("completion", "output"):  # the first token of a text has nothing before it
@@ -327,6 +330,7 @@ ADAPTER_FREE = {
     "use_rslora": "a scale is what it says",
     "lora_dropout": "dropout is what it says",
     "bias": "no layer has a bias",
+    "fan_in_fan_out": "PEFT sets it back where a layer is linear",
     "init_lora_weights": "how A and B began does not matter once they are loaded",
     "inference_mode": "it is about PEFT's loading",
     "peft_version": "it is about PEFT",

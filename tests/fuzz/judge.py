@@ -105,7 +105,7 @@ def _places(case: Case) -> Iterator[str]:
     """Yields what a message may name to tell where the fault is."""
     if case.kind == "command line":
         parts = (part for word in case.changed_words[1:] for part in word.split("=", 1))
-        yield from (part[:60] for part in parts if part)
+        yield from (part.removeprefix("./")[:60] or "." for part in parts)
     for edit in case.edits:
         if edit.file == WORDS:
             yield from ("argument", "override", "standard input", ":")
