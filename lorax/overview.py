@@ -64,6 +64,14 @@ def report_data(
                 highlight=False,
                 soft_wrap=True,
             )
+        if report.unmet:
+            console.print(
+                f"{name}: data.ignore names {', '.join(report.unmet)}, which no row holds",
+                style="yellow",
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
+            )
         if report.date is not None:
             console.print(
                 f"{name}: the chat template is told that today is {report.date} (data.date)",

@@ -808,3 +808,9 @@ def test_all_lost_texts_of_one_wording_are_named(encode):
     with pytest.raises(DataError) as caught:
         encode([chat(USER, ANSWER, tool, ANSWER, tool, *TWO_TURNS)], NO_TOOLS)
     assert "messages[2]" in str(caught.value) and "messages[4]" in str(caught.value)
+
+
+def test_names_that_no_row_holds_are_told(encode):
+    row = chat(*TWO_TURNS, id=7)
+    report = encode([row], ignore=["id", "source", "tool.content", "message.name"]).report
+    assert report.unmet == ("source", "tool.content", "message.name")

@@ -7,11 +7,12 @@ from collections.abc import Iterator, Sequence
 
 from lorax.config import DataConfig
 from lorax.data.conversation import INSTRUCTING, Conversation, Message
+from lorax.data.dataset import tell_ignored
 from lorax.data.lost import LostError
 from lorax.data.renderer import RENDERER, Part, Rendered, RenderError, Request
 from lorax.data.rows import DataError, RowError
 from lorax.data.tokenizer import Tokenizer
-from lorax.data.turns import GENERATION, RenderedText, Rendering, RewrittenError, ignored
+from lorax.data.turns import GENERATION, RenderedText, Rendering, RewrittenError
 from lorax.small_files import SmallFileError, read_small_file
 
 REWRITTEN = "became one row per learned turn: the chat template rewrites earlier turns"
@@ -59,7 +60,7 @@ class ChatTemplate:
                 if not isinstance(rows, RowError):
                     roles = {message["role"] for message in whole[i].messages} & self._left_out
                     names = sorted(f"{role}.content" for role in roles)
-                    rows[0] = rows[0].with_notes(*map(ignored, names))
+                    rows[0] = rows[0].with_notes(*map(tell_ignored, names))
                 yield rows
 
     @property

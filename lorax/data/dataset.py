@@ -27,6 +27,11 @@ class Change(NamedTuple):
     first: str
 
 
+def tell_ignored(name: str) -> str:
+    """Returns what is told of rows that hold what `data.ignore` names."""
+    return f"hold {name}, which is not learned from (data.ignore)"
+
+
 @dataclasses.dataclass(frozen=True)
 class EncodeReport:
     """What became of the rows.
@@ -45,6 +50,7 @@ class EncodeReport:
         sources: Paths and hub ids.
         changes: What else became of rows, such as those dropped because they are malformed.
         date: The day that the chat template was told, if it asks for it.
+        unmet: Names of `data.ignore` that no row holds.
         stop_ids: Tokens that end what is learned, and are learned: what a model that is trained on
             the rows stops with.
     """
@@ -61,6 +67,7 @@ class EncodeReport:
     sources: tuple[str, ...]
     changes: tuple[Change, ...] = ()
     date: str | None = None
+    unmet: tuple[str, ...] = ()
     stop_ids: tuple[int, ...] = ()
 
 

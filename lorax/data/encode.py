@@ -13,7 +13,7 @@ from lorax.config import DataConfig, DataSource
 from lorax.data.chat import load_chat_template
 from lorax.data.columns import detect_format, fitting_formats, read_flag, refuse_unread
 from lorax.data.conversation import Conversation
-from lorax.data.dataset import EncodedDataset, EncodedRow, RowWriter
+from lorax.data.dataset import EncodedDataset, EncodedRow, RowWriter, tell_ignored
 from lorax.data.formats import (
     IGNORED_LABEL,
     Completion,
@@ -177,7 +177,7 @@ class _RowEncoder:
                     for message in messages
                 ]
         for name in sorted(met):
-            self._sieve.note(f"hold {name}, which is not learned from (data.ignore)", place)
+            self._sieve.note(tell_ignored(name), place)
         return row
 
     def _read(self, row: Row, data_format: str, place: str) -> Example | None:

@@ -1,7 +1,7 @@
 """Which encoded rows are kept, and what is told of those that are not."""
 
 from lorax.config import DataConfig
-from lorax.data.dataset import Change, EncodedRow, EncodeReport, RowWriter
+from lorax.data.dataset import Change, EncodedRow, EncodeReport, RowWriter, tell_ignored
 from lorax.data.problems import Problems
 from lorax.data.rows import DataError, MalformedRowError
 
@@ -120,4 +120,5 @@ class Sieve:
             supervised_tokens=self._kept.supervised_tokens,
             sources=sources,
             changes=self._all_changes,
+            unmet=tuple(n for n in self._config.ignore if tell_ignored(n) not in self._changes),
         )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from lorax.config import DataConfig
 from lorax.data.conversation import Conversation
+from lorax.data.dataset import tell_ignored
 from lorax.data.lost import (
     NEEDED,
     Field,
@@ -66,11 +67,6 @@ class RenderedText:
         return dataclasses.replace(self, notes=tuple(dict.fromkeys((*self.notes, *notes))))
 
 
-def ignored(name: str) -> str:
-    """Returns what is told of rows that hold what `data.ignore` names."""
-    return f"hold {name}, which is not learned from (data.ignore)"
-
-
 class RewrittenError(RowError):
     """A turn that a rendering does not hold as it is when it is the last one."""
 
@@ -113,7 +109,7 @@ class Rendering:
             self._refuse_cut(rendered)
         allowed = [field for field in self._all_fields if field not in self._fields]
         lost = lost_fields(allowed, self._hide(rendered.text))
-        return rendered.with_notes(*(ignored(field.name) for field in lost))
+        return rendered.with_notes(*(tell_ignored(field.name) for field in lost))
 
     @functools.cached_property
     def _special(self) -> re.Pattern[str] | None:
