@@ -10,7 +10,7 @@ from lorax.card import write_card
 from lorax.cli_common import DTYPES, note
 from lorax.data import load_tokenizer
 from lorax.export import export_model
-from lorax.interop.checkpoint import resolve_checkpoint
+from lorax.interop.checkpoint import expand, resolve_checkpoint
 from lorax.interop.files import refuse_occupied
 from lorax.interop.huggingface import find_stored_dtype, load_model
 from lorax.interop.peft import CONFIG_FILE, load_adapter
@@ -31,7 +31,7 @@ def add_export(add) -> None:
 
 def _export(parsed, console: Console) -> None:
     refuse_occupied(parsed.out)
-    source, tell = Path(parsed.source), note("export")
+    source, tell = expand(parsed.source), note("export")
     run = read_run(source)
     if run is not None and run.config.train.method == "full":
         raise ValueError(f"{source} trained the whole model: {source / 'merged'} is its checkpoint")

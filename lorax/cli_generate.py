@@ -14,7 +14,7 @@ from lorax.adapter_base import BaseModel, choose_base, recorded_base
 from lorax.cli_common import DTYPES, note
 from lorax.data import encode_prompt, load_tokenizer
 from lorax.generate import generate, option_problems
-from lorax.interop.checkpoint import CONFIG_FILE, resolve_checkpoint
+from lorax.interop.checkpoint import CONFIG_FILE, expand, resolve_checkpoint
 from lorax.interop.huggingface import find_stored_dtype, load_hf_config, load_model
 from lorax.interop.peft import CONFIG_FILE as ADAPTER_FILE
 from lorax.interop.peft import load_adapter, read_adapter_config
@@ -155,7 +155,7 @@ def _find_source(parsed) -> _Source:
     Raises:
         ValueError: If the name is none of a run, a model and a hub id; the hub is not asked then.
     """
-    tell, folder = note("generate"), Path(parsed.model).expanduser()
+    tell, folder = note("generate"), expand(parsed.model)
     run, adapter = read_run(folder), parsed.adapter
     if run is None:
         _check_name(parsed.model, folder)

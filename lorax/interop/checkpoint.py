@@ -41,6 +41,21 @@ TOKENIZER_FILES = (
 """What travels with the weights, besides generation_config.json."""
 
 
+def expand(name: str | Path) -> Path:
+    """Returns the path that a user names, its ``~`` replaced.
+
+    Raises:
+        CheckpointError: If no path can have this name.
+    """
+    refuse_nul(name)
+    try:
+        path = Path(name).expanduser()
+        path.exists()
+    except (OSError, RuntimeError) as error:  # a name that is too long, or of no user
+        raise CheckpointError(f"{clip(str(name))}: no such folder: {explain(error)}") from error
+    return path
+
+
 def resolve_checkpoint(
     path_or_id: str | Path, revision: str | None = None, *, weights: bool = True
 ) -> Path:
@@ -57,14 +72,8 @@ def resolve_checkpoint(
     Raises:
         CheckpointError: If it is neither, or `revision` is given for a folder.
     """
-    refuse_nul(path_or_id)
-    name = str(path_or_id)
-    try:
-        path = Path(path_or_id).expanduser()
-        exists = path.exists()
-    except (OSError, RuntimeError) as error:  # a name that is too long, or of no user
-        raise CheckpointError(f"{clip(name)}: no such folder: {explain(error)}") from error
-    if exists:
+    name, path = str(path_or_id), expand(path_or_id)
+    if path.exists():
         if not path.is_dir():
             raise CheckpointError(f"{path} is a file; give the folder that holds {CONFIG_FILE}")
         if revision is not None:
