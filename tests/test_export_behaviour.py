@@ -241,7 +241,7 @@ def test_a_base_that_is_no_text_is_refused(run, tmp_path, field, capsys):
     moved = Path(shutil.copytree(run / "adapter", tmp_path / "moved"))
     edit(moved / "adapter_config.json", **{field: ["x"]})
     assert main(["export", str(moved), "--format", "peft", "--out", str(tmp_path / "out")]) == 2
-    assert f"{field} must be text or null, got list" in capsys.readouterr().err
+    assert f"{field} must be text or null, got ['x']" in capsys.readouterr().err
 
 
 RAW = "a\tb\r:warning: [:100:] [bold]x[/bold] \x1b[31m ünï"
