@@ -108,7 +108,8 @@ def test_a_part_that_does_not_begin_the_whole_is_told(renderer):
 def test_a_hostile_template_is_refused(renderer, name):
     template, reason = HOSTILE[name]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(DataError, match=f"fails on the messages .user, assistant.: .*({reason})"):
+    where = r"fails on the messages .user, assistant.: |line \d+: "  # where it cannot be parsed
+    with pytest.raises(DataError, match=f"({where}).*({reason})"):
         render(renderer, template)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 32 * 1024  # KiB
     assert render(renderer).text == "<|user|>Hello<|assistant|>Fine"

@@ -9,7 +9,7 @@ from lorax.config import DataConfig
 from lorax.data.conversation import INSTRUCTING, Conversation, Message
 from lorax.data.dataset import tell_ignored
 from lorax.data.lost import LostError
-from lorax.data.renderer import RENDERER, Part, Rendered, RenderError, Request
+from lorax.data.renderer import RENDERER, Part, Rendered, RenderError, Request, TemplateError
 from lorax.data.rows import DataError, RowError
 from lorax.data.tokenizer import Tokenizer
 from lorax.data.turns import GENERATION, RenderedText, Rendering, RewrittenError
@@ -223,7 +223,10 @@ def encode_prompt(
     names = tokenizer.special_tokens_map
     prompt = Part(len(messages), is_prompt=True)
     request = Request(messages, (prompt,))
-    (rendered,) = RENDERER.render(template, [request], special_tokens=names, date=date)
+    try:
+        (rendered,) = RENDERER.render(template, [request], special_tokens=names, date=date)
+    except TemplateError as error:
+        raise DataError(f"the chat template: {error}; mend it") from error
     if isinstance(rendered, RowError):
         raise rendered
     ids = tokenizer(rendered.text, add_special_tokens=False, verbose=False)["input_ids"]

@@ -276,7 +276,10 @@ class _RowEncoder:
         except TemplateError as error:
             own = self._config.chat_template
             which = "the tokenizer's chat template" if own == "tokenizer" else own
-            raise DataError(f"{which}: {error}") from error
+            remedy = (
+                "mend the template, or set data.chat_template to a .jinja file that can be parsed"
+            )
+            raise DataError(f"{which}: {error}; {remedy}") from error
         except DataError as error:
             raise DataError(f"{rows.place(index)}: {error}") from error
 

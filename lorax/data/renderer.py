@@ -119,10 +119,7 @@ class Renderer:
             answers = self._ask(group, {"options": options, "date": day})
             for request, answer in zip(group, answers, strict=True):
                 if "line" in answer:
-                    raise TemplateError(
-                        f"line {answer['line']}: {answer['error']}; mend the template, or set "
-                        "data.chat_template to a .jinja file that can be parsed"
-                    )
+                    raise TemplateError(f"line {answer['line']}: {answer['error']}")
                 if "error" in answer:
                     yield _error(request, answer)
                     continue
