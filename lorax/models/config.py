@@ -34,63 +34,6 @@ _FAMILIES = {
     "qwen3": _Family("Qwen3ForCausalLM", 32_768, 32, 128, attention_bias=True, window="layers"),
 }
 
-# Fields with one value that lorax computes, and why no other.
-_FIXED_FIELDS: dict[str, tuple[tuple[Any, ...], str]] = {
-    "hidden_act": (("silu", "swish"), "the gated MLP is SwiGLU"),
-    "attention_dropout": ((0,), "lorax drops nothing in attention"),
-    "hidden_dropout": ((0,), "lorax drops nothing in the residual stream"),
-    "resid_pdrop": ((0,), "lorax drops nothing in the residual stream"),
-    "embd_pdrop": ((0,), "lorax drops nothing in the embedding"),
-    "pretraining_tp": ((1,), "products are not split as in pretraining"),
-    "partial_rotary_factor": ((1,), "lorax rotates whole heads"),
-    "rope_interleaved": ((False,), "pairs are half a head apart"),
-    "use_mrope": ((False,), "text has one position per token"),
-    "quantization_config": ((), "lorax reads 16- and 32-bit weights only; dequantise it first"),
-    "compression_config": ((), "lorax reads 16- and 32-bit weights only; decompress it first"),
-    "auto_map": ((), "lorax runs no code from checkpoints"),
-    "per_layer_config": ((), "every layer has the same shape"),
-    "pruned_heads": (({},), "no head is pruned"),
-    "is_encoder_decoder": ((False,), "lorax has decoders only"),
-    "add_cross_attention": ((False,), "lorax has decoders only"),
-    "tie_encoder_decoder": ((False,), "lorax has decoders only"),
-}
-
-# Fields that cannot change what the forward pass computes, by reason.
-_HARMLESS_FIELDS: dict[str, tuple[str, ...]] = {
-    "who wrote the file, and for which class": (
-        "architectures", "model_type", "_name_or_path", "name_or_path", "_commit_hash",
-        "transformers_version", "tokenizer_class", "is_llama_config", "transformers.js_config",
-        "unsloth_version", "unsloth_fixed", "model_name",
-    ),
-    "dtype of the file; tensors carry theirs, and the run's dtype is set by the run": (
-        "dtype", "torch_dtype", "use_bfloat16",
-    ),
-    "how transformers computes the same thing": (
-        "use_cache", "_attn_implementation", "_attn_implementation_autoset",
-        "attn_implementation", "_flash_attn_2_enabled", "chunk_size_feed_forward", "torchscript",
-        "tf_legacy_loss", "return_dict", "output_attentions", "output_hidden_states",
-        "is_decoder", "cross_attention_hidden_size",
-    ),
-    "initialisation, before the weights are loaded": ("initializer_range",),
-    "limits for tokenizers; lorax has data.max_seq_length": (
-        "max_sequence_length", "model_max_length", "tokenizer_model_max_length",
-        "tokenizer_padding_side",
-    ),
-    "heads for classification": (
-        "id2label", "label2id", "num_labels", "problem_type", "finetuning_task",
-        "task_specific_params",
-    ),
-    "generation, whose settings lorax takes from its caller": (
-        "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups",
-        "diversity_penalty", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty",
-        "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids",
-        "num_return_sequences", "output_scores", "return_dict_in_generate",
-        "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values",
-        "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens", "prefix",
-        "sep_token_id", "decoder_start_token_id",
-    ),
-}  # fmt: skip
-
 _DTYPES = {
     "bfloat16": "bfloat16",
     "float16": "float16",
