@@ -311,11 +311,17 @@ LEAKS: dict[str, tuple[str, str, list[str], str]] = {
         ["data.train=rows.csv"],
         "fit no format",
     ),
-    "a template that rewrites": (
+    "a template that leaves out": (
         SAID,
         "validate",
         ["data.chat_template=last.jinja"],
-        "not prefix-preserving",
+        "leaves out the user's content of messages[0]",
+    ),
+    "a template that rewrites": (
+        json.dumps({"messages": TALK * 2}) + "\n",
+        "validate",
+        ["data.chat_template=rewriting.jinja"],
+        "rewrites earlier turns",
     ),
     "a run that diverges": (
         SAID * 4,
@@ -344,6 +350,11 @@ def run_and_record(folder: Path, command: str, settings: list[str]) -> None:
         ("failing", "{{ messages[0].content.absent.absent }}"),
         ("repeating", "{{ raise_exception('cannot say ' ~ messages[0].content) }}"),
         ("last", "{% if messages | length > 1 %}{{ messages[-1].content }}{% endif %}<|im_end|>"),
+        (
+            "rewriting",
+            "{% for m in messages %}{{ 'now ' if loop.last else 'then ' }}{{ m.content }}<|im_end|>"
+            "{% endfor %}",
+        ),
     ):
         (folder / f"{name}.jinja").write_text(text)
     output = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT)
@@ -391,6 +402,6 @@ CASES = {
     "D1": (refuse_broken_rows, len(ROWS), 4),
     "S1": (refuse_hostile_files, 1000, 6),
     "S2": (search_for_foreign_code, 1, 1),
-    "S3": (look_for_leaks, 1000, 16),
+    "S3": (look_for_leaks, 1000, 17),
 }
 """By id: what to run, how often by hand, and how often in the tests."""

@@ -267,7 +267,8 @@ def test_a_run_that_has_not_ended_says_how_it_ends(run, tmp_path, monkeypatch, c
     assert main([name, str(tmp_path / "run"), *options, *more]) == 2
     said = capsys.readouterr().err
     assert "the run has not ended. Finish it with `lorax train" in said
-    assert "config.yaml --resume`, or take" in said and "step-000001, an adapter" in said
+    assert "config.yaml --resume`, or take the adapter as it was at a save" in said
+    assert "step-000001 --base " in said
 
 
 def test_rows_longer_than_the_model_was_made_for_are_told(run, tmp_path):
