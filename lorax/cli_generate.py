@@ -5,20 +5,20 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 from rich.console import Console
 
 from lorax.adapter_base import BaseModel, choose_base, recorded_base
 from lorax.cli_common import DTYPES, note
-from lorax.data import encode_prompt, load_tokenizer
+from lorax.data import load_tokenizer
 from lorax.generate import generate, option_problems
 from lorax.interop.checkpoint import CONFIG_FILE, expand, resolve_checkpoint
 from lorax.interop.huggingface import find_stored_dtype, load_hf_config, load_model
 from lorax.interop.peft import CONFIG_FILE as ADAPTER_FILE
 from lorax.interop.peft import load_adapter, read_adapter_config
 from lorax.models import DecoderConfig
+from lorax.prompts import choose_form, encode_as
 from lorax.run_folder import CONFIG_FILE as RUN_FILE
 from lorax.run_folder import EXPORT_FOLDERS, SavedRun, list_folder, read_run, run_of
 from lorax.run_inputs import input_notes
@@ -60,7 +60,21 @@ def add_generate(add) -> None:
         "by several --prompt, each one's number and text as a JSON string before its answer",
     )
     command.add_argument("--system", help="a system message before each prompt")
-    command.add_argument("--raw", action="store_true", help="continue the text, no chat template")
+    form = command.add_mutually_exclusive_group()
+    form.add_argument(
+        "--raw",
+        dest="form",
+        action="store_const",
+        const="text",
+        help="continue the text, no chat template: so it is for runs that were trained on text",
+    )
+    form.add_argument(
+        "--chat",
+        dest="form",
+        action="store_const",
+        const="chat",
+        help="put the prompt into the chat template, whatever the run was trained on",
+    )
     command.add_argument(
         "--max-new-tokens", type=int, help=f"{NEW_TOKENS}, or as many as the context has room for"
     )
@@ -76,8 +90,9 @@ def _generate(parsed, _: Console) -> None:
     prompts = _check_options(parsed)
     source = _find_source(parsed)
     architecture = load_hf_config(source.base)
+    tell = note("generate")
     for text in input_notes(source.base, source.adapter):
-        note("generate")(text)
+        tell(text)
     run = source.run
     dtype = parsed.dtype or (run.config.model.dtype if run else find_stored_dtype(source.base))
     tokenizer = load_tokenizer(str(source.base))
@@ -86,7 +101,9 @@ def _generate(parsed, _: Console) -> None:
     trained = (run.stop_ids if run else None) or ()
     stop_ids = stop_token_ids(source.base, tokenizer, trained)
     date = run.config.data.date if run else None
-    tokens = [_encode(tokenizer, prompt.text, parsed, date) for prompt in prompts]
+    system = parsed.system
+    form = choose_form(run, tokenizer, asked=parsed.form, system=system, tell=tell)
+    tokens = [encode_as(form, tokenizer, p.text, system=system, date=date) for p in prompts]
     longest = _check_tokens(parsed, prompts, tokens, architecture)
     if source.adapter is not None:
         read_adapter_config(source.adapter)
@@ -129,7 +146,7 @@ def _check_options(parsed) -> list[_Prompt]:
             text.encode("utf-8")
         except UnicodeEncodeError as error:  # what Python makes of other bytes
             problems.append(_not_unicode(name, ord(text[error.start]) & 0xFF, error.start))
-    if parsed.raw and parsed.system is not None:
+    if parsed.form == "text" and parsed.system is not None:
         problems.append("--system needs a chat template: leave it out, or leave out --raw")
     if problems:
         raise ValueError("; ".join(problems))
@@ -194,16 +211,6 @@ def _check_name(name: str, folder: Path) -> None:
             f"{name} holds {list_folder(folder)}: give a run's folder, which holds {RUN_FILE}, or "
             f"a model's, which holds {CONFIG_FILE}"
         )
-
-
-def _encode(tokenizer: Any, text: str, parsed, date: str | None) -> list[int]:
-    if parsed.raw:
-        return tokenizer(text, verbose=False)["input_ids"]
-    if tokenizer.chat_template is None:
-        raise ValueError("the tokenizer has no chat template; pass --raw to continue plain text")
-    messages = [{"role": "system", "content": parsed.system}] if parsed.system else []
-    messages.append({"role": "user", "content": text})
-    return encode_prompt(tokenizer, messages, date)
 
 
 def _check_tokens(

@@ -219,6 +219,7 @@ def _train_and_export(
         config,
         chat_template=inputs.chat_template,
         stop_ids=inputs.stop_ids(needed=False),
+        row_kinds=inputs.train.report.kinds,
         tokenizer=inputs.tokenizer,
         versions=library_versions(),
     )

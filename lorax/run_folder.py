@@ -9,15 +9,22 @@ from typing import Any, Literal
 
 from lorax.checkpoint import CHECKPOINT_FOLDER, MARKER_FILE
 from lorax.config import RunConfig, dump_config, load_config
-from lorax.interop.files import CheckpointError, refuse_occupied
+from lorax.data import ROW_KINDS, RowKind
+from lorax.interop.files import CheckpointError, read_json, refuse_occupied
 from lorax.interop.peft import CONFIG_FILE as ADAPTER_FILE
 from lorax.special_files import refuse_special_files
 from lorax.stop_tokens import STOP_TOKENS_FILE, read_stop_tokens, write_stop_tokens
+from lorax.wording import show
 
 CONFIG_FILE, VERSIONS_FILE, SUMMARY_FILE = "config.yaml", "versions.json", "summary.json"
 
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 """In a run's folder: the template it was trained with, where that is not the tokenizer's own."""
+
+ROW_KINDS_FILE = "row_kinds.json"
+"""In a run's folder: what the rows were made of that it was trained on."""
+
+_KINDS = "kinds"
 
 type Resume = Literal["never", "auto", "always"]
 
@@ -35,12 +42,15 @@ class SavedRun:
         config: The run's settings.
         chat_template: Its own template; None where it is the tokenizer's.
         stop_ids: What its model stops with; None if an older version of lorax made it.
+        row_kinds: What the rows were made of that it was trained on, in the order of `ROW_KINDS`;
+            None if an older version of lorax made it.
     """
 
     folder: Path
     config: RunConfig
     chat_template: str | None
     stop_ids: tuple[int, ...] | None
+    row_kinds: tuple[RowKind, ...] | None
 
     @property
     def adapter(self) -> Path:
@@ -76,6 +86,16 @@ class SavedRun:
             f'token, write its id into that file: {{"eos_token_id": [ID]}}'
         )
 
+    def missing_kinds(self) -> str | None:
+        """Says what follows for a prompt where an older version recorded no rows; else None."""
+        if self.row_kinds is not None:
+            return None
+        return (
+            f"{self.folder} has no {ROW_KINDS_FILE} (an older version made it), so the prompt is "
+            "put into the chat template. If the run was trained on plain text, pass --raw, or "
+            f'write into that file: {{"{_KINDS}": ["text"]}}'
+        )
+
 
 def find_run(output: Path, resume: Resume) -> bool:
     """Says whether there is a run to go on with.
@@ -108,6 +128,7 @@ def record_run(
     *,
     chat_template: str | None,
     stop_ids: Sequence[int],
+    row_kinds: Sequence[RowKind],
     tokenizer: Any,
     versions: Mapping[str, str],
 ) -> None:
@@ -117,6 +138,8 @@ def record_run(
     if chat_template is not None:
         (folder / CHAT_TEMPLATE_FILE).write_text(chat_template, encoding="utf-8")
     write_stop_tokens(folder, stop_ids, tokenizer)
+    kinds = json.dumps({_KINDS: list(row_kinds)})
+    (folder / ROW_KINDS_FILE).write_text(kinds + "\n", encoding="utf-8")
     text = json.dumps(dict(versions), indent=2)
     (folder / VERSIONS_FILE).write_text(text + "\n", encoding="utf-8")
 
@@ -136,7 +159,23 @@ def read_run(folder: Path) -> SavedRun | None:
         load_config(folder / CONFIG_FILE),
         template.read_text(encoding="utf-8") if template.is_file() else None,
         read_stop_tokens(folder),
+        _read_row_kinds(folder),
     )
+
+
+def _read_row_kinds(folder: Path) -> tuple[RowKind, ...] | None:
+    path = folder / ROW_KINDS_FILE
+    if not path.exists():
+        return None
+    found = read_json(path).get(_KINDS)
+    given = found if isinstance(found, list) else []
+    kinds: list[RowKind] = [kind for kind in ROW_KINDS if kind in given]
+    if not kinds or len(kinds) < len(given):
+        raise CheckpointError(
+            f"{path}: {_KINDS} must be a list of {', '.join(ROW_KINDS)}, each at most once, got "
+            f"{show(found)}; write there what the run was trained on, or remove the file"
+        )
+    return tuple(kinds)
 
 
 def run_of(folder: Path) -> SavedRun | None:

@@ -49,6 +49,7 @@ SLOW_FILES = {
     "test_model_llama.py",
     "test_model_parity.py",
     "test_program_cache.py",
+    "test_prompts.py",
     "test_readme.py",
     "test_real_model.py",
     "test_real_templates.py",

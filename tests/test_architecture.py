@@ -94,12 +94,15 @@ ALLOWED = {
     "lorax.stop_tokens": {"lorax.interop"},
     "lorax.special_files": {"lorax.interop.files"},
     "lorax.adapter_base": {"lorax.config", "lorax.interop"},
+    "lorax.prompts": {"lorax.data", "lorax.run_folder"},
     "lorax.run_folder": {
         "lorax.checkpoint",
         "lorax.config",
+        "lorax.data",
         "lorax.interop",
         "lorax.special_files",
         "lorax.stop_tokens",
+        "lorax.wording",
     },
     "lorax.phases": set(),
     "lorax.preparation": {

@@ -7,7 +7,7 @@ import tokenizers
 import transformers
 
 from lorax.config import DataConfig, DataSource
-from lorax.data import load_encoded_dataset, load_tokenizer, render_example
+from lorax.data import encode_text, load_encoded_dataset, load_tokenizer, render_example
 
 
 def byte_tokenizer(*, merges=(), bos=True, **named):
@@ -76,6 +76,53 @@ def test_tokenizer_that_adds_eos_itself_gets_no_second_one(encode):
     )
     row = {"prompt": "q", "completion": "a"}
     assert _pieces(encode, row, tokenizer) == [("<s>q", False), ("a</s>", True)]
+
+
+ADDS = {"bos": "<s> $A", "bos and eos": "<s> $A </s>", "eos": "$A </s>", "nothing": "$A"}
+
+
+@pytest.mark.parametrize("text", ["q", "<s>q", "q</s>", "q</s> ", " q\n", "</s>", "é"])
+@pytest.mark.parametrize("adds", ADDS)
+def test_a_text_that_is_continued_begins_as_the_rows_that_begin_with_it(encode, adds, text):
+    tokenizer = byte_tokenizer()
+    ids = [(name, tokenizer.convert_tokens_to_ids(name)) for name in ("<s>", "</s>")]
+    tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single=ADDS[adds], special_tokens=ids
+    )
+    prompt = encode_text(tokenizer, text)
+    rows = [{"prompt": text, "completion": "a"}, {"text": text + "a"}]
+    for row in rows:
+        tokens = encode([row], tokenizer, loss_on="all").row(0)[0].tolist()
+        assert tokens == [*prompt, *tokenizer.encode("a</s>", add_special_tokens=False)]
+
+
+CHAT = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+PLAIN = {"prompt": "q", "completion": "a"}
+TALK = {"prompt": CHAT["messages"][:1], "completion": CHAT["messages"][1:]}
+ALPACA = {"instruction": "q", "output": "a"}
+LONG = {"prompt": "q" * 99, "completion": "a"}
+
+
+@pytest.mark.parametrize(
+    "rows, template, kinds",
+    [
+        ([PLAIN], True, ("text",)),
+        ([PLAIN], False, ("text",)),
+        ([CHAT], True, ("chat",)),
+        ([TALK], True, ("chat",)),
+        ([PLAIN, TALK, PLAIN], True, ("chat", "text")),
+        ([ALPACA], True, ("chat",)),
+        ([ALPACA], False, ("alpaca",)),
+        ([{"input_ids": [5, 6], "labels": [-100, 6]}], True, ("tokens",)),
+        ([TALK, LONG], True, ("chat",)),  # what is dropped is not trained on
+    ],
+)
+def test_the_kinds_of_the_rows_that_are_kept_are_told(encode, rows, template, kinds):
+    tokenizer = byte_tokenizer()
+    if template:
+        tokenizer.chat_template = "{% for m in messages %}{{ m['content'] + '</s>' }}{% endfor %}"
+    settings = {"max_seq_length": 200 if ALPACA in rows else 90, "overlong": "drop"}
+    assert encode(rows, tokenizer, **settings).report.kinds == kinds
 
 
 def test_plain_text_without_an_eos_token_is_refused(encode):

@@ -70,6 +70,8 @@ def test_the_log_of_a_resumed_run_holds_each_step_once(run, monkeypatch):
     before = [record["step"] for record in read_metrics(here / "metrics.jsonl")]
     assert before == [1, 2]
     shutil.rmtree(here / "checkpoints" / "step-000000002")
+    kinds = (here / "row_kinds.json").read_text()
+    assert json.loads(kinds) == {"kinds": ["chat"]}
 
     def fail(*_, **__):
         raise RuntimeError("no fonts [/x]")
@@ -79,6 +81,7 @@ def test_the_log_of_a_resumed_run_holds_each_step_once(run, monkeypatch):
     assert code == 0 and "resumed after step 1" in printed
     lines = (here / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == before
+    assert (here / "row_kinds.json").read_text() == kinds
     # A plot that fails ends no run.
     assert "WARNING: no loss curve: no fonts [/x]" in printed
     files = json.loads((here / "summary.json").read_text())["files"]
@@ -92,6 +95,7 @@ def test_the_log_of_a_resumed_run_holds_each_step_once(run, monkeypatch):
         "metrics.jsonl",
         "versions.json",
         "stop_tokens.json",
+        "row_kinds.json",
         "chat_template.jinja",
         "checkpoints/lock",
         "checkpoints/step-000000002/arrays/pipe",
@@ -139,7 +143,7 @@ def test_a_run_that_has_not_ended_names_commands_for_its_last_save(tmp_path):
     model = SimpleNamespace(name_or_path="some/base model")
     config: Any = SimpleNamespace(model=model)
     with pytest.raises(ValueError, match="the run has not ended") as refused:
-        _ = SavedRun(tmp_path, config, None, None).adapter
+        _ = SavedRun(tmp_path, config, None, None, None).adapter
     saved = tmp_path / "weights" / "step-000002"
     assert f"`lorax generate 'some/base model' --adapter {saved}`" in str(refused.value)
     assert f"`lorax export {saved} --base 'some/base model' --format merged" in str(refused.value)

@@ -9,6 +9,8 @@ from lorax.data.batches import Batch, BatchPlan
 from lorax.data.chat import encode_prompt, read_own_template
 from lorax.data.dataset import EncodedDataset, EncodedRow, EncodeReport
 from lorax.data.encode import load_encoded_dataset
+from lorax.data.formats import ROW_KINDS, RowKind, alpaca_prompt
+from lorax.data.masks import encode_text
 from lorax.data.packing import pack_rows
 from lorax.data.prefetch import prefetch
 from lorax.data.preview import render_example
@@ -18,6 +20,7 @@ from lorax.data.tokenizer import WITHOUT_TORCH, Tokenizer, load_tokenizer
 
 __all__ = [
     "RENDERER",
+    "ROW_KINDS",
     "WITHOUT_TORCH",
     "Batch",
     "BatchPlan",
@@ -25,8 +28,11 @@ __all__ = [
     "EncodeReport",
     "EncodedDataset",
     "EncodedRow",
+    "RowKind",
     "Tokenizer",
+    "alpaca_prompt",
     "encode_prompt",
+    "encode_text",
     "load_encoded_dataset",
     "load_tokenizer",
     "pack_rows",

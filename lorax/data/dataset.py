@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Int32, Int64
 from numpy.typing import ArrayLike
 
+from lorax.data.formats import RowKind
 from lorax.data.rows import DataError
 
 type EncodedRow = tuple[Int32[np.ndarray, " tokens"], Bool[np.ndarray, " tokens"]]
@@ -53,6 +54,7 @@ class EncodeReport:
         unmet: Names of `data.ignore` that no row holds.
         stop_ids: Tokens that end what is learned, and are learned: what a model that is trained on
             the rows stops with.
+        kinds: What the rows kept are made of.
     """
 
     format: str
@@ -69,6 +71,7 @@ class EncodeReport:
     date: str | None = None
     unmet: tuple[str, ...] = ()
     stop_ids: tuple[int, ...] = ()
+    kinds: tuple[RowKind, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,4 +221,5 @@ def _count(
         tokens=len(tokens),
         supervised_tokens=int(supervised.sum()),
         sources=(),
+        kinds=("tokens",),
     )

@@ -7,22 +7,21 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
-
 from lorax.config import DataConfig, DataSource
 from lorax.data.chat import load_chat_template
 from lorax.data.columns import detect_format, fitting_formats, read_flag, refuse_unread
 from lorax.data.conversation import Conversation
 from lorax.data.dataset import EncodedDataset, EncodedRow, RowWriter, tell_ignored
 from lorax.data.formats import (
-    IGNORED_LABEL,
     Completion,
     Document,
     Example,
+    RowKind,
     TokenRow,
+    kind_of,
     read_example,
 )
-from lorax.data.masks import StopTokens, mask_plain, mask_turns, note_label_stops
+from lorax.data.masks import StopTokens, mask_labels, mask_plain, mask_turns
 from lorax.data.renderer import MOST_LIMITS, LimitError, TemplateError
 from lorax.data.rows import DataError, MalformedRowError, Row, RowError, Rows
 from lorax.data.sieve import Sieve
@@ -242,6 +241,7 @@ class _RowEncoder:
 
     def _encode(self, examples: Sequence[tuple[int, Example]], rows: Rows) -> None:
         """Encodes what rows were read as, and hands it to the sieve."""
+        kinds: dict[int, RowKind] = {index: kind_of(example) for index, example in examples}
         talks = [example for _, example in examples if isinstance(example, Conversation)]
         rendered = self._chat.render(talks) if self._chat is not None else iter(())
         read: list[tuple[int, RenderedText | TokenRow]] = []
@@ -261,7 +261,7 @@ class _RowEncoder:
             with self._refusing(rows, index):
                 encoded = [self._mask(*pair) for pair in zip(items, texts, strict=True)]
                 for item, row in zip(items, encoded, strict=True):
-                    self._sieve.add(row, rows.place(index))
+                    self._sieve.add(row, rows.place(index), kinds[index])
                     for note in item.notes if isinstance(item, RenderedText) else ():
                         self._sieve.note(note, rows.place(index))
 
@@ -324,8 +324,7 @@ class _RowEncoder:
     def _mask(self, item: RenderedText | TokenRow, tokenized: TokenizedText | None) -> EncodedRow:
         if isinstance(item, TokenRow):
             self.mask_sources.add("labels")
-            tokens, supervised = _mask_labels(item)
-            note_label_stops((tokens, supervised), self.stops)
+            tokens, supervised = mask_labels(item, self.stops)
         else:
             assert tokenized is not None
             if lost := tokenized.find_lost(item.text):
@@ -387,13 +386,3 @@ def _size(row: Any) -> int:
             return size
         level = inner
     raise MalformedRowError(f"the row is nested more than {_DEEPEST} deep")
-
-
-def _mask_labels(row: TokenRow) -> EncodedRow:
-    try:
-        tokens = np.asarray(row.tokens, np.int32)
-    except OverflowError as error:
-        raise MalformedRowError(f"input_ids holds a number that is no token id: {error}") from error
-    if row.labels is None:
-        return tokens, np.ones(len(tokens), np.bool_)
-    return tokens, np.asarray([label != IGNORED_LABEL for label in row.labels], np.bool_)

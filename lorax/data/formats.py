@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from lorax.data.columns import check_columns
 from lorax.data.conversation import (
@@ -18,6 +18,12 @@ from lorax.data.rows import MalformedRowError, Row, describe
 
 IGNORED_LABEL = -100
 
+type RowKind = Literal["chat", "alpaca", "text", "tokens"]
+"""What rows are made of: a chat template, lorax's Alpaca prompt, plain text, or token ids."""
+
+ROW_KINDS: tuple[RowKind, ...] = ("chat", "alpaca", "text", "tokens")
+"""All kinds; first those that say most of what becomes of a prompt."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
@@ -25,6 +31,7 @@ class Completion:
 
     prompt: str
     completion: str
+    kind: RowKind = "text"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +50,18 @@ class TokenRow:
 
 
 type Example = Conversation | Completion | Document | TokenRow
+
+
+def kind_of(example: Example) -> RowKind:
+    """Returns what the row of an example is made of."""
+    match example:
+        case Conversation():
+            return "chat"
+        case Completion():
+            return example.kind
+        case Document():
+            return "text"
+    return "tokens"
 
 
 def read_example(row: Row, data_format: str, *, chat: bool) -> Example:
@@ -108,7 +127,7 @@ def _read_alpaca(row: Row, *, chat: bool) -> Example:
     extra = text_of(row.get("input") or "", "input", empty=True)
     system = text_of(row.get("system") or "", "system", empty=True)
     if not chat:
-        return Completion(_alpaca_prompt(instruction, extra, system), output)
+        return Completion(alpaca_prompt(instruction, extra, system), output, kind="alpaca")
     user = f"{instruction}\n\n{extra}" if extra else instruction
     messages = [{"role": "user", "content": user}, {"role": "assistant", "content": output}]
     if system:
@@ -116,7 +135,14 @@ def _read_alpaca(row: Row, *, chat: bool) -> Example:
     return Conversation(tuple(messages), completion_start=len(messages) - 1)
 
 
-def _alpaca_prompt(instruction: str, extra: str, system: str) -> str:
+def alpaca_prompt(instruction: str, extra: str = "", system: str = "") -> str:
+    """Returns the text before the answer to an instruction, where there is no chat template.
+
+    Args:
+        instruction: What is asked.
+        extra: An input that goes with it.
+        system: Opens the text in the place of lorax's own sentence.
+    """
     opening = system or (
         "Read the instruction and the input that goes with it, then write a fitting response."
         if extra

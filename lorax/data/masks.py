@@ -6,8 +6,15 @@ import numpy as np
 from jaxtyping import Int32, Int64
 
 from lorax.data.dataset import EncodedRow
-from lorax.data.rows import DataError, RowError
-from lorax.data.tokenizer import TokenizedText, Tokenizer, named_token_id, special_token_ids
+from lorax.data.formats import IGNORED_LABEL, TokenRow
+from lorax.data.rows import DataError, MalformedRowError, RowError
+from lorax.data.tokenizer import (
+    TokenizedText,
+    Tokenizer,
+    named_token_id,
+    special_token_ids,
+    tokenize_texts,
+)
 from lorax.data.turns import RenderedText
 
 
@@ -87,11 +94,41 @@ def mask_plain(tokenized: TokenizedText, rendered: RenderedText, stops: StopToke
     return tokens, supervised
 
 
-def note_label_stops(row: EncodedRow, stops: StopTokens) -> None:
-    """Notes the special tokens at the end of what the labels of a tokenized row supervise."""
-    tokens, supervised = row
+def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Returns the token ids of plain text that is to be continued.
+
+    A plain row that begins with the text begins with these ids, but where a token reaches beyond
+    its end: BOS, if the tokenizer adds one, once, and nothing that it adds behind a text.
+
+    Raises:
+        DataError: If the tokenizer fails.
+    """
+    stops = StopTokens.of(tokenizer, "none")
+    (tokenized,) = tokenize_texts(tokenizer, [text], add_special_tokens=True)
+    end, widths = len(tokenized.ids), tokenized.ends - tokenized.starts
+    while end and not widths[end - 1] and int(tokenized.ids[end - 1]) in stops.special:
+        end -= 1
+    tokens = tokenized.ids[:end]
+    return tokens[_begins_twice(tokens, stops) :].tolist()
+
+
+def mask_labels(row: TokenRow, stops: StopTokens) -> EncodedRow:
+    """Supervises the tokens of a tokenized row that its labels name, or all of them without any.
+
+    The special tokens at the end of what they supervise are stop tokens that are learned.
+
+    Raises:
+        MalformedRowError: If a number is none that an id can be.
+    """
+    try:
+        tokens = np.asarray(row.tokens, np.int32)
+    except OverflowError as error:
+        raise MalformedRowError(f"input_ids holds a number that is no token id: {error}") from error
+    labels = row.tokens if row.labels is None else row.labels
+    supervised = np.asarray([label != IGNORED_LABEL for label in labels], np.bool_)
     ends = supervised & ~np.append(supervised[1:], False)
     stops.learned.update(set(tokens[ends].tolist()) & stops.special)
+    return tokens, supervised
 
 
 def mask_turns(tokenized: TokenizedText, rendered: RenderedText, stops: StopTokens) -> EncodedRow:

@@ -2,6 +2,7 @@
 
 from lorax.config import DataConfig
 from lorax.data.dataset import Change, EncodedRow, EncodeReport, RowWriter, tell_ignored
+from lorax.data.formats import ROW_KINDS, RowKind
 from lorax.data.problems import Problems
 from lorax.data.rows import DataError, MalformedRowError
 
@@ -20,10 +21,11 @@ class Sieve:
         self._kept = kept
         self._problems, self._dropped = Problems(), Problems()
         self._changes: dict[str, Change] = {}
+        self._kinds: set[RowKind] = set()
         self._first_overlong = self._first_unsupervised = ""
         self.read = self.truncated = self.overlong = self.unsupervised = 0
 
-    def add(self, encoded: EncodedRow, place: str) -> None:
+    def add(self, encoded: EncodedRow, place: str, kind: RowKind) -> None:
         """Takes what a row became, cutting or dropping it as the config says."""
         tokens, supervised = encoded
         limit = self._config.max_seq_length
@@ -40,6 +42,7 @@ class Sieve:
             self._first_unsupervised = self._first_unsupervised or place
             return
         self._kept.add((tokens, supervised))
+        self._kinds.add(kind)
 
     def refuse(self, error: DataError, place: str) -> None:
         """Takes a row that cannot be used; a malformed one is dropped if the config says so."""
@@ -108,6 +111,7 @@ class Sieve:
 
     def report(self, sources: tuple[str, ...]) -> EncodeReport:
         """Returns what became of the rows; what they were is for who read them to add."""
+        kinds: list[RowKind] = [kind for kind in ROW_KINDS if kind in self._kinds]
         return EncodeReport(
             format="",
             mask_source="",
@@ -119,6 +123,7 @@ class Sieve:
             tokens=self._kept.tokens,
             supervised_tokens=self._kept.supervised_tokens,
             sources=sources,
+            kinds=tuple(kinds),
             changes=self._all_changes,
             unmet=tuple(n for n in self._config.ignore if tell_ignored(n) not in self._changes),
         )
