@@ -6,9 +6,9 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from lorax.adapter_base import BaseModel, choose_base, recorded_base
+from lorax.adapter_tokenizer import FoundTokenizer, find_tokenizer, tokenizer_files
 from lorax.card import write_card
 from lorax.cli_common import DTYPES, note
-from lorax.data import load_tokenizer
 from lorax.export import export_model
 from lorax.interop.checkpoint import expand, resolve_checkpoint
 from lorax.interop.files import refuse_occupied
@@ -16,6 +16,7 @@ from lorax.interop.huggingface import find_stored_dtype, load_model
 from lorax.interop.peft import CONFIG_FILE, load_adapter
 from lorax.run_folder import EXPORT_FOLDERS, SavedRun, find_adapter, read_run, run_of
 from lorax.run_inputs import input_notes
+from lorax.stop_tokens import stop_token_ids
 
 
 def add_export(add) -> None:
@@ -43,11 +44,12 @@ def _export(parsed, console: Console) -> None:
     if parsed.format == "merged" and owner is not None:
         _tell_owner(owner, run, tell)
     base = resolve_checkpoint(chosen.name, chosen.revision)
-    for text in input_notes(base, str(adapter)):
+    for text in input_notes(base, str(adapter), trains=False):
         tell(text)
+    found = _find_tokenizer(parsed.format, base, adapter, owner, tell)
     dtype = jnp.dtype(parsed.dtype or (run.config.model.dtype if run else find_stored_dtype(base)))
     model = load_adapter(load_model(base, dtype=dtype), adapter)
-    found = export_model(
+    verified = export_model(
         model,
         parsed.out,
         parsed.format,
@@ -55,12 +57,13 @@ def _export(parsed, console: Console) -> None:
         base_name=chosen.name,
         base_revision=chosen.revision,
         card=write_card(run.config, parsed.format, {}) if run else None,
-        chat_template=owner.chat_template if owner else None,
-        stop_ids=owner.stop_ids if owner else None,
-        tokenizer=load_tokenizer(str(base)) if parsed.format == "merged" else None,
+        chat_template=owner.chat_template if owner else found and found.chat_template,
+        stop_ids=owner.stop_ids if owner else _own_stops(base, found),
+        tokenizer=found and found.tokenizer,
+        tokenizer_folder=found and found.folder,
     )
     console.print(
-        f"{parsed.format}: {parsed.out} (base in {dtype.name})\nverified: {found.describe()}",
+        f"{parsed.format}: {parsed.out} (base in {dtype.name})\nverified: {verified.describe()}",
         highlight=False,
         soft_wrap=True,
     )
@@ -72,6 +75,24 @@ def _recorded(run: SavedRun | None, adapter: Path) -> tuple[BaseModel | None, Pa
         return recorded_base(adapter), adapter / CONFIG_FILE
     model = run.config.model  # older versions did not write the revision into the adapter
     return BaseModel(model.name_or_path, model.revision), run.folder / "config.yaml"
+
+
+def _find_tokenizer(
+    format: str, base: Path, adapter: Path, owner: SavedRun | None, tell
+) -> FoundTokenizer | None:
+    """Returns the tokenizer that goes with a merged model; None if none goes with the export."""
+    if format == "merged":
+        return find_tokenizer(base, adapter, run=owner.folder if owner else None, tell=tell)
+    if names := tokenizer_files(adapter):
+        tell(f"{', '.join(names)} of {adapter} are not copied: an adapter is exported without them")
+    return None
+
+
+def _own_stops(base: Path, found: FoundTokenizer | None) -> tuple[int, ...] | None:
+    """Returns what an adapter with a tokenizer of its own stops with; None if it has none."""
+    if found is None or not found.is_own:
+        return None
+    return stop_token_ids(base, found.tokenizer, needed=False)
 
 
 def _tell_owner(owner: SavedRun, run: SavedRun | None, tell) -> None:

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from lorax.adapter_base import BaseModel, choose_base, recorded_base
+from lorax.adapter_tokenizer import find_tokenizer
 from lorax.cli_common import DTYPES, note
-from lorax.data import load_tokenizer
 from lorax.generate import generate, option_problems
 from lorax.interop.checkpoint import CONFIG_FILE, expand, resolve_checkpoint
 from lorax.interop.huggingface import find_stored_dtype, load_hf_config, load_model
@@ -91,11 +91,12 @@ def _generate(parsed, _: Console) -> None:
     source = _find_source(parsed)
     architecture = load_hf_config(source.base)
     tell = note("generate")
-    for text in input_notes(source.base, source.adapter):
+    for text in input_notes(source.base, source.adapter, trains=False):
         tell(text)
     run = source.run
     dtype = parsed.dtype or (run.config.model.dtype if run else find_stored_dtype(source.base))
-    tokenizer = load_tokenizer(str(source.base))
+    folder = run.folder if run else None
+    tokenizer = find_tokenizer(source.base, source.adapter, run=folder, tell=tell).tokenizer
     if run is not None and run.chat_template is not None:
         tokenizer.chat_template = run.chat_template
     trained = (run.stop_ids if run else None) or ()

@@ -68,6 +68,7 @@ def export_model(
     chat_template: str | None = None,
     stop_ids: Sequence[int] | None = None,
     tokenizer: Any = None,
+    tokenizer_folder: Path | None = None,
 ) -> Verification:
     """Writes `model` in a format that others load, and verifies what was written.
 
@@ -86,6 +87,8 @@ def export_model(
             generation_config.json then names them; None leaves the base's.
         tokenizer: What the rows were encoded with, from `load_tokenizer`: a merged model's
             tokenizer_config.json then names a class that gives its ids; None leaves the base's.
+        tokenizer_folder: Where the tokenizer's files are that go with a merged model; None is
+            `base`.
 
     Returns:
         What the comparison showed.
@@ -103,6 +106,7 @@ def export_model(
             stop_ids=stop_ids,
             card=card,
             tokenizer=tokenizer,
+            tokenizer_folder=tokenizer_folder,
         )
         return _export_merged(model, Path(directory), base, dtype, files)
     name = str(base_name or base)
@@ -132,7 +136,7 @@ def verify_adapter(model: Any, directory: str | Path, *, portable: bool = False)
 
 
 def _export_merged(
-    model, directory: Path, base, dtype, files: Mapping[str, str | None]
+    model, directory: Path, base, dtype, files: Mapping[str, str | Path | None]
 ) -> Verification:
     dtype = jnp.dtype(dtype or _weight_dtype(model))
     merged = merge_lora(model) if lora_layers(model) else model

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lorax.data.tokenizer_files import NAMED_TOKENS
-from lorax.interop.checkpoint import GENERATION_FILE
+from lorax.interop.checkpoint import GENERATION_FILE, TOKENIZER_FILES
 from lorax.interop.files import MAX_INDEX_BYTES, read_json
 from lorax.stop_tokens import generation_settings
 
@@ -27,7 +27,8 @@ def companion_files(
     stop_ids: Sequence[int] | None,
     card: str | None,
     tokenizer: Any = None,
-) -> dict[str, str | None]:
+    tokenizer_folder: Path | None = None,
+) -> dict[str, str | Path | None]:
     """Returns what stands beside merged weights instead of the base's files, or besides them.
 
     Args:
@@ -38,16 +39,21 @@ def companion_files(
         tokenizer: What the rows were encoded with. Where it takes tokenizer.json as it is and the
             base names a class that may not, the export names one that does, and the tokens (BOS, …)
             that only the base's class knew; None leaves the base's.
+        tokenizer_folder: Where its files are, all of them; None is the base's folder.
 
     Returns:
-        Texts by the name of their file; None for a file that is left out.
+        Texts by the name of their file, or the path of one to copy; None for a file that is left
+        out.
     """
-    files: dict[str, str | None] = {}
+    files: dict[str, str | Path | None] = {}
+    source = tokenizer_folder or base
+    if source != base:
+        files |= {n: source / n if (source / n).is_file() else None for n in TOKENIZER_FILES}
     if stop_ids is not None:
         settings = generation_settings(base, stop_ids)
         if settings is not None:
             files[GENERATION_FILE] = _as_text(settings)
-    path = base / TOKENIZER_SETTINGS
+    path = source / TOKENIZER_SETTINGS
     before = read_json(path, MAX_INDEX_BYTES) if path.exists() else {}
     settings = dict(before)
     if chat_template is not None:

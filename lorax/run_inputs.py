@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from lorax.adapter_base import with_recorded_revision
+from lorax.adapter_tokenizer import tokenizer_files
 from lorax.beside import await_tracing
 from lorax.checkpoint import CHECKPOINT_FOLDER, CheckpointStore
 from lorax.config import RunConfig
@@ -105,9 +106,20 @@ def load_inputs(config: RunConfig) -> Inputs:
     return inputs
 
 
-def input_notes(base: Path, adapter: str | None = None) -> list[str]:
-    """Returns what of a base model's and an adapter's settings is not read, and changes nothing."""
-    return [*load_hf_config(base).notes, *(adapter_notes(adapter) if adapter else ())]
+def input_notes(base: Path, adapter: str | None = None, *, trains: bool = True) -> list[str]:
+    """Returns what of a base model's and an adapter's files is not read.
+
+    Args:
+        base: Folder of the base checkpoint.
+        adapter: Folder of an adapter on it, if there is one.
+        trains: Whether it is for a run, which encodes its rows by the base's tokenizer.
+    """
+    notes = [*load_hf_config(base).notes, *(adapter_notes(adapter) if adapter else ())]
+    if adapter and trains and (names := tokenizer_files(adapter)):
+        notes.append(
+            f"{adapter} holds {', '.join(names)}, which are not read: a run takes the base's"
+        )
+    return notes
 
 
 def model_shapes(config: RunConfig, base: Path) -> CausalLM:

@@ -32,6 +32,7 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 # Files that compile many models: minutes together, so `make check` leaves them to `make test`.
 SLOW_FILES = {
+    "test_adapter_tokenizer.py",
     "test_cli_bad_inputs.py",
     "test_cli_commands.py",
     "test_embedding_on_host.py",

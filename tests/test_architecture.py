@@ -93,6 +93,7 @@ ALLOWED = {
     "lorax.generate": {"lorax.models"},
     "lorax.stop_tokens": {"lorax.interop"},
     "lorax.special_files": {"lorax.interop.files"},
+    "lorax.adapter_tokenizer": {"lorax.data", "lorax.interop"},
     "lorax.adapter_base": {"lorax.config", "lorax.interop"},
     "lorax.prompts": {"lorax.data", "lorax.run_folder"},
     "lorax.run_folder": {

@@ -6,7 +6,7 @@ import os
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 from lorax.data.batches import Batch, BatchPlan
-from lorax.data.chat import encode_prompt, read_own_template
+from lorax.data.chat import encode_prompt, read_own_template, read_template
 from lorax.data.dataset import EncodedDataset, EncodedRow, EncodeReport
 from lorax.data.encode import load_encoded_dataset
 from lorax.data.formats import ROW_KINDS, RowKind, alpaca_prompt
@@ -38,5 +38,6 @@ __all__ = [
     "pack_rows",
     "prefetch",
     "read_own_template",
+    "read_template",
     "render_example",
 ]

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from lorax.config import DataConfig
 from lorax.data.conversation import INSTRUCTING, Conversation, Message
@@ -180,9 +181,22 @@ def read_own_template(config: DataConfig) -> str | None:
     """
     if config.chat_template == "tokenizer":
         return None
-    where = f"data.chat_template: {config.chat_template}"
+    return read_template(config.chat_template, f"data.chat_template: {config.chat_template}")
+
+
+def read_template(path: str | Path, where: str | None = None) -> str:
+    """Returns the text of a template file.
+
+    Args:
+        path: Of the file.
+        where: How an error names it; its path if not given.
+
+    Raises:
+        DataError: If the file is missing, empty, or no text.
+    """
+    where = where or str(path)
     try:
-        template = read_small_file(config.chat_template).decode("utf-8-sig")
+        template = read_small_file(path).decode("utf-8-sig")
     except SmallFileError as error:
         raise DataError(f"{where}: {error}; needed is the path of a .jinja file") from error
     except UnicodeDecodeError as error:

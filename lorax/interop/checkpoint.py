@@ -212,7 +212,7 @@ def write_checkpoint(
     *,
     max_shard_bytes: int = 5 * 2**30,
     source_directory: str | Path | None = None,
-    files: Mapping[str, str | None] | None = None,
+    files: Mapping[str, str | Path | None] | None = None,
 ) -> Path:
     """Writes named tensors and a config.json as a checkpoint, holding one shard at a time.
 
@@ -241,9 +241,11 @@ def write_checkpoint(
             source = Path(source_directory or "") / name
             if source.is_file() and name not in files:
                 shutil.copyfile(source, folder / name)
-        for name, text in files.items():
-            if text is not None:
-                (folder / name).write_text(text, encoding="utf-8")
+        for name, given in files.items():
+            if isinstance(given, Path):
+                shutil.copyfile(given, folder / name)
+            elif given is not None:
+                (folder / name).write_text(given, encoding="utf-8")
     return directory
 
 

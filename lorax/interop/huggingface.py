@@ -332,7 +332,7 @@ def save_model(
     max_shard_bytes: int = 5 * 2**30,
     source_directory: str | Path | None = None,
     overrides: Mapping[str, Value] | None = None,
-    files: Mapping[str, str | None] | None = None,
+    files: Mapping[str, str | Path | None] | None = None,
 ) -> Path:
     """Writes a checkpoint that transformers, vLLM and `load_model` read; whole or not at all.
 
@@ -344,8 +344,8 @@ def save_model(
         source_directory: Folder of the original checkpoint, whose tokenizer, chat template and
             generation settings are copied.
         overrides: See `model_tensors`.
-        files: Texts by the name of their file, to stand there instead of what is copied; None
-            leaves a file out.
+        files: Texts by the name of their file, to stand there instead of what is copied; a path is
+            copied, and None leaves a file out.
 
     Returns:
         The folder.
