@@ -247,6 +247,21 @@ def test_tokenizer_saved_in_a_directory_is_loaded(tmp_path):
     assert loaded.chat_template == tokenizer.chat_template
 
 
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "of_no_one", None])
+@pytest.mark.parametrize("dtype", ["auto", "torch.float16", "float23", "float16", None, 3])
+def test_a_tokenizer_does_not_depend_on_the_dtype_of_its_model(tmp_path, key, dtype, model_type):
+    import torch  # noqa: F401 - which transformers asks for a dtype of this name
+
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    config = {key: dtype} | ({} if model_type is None else {"model_type": model_type})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded = load_tokenizer(str(tmp_path))
+    assert loaded("hi é").input_ids == tokenizer("hi é").input_ids
+    assert type(loaded) is transformers.TokenizersBackend
+
+
 def test_missing_tokenizer_is_named(tmp_path):
     with pytest.raises(ValueError, match="nowhere: no such directory"):
         load_tokenizer(str(tmp_path / "nowhere"))

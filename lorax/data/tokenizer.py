@@ -36,6 +36,9 @@ WITHOUT_TORCH = threading.Event()
 
 _CHARACTERS_AT_ONCE = 2**20
 
+_TORCH_DTYPES = ("bfloat16", "float16", "float32", "float64", "half", "float", "double")
+"""What torch, too, calls a dtype that a config.json may name."""
+
 
 def load_tokenizer(name_or_path: str, revision: str | None = None) -> Tokenizer:
     """Loads the tokenizer of a model, as its own tokenizer.json has it.
@@ -64,7 +67,10 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> Tokenizer:
     options = {"revision": revision, "trust_remote_code": False, "local_files_only": local}
     own = None
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name_or_path, **options)
+        config = _config_without_dtype(name_or_path, options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            name_or_path, config=config, **options
+        )
         check_fast(tokenizer)
         if _replaces_steps(tokenizer, _find_file(name_or_path, revision)):
             own = transformers.PreTrainedTokenizerFast.from_pretrained(name_or_path, **options)
@@ -92,6 +98,26 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> Tokenizer:
     _complete_names(own, tokenizer)
     _tell_differences(own, tokenizer, name_or_path)
     return own
+
+
+def _config_without_dtype(name_or_path: str, options: dict[str, Any]) -> Any:
+    """Returns the model's config without its dtype, where that is no name of a dtype; else None.
+
+    transformers reads config.json for the tokenizer's class, and asks torch for a dtype of any name
+    that stands there: torch has no ``auto``, which leaves the dtype to the tensors.
+    """
+    transformers = _import_transformers()
+    try:
+        fields, _ = transformers.PreTrainedConfig.get_config_dict(name_or_path, **options)
+    except (OSError, ValueError):
+        return None  # there is none, or what AutoTokenizer will say of it
+    names = [fields.get(key) for key in ("dtype", "torch_dtype")]
+    if all(name is None or name in _TORCH_DTYPES for name in names):
+        return None
+    fields = {k: v for k, v in fields.items() if k not in ("dtype", "torch_dtype")}
+    known = fields.get("model_type") in transformers.CONFIG_MAPPING
+    kind = transformers.CONFIG_MAPPING[fields["model_type"]] if known else None
+    return (kind or transformers.PreTrainedConfig).from_dict(fields, name_or_path=name_or_path)
 
 
 def _find_file(name_or_path: str, revision: str | None) -> Path | None:
