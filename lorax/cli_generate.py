@@ -252,9 +252,20 @@ def _check_tokens(
 
 def _write(prompts: list[_Prompt], answers: list[str]) -> None:
     """Writes the answer, or several with their prompts; as they are, so past the console."""
-    several = len(prompts) > 1
+    several, parts = len(prompts) > 1, []
     for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True), start=1):
         head = f"[{number}/{len(prompts)}] {json.dumps(prompt.text, ensure_ascii=False)}\n"
         end = "\n" if several and number < len(prompts) else ""
-        sys.stdout.write(f"{head if several else ''}{answer}\n{end}")
+        parts.append(f"{head if several else ''}{answer}\n{end}")
+    text = "".join(parts)
+    encoding, errors = sys.stdout.encoding or "utf-8", sys.stdout.errors or "strict"
+    try:
+        text.encode(encoding, errors)
+    except UnicodeEncodeError:
+        text = text.encode(encoding, "backslashreplace").decode(encoding)
+        note("generate")(
+            f"standard output is {encoding}, which lacks characters of the answer: they are "
+            "written as escapes, such as \\xe9; PYTHONIOENCODING=utf-8 writes them as they are"
+        )
+    sys.stdout.write(text)
     sys.stdout.flush()

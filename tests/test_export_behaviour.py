@@ -1,5 +1,6 @@
 """What is exported behaves as what was scored: stop tokens, chat template, the base's revision."""
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -258,3 +259,27 @@ def test_answers_are_written_as_they_are(run, monkeypatch, capsys):
     assert main(["generate", str(run), *(w for p in prompts for w in ("--prompt", p))]) == 0
     heads = [f"[{i}/2] {json.dumps(p)}\n" for i, p in enumerate(prompts, start=1)]
     assert capsys.readouterr().out == f"{heads[0]}{RAW}\n\n{heads[1]}{RAW}\n"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_an_answer_that_standard_output_cannot_hold_is_escaped(run, monkeypatch, capsys, encoding):
+    text = "caf\u00e9 \u6f22 \U0001f44d"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(run / "merged")
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    monkeypatch.setattr("lorax.cli_generate.generate", lambda _, tokens, **k: [ids] * len(tokens))
+    prompts = ["--prompt", "x", "--prompt", "\u6f22"]
+    for words in (prompts[:2], prompts):
+        stream = io.TextIOWrapper(io.BytesIO(), encoding)
+        monkeypatch.setattr("sys.stdout", stream)
+        assert main(["generate", str(run), *words]) == 0
+        written = stream.buffer.getvalue().decode(encoding)
+        escaped = text.encode(encoding, "backslashreplace").decode(encoding)
+        assert written.count(escaped + "\n") == len(words) // 2 and "\\u6f22" in written
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and f"standard output is {encoding}, which lacks" in said
+    for encoding, errors in (("utf-8", "strict"), ("ascii", "replace")):
+        stream = io.TextIOWrapper(io.BytesIO(), encoding, errors)
+        monkeypatch.setattr("sys.stdout", stream)
+        assert main(["generate", str(run), "--prompt", "x"]) == 0
+        assert stream.buffer.getvalue() == f"{text}\n".encode(encoding, errors)
+        assert not capsys.readouterr().err
