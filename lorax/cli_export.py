@@ -42,7 +42,8 @@ def _export(parsed, console: Console) -> None:
     owner = run or run_of(adapter)
     if parsed.format == "merged" and owner is not None:
         _tell_owner(owner, run, tell)
-    base = resolve_checkpoint(chosen.name, chosen.revision)
+    key = "--base" if parsed.base else str(where)
+    base = resolve_checkpoint(chosen.name, chosen.revision, key=key)
     for text in input_notes(base, str(adapter)):
         tell(text)
     dtype = jnp.dtype(parsed.dtype or (run.config.model.dtype if run else find_stored_dtype(base)))

@@ -27,6 +27,7 @@ ALLOWED = {
     "lorax.config_file": {"lorax.small_files", "lorax.wording"},
     "lorax.small_files": {"lorax.wording"},
     "lorax.wording": set(),
+    "lorax.hub": {"lorax.wording"},
     "lorax.targets": {"lorax.config", "lorax.patterns", "lorax.wording"},
     "lorax.patterns": set(),
     "lorax.linear": {"lorax.sharding", "lorax.targets", "lorax_kernels"},
@@ -73,6 +74,7 @@ ALLOWED = {
     "lorax.data": {
         "lorax.config",
         "lorax.data",
+        "lorax.hub",
         "lorax.interop.files",
         "lorax.small_files",
         "lorax.wording",
@@ -82,6 +84,7 @@ ALLOWED = {
     "lorax.interop": {
         "lorax.config",
         "lorax.config_file",
+        "lorax.hub",
         "lorax.interop",
         "lorax.lora",
         "lorax.models",
