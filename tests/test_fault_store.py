@@ -111,18 +111,25 @@ def test_older_ones_stay_while_the_newest_cannot_be_verified(store, monkeypatch)
     assert store.steps() == [1, 2, 3]
 
 
-def test_an_error_of_the_thread_is_raised_by_the_next_call(store, monkeypatch):
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (ZeroDivisionError("division by zero"), "division by zero"),
+        (OSError(errno.EIO, "Input/output error", "/a/file"), "/a/file: Input/output error"),
+    ],
+)
+def test_an_error_of_the_thread_is_raised_by_the_next_call(store, monkeypatch, error, words):
     released = threading.Event()
 
     def fail(*_):
         released.wait(30)
-        raise ZeroDivisionError("division by zero")
+        raise error
 
     monkeypatch.setattr("lorax.checkpoint.write_checkpoint", fail)
     store.save(1, arrays(), {})
     released.set()
     store._thread.join()
-    with pytest.raises(CheckpointError, match="saving failed: division by zero"):
+    with pytest.raises(CheckpointError, match=f"saving failed: {words}"):
         store.check()
     store.check()  # said once
 
