@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections import namedtuple
 from pathlib import Path
 
@@ -286,20 +285,18 @@ STUCK = """
 import time
 from lorax.stopping import Watchdog
 def waits_for_ever():
-    time.sleep(60)
+    time.sleep(3600)
 with Watchdog(0.5).watching():
     waits_for_ever()
 """
 
 
 def test_a_stuck_run_ends_with_its_stacks_printed():
-    started = time.monotonic()
     command = [sys.executable, "-c", STUCK]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True)  # it ends before its hour
     assert done.returncode == STUCK_STATUS
     assert "waits_for_ever" in done.stderr
     assert "--resume" in done.stderr
-    assert time.monotonic() - started < 50
 
 
 TWICE = """
@@ -311,14 +308,14 @@ with stop.listening():
     time.sleep(0.1)
     print("noted", stop.received, flush=True)
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(5)
+    time.sleep(30)
     print("still here", flush=True)
 """
 
 
 def test_the_first_signal_is_noted_and_the_second_ends_at_once():
     command = [sys.executable, "-c", TWICE]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.stdout == "noted SIGTERM\n"
     assert done.returncode == -15
     assert "saving and stopping" in done.stderr
