@@ -103,7 +103,7 @@ ALLOWED = {
     },
     "lorax.generate": {"lorax.models"},
     "lorax.stop_tokens": {"lorax.interop"},
-    "lorax.special_files": {"lorax.interop.files"},
+    "lorax.special_files": {"lorax.interop.files", "lorax.small_files"},
     "lorax.adapter_base": {"lorax.config", "lorax.interop"},
     "lorax.run_folder": {
         "lorax.checkpoint",
