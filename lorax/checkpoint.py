@@ -31,6 +31,7 @@ from lorax.checkpoint_files import (
 )
 from lorax.interop.files import CheckpointError, sync
 from lorax.special_files import refuse_special_files
+from lorax.wording import describe
 
 CHECKPOINT_FOLDER = "checkpoints"
 """In a run's folder: where its checkpoints are."""
@@ -198,7 +199,7 @@ class CheckpointStore:
                 raise SaveError(str(error)) from error
             found = self.steps()
             safe = f"; step {found[-1]} is the newest checkpoint" if found else ""
-            raise SaveError(f"{self.directory}: saving failed: {error}{safe}") from error
+            raise SaveError(f"{self.directory}: saving failed: {describe(error)}{safe}") from error
 
     def wait(self) -> None:
         """Waits for the thread, and raises what it raised."""

@@ -43,7 +43,8 @@ def _export(parsed, console: Console) -> None:
     owner = run or run_of(adapter)
     if parsed.format == "merged" and owner is not None:
         _tell_owner(owner, run, tell)
-    base = resolve_checkpoint(chosen.name, chosen.revision)
+    key = "--base" if parsed.base else str(where)
+    base = resolve_checkpoint(chosen.name, chosen.revision, key=key)
     for text in input_notes(base, str(adapter), trains=False):
         tell(text)
     found = _find_tokenizer(parsed.format, base, adapter, owner, tell)

@@ -190,7 +190,8 @@ def _find_source(parsed) -> _Source:
         owner = owner or run_of(Path(adapter))
     if owner is not None and (missing := owner.missing_record()):
         tell(missing)
-    return _Source(resolve_checkpoint(chosen.name, chosen.revision), adapter, owner)
+    key = "MODEL" if run is None else str(run.folder / RUN_FILE)
+    return _Source(resolve_checkpoint(chosen.name, chosen.revision, key=key), adapter, owner)
 
 
 def _base_of_run(run: SavedRun, revision: str | None, tell) -> BaseModel:

@@ -306,7 +306,8 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
 
     Args:
         path: The file.
-        overrides: ``section.key=value`` entries that replace what the file says; values are YAML.
+        overrides: ``section.key=value`` entries that replace what the file says; values are YAML,
+            or the text itself where a key takes nothing else.
 
     Returns:
         The checked config.

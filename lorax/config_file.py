@@ -2,9 +2,11 @@
 
 import difflib
 import io
+import json
 import math
 import os
 import re
+import shlex
 import typing
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,28 +16,9 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
+from lorax.config_schema import FAMILIAR, Key, find_section, find_sections, find_types
 from lorax.small_files import SmallFileError, read_small_file
 from lorax.wording import clip, clip_words, explain, show
-
-type Key = tuple[str | int, ...]
-
-# What people coming from other trainers type.
-_FAMILIAR = {
-    "alpha": "lora.lora_alpha",
-    "batch_size": "train.per_device_train_batch_size",
-    "dropout": "lora.lora_dropout",
-    "epochs": "train.num_train_epochs",
-    "evaluation_strategy": "eval.strategy",
-    "eval_steps": "eval.steps",
-    "eval_strategy": "eval.strategy",
-    "lr": "train.learning_rate",
-    "lr_scheduler": "train.lr_scheduler_type",
-    "max_length": "data.max_seq_length",
-    "micro_batch_size": "train.per_device_train_batch_size",
-    "optimizer": "train.optim",
-    "rank": "lora.r",
-    "sequence_len": "data.max_seq_length",
-}
 
 _NEEDED = {
     "bool_type": "true or false",
@@ -54,6 +37,9 @@ _NEEDED = {
     "dict_type": "a mapping (`key: value` lines)",
     "model_type": "a mapping (`key: value` lines)",
 }
+
+
+_ONLY_TEXT = (frozenset({str}), frozenset({str, type(None)}))
 
 
 class ConfigError(ValueError):
@@ -111,7 +97,7 @@ def read_model[Model: BaseModel](
     source = _Source(os.fspath(path))
     data, problems = _parse(_read_text(source.file), source)
     for override in overrides:
-        problems.extend(_apply_override(data, override, source))
+        problems.extend(_apply_override(model, data, override, source))
     try:
         config = model.model_validate(data)
     except ValidationError as error:
@@ -226,20 +212,19 @@ def _walk(node: Node, key: tuple[str, ...], source: _Source, seen: set[int]) -> 
             yield from _walk(child_node, (*key, str(index)), source, seen)
 
 
-def _apply_override(data: dict[Any, Any], override: str, source: _Source) -> list[_Problem]:
+def _apply_override(
+    model: type[BaseModel], data: dict[Any, Any], override: str, source: _Source
+) -> list[_Problem]:
     """Sets one value in `data`; returns why it could not."""
     dotted, equals, text = override.partition("=")
     names = tuple(dotted.strip().split("."))
     where = f"override {show(override)}"
     if not equals or not all(names):
         return [(math.inf, f"{where}: needs section.key=value, such as train.max_steps=10")]
-    own = _Source("")
-    own.overrides[()] = override
     try:
-        value, problems = _load(text, names, own)
-    except (YAMLError, RecursionError, ValueError) as error:
-        reason = getattr(error, "problem", None) or explain(error)
-        return [(math.inf, f"{where}: {clip(dotted)}: not valid YAML: {reason}")]
+        value, problems = _read_value(text, names, override, find_types(model, names))
+    except ValueError as error:
+        return [(math.inf, f"{where}: {clip(dotted)}: {error}")]
     section = data
     for depth, name in enumerate(names[:-1], start=1):
         if name not in section:
@@ -252,6 +237,39 @@ def _apply_override(data: dict[Any, Any], override: str, source: _Source) -> lis
     section[names[-1]] = value
     source.replace(names, override)
     return problems
+
+
+def _read_value(
+    text: str, names: tuple[str, ...], override: str, kinds: frozenset[Any]
+) -> tuple[Any, list[_Problem]]:
+    """Returns the value of an override and its duplicate keys.
+
+    A key that takes nothing but text takes it as it stands: `Assistant:` would be a mapping to
+    YAML, and `### Answer` a comment. Quoted it is YAML, and so is null.
+
+    Raises:
+        ValueError: If YAML does not read it, or reads something else than is written.
+    """
+    written = text.strip()
+    if kinds in _ONLY_TEXT and written not in ("", "null", "~") and written[0] not in "'\"":
+        return text, []
+    own = _Source("")
+    own.overrides[()] = override
+    remedy = ""
+    if kinds & {str, tuple}:
+        quoted = shlex.quote(f"{_dotted(names)}={json.dumps(text, ensure_ascii=False)}")
+        remedy = f"; if it is meant as text, quote it for YAML and the shell: {quoted}"
+    try:
+        root = YAML(typ="safe", pure=True).compose(io.StringIO(text))
+        value, problems = _load(text, names, own)
+    except (YAMLError, RecursionError, ValueError) as error:
+        reason = getattr(error, "problem", None) or explain(error)
+        raise ValueError(f"not valid YAML: {reason}{remedy}") from error
+    if remedy and text[root.end_mark.index if root else 0 :].strip():
+        raise ValueError(f"from the # on it is a comment to YAML{remedy}")
+    if remedy and isinstance(value, dict) and written[0] != "{":
+        raise ValueError(f"a colon makes a mapping of it in YAML{remedy}")
+    return value, problems
 
 
 def _explain_all(
@@ -305,29 +323,8 @@ def _describe_needed(kind: str, context: dict[str, Any], message: str) -> str:
     return _NEEDED[kind].format(**context) if kind in _NEEDED else f"another value ({message})"
 
 
-def _sections(model: type[BaseModel]) -> dict[Key, type[BaseModel]]:
-    """Returns every model below `model` by its key; the entries of a list have the key `*`."""
-    found: dict[Key, type[BaseModel]] = {(): model}
-    for name, field in model.model_fields.items():
-        for below, part in _models_in(field.annotation):
-            found |= {(name, *below, *key): value for key, value in _sections(part).items()}
-    return found
-
-
-def _models_in(annotation: Any) -> Iterator[tuple[Key, type[BaseModel]]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield (), annotation
-    for argument in typing.get_args(annotation):
-        if isinstance(argument, type) and issubclass(argument, BaseModel):
-            yield ("*",), argument
-
-
-def _find_section(model: type[BaseModel], key: Key) -> type[BaseModel] | None:
-    return _sections(model).get(tuple("*" if isinstance(part, int) else part for part in key))
-
-
 def _describe_missing(model: type[BaseModel], key: Key) -> str:
-    section = _find_section(model, key)
+    section = find_section(model, key)
     if section is None:
         return "this key has no default, set it"
     required = [name for name, field in section.model_fields.items() if field.is_required()]
@@ -337,18 +334,18 @@ def _describe_missing(model: type[BaseModel], key: Key) -> str:
 def _suggest(model: type[BaseModel], key: Key) -> str:
     """Says which key was probably meant: the same name elsewhere, or the nearest name here."""
     name = str(key[-1])
-    section = _find_section(model, key[:-1])
+    section = find_section(model, key[:-1])
     names = list(section.model_fields) if section else []
     places = [
         _dotted((*place, name))
-        for place, other in _sections(model).items()
+        for place, other in find_sections(model).items()
         if place and "*" not in place and name in other.model_fields
     ]
     near = difflib.get_close_matches(name, names, n=1)
     near += [known for known in names if name.startswith(f"{known}_")]
     meant = places + [_dotted((*key[:-1], known)) for known in near]
-    if name in _FAMILIAR:
-        meant = [_FAMILIAR[name]]
+    if name in FAMILIAR:
+        meant = [FAMILIAR[name]]
     if meant:
         return f"did you mean {' or '.join(dict.fromkeys(meant))}?"
     where = _dotted(key[:-1]) or "the file"

@@ -10,6 +10,7 @@ import jax
 from flax import nnx
 
 from lorax.loss import LossFunction
+from lorax.wording import describe
 
 
 def find_micro_batches(
@@ -72,6 +73,6 @@ def report_rows(
         path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         where = str(path)
     except OSError as error:  # what went wrong with the numbers is the news
-        where = f"not written: {error}"
+        where = f"not written: {describe(error)}"
     described = describe_rows(micro_batches, rows)
     return f"step {step}: loss {loss}, gradient norm {norm}: {described} ({where})"

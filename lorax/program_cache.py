@@ -23,6 +23,7 @@ import lorax_kernels
 from lorax.beside import start_beside
 from lorax.compilation_cache import default_directory, make_private
 from lorax.metrics import library_versions
+from lorax.wording import describe
 
 type Facts = Mapping[str, str]
 
@@ -78,7 +79,7 @@ class ProgramCache:
             os.utime(path)
             return program
         except Exception as error:  # whatever it is, the program can be compiled anew
-            self._tell(f"{path} cannot be used, the step is compiled anew: {error}")
+            self._tell(f"{path} cannot be used, the step is compiled anew: {describe(error)}")
             return None
 
     def keep_later(self, *program_and_facts: Any) -> None:
@@ -103,7 +104,7 @@ class ProgramCache:
             partial.replace(path)
         except Exception as error:  # a full disk, say: the run has its program
             partial.unlink(missing_ok=True)
-            self._tell(f"the compiled step is not kept in {self.folder}: {error}")
+            self._tell(f"the compiled step is not kept in {self.folder}: {describe(error)}")
         self._tidy()
 
     def _tidy(self) -> None:

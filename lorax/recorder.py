@@ -10,6 +10,7 @@ from lorax.metrics import RunLog
 from lorax.phases import Phases
 from lorax.report import StepLine
 from lorax.train import Event
+from lorax.wording import describe
 
 
 class Recorder:
@@ -84,7 +85,8 @@ class Recorder:
             if self.on_error == "stop":
                 raise
             if not self._unlogged:
-                say(f"WARNING: not logged from step {step} on: {error} (save.on_save_error: warn)")
+                why = f"{describe(error)} (save.on_save_error: warn)"
+                say(f"WARNING: not logged from step {step} on: {why}")
             self._unlogged += 1
             return
         if self._unlogged:

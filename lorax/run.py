@@ -22,7 +22,7 @@ from lorax.config import RunConfig
 from lorax.evaluate import answer_rows, exact_match
 from lorax.export import export_model
 from lorax.export_files import companion_files
-from lorax.interop.checkpoint import resolve_checkpoint
+from lorax.interop.checkpoint import resolve_base
 from lorax.interop.files import read_json, sync
 from lorax.metrics import (
     METRICS_FILE,
@@ -135,7 +135,7 @@ def _run(config: RunConfig, console: Console, phases: Phases, resume: Resume) ->
         tell(use_compilation_cache()[1])
         programs = open_program_cache(tell)
     source = config.model
-    folder = resolve_checkpoint(source.name_or_path, source.revision, weights=False)
+    folder = resolve_base(source, weights=False)
     report_notes(console, input_notes(folder, source.adapter))
     shapes = check_targets(config, folder)
     base = start_beside("weights", lambda: load_base(config))  # which need nothing of the data
@@ -260,7 +260,7 @@ def _train_and_export(
 
 def fingerprint_inputs(config: RunConfig, inputs: Inputs) -> dict[str, str]:
     """Returns fingerprints of what a run reads besides its rows."""
-    base = resolve_checkpoint(config.model.name_or_path, config.model.revision)
+    base = resolve_base(config.model)
     found = {
         "base model": fingerprint_folder(
             base, ("*.safetensors", "*.safetensors.index.json", "config.json")

@@ -22,7 +22,7 @@ from lorax.data import (
     load_tokenizer,
     read_own_template,
 )
-from lorax.interop.checkpoint import resolve_checkpoint
+from lorax.interop.checkpoint import resolve_base
 from lorax.interop.huggingface import check_checkpoint, load_hf_config, load_model
 from lorax.interop.peft import check_adapter, load_adapter, read_adapter_config, trains_base_weights
 from lorax.interop.peft_config import adapter_notes
@@ -84,7 +84,7 @@ def load_inputs(config: RunConfig) -> Inputs:
         ValueError: Naming the file, the line or the setting that cannot be used.
     """
     model = config.model
-    base = resolve_checkpoint(model.name_or_path, model.revision, weights=False)
+    base = resolve_base(model, weights=False)
     vocab_size = load_hf_config(base).vocab_size
     if config.data.format in CHATS:
         RENDERER.start()
@@ -177,7 +177,7 @@ def _check_kept_layers(config: RunConfig, layers: int) -> None:
 def make_planner(config: RunConfig) -> Planner:
     """Returns the planner of a run, from the checkpoint's config.json: it reads no weights."""
     model = config.model
-    base = resolve_checkpoint(model.name_or_path, model.revision, weights=False)
+    base = resolve_base(model, weights=False)
     return Planner(config, load_hf_config(base), model_shapes(config, base))
 
 
@@ -190,7 +190,7 @@ def check_weights(config: RunConfig) -> None:
         ValueError: Naming the file and the tensor that cannot be used.
     """
     model = config.model
-    base = resolve_checkpoint(model.name_or_path, model.revision, weights=False)
+    base = resolve_base(model, weights=False)
     if Path(model.name_or_path).expanduser().is_dir():
         check_checkpoint(base)
     if model.adapter:

@@ -18,6 +18,7 @@ from lorax.resume import Progress, refuse_other_run
 from lorax.state_tree import fill_tree, flatten_tree
 from lorax.step import TrainState
 from lorax.weights import WeightStore
+from lorax.wording import describe
 
 
 class Saver:
@@ -135,7 +136,7 @@ class Saver:
         except Exception as second:
             # The first error is the one to see; the checkpoints before this one are whole.
             if str(second) != str(error):
-                error.add_note(f"and nothing could be saved after it: {second}")
+                error.add_note(f"and nothing could be saved after it: {describe(second)}")
 
     def _guard(self, action: Callable[[], object]) -> bool:
         try:
@@ -144,7 +145,7 @@ class Saver:
         except (CheckpointError, SafetensorError, OSError) as error:
             if self.config.on_save_error == "stop":
                 raise
-            self._tell(f"WARNING: {error}. The run goes on (save.on_save_error: warn)")
+            self._tell(f"WARNING: {describe(error)}. The run goes on (save.on_save_error: warn)")
             return False
 
 

@@ -11,8 +11,24 @@ MOST_BYTES = 2**20
 """Of a file that describes a run, a model or an adapter; real ones have a few kilobytes."""
 
 
+_SPECIAL = (
+    (stat.S_ISFIFO, "a FIFO"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
 class SmallFileError(ValueError):
     """Why a file is not read; whoever wanted it names it."""
+
+
+def special_kind(mode: int) -> str | None:
+    """Returns what a thing on a disk is that is neither file, folder nor link, by its `st_mode`.
+
+    To open one may never end: a FIFO waits for its other end.
+    """
+    return next((kind for is_kind, kind in _SPECIAL if is_kind(mode)), None)
 
 
 def read_small_file(path: str | os.PathLike[str], most: int = MOST_BYTES) -> bytes:
@@ -32,7 +48,8 @@ def read_small_file(path: str | os.PathLike[str], most: int = MOST_BYTES) -> byt
         if stat.S_ISDIR(status.st_mode):
             raise SmallFileError(os.strerror(errno.EISDIR))
         if not stat.S_ISREG(status.st_mode):
-            raise SmallFileError("it is a device or a pipe, not a file on a disk")
+            kind = special_kind(status.st_mode) or "something else"
+            raise SmallFileError(f"it is {kind}, not a file on a disk")
         with Path(path).open("rb") as file:
             data = file.read(most + 1)  # what the system makes up as it is read has no size before
     except (OSError, ValueError) as error:

@@ -18,6 +18,7 @@ from lorax.lora import named_modules, set_dropout_key, split_trainable
 from lorax.loss import Batch, LossFunction, accumulate, causal_lm_loss
 from lorax.sharding import place_parameters, placed_shapes
 from lorax.stacking import stack_alike
+from lorax.wording import describe
 from lorax_kernels import compile_kernels
 
 METRICS = ("applied", "grad_norm", "loss", "tokens")
@@ -99,7 +100,9 @@ def compile_lowered(lowered: Any, options: dict[str, Any] | None = None) -> Any:
     finally:  # no thread is left in the compiler
         error = kernels and kernels.exception()
     if error:
-        warnings.warn(f"the kernels were not compiled ahead of the step: {error}", stacklevel=2)
+        warnings.warn(
+            f"the kernels were not compiled ahead of the step: {describe(error)}", stacklevel=2
+        )
     return compiled
 
 

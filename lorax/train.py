@@ -16,7 +16,7 @@ from lorax.checkpoint import CHECKPOINT_FOLDER, CheckpointStore
 from lorax.config import RunConfig
 from lorax.data import EncodedDataset
 from lorax.evaluate import Evaluator
-from lorax.interop.checkpoint import resolve_checkpoint
+from lorax.interop.checkpoint import resolve_base
 from lorax.interop.files import CheckpointError, refuse_occupied
 from lorax.interop.huggingface import save_model
 from lorax.interop.peft import save_adapter
@@ -139,7 +139,7 @@ class Trainer:
         # A hub id becomes a folder now: what cannot be found must not wait for the first save.
         self.beside: dict[str, Any] = {}  # what `save_model` is given besides the model
         if train.method == "full":
-            base = resolve_checkpoint(config.model.name_or_path, config.model.revision)
+            base = resolve_base(config.model)
             self.beside = {"source_directory": base}
         self.output_dir = Path(config.save.output_dir)
         self.store = WeightStore(self.output_dir / "weights", self._write_weights)

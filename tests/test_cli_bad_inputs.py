@@ -283,7 +283,7 @@ def test_a_nul_character_in_a_path_is_named(refused, key):
 
 ENDLESS = {
     "a device": lambda path: path.symlink_to("/dev/zero"),
-    "a pipe": os.mkfifo,
+    "a FIFO": os.mkfifo,
     "something large": lambda path: path.write_bytes(b"#" * (2**20 + 1)),
     "something sparse": lambda path: [path.touch(), os.truncate(path, 2**40)],
     "a folder": lambda path: path.mkdir(),
@@ -301,7 +301,7 @@ def test_a_config_that_would_never_end_is_not_read(here, capsys, kind):
         "something large": "it has 1 MiB, where 1 would be much",
         "something sparse": "it has 1,048,576 MiB, where 1 would be much",
     }
-    reason = expected.get(kind, "it is a device or a pipe, not a file on a disk")
+    reason = expected.get(kind, f"it is {kind}, not a file on a disk")
     assert f"endless.yaml: cannot read the config: {reason}" in message
 
 
@@ -593,7 +593,8 @@ def test_a_missing_model_folder_is_refused(refused):
 
 def test_a_hub_id_that_cannot_be_fetched_is_refused(refused):
     refused(
-        r"nobody/nothing is neither a folder nor a checkpoint that the Hugging Face hub gives",
+        r"model.name_or_path: nobody/nothing: no such folder, and not to be had from the Hugging "
+        r"Face hub: HF_HUB_OFFLINE is set, and no copy was fetched before: unset it, or name a fol",
         "validate",
         "run.yaml",
         "model.name_or_path=nobody/nothing",

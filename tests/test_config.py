@@ -1,5 +1,6 @@
 import copy
 import datetime
+import subprocess
 import textwrap
 from typing import Any
 
@@ -17,7 +18,8 @@ from lorax.config import (
     dump_config,
     load_config,
 )
-from lorax.config_file import _FAMILIAR, check_model
+from lorax.config_file import check_model
+from lorax.config_schema import FAMILIAR
 
 MINIMAL = """\
 model: {name_or_path: tiny}
@@ -203,7 +205,7 @@ def test_unknown_section_and_key_without_section(write):
 
 
 def test_familiar_names_point_at_keys_that_exist():
-    for place in _FAMILIAR.values():
+    for place in FAMILIAR.values():
         section, key = place.split(".")
         model: Any = RunConfig.model_fields[section].annotation
         assert key in model.model_fields, place
@@ -429,6 +431,73 @@ def test_wrong_override_is_named(write, override, expected):
     found = problems(write(MINIMAL + "lora: {r: 4}\n"), [override])
     assert found[0].startswith(f"override {override!r}: {expected}") or "model.dtype.x" in override
     assert len(found) == 1
+
+
+# Overrides that are text.
+
+TEXTS = [
+    "Assistant:",
+    "User: ",
+    "### Response:\n",
+    "[INST]",
+    "[/INST] #",
+    "{assistant}",
+    "{{ x }}",
+    "*assistant*",
+    "&amp",
+    "!x",
+    "%x",
+    "@assistant",
+    "`x`",
+    "- a",
+    "| x",
+    "a: b: c",
+    "12",
+    "true",
+    "2026-11-30",
+    "\tx",
+    "it's",
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_an_override_of_a_key_that_takes_text_is_that_text(write, text):
+    overrides = [f"data.response_part={text}", "data.instruction_part=user"]
+    assert load_config(write(MINIMAL), overrides).data.response_part == text
+
+
+def test_quotes_and_null_are_yaml_in_an_override_of_a_key_that_takes_text(write):
+    config = load_config(write(MINIMAL), [r'model.revision="a\nb"', "model.adapter='it''s'"])
+    assert (config.model.revision, config.model.adapter) == ("a\nb", "it's")
+    for nothing in ("null", "~", ""):
+        config = load_config(write(MINIMAL), ["model.revision=a", f"model.revision={nothing}"])
+        assert config.model.revision is None
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "lora.target_modules=[qv]_proj",
+        "lora.target_modules=(?x) q_proj # the query",
+        "lora.exclude_modules=%layer",
+        'lora.exclude_modules=`it\'s` "a"\\b: $HOME',
+        "data.train=rows #1/a.jsonl",
+        "data.train=#1.jsonl",
+        "data.train=a: b.jsonl",
+        "model.revision='a",
+        'model.revision="a',
+    ],
+)
+def test_the_quotes_that_an_error_shows_for_an_override_work_in_a_shell(write, override):
+    key, _, text = override.partition("=")
+    message = problem(write(MINIMAL), [override])
+    assert message.startswith(f"override {override!r}: {key}: ")
+    command = f"printf %s {message.rpartition('quote it for YAML and the shell: ')[2]}"
+    shell = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True)
+    config = load_config(write(MINIMAL), [shell.stdout])
+    section, name = key.split(".")
+    value = getattr(getattr(config, section), name)
+    assert (value[0].path if key == "data.train" else value) == text
 
 
 # From Python.

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections import namedtuple
 from pathlib import Path
 
@@ -111,18 +110,25 @@ def test_older_ones_stay_while_the_newest_cannot_be_verified(store, monkeypatch)
     assert store.steps() == [1, 2, 3]
 
 
-def test_an_error_of_the_thread_is_raised_by_the_next_call(store, monkeypatch):
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (ZeroDivisionError("division by zero"), "division by zero"),
+        (OSError(errno.EIO, "Input/output error", "/a/file"), "/a/file: Input/output error"),
+    ],
+)
+def test_an_error_of_the_thread_is_raised_by_the_next_call(store, monkeypatch, error, words):
     released = threading.Event()
 
     def fail(*_):
         released.wait(30)
-        raise ZeroDivisionError("division by zero")
+        raise error
 
     monkeypatch.setattr("lorax.checkpoint.write_checkpoint", fail)
     store.save(1, arrays(), {})
     released.set()
     store._thread.join()
-    with pytest.raises(CheckpointError, match="saving failed: division by zero"):
+    with pytest.raises(CheckpointError, match=f"saving failed: {words}"):
         store.check()
     store.check()  # said once
 
@@ -279,20 +285,18 @@ STUCK = """
 import time
 from lorax.stopping import Watchdog
 def waits_for_ever():
-    time.sleep(60)
+    time.sleep(3600)
 with Watchdog(0.5).watching():
     waits_for_ever()
 """
 
 
 def test_a_stuck_run_ends_with_its_stacks_printed():
-    started = time.monotonic()
     command = [sys.executable, "-c", STUCK]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True)  # it ends before its hour
     assert done.returncode == STUCK_STATUS
     assert "waits_for_ever" in done.stderr
     assert "--resume" in done.stderr
-    assert time.monotonic() - started < 50
 
 
 TWICE = """
@@ -304,14 +308,14 @@ with stop.listening():
     time.sleep(0.1)
     print("noted", stop.received, flush=True)
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(5)
+    time.sleep(30)
     print("still here", flush=True)
 """
 
 
 def test_the_first_signal_is_noted_and_the_second_ends_at_once():
     command = [sys.executable, "-c", TWICE]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.stdout == "noted SIGTERM\n"
     assert done.returncode == -15
     assert "saving and stopping" in done.stderr

@@ -1,20 +1,26 @@
 """Nothing doubtful is loaded: every bad checkpoint is refused by file, tensor and reason."""
 
+import errno
 import json
 import os
+import re
 import shutil
 import threading
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
+from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.utils import hf_raise_for_status
 from safetensors.numpy import load_file, save_file
 
+from lorax.data.tokenizer import load_tokenizer
 from lorax.interop.checkpoint import resolve_checkpoint
 from lorax.interop.files import CheckpointError, read_ahead, read_headers, read_tensors
 from lorax.interop.huggingface import load_hf_config, load_model, save_model
@@ -388,8 +394,74 @@ def test_a_hub_id_fetches_the_shards_of_its_index_and_no_others(original, folder
 
 def test_a_hub_id_that_cannot_be_fetched_says_so(monkeypatch):
     monkeypatch.setattr(os, "environ", os.environ | {"HF_HUB_OFFLINE": "1"})
-    with pytest.raises(CheckpointError, match="some/model is neither a folder nor a checkpoint"):
+    with pytest.raises(CheckpointError, match="some/model: no such folder, and not to be had from"):
         load_hf_config("some/model")
+
+
+def answered(status: int, code: str = ""):
+    """Makes huggingface_hub itself raise what it raises for an answer of the hub."""
+
+    def raise_it(name, **_):
+        url = f"https://hub.example/api/models/{name}/revision/v1"
+        head = {"X-Error-Code": code} if code else {}
+        hf_raise_for_status(
+            httpx2.Response(status, headers=head, request=httpx2.Request("GET", url))
+        )
+
+    return raise_it
+
+
+def broken_off(name, **_):
+    raise httpx2.ReadTimeout("timed out")
+
+
+def unreachable(name, **_):
+    try:
+        raise ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
+    except OSError as error:
+        raise LocalEntryNotFoundError("Got: ConnectError: [Errno 111]") from error
+
+
+HUB = {
+    "unknown name": (
+        answered(404, "RepoNotFound"),
+        "it shows you none of this name: mend the name",
+    ),
+    "not logged in": (
+        answered(401),
+        "it shows you none of this name: .*`hf auth login` if it is pri",
+    ),
+    "gated": (answered(403, "GatedRepo"), "its owner must agree: ask for access on its page"),
+    "unknown revision": (answered(404, "RevisionNotFound"), "it has no revision 'v1' of it"),
+    "out of order": (answered(503), r"it answers 503 \(Service Unavailable\): try again later"),
+    "no network": (
+        unreachable,
+        r"it cannot be reached \(Connection refused\), and no copy was fet",
+    ),
+    "broken off": (broken_off, "timed out"),
+}
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_why_the_hub_does_not_give_a_model_is_told_in_words(monkeypatch, tmp_path, name):
+    ask, reason = HUB[name]
+    monkeypatch.setattr("huggingface_hub.snapshot_download", ask)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "llama2").mkdir(parents=True)
+    pattern = (
+        r"^models/llama: no such folder \(did you mean models/llama2\?\), and not to be had from "
+    )
+    with pytest.raises(CheckpointError, match=f"{pattern}the Hugging Face hub: {reason}") as raised:
+        resolve_checkpoint("models/llama", "v1")
+    assert not re.search(r"Errno|Error|Request ID|http|snapshot|\n", str(raised.value))
+
+
+def test_a_tokenizer_that_the_hub_does_not_give_is_told_in_words():
+    with pytest.raises(
+        ValueError, match=r"^some/model: no such folder, and its tokenizer is not to"
+    ):
+        load_tokenizer("some/model")
 
 
 def test_a_revision_of_a_folder_is_refused(original):

@@ -146,6 +146,8 @@ PLAIN = {
     "gaussian in capitals": dict(init_lora_weights="GAUSSIAN"),
     "orthogonal": dict(init_lora_weights="orthogonal"),
     "false": dict(init_lora_weights=False),
+    "0 for false": dict(init_lora_weights=0),
+    "nothing for false": dict(init_lora_weights=""),
     "mica": dict(init_lora_weights="mica"),
     "conv1d's layout": dict(fan_in_fan_out=True),
     "empty lists": dict(modules_to_save=[], exclude_modules=[], layers_to_transform=[]),
@@ -193,6 +195,16 @@ def test_a_pissa_adapter_that_peft_converted_loads(base, loaded_base, tmp_path):
     )
     logits = load_adapter(loaded_base, tmp_path / "converted")(jnp.asarray(TOKENS))
     assert relative(logits, torch_logits(model)) <= 1e-5
+
+
+@pytest.mark.parametrize("number", [1, 1.0, 2])
+def test_a_number_as_initialisation_is_refused_as_peft_fails_with_it(adapter, base, number):
+    edit(adapter, init_lora_weights=number)
+    with pytest.raises(AttributeError):
+        PeftModel.from_pretrained(torch_base(base), adapter)
+    with pytest.raises(AdapterError, match=rf"init_lora_weights must be .*, got {number}, with wh"):
+        read_adapter_config(adapter)
+    assert read_adapter_config(edit(adapter, init_lora_weights=True)).r  # the remedy
 
 
 CHANGED_BASES = ("pissa", "pissa_niter_4", "olora", "OLoRA", "corda", "lora_ga", "loftq", "later")
@@ -319,7 +331,13 @@ VALUES = {
     "dropout": (dict(lora_dropout=2), "lora_dropout: needs a number < 1.0, got 2"),
     "no method": (dict(peft_type=None), "peft_type must be LORA, got null"),
     "method as list": (dict(peft_type=["LORA"]), "peft_type must be LORA, got "),
-    "initialisation as list": (dict(init_lora_weights=["eva"]), "init_lora_weights="),
+    "initialisation as list": (
+        dict(init_lora_weights=["eva"]),
+        r"init_lora_weights must be true, false, null or a name, got \['eva'\].* write true",
+    ),
+    "1 for true": (dict(use_rslora=1), "use_rslora: needs true or false, got 1"),
+    "true for 1": (dict(r=True), "r: needs a whole number, got true"),
+    "true for an alpha": (dict(lora_alpha=True), "lora_alpha: needs a number, got true"),
     "base as number": (
         dict(base_model_name_or_path=7),
         "base_model_name_or_path must be text or null, got 7",

@@ -1,6 +1,7 @@
 """A compiled step that is kept is the one that would be compiled, or it is not used."""
 
 import dataclasses
+import errno
 import functools
 import json
 import os
@@ -344,3 +345,19 @@ def test_another_process_finds_it(tmp_path):
         for _ in range(2)
     ]
     assert said == [["False", "[]"], ["True", "[]"]]
+
+
+def test_a_full_disk_is_told_in_words(tmp_path, monkeypatch):
+    def full(path, *_):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    said = []
+    cache = ProgramCache(tmp_path, said.append)
+    monkeypatch.setattr("lorax.program_cache.serialize", lambda _: (b"", *structures))
+    structures = [jax.tree.structure(((), {})), jax.tree.structure(())]
+    monkeypatch.setattr(ProgramCache, "_path", lambda *_: tmp_path / "step-0.program")
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    cache.keep(None, {}, (), ())
+    (told,) = said
+    assert told.startswith(f"the compiled step is not kept in {tmp_path}: {tmp_path}/.step-0")
+    assert told.endswith(": No space left on device")

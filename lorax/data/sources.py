@@ -26,6 +26,7 @@ from lorax.data.rows import (
     parse_object,
     show_name,
 )
+from lorax.small_files import special_kind
 from lorax.wording import explain
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
@@ -91,7 +92,8 @@ def _check_file(path: Path, source: DataSource) -> None:
             "file: remove name"
         )
     if not path.is_file():
-        special = "is a device or a pipe, not a file" if path.exists() else "no such file"
+        kind = special_kind(path.stat().st_mode) if path.exists() else None
+        special = f"is {kind}, not a file" if kind else "no such file"
         reason = "is a directory" if path.is_dir() else special
         raise DataError(f"{source.path}: {reason} (looked for {path.absolute()})")
     try:

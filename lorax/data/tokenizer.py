@@ -23,6 +23,7 @@ from lorax.data.tokenizer_files import (
     explain_field,
     read_steps,
 )
+from lorax.hub import explain_hub
 from lorax.wording import clip
 
 if TYPE_CHECKING:
@@ -83,6 +84,11 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> Tokenizer:
             raise
         if field := explain_field(error):
             raise ValueError(f"{name_or_path}/{field}") from error
+        if not local and (absent := explain_hub(error, revision)):
+            raise ValueError(
+                f"{name_or_path}: no such folder, and its tokenizer is not to be had from the "
+                f"Hugging Face hub: {absent}"
+            ) from error
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
         raise ValueError(
             f"{name_or_path}: cannot load its tokenizer; needed is a tokenizer.json: {reason}"

@@ -1,5 +1,7 @@
 """The files of a Hugging Face checkpoint: finding them, on disk or on the hub, and writing them."""
 
+import contextlib
+import difflib
 import json
 import shlex
 import shutil
@@ -10,6 +12,8 @@ from typing import Any
 import huggingface_hub
 import numpy as np
 
+from lorax.config import ModelConfig
+from lorax.hub import explain_hub
 from lorax.interop.files import (
     MAX_INDEX_BYTES,
     CheckpointError,
@@ -21,7 +25,7 @@ from lorax.interop.files import (
     save_tensors,
     write_directory,
 )
-from lorax.wording import clip, explain, kind_of, show
+from lorax.wording import clip, describe, explain, kind_of, show
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 WEIGHT_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
@@ -56,8 +60,14 @@ def expand(name: str | Path) -> Path:
     return path
 
 
+def resolve_base(model: ModelConfig, *, weights: bool = True) -> Path:
+    """Returns the local folder of a run's base model; see `resolve_checkpoint`."""
+    key = "model.name_or_path"
+    return resolve_checkpoint(model.name_or_path, model.revision, weights=weights, key=key)
+
+
 def resolve_checkpoint(
-    path_or_id: str | Path, revision: str | None = None, *, weights: bool = True
+    path_or_id: str | Path, revision: str | None = None, *, weights: bool = True, key: str = ""
 ) -> Path:
     """Returns the local folder of a checkpoint, fetching it from the Hugging Face hub if needed.
 
@@ -68,12 +78,15 @@ def resolve_checkpoint(
         path_or_id: A folder, or a hub id such as ``Qwen/Qwen3-0.6B``.
         revision: Branch, tag or commit on the hub.
         weights: Whether the weights are needed too, or only configuration and tokenizer.
+        key: The setting or option that names it, or the file that does, for errors.
 
     Raises:
         CheckpointError: If it is neither, or `revision` is given for a folder.
     """
-    name, path = str(path_or_id), expand(path_or_id)
-    if path.exists():
+    try:
+        name, path = str(path_or_id), expand(path_or_id)
+        if not path.exists():
+            return _fetch_checkpoint(name, revision, weights)
         if not path.is_dir():
             raise CheckpointError(f"{path} is a file; give the folder that holds {CONFIG_FILE}")
         if revision is not None:
@@ -81,25 +94,44 @@ def resolve_checkpoint(
                 f"{path} is a folder: revision={show(revision)} is for hub ids only"
             )
         return path
+    except CheckpointError as error:
+        raise CheckpointError(f"{key}: {error}" if key else str(error)) from error
+
+
+def _fetch_checkpoint(name: str, revision: str | None, weights: bool) -> Path:
     if name.count("/") > 1 or name.startswith((".", "~", "/")) or "\\" in name:
-        raise CheckpointError(f"{clip(name)}: no such folder")
-    fetch = lambda patterns: huggingface_hub.snapshot_download(
-        name, revision=revision, allow_patterns=list(patterns)
-    )
+        raise CheckpointError(f"{clip(name)}: no such folder{_near(Path(name))}")
+    settings = (CONFIG_FILE, GENERATION_FILE, INDEX_FILE, *TOKENIZER_FILES)
+    folder = _fetch(name, revision, settings)
+    if not weights:
+        return folder
+    files = (WEIGHT_FILE,)
+    if (folder / INDEX_FILE).exists():
+        files = tuple(sorted(set(_weight_map(folder / INDEX_FILE).values())))
+    return _fetch(name, revision, (*settings, *files))
+
+
+def _fetch(name: str, revision: str | None, files: Iterable[str]) -> Path:
+    """Returns the folder into which the hub's library has put files of a model."""
     try:
-        settings = (CONFIG_FILE, GENERATION_FILE, INDEX_FILE, *TOKENIZER_FILES)
-        folder = Path(fetch(settings))
-        if not weights:
-            return folder
-        files = (WEIGHT_FILE,)
-        if (folder / INDEX_FILE).exists():
-            files = tuple(sorted(set(_weight_map(folder / INDEX_FILE).values())))
-        return Path(fetch((*settings, *files)))
-    except (OSError, huggingface_hub.errors.HFValidationError) as error:
+        return Path(
+            huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(files))
+        )
+    except Exception as error:  # of its own, of the system's, or of the library below
         raise CheckpointError(
-            f"{clip(name)} is neither a folder nor a checkpoint that the Hugging Face hub gives: "
-            f"{clip(str(error), 300)}"
+            f"{clip(name)}: no such folder{_near(Path(name))}, and not to be had from the Hugging "
+            "Face hub: "
+            f"{explain_hub(error, revision) or clip(describe(error), 300)}"
         ) from error
+
+
+def _near(path: Path) -> str:
+    """Returns which folder may be meant by one that does not exist, as a part of a sentence."""
+    names: list[str] = []
+    with contextlib.suppress(OSError):
+        names = [entry.name for entry in path.expanduser().parent.iterdir() if entry.is_dir()]
+    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
+    return f" (did you mean {path.parent / near[0]}?)" if near else ""
 
 
 def read_config(directory: Path) -> dict[str, Any]:

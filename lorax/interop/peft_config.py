@@ -48,8 +48,8 @@ _NEUTRAL_FIELDS = {
     "fan_in_fan_out",
 }
 
-# Initialisations that leave the base as it is; all others change it before training.
-_PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
+# Named initialisations that leave the base as it is; all others change it before training.
+_PLAIN_INITIALISATIONS = ("gaussian", "orthogonal", "eva", "mica")
 
 _MERGE = (
     "merge with PEFT (PeftModel.from_pretrained(…).merge_and_unload()) and take the merged model"
@@ -162,7 +162,14 @@ def _other_methods(raw: dict[str, Any]) -> list[str]:
 
 def _initialisation(value: Any) -> list[str]:
     """Says what is wrong with an initialisation that changes the base that A and B belong to."""
-    name = value.lower() if isinstance(value, str) else value
+    if not value or value is True:  # PEFT takes a 0 and what is empty for false
+        return []
+    if not isinstance(value, str):
+        return [
+            f"init_lora_weights must be true, false, null or a name, got {show(value)}, with which "
+            "PEFT fails too: write true, since A and B are in the file whatever they began with"
+        ]
+    name = value.lower()
     if name in _PLAIN_INITIALISATIONS:
         return []
     remedy = _CONVERT
