@@ -4,7 +4,9 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
+from jax._src.dispatch import runtime_tokens
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 
 from lorax_kernels.device import interpreted
@@ -12,10 +14,14 @@ from lorax_kernels.device import interpreted
 
 @dataclass
 class Races:
-    """What the interpreter saw; read it after the results are there."""
+    """What the interpreter saw."""
 
     def found(self) -> bool:
-        """Says whether two threads touched one place without an order between them."""
+        """Says whether two threads touched one place without an order between them.
+
+        It waits for the kernels that were called: one that is still running has shown nothing.
+        """
+        jax.effects_barrier()
         return bool(interpret_pallas_call.get_races().races_found)
 
 
@@ -36,5 +42,7 @@ def interpret(cores: int = 3) -> Iterator[Races]:
             plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)),
         ):
             yield Races()
+            jax.effects_barrier()  # a kernel that still runs needs the state that goes now
     finally:
+        runtime_tokens.clear()  # one of a kernel that failed would fail the next kernel
         interpret_pallas_call.reset_gpu_interpret_mode_state()
