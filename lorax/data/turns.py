@@ -22,6 +22,7 @@ from lorax.data.markers import spans_between_markers
 from lorax.data.renderer import Part, Rendered, Span
 from lorax.data.rows import RowError, check_unicode, show_name
 from lorax.data.tokenizer import Tokenizer, special_texts
+from lorax.data.turn_ends import TurnEnds
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -31,9 +32,6 @@ OPENING = (
     "learn what opens the assistant's turn too, since the chat template has no prompt for it "
     "(add_generation_prompt)"
 )
-
-_PROMPT = "add_generation_prompt"
-_THOUGHT = re.compile(r"\s*(<think(ing)?>\s*)?")
 
 OWN_PROMPT = (
     "have before the learned turn what the chat template's prompt has there; rendered with that "
@@ -142,6 +140,12 @@ class Rendering:
         return self._hide(self.found.text)
 
     @functools.cached_property
+    def _ends(self) -> TurnEnds:
+        learns_all = self.config.loss_on == "all"
+        texts = (self._words, self._fields)
+        return TurnEnds(self.template, self.talk, self.found, *texts, self._special, learns_all)
+
+    @functools.cached_property
     def _learned(self) -> tuple[int, ...]:
         return self.talk.learned_replies(self.config.loss_on)
 
@@ -149,9 +153,6 @@ class Rendering:
     def _is_last_alone(self) -> bool:
         """Whether one turn is learned, and nothing follows it."""
         return self._learned == (len(self.talk.messages) - 1,)
-
-    def _of(self, index: int) -> list[Field]:
-        return [field for field in self._fields if field.message == index]
 
     def _refuse_lost(self, text: str) -> None:
         """Refuses a row of which the template leaves out a text, or does not read a key."""
@@ -191,7 +192,7 @@ class Rendering:
         if not rendered.one_turn_per_span:
             parts = ["".join(parts)] * len(self._learned)
         for index, part in zip(self._learned, parts, strict=True):
-            if lost := lost_fields(self._of(index), part):
+            if lost := lost_fields(self._ends.fields_of(index), part):
                 if not self._is_last_alone:
                     raise RewrittenError(f"the chat template rewrites messages[{index}]")
                 raise LostError(lost, ())
@@ -202,14 +203,15 @@ class Rendering:
             last = len(self.talk.messages) - 1
             before = [field for field in self._fields if field.message < last]
             after = end_of_fields(before, self._words, 0) or 0
-            end = self._end_of_unasked(last, after) or len(text)
+            end = self._ends.unasked(last, after) or len(text)
             return RenderedText(text, ((0, end),), "all", plain=False)
         if self.config.response_part is not None:
             spans = spans_between_markers(self.talk, text, self.config, self.tokenizer)
-            size = self._size(self._learned[-1], spans[-1][0])
+            size = self._ends.of_conversation(self._learned[-1], spans[-1][0])
             ends = [min(end, size) for _, end in spans]
             pairs = zip(self._learned, spans, ends, strict=True)
-            spans = tuple((start, self._up_to_stop(i, start, end)) for i, (start, _), end in pairs)
+            up_to_stop = self._ends.up_to_stop
+            spans = tuple((start, up_to_stop(i, start, end)) for i, (start, _), end in pairs)
             return RenderedText(text[:size], spans, "markers", plain=False)
         if GENERATION.search(self.template):
             return self._by_generation()
@@ -220,24 +222,10 @@ class Rendering:
             return self._as_prompted()
         pairs = list(zip(self._learned, starts, strict=True))
         spans = tuple((start, self._end(index, start)) for index, start in pairs if start)
-        opened = [self._is_opened(index, start) for index, start in pairs if start]
+        opened = [self._ends.is_opened(index, start) for index, start in pairs if start]
         notes = () if all(opened) else (OPENING,)
-        text = text[: self._size(*pairs[-1])]
+        text = text[: self._ends.of_conversation(*pairs[-1])]
         return RenderedText(text, spans, "prefix", plain=False, notes=notes)
-
-    def _is_opened(self, index: int, start: int) -> bool:
-        """Says whether a template that knows no prompt still opens a turn before its words."""
-        words = next((words for field in self._of(index) for words in field.texts), "")
-        opening = self._words[start:].partition(words)[0] if words else ""
-        return _PROMPT in self.template or _THOUGHT.fullmatch(opening) is not None
-
-    def _up_to_stop(self, index: int, start: int, end: int) -> int:
-        """Returns where the first special token behind a turn's words ends, or the turn itself."""
-        behind = end_of_fields(self._of(index), self._words, start)
-        if self._special is None or behind is None or behind > end:
-            return end
-        stop = self._special.search(self.found.text, behind, end)
-        return end if stop is None else stop.end()
 
     def _start(self, index: int) -> int | None:
         """Returns where message `index` starts: where its prompt, a beginning of the text, ends."""
@@ -258,12 +246,13 @@ class Rendering:
         (index,), text = self._learned, self.found.text
         prompt = self.found.others[Part(index, is_prompt=True)]
         if start := self._start_behind(prompt, index):
-            end, size = self._end(index, start), self._size(index, start)
+            end, size = self._end(index, start), self._ends.of_conversation(index, start)
             spans = ((len(prompt), len(prompt) + end - start),)
             text = prompt + text[start:size]
             return RenderedText(text, spans, "prefix", plain=False, notes=(OWN_PROMPT,))
         if start := self._start_of_words(index):
-            spans, size = ((start, self._end(index, start)),), self._size(index, start)
+            spans = ((start, self._end(index, start)),)
+            size = self._ends.of_conversation(index, start)
             return RenderedText(text[:size], spans, "prefix", plain=False, notes=(OTHER_PROMPT,))
         raise RowError(
             f"the chat template renders what stands before messages[{index}] (assistant) otherwise "
@@ -286,7 +275,7 @@ class Rendering:
         text, limit = self.found.text, len(self.found.text)
         while (found := text.rfind(words + opening, 0, limit)) >= 0:
             start = found + len(words + opening)
-            if not lost_fields(self._of(index), self._words[start:]):
+            if not lost_fields(self._ends.fields_of(index), self._words[start:]):
                 return start
             limit = start - 1
         return None
@@ -294,7 +283,8 @@ class Rendering:
     def _start_of_words(self, index: int) -> int | None:
         """Returns where a turn's words start, if its prompt and the text are alike up to there."""
         text, alike = self._words, self.found.shared[Part(index, is_prompt=True)]
-        words = next((words for field in self._of(index) for words in field.texts), None)
+        fields = self._ends.fields_of(index)
+        words = next((words for field in fields for words in field.texts), None)
         if words is None:
             return None
         if text[alike:].lstrip().startswith(words):
@@ -305,48 +295,10 @@ class Rendering:
 
     def _end(self, index: int, start: int) -> int:
         """Returns where a turn ends."""
-        end = self._end_of_unasked(index, start) or self._end_of_closed(index, start)
-        end = end or self.found.prefixes[Part(index + 1)]
+        end = self._ends.of_turn(index, start)
         if end is None:
             raise RewrittenError(f"the chat template rewrites messages[{index}]")
         return end
-
-    def _size(self, index: int, start: int | None) -> int:
-        """Returns how long the text is without what ends the conversation behind its last turn."""
-        is_last = index == len(self.talk.messages) - 1
-        closed = self._end_of_closed(index, start or 0) if is_last else None
-        return closed or len(self.found.text)
-
-    def _end_of_unasked(self, index: int, start: int) -> int | None:
-        """Returns where a turn ends behind which the template opens the next one unasked.
-
-        What such a template adds is no part of the turn; its stop token follows the words.
-        """
-        fields = self._of(index)
-        if _PROMPT in self.template or not fields:
-            return None
-        if any(field.name.endswith(".tool_calls") for field in fields):
-            return None
-        if self.config.loss_on != "all" and not self._is_opened(index, start):
-            return None
-        end = end_of_fields(fields, self._words, start)
-        return None if end is None else len(self._words) - len(self._words[end:].lstrip())
-
-    def _end_of_closed(self, index: int, start: int) -> int | None:
-        """Returns where a turn ends behind which the template ends the conversation.
-
-        It does so where no turn follows and no prompt is asked for: so with one of them it writes
-        the turn, up to its stop token, and then something else.
-        """
-        is_last = index == len(self.talk.messages) - 1
-        alike = self.found.shared.get(Part(index + 1, is_prompt=is_last))
-        if alike is None or alike == self.found.prefixes[Part(index + 1)]:
-            return None
-        words_end = end_of_fields(self._of(index), self._words, start)
-        if words_end is None or words_end > alike or self._special is None:
-            return None
-        behind = self._special.finditer(self.found.text, words_end, alike)
-        return max((match.end() for match in behind), default=None)
 
     @property
     def _other_ways(self) -> str:
