@@ -9,7 +9,17 @@ import yaml
 
 from lorax.config import DataConfig, DataSource
 from lorax.data import DataError, load_encoded_dataset, render_example
-from tests.chats import CHATML, GENERATION, LLAMA3, PROMPT, TWO_TURNS, byte_tokenizer
+from tests.chats import (
+    CHATML,
+    DROPS_THINKING,
+    GENERATION,
+    HEADER,
+    LLAMA3,
+    NO_STOP,
+    PROMPT,
+    TWO_TURNS,
+    byte_tokenizer,
+)
 
 TOOLS = (
     "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}{% for m in messages %}"
@@ -38,6 +48,14 @@ OPENS_A_THOUGHT = (
     "{{ '<|start|>' + m['content'] }}{% else %}"
     "{{ '<|end|>' + m['content'].split('</think>')[-1] + '</s>' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|end|><think>\\n' }}{% endif %}"
+)
+# The thought of a turn is a block of its own.
+TWO_BLOCKS = (
+    "{% for m in messages %}"
+    + HEADER
+    + "{% if m['role'] == 'assistant' %}{% generation %}{{ '(' }}{% endgeneration %}{{ '\n' }}"
+    "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
+    "{% else %}{{ m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}" + PROMPT
 )
 USER, ANSWER = TWO_TURNS[0], TWO_TURNS[1]
 
@@ -623,6 +641,41 @@ def test_an_answer_that_brings_its_own_stop_token_is_refused(encode, template, s
     answer = {"role": "assistant", "content": f"hello{stop}{space}"}
     with pytest.raises(DataError, match="ends with its stop token twice"):
         encode([chat(USER, answer)], template)
+
+
+@pytest.mark.parametrize("loss_on", ["assistant", "last_assistant", "all"])
+@pytest.mark.parametrize("stop", ["<|im_end|>", "</s>"])
+@pytest.mark.parametrize("template", [CHATML, GENERATION, DROPS_THINKING])
+def test_an_answer_in_whose_midst_a_stop_token_stands_is_refused(encode, template, stop, loss_on):
+    answers = [{"role": "assistant", "content": f"hel{stop}lo {word}"} for word in ("one", "two")]
+    if template is DROPS_THINKING:  # each turn is a row of its own
+        answers[0]["content"] = "<think>\nmm\n</think>" + answers[0]["content"]
+    row = chat(USER, answers[0], TWO_TURNS[2], answers[1])
+    settings = {"ignore": ["assistant.thinking"]} if loss_on != "assistant" else {}
+    with pytest.raises(DataError, match=r"the text of messages\[.*holds a stop token") as caught:
+        encode([row], template, loss_on=loss_on, **settings)
+    assert ("messages[1]" in str(caught.value)) == (loss_on != "last_assistant")
+    assert "hel" not in str(caught.value)
+
+
+def test_a_stop_token_inside_a_thought_a_call_or_a_block_is_refused(encode):
+    thought = {"role": "assistant", "content": "<think>\nm</s>\n</think>\nhello"}
+    called = call({"city": "Os<|im_end|>lo"}, content="")
+    words = {"role": "assistant", "content": "hel<|im_end|>lo"}
+    for answer, template in ((thought, TOOLS), (called, TOOLS), (words, TWO_BLOCKS)):
+        with pytest.raises(DataError, match=r"the text of messages\[1\] .* holds a stop token"):
+            encode([chat(USER, answer)], template)
+
+
+def test_stop_tokens_that_are_not_learned_or_end_the_words_are_no_matter(encode):
+    asked = {"role": "user", "content": "what is </s> or <|im_end|> for?"}
+    other = {"role": "assistant", "content": "<|start|>hello<|end|> you"}
+    assert learned(encode([chat(asked, other)])) == [["<|start|>hello<|end|> you<|im_end|>"]]
+    earlier = {"role": "assistant", "content": "hel</s>lo"}
+    row = chat(USER, earlier, TWO_TURNS[2], TWO_TURNS[3])
+    assert learned(encode([row], loss_on="last_assistant")) == [["ciao<|im_end|>"]]
+    own = [{**message, "content": message["content"] + "</s>"} for message in TWO_TURNS]
+    assert learned(encode([chat(*own)], NO_STOP)) == [["hello</s>", "ciao</s>"]]
 
 
 def test_a_message_that_brings_its_own_bos_is_refused(encode):

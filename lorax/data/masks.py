@@ -1,13 +1,14 @@
 """From learned characters to supervised tokens, end-of-turn tokens included."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Int32, Int64
 
 from lorax.data.dataset import EncodedRow
 from lorax.data.formats import IGNORED_LABEL, TokenRow
-from lorax.data.rows import DataError, MalformedRowError, RowError
+from lorax.data.rows import DataError, MalformedRowError, RowError, show_messages
 from lorax.data.tokenizer import (
     TokenizedText,
     Tokenizer,
@@ -145,8 +146,8 @@ def mask_turns(tokenized: TokenizedText, rendered: RenderedText, stops: StopToke
             with the id of one of them, so those of user turns too.
 
     Raises:
-        RowError: If a turn has no stop token although it should be learned, or two; or if the row
-            begins with two BOS.
+        RowError: If a turn has no stop token although it should be learned, or two; if an answer's
+            own words hold one before they end; or if the row begins with two BOS.
     """
     if _begins_twice(tokenized.ids, stops):
         raise RowError(
@@ -173,6 +174,8 @@ def mask_turns(tokenized: TokenizedText, rendered: RenderedText, stops: StopToke
                 supervised[inside[inside > stop]] = False
             supervised[stop] = True
             found.append(stop)
+    ends = {stops.eos, *tokenized.ids[found].tolist()}
+    _refuse_stops_inside([i for i, special in rendered.inside.items() if special & ends])
     match stops.train_on_eos:
         case "last":
             supervised[found[:-1]] = False
@@ -186,6 +189,15 @@ def mask_turns(tokenized: TokenizedText, rendered: RenderedText, stops: StopToke
 
 def _begins_twice(tokens: Int32[np.ndarray, " tokens"], stops: StopTokens) -> bool:
     return stops.begin is not None and bool((tokens[:2] == stops.begin).sum() == 2)
+
+
+def _refuse_stops_inside(messages: Sequence[int]) -> None:
+    """Refuses messages of the assistant in the midst of which a stop token stands."""
+    if messages:
+        raise RowError(
+            f"the text of {show_messages(messages)} (assistant) holds a stop token before it ends, "
+            "so the model would learn to stop in the middle; remove the token there"
+        )
 
 
 def _refuse_second_stop(

@@ -3,7 +3,7 @@
 import array
 import datetime
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -246,3 +246,9 @@ def refuse_duplicate_keys(pairs: list[tuple[str, Any]]) -> Row:
         shown = repr(repeated) if is_word(repeated) else f"of {len(repeated):,} characters"
         raise ValueError(f"key {shown} stands twice in one object")
     return row
+
+
+def show_messages(indices: Sequence[int], most: int = 6) -> str:
+    """Returns how an error names messages of a row: the first of them, and how many more."""
+    more = len(indices) - most
+    return ", ".join(f"messages[{i}]" for i in indices[:most]) + f" and {more} more" * (more > 0)

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 
 from lorax.config import DataConfig
 from lorax.data.conversation import Conversation
@@ -51,6 +51,7 @@ class RenderedText:
             writes its own.
         one_turn_per_span: Whether each span is one turn, and so must end in a stop token.
         notes: What is told of such rows, with their number.
+        inside: By message, the special tokens that a learned answer brings along before its end.
     """
 
     text: str
@@ -59,6 +60,7 @@ class RenderedText:
     plain: bool
     one_turn_per_span: bool = True
     notes: tuple[str, ...] = ()
+    inside: Mapping[int, Set[int]] = dataclasses.field(default_factory=dict)
 
     def with_notes(self, *notes: str) -> "RenderedText":
         """Returns the same with more to tell."""
@@ -107,6 +109,7 @@ class Rendering:
             self._refuse_cut(rendered)
         allowed = [field for field in self._all_fields if field not in self._fields]
         lost = lost_fields(allowed, self._hide(rendered.text))
+        rendered = dataclasses.replace(rendered, inside=self._tokens_inside(rendered.text))
         return rendered.with_notes(*(tell_ignored(field.name) for field in lost))
 
     @functools.cached_property
@@ -153,6 +156,25 @@ class Rendering:
     def _is_last_alone(self) -> bool:
         """Whether one turn is learned, and nothing follows it."""
         return self._learned == (len(self.talk.messages) - 1,)
+
+    def _tokens_inside(self, text: str) -> dict[int, set[int]]:
+        """Returns the special tokens that stand in learned answers, but for one that ends them."""
+        answers = self.talk.replies if self.config.loss_on == "all" else self._learned
+        found: dict[int, set[int]] = {}
+        if (special := self._special) is None:
+            return found
+        for index in answers:
+            fields = fields_of([self.talk.messages[index]])
+            texts = [words for field in fields for words in field.texts]
+            names = [
+                match[0]
+                for number, words in enumerate(texts, start=1)
+                for match in special.finditer(words)
+                if number < len(texts) or match.end() < len(words)
+                if any(form in text for form in forms(words))
+            ]
+            found[index] = {self.tokenizer.convert_tokens_to_ids(name) for name in names}
+        return found
 
     def _refuse_lost(self, text: str) -> None:
         """Refuses a row of which the template leaves out a text, or does not read a key."""
