@@ -678,11 +678,58 @@ def test_stop_tokens_that_are_not_learned_or_end_the_words_are_no_matter(encode)
     assert learned(encode([chat(*own)], NO_STOP)) == [["hello</s>", "ciao</s>"]]
 
 
-def test_a_message_that_brings_its_own_bos_is_refused(encode):
-    template = "{{ bos_token }}" + CHATML.replace("{{ '<|im_start|>' + m['role'] + '\\n' }}", "")
-    message = {"role": "user", "content": "<s>hi"}
-    with pytest.raises(DataError, match="begins with BOS twice"):
-        encode([chat(message, ANSWER)], template, loss_on="all")
+BARE = CHATML.replace(HEADER, "")
+
+
+@pytest.mark.parametrize("loss_on", ["assistant", "all"])
+@pytest.mark.parametrize("template", [LLAMA3, "{{ bos_token }}" + BARE, CHATML, GENERATION])
+@pytest.mark.parametrize("place", range(4))
+def test_a_message_that_brings_its_own_bos_is_refused(encode, template, place, loss_on):
+    messages = [dict(message) for message in TWO_TURNS]
+    messages[place]["content"] = f" <s>{messages[place]['content']}"
+    with pytest.raises(DataError, match=rf"the text of messages\[{place}\] holds '<s>'"):
+        encode([chat(*messages)], template, loss_on=loss_on)
+
+
+def test_a_bos_that_begins_a_conversation_or_that_a_template_writes_is_taken(encode):
+    brought = {"role": "user", "content": "<s>hi"}
+    encoded = encode([chat(brought, ANSWER)], BARE, loss_on="all")
+    tokenizer = byte_tokenizer()
+    assert tokenizer.decode(encoded.row(0)[0]) == "<s>hi<|im_end|>\nhello<|im_end|>\n"
+    each = CHATML.replace(HEADER, "{{ bos_token if m['role'] == 'user' }}" + HEADER)
+    tokens, _ = encode([chat(*TWO_TURNS)], each).row(0)
+    assert tokens.tolist().count(tokenizer.bos_token_id) == 2
+    named = byte_tokenizer(CHATML, bos_token="</s>")  # begins and ends, as GPT-2's does
+    asked = {"role": "user", "content": "what is </s>?"}
+    assert len(encode([chat(asked, ANSWER)], tokenizer=named)) == 1
+
+
+def test_a_template_that_writes_bos_twice_is_refused(encode):
+    with pytest.raises(DataError, match="BOS twice, and no message brings one along"):
+        encode([chat(*TWO_TURNS)], "<s>{{ bos_token }}" + CHATML)
+
+
+@pytest.mark.parametrize("before", ["", " ", "\n "])
+def test_a_bos_behind_white_space_is_not_added_again(encode, before):
+    tokenizer = byte_tokenizer()
+    for row, loss_on in (
+        ({"text": f"{before}<s>hi"}, "all"),
+        ({"prompt": f"{before}<s>h", "completion": "i"}, "completion"),
+        ({"prompt": before, "completion": "<s>hi"}, "completion"),
+    ):
+        if row.get("prompt") != "":
+            encoded = encode([row], tokenizer=tokenizer, loss_on=loss_on)
+            assert tokenizer.decode(encoded.row(0)[0]) == f"{before}<s>hi</s>"
+
+
+@pytest.mark.parametrize("completion", ["<s>i", "i<s> there", " <s>"])
+def test_a_bos_inside_a_completion_is_refused(encode, completion):
+    for prompt in ("h", "<s>h"):
+        row = {"prompt": prompt, "completion": completion}
+        with pytest.raises(DataError, match="the completion holds the tokenizer's BOS"):
+            encode([row], tokenizer=byte_tokenizer())
+    texts = [{"text": "<s>one</s><s>two"}]
+    assert len(encode(texts, tokenizer=byte_tokenizer(), loss_on="all")) == 1
 
 
 # Templates of other kinds.

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from lorax.data.dataset import tell_ignored
 from lorax.data.lost import LostError
 from lorax.data.renderer import RENDERER, Part, Rendered, RenderError, Request, TemplateError
 from lorax.data.rows import DataError, RowError
+from lorax.data.special import SpecialTexts
 from lorax.data.tokenizer import Tokenizer
 from lorax.data.turns import GENERATION, RenderedText, Rendering, RewrittenError
 from lorax.small_files import SmallFileError, read_small_file
@@ -63,6 +65,10 @@ class ChatTemplate:
                     names = sorted(f"{role}.content" for role in roles)
                     rows[0] = rows[0].with_notes(*map(tell_ignored, names))
                 yield rows
+
+    @functools.cached_property
+    def _special(self) -> SpecialTexts:
+        return SpecialTexts.of(self.tokenizer)
 
     @property
     def _left_out(self) -> set[str]:
@@ -136,7 +142,8 @@ class ChatTemplate:
 
     def _read(self, template: str, talk: Conversation, found: Rendered) -> RenderedText | RowError:
         try:
-            return Rendering(template, talk, found, self.config, self.tokenizer).read()
+            settings = (self.config, self.tokenizer, self._special)
+            return Rendering(template, talk, found, *settings).read()
         except RowError as error:
             return error
 

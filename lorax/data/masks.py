@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Int32, Int64
+from jaxtyping import Bool, Int64
 
 from lorax.data.dataset import EncodedRow
 from lorax.data.formats import IGNORED_LABEL, TokenRow
@@ -13,7 +13,7 @@ from lorax.data.tokenizer import (
     TokenizedText,
     Tokenizer,
     named_token_id,
-    special_token_ids,
+    special_tokens,
     tokenize_texts,
 )
 from lorax.data.turns import RenderedText
@@ -43,7 +43,7 @@ class StopTokens:
         begin, eos = named_token_id(tokenizer, "bos"), named_token_id(tokenizer, "eos")
         begin = None if begin == eos else begin
         unknown = named_token_id(tokenizer, "unk")
-        special = special_token_ids(tokenizer) - ({begin, unknown} - {eos})
+        special = frozenset(special_tokens(tokenizer).values()) - ({begin, unknown} - {eos})
         return cls(begin, eos, special, train_on_eos)
 
 
@@ -62,12 +62,15 @@ def mask_plain(tokenized: TokenizedText, rendered: RenderedText, stops: StopToke
         Token ids, and which of them are supervised. No token is masked for being the pad token.
 
     Raises:
+        RowError: If a completion holds BOS, behind the beginning of the row.
         DataError: If EOS should be learned and the tokenizer has none.
     """
     tokens = tokenized.ids
     supervised = np.zeros(len(tokens), np.bool_)
     for start, end in rendered.spans:
         supervised |= tokenized.inside(start, end)
+    if rendered.mask_source == "completion":
+        _refuse_begin(tokenized, supervised, rendered.text, stops)
     stop = _find_stop(tokenized, rendered.text, np.arange(len(tokens)), stops)
     adds_eos = (
         bool(len(tokens)) and tokens[-1] == stops.eos and tokenized.starts[-1] == tokenized.ends[-1]
@@ -90,7 +93,7 @@ def mask_plain(tokenized: TokenizedText, rendered: RenderedText, stops: StopToke
             "the tokenizer has no eos_token, so the model would never learn to stop; set one, "
             "or set data.train_on_eos: none"
         )
-    if _begins_twice(tokens, stops):
+    if _begins_twice(tokenized, rendered.text, stops):
         tokens, supervised = tokens[1:], supervised[1:]
     return tokens, supervised
 
@@ -109,8 +112,7 @@ def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
     end, widths = len(tokenized.ids), tokenized.ends - tokenized.starts
     while end and not widths[end - 1] and int(tokenized.ids[end - 1]) in stops.special:
         end -= 1
-    tokens = tokenized.ids[:end]
-    return tokens[_begins_twice(tokens, stops) :].tolist()
+    return tokenized.ids[_begins_twice(tokenized, text, stops) : end].tolist()
 
 
 def mask_labels(row: TokenRow, stops: StopTokens) -> EncodedRow:
@@ -149,10 +151,10 @@ def mask_turns(tokenized: TokenizedText, rendered: RenderedText, stops: StopToke
         RowError: If a turn has no stop token although it should be learned, or two; if an answer's
             own words hold one before they end; or if the row begins with two BOS.
     """
-    if _begins_twice(tokenized.ids, stops):
+    if _begins_twice(tokenized, rendered.text, stops):
         raise RowError(
-            "the rendered conversation begins with BOS twice: the chat template writes one, and "
-            "another stands in the first message; remove it there"
+            "the rendered conversation begins with BOS twice, and no message brings one along: set "
+            "data.chat_template to one that writes it once"
         )
     supervised = np.zeros(len(tokenized.ids), np.bool_)
     found: list[int] = []
@@ -187,8 +189,26 @@ def mask_turns(tokenized: TokenizedText, rendered: RenderedText, stops: StopToke
     return tokenized.ids, supervised
 
 
-def _begins_twice(tokens: Int32[np.ndarray, " tokens"], stops: StopTokens) -> bool:
-    return stops.begin is not None and bool((tokens[:2] == stops.begin).sum() == 2)
+def _begins_twice(tokenized: TokenizedText, text: str, stops: StopTokens) -> bool:
+    """Says whether BOS is the first token and the next visible one, white space aside."""
+    if stops.begin is None or tokenized.ids[:1].tolist() != [stops.begin]:
+        return False
+    for place in range(1, len(tokenized.ids)):
+        if text[tokenized.starts[place] : tokenized.ends[place]].strip():
+            return int(tokenized.ids[place]) == stops.begin
+    return False
+
+
+def _refuse_begin(
+    tokenized: TokenizedText, learned: Bool[np.ndarray, " tokens"], text: str, stops: StopTokens
+) -> None:
+    """Refuses BOS in a completion, unless nothing but white space stands before it."""
+    places = np.flatnonzero(learned & (tokenized.ids == stops.begin))
+    if any(text[: tokenized.starts[place]].strip() for place in places):
+        raise RowError(
+            "the completion holds the tokenizer's BOS, which belongs at the beginning of a row "
+            "alone; remove it from the text"
+        )
 
 
 def _refuse_stops_inside(messages: Sequence[int]) -> None:

@@ -287,16 +287,11 @@ def named_token_id(tokenizer: Tokenizer, name: Literal["bos", "eos", "unk"]) -> 
     return None if found is None else int(found)
 
 
-def special_texts(tokenizer: Tokenizer) -> list[str]:
-    """Returns the texts of all tokens that are flagged special, the longest first."""
-    added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
-    return sorted({*tokenizer.all_special_tokens, *added}, key=len, reverse=True)
-
-
-def special_token_ids(tokenizer: Tokenizer) -> frozenset[int]:
-    """Returns the ids of all tokens that are flagged special, named (EOS, …) or added."""
+def special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
+    """Returns the ids of all tokens that are flagged special, named (EOS, …) or added, by text."""
     added = tokenizer.added_tokens_decoder.items()
-    return frozenset({*tokenizer.all_special_ids, *(i for i, token in added if token.special)})
+    named = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
+    return {token.content: number for number, token in added if token.special} | dict(named)
 
 
 def _narrow(ids: Sequence[int]) -> Int32[np.ndarray, " tokens"]:

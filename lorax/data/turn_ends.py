@@ -24,7 +24,7 @@ class TurnEnds:
         found: What was rendered of it.
         words: The rendering, as long as it is, with its special tokens hidden.
         fields: What the rendering must hold; the texts are hidden likewise.
-        special: Finds special tokens; None if there are none.
+        special: Finds special tokens.
         learns_all: Whether all of the text is learned, so that no turn need be opened.
     """
 
@@ -33,7 +33,7 @@ class TurnEnds:
     found: Rendered
     words: str
     fields: Sequence[Field]
-    special: re.Pattern[str] | None
+    special: re.Pattern[str]
     learns_all: bool
 
     def fields_of(self, index: int) -> list[Field]:
@@ -66,7 +66,7 @@ class TurnEnds:
     def up_to_stop(self, index: int, start: int, end: int) -> int:
         """Returns where the first special token behind a turn's words ends, or the turn itself."""
         behind = self.of_words(index, start)
-        if self.special is None or behind is None or behind > end:
+        if behind is None or behind > end:
             return end
         stop = self.special.search(self.found.text, behind, end)
         return end if stop is None else stop.end()
@@ -103,7 +103,7 @@ class TurnEnds:
         if alike is None or alike == self.found.prefixes[Part(index + 1)]:
             return None
         words_end = self.of_words(index, start)
-        if words_end is None or words_end > alike or self.special is None:
+        if words_end is None or words_end > alike:
             return None
         behind = self.special.finditer(self.found.text, words_end, alike)
         return max((match.end() for match in behind), default=None)

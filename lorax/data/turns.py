@@ -21,7 +21,8 @@ from lorax.data.lost import (
 from lorax.data.markers import spans_between_markers
 from lorax.data.renderer import Part, Rendered, Span
 from lorax.data.rows import RowError, check_unicode, show_name
-from lorax.data.tokenizer import Tokenizer, special_texts
+from lorax.data.special import SpecialTexts
+from lorax.data.tokenizer import Tokenizer
 from lorax.data.turn_ends import TurnEnds
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -80,7 +81,8 @@ class Rendering:
         talk: The conversation.
         found: What was rendered of it.
         config: Says what is learned, and what may be left out.
-        tokenizer: Knows the special tokens.
+        tokenizer: What the rows are for.
+        special: Its special tokens.
     """
 
     template: str
@@ -88,6 +90,7 @@ class Rendering:
     found: Rendered
     config: DataConfig
     tokenizer: Tokenizer
+    special: SpecialTexts
 
     def read(self) -> RenderedText:
         """Returns the text with its learned turns.
@@ -108,26 +111,18 @@ class Rendering:
         if self.config.loss_on != "all":
             self._refuse_cut(rendered)
         allowed = [field for field in self._all_fields if field not in self._fields]
-        lost = lost_fields(allowed, self._hide(rendered.text))
-        rendered = dataclasses.replace(rendered, inside=self._tokens_inside(rendered.text))
+        lost = lost_fields(allowed, self.special.hide(rendered.text))
+        self.special.refuse_begin(self.talk.messages, rendered.text)
+        answers = self.talk.replies if self.config.loss_on == "all" else self._learned
+        tokens_of = lambda index: self.special.inside(self.talk.messages[index], rendered.text)
+        rendered = dataclasses.replace(rendered, inside={i: tokens_of(i) for i in answers})
         return rendered.with_notes(*(tell_ignored(field.name) for field in lost))
-
-    @functools.cached_property
-    def _special(self) -> re.Pattern[str] | None:
-        texts = sorted(special_texts(self.tokenizer), key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, texts))) if texts else None
-
-    def _hide(self, text: str) -> str:
-        """Returns a text, as long as before, in whose special tokens no words are found."""
-        if self._special is None:
-            return text
-        return self._special.sub(lambda found: "\1" * len(found[0]), text)
 
     @functools.cached_property
     def _all_fields(self) -> list[Field]:
         """Every text of the messages, to be found where special tokens are hidden."""
         return [
-            field._replace(texts=tuple(map(self._hide, field.texts)))
+            field._replace(texts=tuple(map(self.special.hide, field.texts)))
             for field in fields_of(self.talk.messages)
         ]
 
@@ -140,13 +135,15 @@ class Rendering:
     @functools.cached_property
     def _words(self) -> str:
         """The rendering with its special tokens hidden."""
-        return self._hide(self.found.text)
+        return self.special.hide(self.found.text)
 
     @functools.cached_property
     def _ends(self) -> TurnEnds:
         learns_all = self.config.loss_on == "all"
         texts = (self._words, self._fields)
-        return TurnEnds(self.template, self.talk, self.found, *texts, self._special, learns_all)
+        return TurnEnds(
+            self.template, self.talk, self.found, *texts, self.special.pattern, learns_all
+        )
 
     @functools.cached_property
     def _learned(self) -> tuple[int, ...]:
@@ -157,25 +154,6 @@ class Rendering:
         """Whether one turn is learned, and nothing follows it."""
         return self._learned == (len(self.talk.messages) - 1,)
 
-    def _tokens_inside(self, text: str) -> dict[int, set[int]]:
-        """Returns the special tokens that stand in learned answers, but for one that ends them."""
-        answers = self.talk.replies if self.config.loss_on == "all" else self._learned
-        found: dict[int, set[int]] = {}
-        if (special := self._special) is None:
-            return found
-        for index in answers:
-            fields = fields_of([self.talk.messages[index]])
-            texts = [words for field in fields for words in field.texts]
-            names = [
-                match[0]
-                for number, words in enumerate(texts, start=1)
-                for match in special.finditer(words)
-                if number < len(texts) or match.end() < len(words)
-                if any(form in text for form in forms(words))
-            ]
-            found[index] = {self.tokenizer.convert_tokens_to_ids(name) for name in names}
-        return found
-
     def _refuse_lost(self, text: str) -> None:
         """Refuses a row of which the template leaves out a text, or does not read a key."""
         talk = self.talk
@@ -185,7 +163,7 @@ class Rendering:
         elsewhere = set(talk.replies) - set(talk.turns) if talk.turns is not None else set()
         lost = [
             field
-            for field in lost_fields(self._fields, self._hide(text))
+            for field in lost_fields(self._fields, self.special.hide(text))
             if field.name not in unread and field.message not in elsewhere
         ]
         if (lost or unread) and not self._is_last_alone and self.config.loss_on != "all":
@@ -210,7 +188,7 @@ class Rendering:
 
     def _refuse_cut(self, rendered: RenderedText) -> None:
         """Refuses learned turns that do not hold what the assistant says, whole."""
-        parts = [self._hide(rendered.text[start:end]) for start, end in rendered.spans]
+        parts = [self.special.hide(rendered.text[start:end]) for start, end in rendered.spans]
         if not rendered.one_turn_per_span:
             parts = ["".join(parts)] * len(self._learned)
         for index, part in zip(self._learned, parts, strict=True):
