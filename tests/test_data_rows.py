@@ -17,6 +17,7 @@ from tests.chats import (
     LLAMA3,
     NO_STOP,
     PROMPT,
+    STOP_OUTSIDE,
     TWO_TURNS,
     byte_tokenizer,
 )
@@ -665,6 +666,15 @@ def test_a_stop_token_inside_a_thought_a_call_or_a_block_is_refused(encode):
     for answer, template in ((thought, TOOLS), (called, TOOLS), (words, TWO_BLOCKS)):
         with pytest.raises(DataError, match=r"the text of messages\[1\] .* holds a stop token"):
             encode([chat(USER, answer)], template)
+
+
+@pytest.mark.parametrize("end", ["<|im_start|>", "<|im_start|>\n"])
+def test_a_special_token_that_ends_an_answers_words_is_not_its_stop(encode, end):
+    answer = {"role": "assistant", "content": f"hello{end}"}
+    with pytest.raises(DataError, match="ends without a special token"):
+        encode([chat(USER, answer)], NO_STOP)
+    found = encode([chat(USER, answer)], STOP_OUTSIDE)
+    assert learned(found, STOP_OUTSIDE) == [[f"hello{end}<|im_end|>"]]
 
 
 def test_stop_tokens_that_are_not_learned_or_end_the_words_are_no_matter(encode):

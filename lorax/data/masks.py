@@ -160,7 +160,8 @@ def mask_turns(tokenized: TokenizedText, rendered: RenderedText, stops: StopToke
     found: list[int] = []
     for number, (start, end) in enumerate(rendered.spans, start=1):
         inside = np.flatnonzero(tokenized.inside(start, end))
-        stop = _find_stop(tokenized, rendered.text, inside, stops)
+        words_end = rendered.words_ends[number - 1] if rendered.words_ends else 0
+        stop = _find_stop(tokenized, rendered.text, inside, stops, words_end)
         needed = rendered.one_turn_per_span or number == len(rendered.spans)
         if stop is None and needed and stops.train_on_eos != "none":
             raise RowError(
@@ -235,9 +236,16 @@ def _refuse_second_stop(
 
 
 def _find_stop(
-    tokenized: TokenizedText, text: str, inside: Int64[np.ndarray, " turn"], stops: StopTokens
+    tokenized: TokenizedText,
+    text: str,
+    inside: Int64[np.ndarray, " turn"],
+    stops: StopTokens,
+    words_end: int = 0,
 ) -> int | None:
-    """Returns the index of the token that ends a turn; EOS goes before other special tokens."""
+    """Returns the index of the token that ends a turn; EOS goes before other special tokens.
+
+    What a turn's own words end with, before `words_end`, is its stop if it is EOS alone.
+    """
     if not len(inside):
         return None
     after = int(inside[-1]) + 1
@@ -248,6 +256,6 @@ def _find_stop(
             break
     for wanted in ({stops.eos}, stops.special):
         for index in places:
-            if int(tokenized.ids[index]) in wanted:
+            if int(tokenized.ids[index]) in wanted and tokenized.starts[index] >= words_end:
                 return index
-    return None
+    return next((index for index in places if tokenized.ids[index] == stops.eos), None)

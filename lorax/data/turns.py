@@ -52,6 +52,7 @@ class RenderedText:
             writes its own.
         one_turn_per_span: Whether each span is one turn, and so must end in a stop token.
         notes: What is told of such rows, with their number.
+        words_ends: By span, before which character no stop token of its turn is looked for.
         inside: By message, the special tokens that a learned answer brings along before its end.
     """
 
@@ -61,6 +62,7 @@ class RenderedText:
     plain: bool
     one_turn_per_span: bool = True
     notes: tuple[str, ...] = ()
+    words_ends: tuple[int, ...] = ()
     inside: Mapping[int, Set[int]] = dataclasses.field(default_factory=dict)
 
     def with_notes(self, *notes: str) -> "RenderedText":
@@ -115,7 +117,11 @@ class Rendering:
         self.special.refuse_begin(self.talk.messages, rendered.text)
         answers = self.talk.replies if self.config.loss_on == "all" else self._learned
         tokens_of = lambda index: self.special.inside(self.talk.messages[index], rendered.text)
-        rendered = dataclasses.replace(rendered, inside={i: tokens_of(i) for i in answers})
+        rendered = dataclasses.replace(
+            rendered,
+            words_ends=self._words_ends(rendered),
+            inside={i: tokens_of(i) for i in answers},
+        )
         return rendered.with_notes(*(tell_ignored(field.name) for field in lost))
 
     @functools.cached_property
@@ -153,6 +159,18 @@ class Rendering:
     def _is_last_alone(self) -> bool:
         """Whether one turn is learned, and nothing follows it."""
         return self._learned == (len(self.talk.messages) - 1,)
+
+    def _words_ends(self, rendered: RenderedText) -> tuple[int, ...]:
+        """Returns where the words of each span end; 0 where their order cannot be found."""
+        if not rendered.one_turn_per_span or self.config.loss_on == "all":
+            return ()
+        words = self.special.hide(rendered.text)
+        pairs = zip(self._learned, rendered.spans, strict=True)
+        found = (
+            (end_of_fields(self._ends.fields_of(index), words[:end], start) or 0)
+            for index, (start, end) in pairs
+        )
+        return tuple(found)
 
     def _refuse_lost(self, text: str) -> None:
         """Refuses a row of which the template leaves out a text, or does not read a key."""
