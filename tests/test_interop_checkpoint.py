@@ -303,7 +303,7 @@ def test_a_bad_checkpoint_is_refused(case, folder):
     assert str(folder) in str(error.value)
 
 
-def test_values_too_large_for_the_dtype_are_refused(folder):
+def test_values_too_large_for_float16_are_refused(folder):
     set_value(Q0, 1e6)(folder)
     load_model(folder, dtype=jnp.bfloat16)
     with pytest.raises(CheckpointError, match=f"{Q0} overflows float16; load it as bfloat16"):
