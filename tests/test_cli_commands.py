@@ -156,7 +156,7 @@ def test_a_run_leaves_its_config_versions_and_card(trained):
     names = {path.name for path in trained.iterdir()}
     assert names == {
         "adapter", "checkpoints", "config.yaml", "loss.png", "metrics.jsonl", "stop_tokens.json",
-        "summary.json", "tensorboard", "versions.json", "weights",
+        "row_kinds.json", "summary.json", "tensorboard", "versions.json", "weights",
     }  # fmt: skip
     assert load_config(trained / "config.yaml") == load_config(trained.parent / "run.yaml")
     versions = json.loads((trained / "versions.json").read_text())
