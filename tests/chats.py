@@ -1,7 +1,12 @@
 """Chat templates of several kinds and a tokenizer of bytes, for the tests of the data."""
 
+import json
+
 import tokenizers
 import transformers
+
+from lorax.config import DataConfig, DataSource
+from lorax.data import load_encoded_dataset, render_example
 
 HEADER = "{{ '<|im_start|>' + m['role'] + '\\n' }}"
 PROMPT = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
@@ -64,3 +69,27 @@ def byte_tokenizer(template=None, *, trim_offsets=False, **named):
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **names)
     tokenizer.chat_template = template
     return tokenizer
+
+
+def encode_rows(folder, template, *rows, **settings):
+    """The dataset that rows become under a template and settings of `data`."""
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = DataConfig(train=(DataSource(path=str(path)),), **settings)
+    return load_encoded_dataset(config.train, config, byte_tokenizer(template))
+
+
+def pieces(encoded, template):
+    """Of each row the texts that it consists of, and whether they are learned."""
+    tokenizer = byte_tokenizer(template)
+    return [render_example(encoded, i, tokenizer) for i in range(len(encoded))]
+
+
+def learned(encoded, template):
+    """Of each row the texts that are learned."""
+    return [[text for text, flag in row if flag] for row in pieces(encoded, template)]
+
+
+def changes(encoded):
+    """What became of rows, with their number."""
+    return {change.what: change.rows for change in encoded.report.changes}

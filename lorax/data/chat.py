@@ -20,6 +20,8 @@ from lorax.small_files import SmallFileError, read_small_file
 
 REWRITTEN = "became one row per learned turn: the chat template rewrites earlier turns"
 
+CUT_BEHIND = "were cut behind their last learned turn: no learned turn sees what follows it"
+
 
 @dataclasses.dataclass(frozen=True)
 class ChatTemplate:
@@ -48,23 +50,31 @@ class ChatTemplate:
             whole = list(group)
             talks = [talk.without_roles(self._left_out) for talk in whole]
             tried = self._try(template, talks)
-            again = [
-                (i, talk.ending_with(turn))
+            again = {
+                i: talk.apart(self.config.loss_on)
                 for i, (talk, found) in enumerate(zip(talks, tried, strict=True))
                 if isinstance(found, RewrittenError)
-                for turn in talk.learned_replies(self.config.loss_on)
-            ]
-            apart: dict[int, list[RenderedText | RowError]] = {}
-            rendered = self._try(template, [talk for _, talk in again])
-            for (i, _), found in zip(again, rendered, strict=True):
-                apart.setdefault(i, []).append(found)
+            }
+            rendered = iter(
+                self._try(template, [part for parts in again.values() for part in parts])
+            )
             for i, found in enumerate(tried):
-                rows = _gather(apart.get(i, [found]))
+                parts = again.get(i, [])
+                rows = _gather([next(rendered) for _ in parts] or [found])
                 if not isinstance(rows, RowError):
-                    roles = {message["role"] for message in whole[i].messages} & self._left_out
-                    names = sorted(f"{role}.content" for role in roles)
-                    rows[0] = rows[0].with_notes(*map(tell_ignored, names))
+                    rows[0] = rows[0].with_notes(*self._notes(whole[i], talks[i], parts))
                 yield rows
+
+    def _notes(
+        self, whole: Conversation, talk: Conversation, parts: Sequence[Conversation]
+    ) -> Iterator[str]:
+        """Yields what is told of a conversation that was split, or of which a part was left out."""
+        if len(parts) > 1:
+            yield REWRITTEN
+        if parts and len(parts[-1].messages) < len(talk.messages):
+            yield CUT_BEHIND
+        roles = {message["role"] for message in whole.messages} & self._left_out
+        yield from (tell_ignored(f"{role}.content") for role in sorted(roles))
 
     @functools.cached_property
     def _special(self) -> SpecialTexts:
@@ -284,7 +294,4 @@ def _gather(found: Sequence[RenderedText | RowError]) -> list[RenderedText] | Ro
         return LostError(lost, (name for error in lossy for name in error.unread))
     if errors:
         return errors[0]
-    rows = [item for item in found if isinstance(item, RenderedText)]
-    if len(rows) > 1:
-        rows[0] = rows[0].with_notes(REWRITTEN)
-    return rows
+    return [item for item in found if isinstance(item, RenderedText)]

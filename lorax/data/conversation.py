@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 from lorax.data.columns import FLAGS, is_empty, read_flag
@@ -38,6 +38,7 @@ class Conversation:
         completion_start: Where the completion starts, if the row says so.
         flags: Messages that say whether they are learned.
         turns: The messages that are learned, where that is decided; else the settings decide.
+        elsewhere: Replies that are learned too, each in a row of its own.
     """
 
     messages: tuple[Message, ...]
@@ -46,12 +47,7 @@ class Conversation:
     completion_start: int | None = None
     flags: Mapping[int, bool] = dataclasses.field(default_factory=dict)
     turns: tuple[int, ...] | None = None
-
-    @property
-    def functions(self) -> set[str]:
-        """Names of the functions that are offered or called."""
-        offered = {function_name(tool, "tools") for tool in self.tools or ()}
-        return offered.union(*(called_names(message) for message in self.messages))
+    elsewhere: tuple[int, ...] = ()
 
     @property
     def replies(self) -> tuple[int, ...]:
@@ -103,9 +99,18 @@ class Conversation:
             flags={new: self.flags[i] for new, i in enumerate(kept) if i in self.flags},
         )
 
-    def ending_with(self, turn: int) -> "Conversation":
-        """Returns the messages up to `turn`, of which it alone is learned."""
-        return dataclasses.replace(self, messages=self.messages[: turn + 1], turns=(turn,))
+    def apart(self, loss_on: str) -> list["Conversation"]:
+        """Returns for each learned turn the messages up to it, of which it alone is learned."""
+        learned = self.learned_replies(loss_on)
+        return [
+            dataclasses.replace(
+                self,
+                messages=self.messages[: turn + 1],
+                turns=(turn,),
+                elsewhere=tuple(other for other in learned if other != turn),
+            )
+            for turn in learned
+        ]
 
     @property
     def has_calls(self) -> bool:
@@ -227,12 +232,6 @@ def _with_text(message: Message) -> Message:
     if not message.get("tool_calls"):
         return message
     return message | {"tool_calls": [as_text(call) for call in message["tool_calls"]]}
-
-
-def called_names(message: Message) -> Iterator[str]:
-    """Yields the functions that a message calls."""
-    for call in message.get("tool_calls") or ():
-        yield function_name(call, "tool_calls")
 
 
 def function_name(value: Any, where: str) -> str:

@@ -1,62 +1,10 @@
-"""What of a conversation a rendering holds: every text must be found in it again."""
+"""Which parts of a row a rendering leaves out: every text must be found in it again."""
 
 import json
-import re
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
 
-from lorax.data.conversation import Message
-from lorax.data.rows import RowError, is_word
-
-REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
-"""Keys of a message's thinking; transformers hands each of them to a template under all names."""
-
-THINKING = "assistant.thinking"
-
-NEEDED = ("assistant.content", "assistant.tool_calls")
-"""What no setting can leave out: it is what is learned."""
-
-_STRUCTURE = ("role", "content", "tool_calls", "tool_call_id", *REASONING_KEYS)
-_THINKING_TAGS = re.compile(r"<think(?:ing)?>(.*?)</think(?:ing)?>", re.DOTALL)
-
-
-class Field(NamedTuple):
-    """A part of a message that the rendering should hold.
-
-    Attributes:
-        message: Index of the message.
-        name: How `data.ignore` names what it is, such as ``developer.content``.
-        texts: What to look for, in order.
-    """
-
-    message: int
-    name: str
-    texts: tuple[str, ...]
-
-    @property
-    def is_thinking(self) -> bool:
-        """Whether it is what the assistant thinks before it answers."""
-        return self.name == THINKING or self.name.removeprefix("message.") in REASONING_KEYS
-
-
-def fields_of(messages: Sequence[Message]) -> list[Field]:
-    """Returns the parts of all messages, in the order in which templates write them."""
-    return [field for i, message in enumerate(messages) for field in _fields(i, message)]
-
-
-def unread_keys(messages: Sequence[Message], template: str) -> list[str]:
-    """Returns the keys of messages that the template does not name, as `data.ignore` does."""
-    keys = dict.fromkeys(
-        key
-        for message in messages
-        for key, value in message.items()
-        if key not in ("role", "content", "tool_calls", "tool_call_id")
-        and value not in ("", [], {})
-    )
-    is_named = lambda key: re.search(rf"\b{re.escape(key)}\b", template) is not None
-    reads_thinking = any(map(is_named, REASONING_KEYS))
-    read = lambda key: is_named(key) or (key in REASONING_KEYS and reads_thinking)
-    return [f"message.{key}" if is_word(key) else "message.…" for key in keys if not read(key)]
+from lorax.data.fields import NEEDED, Field
+from lorax.data.rows import RowError
 
 
 def lost_fields(fields: Sequence[Field], text: str) -> list[Field]:
@@ -110,7 +58,7 @@ class LostError(RowError):
 
     def __init__(self, lost: Iterable[Field], unread: Iterable[str]) -> None:
         self.lost, self.unread = list(dict.fromkeys(lost)), list(dict.fromkeys(unread))
-        places = [f"{_what(field)} of messages[{field.message}]" for field in self.lost]
+        places = list(dict.fromkeys(_what(field) for field in self.lost))
         keys = [name.removeprefix("message.") for name in self.unread]
         said = [f"leaves out the {_listed(places)}"] * bool(places)
         said += [f"does not read the key {_listed(keys)}"] * bool(keys)
@@ -125,65 +73,15 @@ class LostError(RowError):
 
 
 def _what(field: Field) -> str:
-    owner, _, key = field.name.partition(".")
-    return key if owner == "message" else f"{owner}'s {key.replace('_', ' ')}"
+    if field.name == field.owner:
+        return field.name
+    part, _, key = field.name.partition(".")
+    named = key if part in ("message", "tools") else f"{part}'s {key.replace('_', ' ')}"
+    return f"{named} of {field.owner}"
 
 
 def _listed(names: Sequence[str], most: int = 6) -> str:
     return ", ".join(names[:most]) + f" and {len(names) - most} more" * (len(names) > most)
-
-
-def _fields(index: int, message: Message) -> Iterator[Field]:
-    role, content = message["role"], message.get("content") or ""
-    for key in REASONING_KEYS:
-        if words := tuple(_texts_in(message.get(key))):
-            yield Field(index, f"message.{key}", words)
-    if role == "assistant":
-        position = 0
-        for match in _THINKING_TAGS.finditer(content):
-            yield from _field(index, "assistant.content", content[position : match.start()])
-            yield from _field(index, THINKING, match[1])
-            position = match.end()
-        yield from _field(index, "assistant.content", content[position:])
-    else:
-        yield from _field(index, f"{role}.content", content)
-    if words := tuple(_texts_of_calls(message.get("tool_calls") or ())):
-        yield Field(index, f"{role}.tool_calls", words)
-    for key, value in message.items():
-        if key not in _STRUCTURE and (words := tuple(_texts_in(value))):
-            yield Field(index, f"message.{key}", words)
-
-
-def _field(index: int, name: str, content: str) -> Iterator[Field]:
-    if words := content.strip():
-        yield Field(index, name, (words,))
-
-
-def _texts_of_calls(calls: Iterable[Any]) -> Iterator[str]:
-    for call in calls:
-        inner = call.get("function", call)
-        yield inner["name"]
-        arguments = inner.get("arguments")
-        if isinstance(arguments, str):  # as a template asked for them: told apart when parsed
-            arguments = json.loads(arguments)
-        for name, value in (arguments or {}).items():
-            yield name
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                yield json.dumps(value)
-            yield from _texts_in(value)
-
-
-def _texts_in(value: Any) -> Iterator[str]:
-    """Yields every text in a JSON value that holds more than white space."""
-    if isinstance(value, str):
-        if value.strip():
-            yield value.strip()
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _texts_in(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _texts_in(item)
 
 
 def forms(words: str) -> list[str]:

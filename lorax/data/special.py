@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from lorax.data.conversation import Message
-from lorax.data.lost import fields_of, forms
+from lorax.data.fields import fields_of
+from lorax.data.lost import forms
 from lorax.data.rows import RowError, show_messages
 from lorax.data.tokenizer import Tokenizer, named_token_id, special_tokens
 

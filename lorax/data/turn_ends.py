@@ -5,7 +5,8 @@ import re
 from collections.abc import Sequence
 
 from lorax.data.conversation import Conversation
-from lorax.data.lost import Field, end_of_fields
+from lorax.data.fields import Field
+from lorax.data.lost import end_of_fields
 from lorax.data.renderer import Part, Rendered
 
 PROMPT = "add_generation_prompt"

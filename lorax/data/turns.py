@@ -8,16 +8,15 @@ from collections.abc import Mapping, Sequence, Set
 from lorax.config import DataConfig
 from lorax.data.conversation import Conversation
 from lorax.data.dataset import tell_ignored
-from lorax.data.lost import (
+from lorax.data.fields import (
     NEEDED,
     Field,
-    LostError,
-    end_of_fields,
     fields_of,
-    forms,
-    lost_fields,
+    fields_of_tools,
     unread_keys,
+    unread_tool_keys,
 )
+from lorax.data.lost import LostError, end_of_fields, forms, lost_fields
 from lorax.data.markers import spans_between_markers
 from lorax.data.renderer import Part, Rendered, Span
 from lorax.data.rows import RowError, check_unicode, show_name
@@ -28,6 +27,8 @@ from lorax.data.turn_ends import TurnEnds
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 OTHER_PROMPT = "begin the assistant's turn otherwise than the chat template's own prompt for it"
+
+ALL_TOOLS = Field("tools", "tools", ())
 
 OPENING = (
     "learn what opens the assistant's turn too, since the chat template has no prompt for it "
@@ -112,8 +113,6 @@ class Rendering:
         self._refuse_lost(rendered.text)
         if self.config.loss_on != "all":
             self._refuse_cut(rendered)
-        allowed = [field for field in self._all_fields if field not in self._fields]
-        lost = lost_fields(allowed, self.special.hide(rendered.text))
         self.special.refuse_begin(self.talk.messages, rendered.text)
         answers = self.talk.replies if self.config.loss_on == "all" else self._learned
         tokens_of = lambda index: self.special.inside(self.talk.messages[index], rendered.text)
@@ -122,21 +121,39 @@ class Rendering:
             words_ends=self._words_ends(rendered),
             inside={i: tokens_of(i) for i in answers},
         )
-        return rendered.with_notes(*(tell_ignored(field.name) for field in lost))
+        return rendered.with_notes(*map(tell_ignored, self._allowed(rendered.text)))
+
+    @functools.cached_property
+    def _ignored(self) -> set[str]:
+        return set(self.config.ignore) - set(NEEDED)
 
     @functools.cached_property
     def _all_fields(self) -> list[Field]:
         """Every text of the messages, to be found where special tokens are hidden."""
-        return [
-            field._replace(texts=tuple(map(self.special.hide, field.texts)))
-            for field in fields_of(self.talk.messages)
-        ]
+        return self._hidden(fields_of(self.talk.messages))
+
+    @functools.cached_property
+    def _all_of_tools(self) -> list[Field]:
+        """Every text of the tools, likewise."""
+        return self._hidden(fields_of_tools(self.talk.tools or ()))
 
     @functools.cached_property
     def _fields(self) -> list[Field]:
-        """What the rendering must hold."""
-        ignore = set(self.config.ignore) - set(NEEDED)
-        return [field for field in self._all_fields if field.name not in ignore]
+        """What the rendering must hold of the messages."""
+        return [field for field in self._all_fields if field.name not in self._ignored]
+
+    def _hidden(self, fields: Sequence[Field]) -> list[Field]:
+        hide = self.special.hide
+        return [field._replace(texts=tuple(map(hide, field.texts))) for field in fields]
+
+    def _allowed(self, text: str) -> list[str]:
+        """Returns what the template leaves out, or does not read, and may."""
+        if not self._ignored:
+            return []
+        fields = [f for f in (*self._all_of_tools, *self._all_fields) if f.name in self._ignored]
+        lost = lost_fields(fields, self.special.hide(text))
+        unread = unread_tool_keys(self.talk.tools or (), self.template, text)
+        return [*(field.name for field in lost), *(key for key in unread if key in self._ignored)]
 
     @functools.cached_property
     def _words(self) -> str:
@@ -176,25 +193,14 @@ class Rendering:
         """Refuses a row of which the template leaves out a text, or does not read a key."""
         talk = self.talk
         unread = unread_keys(talk.messages, self.template)
-        # Answers before the one that is learned here are as the template means them to be; they are
-        # looked at where they are learned themselves.
-        elsewhere = set(talk.replies) - set(talk.turns) if talk.turns is not None else set()
-        lost = [
-            field
-            for field in lost_fields(self._fields, self.special.hide(text))
-            if field.name not in unread and field.message not in elsewhere
-        ]
+        lost = [field for field in self._lost(text) if field.name not in unread]
+        if ALL_TOOLS not in lost:
+            keys = unread_tool_keys(talk.tools or (), self.template, text)
+            unread += [key for key in keys if key not in self._ignored]
         if (lost or unread) and not self._is_last_alone and self.config.loss_on != "all":
             raise RewrittenError("the chat template leaves something out")
         if lost or unread:
             raise LostError(lost, unread)
-        functions = [name for name in talk.functions if name not in text]
-        if functions:
-            raise RowError(
-                f"the chat template leaves out {len(functions)} functions of the row's tools and "
-                "tool_calls: set data.chat_template to one that writes them, or remove them from "
-                "the row"
-            )
         is_named = lambda name: re.search(rf"\b{re.escape(name)}\b", self.template)
         kwargs = [show_name(name) for name in talk.template_kwargs if not is_named(name)]
         if kwargs:
@@ -203,6 +209,27 @@ class Rendering:
                 "remove what it does not read, or allow the column with data.ignore: "
                 "[chat_template_kwargs]"
             )
+
+    def _lost(self, text: str) -> list[Field]:
+        """Returns what a rendering leaves out and must not; `ALL_TOOLS` where it writes no tool."""
+        text, elsewhere = self.special.hide(text), self.talk.elsewhere
+        tools = [field for field in self._all_of_tools if field.name not in self._ignored]
+        # Answers that are learned elsewhere are here as the template means them to be.
+        fields = [
+            field
+            for field in self._fields
+            if field.message not in elsewhere or not lost_fields([field], text)
+        ]
+        # Templates write tools before the conversation, or behind its first message.
+        first = sum(field.message == 0 for field in fields)
+        orders = [[*tools, *fields], [*fields[:first], *tools, *fields[first:]]]
+        if any(end_of_fields(order, text, 0) is not None for order in orders):
+            return []
+        lost = [f for f in lost_fields(orders[0], text) if f.message not in elsewhere]
+        names = {field for field in tools if field.name == "tools.name"}
+        if names and names.issubset(lost):
+            return [ALL_TOOLS, *(field for field in lost if field.message is not None)]
+        return lost
 
     def _refuse_cut(self, rendered: RenderedText) -> None:
         """Refuses learned turns that do not hold what the assistant says, whole."""
@@ -219,7 +246,7 @@ class Rendering:
         text, loss_on = self.found.text, self.config.loss_on
         if loss_on == "all":
             last = len(self.talk.messages) - 1
-            before = [field for field in self._fields if field.message < last]
+            before = [field for field in self._fields if field.message != last]
             after = end_of_fields(before, self._words, 0) or 0
             end = self._ends.unasked(last, after) or len(text)
             return RenderedText(text, ((0, end),), "all", plain=False)
