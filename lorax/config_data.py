@@ -61,9 +61,10 @@ class DataConfig(Section):
         date: Today's date for a chat template that asks for it, as ``2026-11-30``; null is the day
             on which the run begins. A run keeps its date.
         ignore: What a row may hold without its being learned from, by the names that the errors
-            give: a column, such as ``id``; a key of messages, ``message.name``; a text that the
-            chat template leaves out, ``developer.content`` or ``assistant.thinking``. Messages of
-            system or developer are then left out whole, as some templates fail on them.
+            give: a column, such as ``id``; a key of messages or tools, ``message.name`` or
+            ``tools.strict``; a text that the chat template leaves out, ``developer.content``,
+            ``assistant.thinking`` or ``tools.description``. Messages of system or developer are
+            then left out whole, as some templates fail on them.
         loss_on: The tokens that are prediction targets.
         train_on_eos: Which end-of-turn tokens are targets.
         instruction_part: Text that opens a user turn, such as ``<|im_start|>user\n``.
