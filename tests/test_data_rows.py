@@ -742,6 +742,16 @@ def test_a_bos_inside_a_completion_is_refused(encode, completion):
     assert len(encode(texts, tokenizer=byte_tokenizer(), loss_on="all")) == 1
 
 
+@pytest.mark.parametrize("completion", ["i</s> there", "i</s></s>", "</s>\ni", "i</s>there</s>"])
+def test_an_eos_in_the_midst_of_a_completion_is_refused(encode, completion):
+    for settings in ({}, {"train_on_eos": "none"}):
+        row = {"prompt": "h</s>", "completion": completion}
+        with pytest.raises(DataError, match="the completion holds EOS before it ends"):
+            encode([row], tokenizer=byte_tokenizer(), **settings)
+    whole = {"prompt": "h</s>", "completion": "i</s>\n"}
+    assert learned(encode([whole], tokenizer=byte_tokenizer())) == [["i</s>"]]
+
+
 # Templates of other kinds.
 
 

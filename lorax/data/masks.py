@@ -62,7 +62,7 @@ def mask_plain(tokenized: TokenizedText, rendered: RenderedText, stops: StopToke
         Token ids, and which of them are supervised. No token is masked for being the pad token.
 
     Raises:
-        RowError: If a completion holds BOS, behind the beginning of the row.
+        RowError: If a completion holds BOS, behind the beginning of the row, or EOS before its end.
         DataError: If EOS should be learned and the tokenizer has none.
     """
     tokens = tokenized.ids
@@ -83,6 +83,14 @@ def mask_plain(tokenized: TokenizedText, rendered: RenderedText, stops: StopToke
         stop = len(tokens)
         tokens = np.append(tokens, np.int32(stops.eos))
         supervised = np.append(supervised, False)
+    if (
+        rendered.mask_source == "completion"
+        and (tokens[:stop] == stops.eos)[supervised[:stop]].any()
+    ):
+        raise RowError(
+            "the completion holds EOS before it ends, so the model would learn to stop in the "
+            "middle; remove it from the text"
+        )
     if stop is not None:
         if rendered.mask_source != "all":
             supervised[stop + 1 :] = False
