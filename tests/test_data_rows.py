@@ -6,6 +6,7 @@ import shlex
 
 import pytest
 import yaml
+from transformers.utils import chat_template_utils
 
 from lorax.config import DataConfig, DataSource
 from lorax.data import DataError, load_encoded_dataset, render_example
@@ -320,6 +321,57 @@ def test_a_rows_settings_reach_the_template_or_are_refused(encode):
     assert render_example(encoded, 0, byte_tokenizer(template))[0][0].startswith("/fast")
     with pytest.raises(DataError, match=r"does not read 'enable_speed' of chat_template_kwargs"):
         encode([row])
+
+
+GIVEN = {
+    "messages": [[], [{"role": "user", "content": "other"}]],
+    "chat_template": ["{{ messages }}", None],
+    "tools": [None, []],
+    "add_generation_prompt": [True],
+    "continue_final_message": [True, "content"],
+    "return_assistant_tokens_mask": [True],
+    "tokenize": [False],
+    "conversations": [[]],
+    "compiled_template": [""],
+    "self": [1],
+    "bos_token": ["<|im_end|>", ""],
+    "eos_token": ["<|im_end|>"],
+    "pad_token": ["x"],
+    "image_token": ["x"],
+}
+
+
+@pytest.mark.parametrize("template", [CHATML, GENERATION])
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in GIVEN.items() for value in values]
+)
+def test_a_rows_settings_cannot_replace_what_lorax_renders_with(encode, name, value, template):
+    template += f"{{# {name} #}}{{{{ speed }}}}"  # it reads them
+    tokenizer = byte_tokenizer(template, extra_special_tokens={"image_token": "<|eot|>"})
+    assert "image_token" in tokenizer.special_tokens_map
+    rows = [chat(*TWO_TURNS), chat(*TWO_TURNS, chat_template_kwargs={"speed": "", name: value})]
+    with pytest.raises(DataError, match=rf"rows.jsonl:2: chat_template_kwargs .* '{name}'") as said:
+        encode(rows, template, tokenizer=tokenizer)
+    assert "data.ignore: [chat_template_kwargs]" in str(said.value)
+    encoded = encode(rows, template, tokenizer=tokenizer, ignore=["chat_template_kwargs"])
+    assert learned(encoded) == [["hello<|im_end|>", "ciao<|im_end|>"]] * 2
+
+
+def test_a_rows_settings_cannot_replace_what_transformers_gives_every_template(encode):
+    template = CHATML + "{# KEY #}"
+    found = chat_template_utils._compile_jinja_template(template).environment.globals
+    assert {"raise_exception", "strftime_now", "range"} <= found.keys()
+    for name in found:
+        row = chat(*TWO_TURNS, chat_template_kwargs={name: "x"})
+        with pytest.raises(DataError, match=rf"chat_template_kwargs of the row names '{name}'"):
+            encode([row], template.replace("KEY", name))
+
+
+def test_documents_of_a_row_are_for_its_template(encode):
+    template = "{% for d in documents %}{{ d['text'] }}{% endfor %}" + CHATML
+    row = chat(*TWO_TURNS, chat_template_kwargs={"documents": [{"text": "a source"}]})
+    encoded = encode([row], template)
+    assert render_example(encoded, 0, byte_tokenizer(template))[0][0].startswith("a source")
 
 
 # Flags.

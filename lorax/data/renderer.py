@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from lorax.data.rows import DataError, RowError
+from lorax.data.tokenizer_files import NAMED_TOKENS
 
 type Span = tuple[int, int]
 
@@ -24,6 +25,15 @@ _KEPT = ("PATH", "PYTHONPATH", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMP
 _ENDED = "it takes more time or memory than any conversation needs"
 
 _AT_A_TIME = 256
+
+_OWN = {
+    *("messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template"),
+    *("conversations", "compiled_template", "return_assistant_tokens_mask", "tokenize", "self"),
+    *("raise_exception", "strftime_now"),
+    *("range", "dict", "lipsum", "cycler", "joiner", "namespace"),
+    *NAMED_TOKENS,
+}
+"""What a template is rendered with whatever its row says."""
 
 MOST_LIMITS = 3
 """So many conversations that take too much are enough to know the template."""
@@ -115,9 +125,16 @@ class Renderer:
             **special_tokens,
         }
         day = date or datetime.date.today().isoformat()
+        taken = _OWN | options.keys()
         for group in itertools.batched(requests, _AT_A_TIME):
-            answers = self._ask(group, {"options": options, "date": day})
-            for request, answer in zip(group, answers, strict=True):
+            clashes = [sorted(taken & (item.template_kwargs or {}).keys()) for item in group]
+            asked = [item for item, names in zip(group, clashes, strict=True) if not names]
+            answers = iter(self._ask(asked, {"options": options, "date": day}))
+            for request, names in zip(group, clashes, strict=True):
+                if names:
+                    yield _taken(names)
+                    continue
+                answer = next(answers)
                 if "line" in answer:
                     raise TemplateError(f"line {answer['line']}: {answer['error']}")
                 if "error" in answer:
@@ -220,6 +237,14 @@ class Renderer:
         for pipe in (process.stdin, process.stdout):
             with contextlib.suppress(OSError):  # what it did not read is not missed
                 pipe.close()  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def _taken(names: Sequence[str]) -> RowError:
+    return RowError(
+        f"chat_template_kwargs of the row names {', '.join(map(repr, names))}, with which every "
+        "row is rendered by lorax itself: remove that, or leave the column out with data.ignore: "
+        "[chat_template_kwargs]"
+    )
 
 
 def _error(request: Request, answer: Mapping[str, Any]) -> RowError:
