@@ -305,6 +305,38 @@ def test_unread_columns_are_refused_in_every_format(encode, row, settings):
     assert encode([{**row, "category": "x"}], ignore=["category"], **settings).report.rows_kept == 1
 
 
+OPTIONAL = {
+    "system": (lambda value: chat(*TWO_TURNS, system=value), "must be text"),
+    "tools": (lambda value: chat(*TWO_TURNS, tools=value), "must be a list of objects"),
+    "chat_template_kwargs": (
+        lambda value: chat(*TWO_TURNS, chat_template_kwargs=value),
+        "must be an object",
+    ),
+    "input": (lambda value: {"instruction": "q", "output": "a", "input": value}, "must be text"),
+    "history": (lambda value: {"instruction": "q", "output": "a", "history": value}, "is not read"),
+}
+
+
+@pytest.mark.parametrize("column", OPTIONAL)
+def test_an_optional_column_that_holds_nothing_is_absent_and_zero_is_not_nothing(encode, column):
+    row_with, said = OPTIONAL[column]
+    for nothing in (None, "", [], {}):
+        assert encode([row_with(nothing)]).report.rows_kept == 1
+    for value in (0, 0.0, False, True, 7):
+        with pytest.raises(DataError, match=rf"rows.jsonl:1: .*{column} {said}"):
+            encode([row_with(value)])
+
+
+def test_the_columns_of_an_alpaca_row_are_read_by_their_type_without_a_template_too(encode):
+    row = {"instruction": "q", "output": "a"}
+    for column in ("input", "system"):
+        with pytest.raises(DataError, match=f"{column} must be text, got bool False"):
+            encode([row | {column: False}], tokenizer=byte_tokenizer())
+        assert encode([row | {column: ""}], tokenizer=byte_tokenizer()).report.rows_kept == 1
+    with pytest.raises(DataError, match="tools must be a list of objects, got int 0"):
+        encode([{"prompt": TWO_TURNS[:1], "completion": TWO_TURNS[1:2], "tools": 0}])
+
+
 def test_tools_of_a_plain_completion_are_not_read(encode):
     with pytest.raises(DataError, match="nothing reads the columns 'tools'"):
         encode([{"prompt": "q", "completion": "a", "tools": [{"name": "f"}]}])

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from lorax.data.columns import check_columns
+from lorax.data.columns import check_columns, is_empty
 from lorax.data.conversation import (
     Conversation,
     Message,
@@ -91,7 +91,7 @@ def read_example(row: Row, data_format: str, *, chat: bool) -> Example:
 
 def _read_conversation(row: Row, messages: list[Message], flags: dict[int, bool]) -> Conversation:
     """Adds the columns `system` and `tools`, if there are any, to the messages."""
-    system = text_of(row.get("system") or "", "system", empty=True)
+    system = _optional_text(row, "system")
     if system and messages[0]["role"] == "system":
         raise MalformedRowError(
             "the row has a system column and a system message; keep one of them"
@@ -103,8 +103,14 @@ def _read_conversation(row: Row, messages: list[Message], flags: dict[int, bool]
     return Conversation(tuple(messages), _read_tools(row), _read_kwargs(row), flags=flags)
 
 
+def _optional_text(row: Row, column: str) -> str:
+    """Returns the text of a column that may be absent; what holds nothing is absent."""
+    value = row.get(column)
+    return "" if is_empty(value) else text_of(value, column, empty=True)
+
+
 def _read_tools(row: Row) -> list[Any] | None:
-    if not row.get("tools"):
+    if is_empty(row.get("tools")):
         return None
     tools = list_of_dicts(row, "tools")
     for tool, where in tools:
@@ -113,19 +119,21 @@ def _read_tools(row: Row) -> list[Any] | None:
 
 
 def _read_kwargs(row: Row) -> Mapping[str, Any]:
-    value = row.get("chat_template_kwargs") or {}
+    value = row.get("chat_template_kwargs")
+    if is_empty(value):
+        return {}
     if not isinstance(value, dict):
         raise MalformedRowError(f"chat_template_kwargs must be an object, got {describe(value)}")
     return value
 
 
 def _read_alpaca(row: Row, *, chat: bool) -> Example:
-    if row.get("history"):
+    if not is_empty(row.get("history")):
         raise MalformedRowError("the column history is not read; write such rows as messages")
     instruction = text_of(row["instruction"], "instruction")
     output = text_of(row["output"], "output")
-    extra = text_of(row.get("input") or "", "input", empty=True)
-    system = text_of(row.get("system") or "", "system", empty=True)
+    extra = _optional_text(row, "input")
+    system = _optional_text(row, "system")
     if not chat:
         return Completion(alpaca_prompt(instruction, extra, system), output, kind="alpaca")
     user = f"{instruction}\n\n{extra}" if extra else instruction
