@@ -958,6 +958,41 @@ def test_all_of_a_conversation_ends_with_its_last_turn(encode, first):
     assert pieces[-1].endswith("<|start|>assistant<|end|>\n\nok<|eot|>")
 
 
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"content": "something else"}, "value and {0}.content"),
+        ({"content": 0}, "value and {0}.content"),
+        ({"role": "system"}, "from and {0}.role"),
+        ({"role": "tool", "content": "something else"}, "from and {0}.role"),
+        ({"role": ["user"]}, "from and {0}.role"),
+    ],
+)
+def test_a_sharegpt_turn_that_says_two_things_is_refused_by_name(encode, place, more, said):
+    turns = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]
+    turns[place] |= more
+    where = f"conversations[{place}]"
+    with pytest.raises(DataError) as caught:
+        encode([{"conversations": turns}])
+    assert f"{where}.{said.format(where)} say different things; keep one" in str(caught.value)
+
+
+@pytest.mark.parametrize("nothing", [None, ""])
+def test_a_sharegpt_turn_may_say_the_same_twice_or_nothing_in_one_of_them(encode, nothing):
+    human, gpt = {"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}
+    for more in (
+        {"role": "user", "content": "hi"},
+        {"role": "human"},
+        {"role": nothing, "content": nothing},
+        {"value": nothing, "content": "hi"},
+    ):
+        encoded = encode([{"conversations": [human | more, gpt]}])
+        assert learned(encoded) == [["hello<|im_end|>"]]
+        row = render_example(encoded, 0, byte_tokenizer(CHATML))
+        assert row[0][0] == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+
+
 def test_calls_of_sharegpt_turns_are_read_as_those_of_messages(encode):
     function = {"name": "f", "arguments": '{"city": "Oslo"}'}
     turn = {"from": "gpt", "value": None, "tool_calls": [{"function": function}]}

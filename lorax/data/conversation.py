@@ -181,9 +181,15 @@ def _read_sharegpt(turn: Message, where: str) -> Message:
             f"{where}.from must be one of {', '.join(known)}, got {show_name(role)}"
         )
     message = {key: value for key, value in turn.items() if key not in ("from", "value")}
-    message["role"] = _SHAREGPT_ROLES.get(role, role)
-    if "value" in turn:
-        message["content"] = turn["value"]
+    message |= {"role": _SHAREGPT_ROLES.get(role, role)}
+    own = turn.get("role")
+    if not is_empty(own) and own not in (role, message["role"]):
+        raise MalformedRowError(f"{where}.from and {where}.role say different things; keep one")
+    value, content = turn.get("value"), turn.get("content")
+    if not is_empty(value) and not is_empty(content) and value != content:
+        raise MalformedRowError(f"{where}.value and {where}.content say different things; keep one")
+    if "value" in turn and (is_empty(content) or not is_empty(value)):
+        message["content"] = value
     return _read_message(message, where, "value")
 
 
