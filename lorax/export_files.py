@@ -33,7 +33,8 @@ def companion_files(
 
     Args:
         base: Folder of the base checkpoint.
-        chat_template: The run's own, which then is the only one; None leaves the base's.
+        chat_template: The run's own, which then is the only one; None leaves the one of the base's
+            that transformers takes.
         stop_ids: What the model stops with; None leaves what the base says.
         card: Text of the README.md.
         tokenizer: What the rows were encoded with. Where it takes tokenizer.json as it is and the
@@ -61,6 +62,8 @@ def companion_files(
         # Some readers, llama.cpp's converter among them, take an inline template before the file.
         if _INLINE in settings:
             settings[_INLINE] = chat_template
+    else:
+        files |= _one_template(source, settings)
     if type(tokenizer).__name__ in _FAITHFUL and settings.get(_CLASS) not in _FAITHFUL:
         settings[_CLASS] = _FAITHFUL[-1]
         # A class may know them by itself, where no file names them; this one does not.
@@ -71,6 +74,19 @@ def companion_files(
     if card is not None:
         files["README.md"] = card
     return files
+
+
+def _one_template(source: Path, settings: dict[str, Any]) -> dict[str, None]:
+    """Leaves of a folder's templates the one that transformers takes: a file before an inline one.
+
+    Returns:
+        The files that are left out; what is inline is changed in `settings`.
+    """
+    path = source / TEMPLATE_FILE
+    if path.is_file() and _INLINE in settings:
+        settings[_INLINE] = path.read_text(encoding="utf-8")
+    has_other = path.is_file() or settings.get(_INLINE) is not None
+    return {_OLD_TEMPLATE_FILE: None} if has_other else {}
 
 
 def _as_text(settings: dict) -> str:

@@ -5,12 +5,14 @@ import json
 import shutil
 from pathlib import Path
 
+import gguf
 import peft
 import pytest
 import torch
 import transformers
 
 from lorax.cli import main
+from lorax.export_files import companion_files
 from lorax.generate import generate
 from lorax.interop import checkpoint
 
@@ -143,6 +145,49 @@ def test_an_export_has_one_chat_template_wherever_it_is_looked_for(base, exports
     before = json.loads((base / "tokenizer_config.json").read_text())
     assert before.pop("chat_template").startswith("OLD") and settings == before
     assert transformers.AutoTokenizer.from_pretrained(folder).chat_template == TEMPLATE
+
+
+INLINE, FILE = "inline: {{ messages }}", "file: {{ messages }}\r\n{# é #}"
+NAMED = [{"name": "default", "template": INLINE}, {"name": "tool_use", "template": "tools"}]
+TEMPLATES = {
+    "an inline one and a file": (INLINE, FILE, None),
+    "inline ones with names and a file": (NAMED, FILE, None),
+    "a file and an old file": (None, FILE, "older"),
+    "an inline one and an old file": (INLINE, None, "older"),
+    "all three": (INLINE, FILE, "older"),
+    "a file": (None, FILE, None),
+    "an inline one": (INLINE, None, None),
+    "inline ones with names": (NAMED, None, None),
+    "an old file": (None, None, "older"),
+}
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_of_a_bases_chat_templates_an_export_has_the_one_that_transformers_takes(tmp_path, kind):
+    inline, file, old = TEMPLATES[kind]
+    base, export = tmp_path / "base", tmp_path / "export"
+    shutil.copytree(TINY / "model", base)
+    (base / "chat_template.jinja").unlink()
+    if inline is not None:
+        edit(base / "tokenizer_config.json", chat_template=inline)
+    if file is not None:
+        (base / "chat_template.jinja").write_bytes(file.encode())
+    if old is not None:
+        (base / "chat_template.json").write_text(json.dumps({"chat_template": old}))
+    taken = transformers.AutoTokenizer.from_pretrained(base)
+    files = companion_files(base, chat_template=None, stop_ids=None, card=None, tokenizer=taken)
+    checkpoint.write_checkpoint([], {}, export, source_directory=base, files=files)
+    shutil.copy(base / "config.json", export)
+    assert transformers.AutoTokenizer.from_pretrained(export).chat_template == taken.chat_template
+    if taken.chat_template is not None:
+        said = gguf.SpecialVocab(export).chat_template
+        assert said == (NAMED if inline == NAMED and file is None else taken.chat_template)
+    assert (export / "chat_template.json").exists() == (kind == "an old file")
+    if kind in ("a file", "an inline one", "inline ones with names", "an old file"):
+        for name in ("tokenizer_config.json", "chat_template.jinja", "chat_template.json"):
+            before, after = base / name, export / name
+            assert before.exists() == after.exists()
+            assert not before.exists() or before.read_bytes() == after.read_bytes()
 
 
 def test_weights_saved_by_a_full_run_come_with_the_same_files(run, tmp_path):
