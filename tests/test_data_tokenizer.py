@@ -25,9 +25,9 @@ from lorax.data import DataError, load_encoded_dataset, load_tokenizer
 from lorax.data.tokenizer import tokenize_texts
 from lorax.export_files import companion_files
 from lorax.interop.checkpoint import write_checkpoint
+from tests.real import asset
 
 ROOT = Path(__file__).parents[1]
-REAL = ROOT / ".assets" / "llama2"
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
 
 NAMED = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -346,16 +346,17 @@ def rebuild_model(path):
     return proto.SerializeToString()
 
 
-@pytest.mark.skipif(not REAL.exists(), reason=f"{REAL} is not there: fetch the real tokenizers")
+@pytest.mark.slow
 def test_a_real_tokenizer_of_llama_2s_kind_gives_sentencepieces_ids():
-    model = rebuild_model(REAL / "tokenizer.json")
+    folder = asset("llama2")
+    model = rebuild_model(folder / "tokenizer.json")
     with warns():
-        loaded = load_tokenizer(str(REAL))
+        loaded = load_tokenizer(str(folder))
     runs = [" " * count for count in range(1, 40)]
     texts = [*make_texts(), *runs, *(f"</s>{run}a" for run in runs)]
     expected = list(encode_by_stretches(model, texts))
     assert ids_of(loaded, texts) == expected
-    rebuilt = ids_of(transformers.AutoTokenizer.from_pretrained(REAL), texts)
+    rebuilt = ids_of(transformers.AutoTokenizer.from_pretrained(folder), texts)
     assert sum(a != b for a, b in zip(rebuilt, expected, strict=True)) > len(texts) / 4
 
 
