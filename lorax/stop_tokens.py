@@ -89,13 +89,22 @@ def read_stop_tokens(folder: Path) -> tuple[int, ...] | None:
     """Returns what a run recorded, or None if an older version of lorax made it.
 
     Raises:
-        CheckpointError: If the file is damaged.
+        CheckpointError: If the file is damaged, or does not say.
     """
     path = folder / STOP_TOKENS_FILE
-    return tuple(_token_ids(read_json(path), path)) if path.exists() else None
+    if not path.exists():
+        return None
+    settings = read_json(path)
+    if settings.get(_KEY) is None:
+        found = "is null" if _KEY in settings else "is missing"
+        raise CheckpointError(
+            f'{path}: {_KEY} {found}: write the ids of the tokens that end a text, {{"{_KEY}": '
+            "[ID]}, or remove the file, and only the base model's are known"
+        )
+    return tuple(_token_ids(settings, path, instead="the file"))
 
 
-def _token_ids(settings: dict[str, Any], path: Path) -> list[int]:
+def _token_ids(settings: dict[str, Any], path: Path, instead: str = "the key") -> list[int]:
     value = settings.get(_KEY)
     ids = value if isinstance(value, list) else [] if value is None else [value]
     for token in ids:
@@ -104,6 +113,6 @@ def _token_ids(settings: dict[str, Any], path: Path) -> list[int]:
             shown = repr(token) if whole else type(token).__name__
             raise CheckpointError(
                 f"{path}: {_KEY} must be a token id, which is 0 to {2**31 - 1}, or a list of them, "
-                f"got {shown[:40]}; write the id of the token that ends a text, or remove the key"
+                f"got {shown[:40]}; write the id of the token that ends a text, or remove {instead}"
             )
     return ids

@@ -16,7 +16,12 @@ from flax import nnx
 from lorax.generate import Sampling, _choose, generate
 from lorax.interop.huggingface import load_model
 from lorax.models import CausalLM, DecoderConfig
-from lorax.stop_tokens import generation_settings, stop_token_ids
+from lorax.stop_tokens import (
+    STOP_TOKENS_FILE,
+    generation_settings,
+    read_stop_tokens,
+    stop_token_ids,
+)
 
 SMALL: dict[str, Any] = dict(
     vocab_size=61,
@@ -214,6 +219,26 @@ def test_stop_tokens_are_collected_from_all_files(tmp_path):
     assert stop_token_ids(tmp_path, SimpleNamespace(eos_token_id=3)) == (9, 7, 3)
     assert stop_token_ids(tmp_path) == (9, 7)
     assert stop_token_ids(tmp_path, trained=[11, 7, 5]) == (9, 7, 5, 11)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{}", "eos_token_id is missing: write the ids"),
+        ('{"tokens": []}', "eos_token_id is missing: write the ids"),
+        ('{"eos_token_id": null}', "eos_token_id is null: write the ids"),
+        ('{"eos_token_id": [true]}', "eos_token_id must be a token id"),
+    ],
+)
+def test_a_run_that_does_not_say_its_stop_tokens_is_refused(tmp_path, text, said):
+    path = tmp_path / STOP_TOKENS_FILE
+    path.write_text(text)
+    with pytest.raises(ValueError, match=rf"{path}: {said}.*, or remove the file"):
+        read_stop_tokens(tmp_path)
+    path.write_text('{"eos_token_id": []}')
+    assert read_stop_tokens(tmp_path) == ()
+    path.unlink()
+    assert read_stop_tokens(tmp_path) is None
 
 
 def test_a_checkpoint_without_stop_tokens_is_refused(tmp_path):
