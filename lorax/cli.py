@@ -7,6 +7,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn, override
 
 from rich.console import Console
@@ -25,6 +26,7 @@ from lorax.overview import module_rows, report_data, report_kernels, report_note
 from lorax.phases import Phases, process_age
 from lorax.report import print_config, print_modules
 from lorax.run import run_training
+from lorax.run_folder import find_run
 from lorax.run_inputs import (
     check_plan,
     check_targets,
@@ -200,6 +202,7 @@ def _stop_when_asked() -> None:
 
 def _validate(parsed, console: Console) -> None:
     config = _load_config(parsed, console)
+    find_run(Path(config.save.output_dir), "auto")  # it may be for a run that is there
     check_weights(config)
     inputs = load_inputs(config)
     report_notes(console, input_notes(inputs.base, config.model.adapter))

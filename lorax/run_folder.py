@@ -14,7 +14,7 @@ from lorax.interop.files import CheckpointError, read_json, refuse_occupied
 from lorax.interop.peft import CONFIG_FILE as ADAPTER_FILE
 from lorax.special_files import refuse_special_files
 from lorax.stop_tokens import STOP_TOKENS_FILE, read_stop_tokens, write_stop_tokens
-from lorax.wording import show
+from lorax.wording import clip, explain, show
 
 CONFIG_FILE, VERSIONS_FILE, SUMMARY_FILE = "config.yaml", "versions.json", "summary.json"
 
@@ -102,10 +102,16 @@ def find_run(output: Path, resume: Resume) -> bool:
 
     Raises:
         CheckpointError: If the directory holds a run, or something else, and is not to be resumed,
-            or is to be and holds no run, or one with more than files and folders in it.
+            or is to be and holds no run, or one with more than files and folders in it; or if no
+            folder can have its name.
     """
     checkpoints = output / CHECKPOINT_FOLDER
-    is_run = (checkpoints / MARKER_FILE).is_file()
+    try:
+        is_run = (checkpoints / MARKER_FILE).is_file()
+    except OSError as error:  # a name that is too long, or a folder that may not be looked into
+        raise CheckpointError(
+            f"save.output_dir: {clip(str(output))}: {explain(error)}; choose another path"
+        ) from error
     if not is_run and checkpoints.is_dir() and not any(checkpoints.iterdir()):
         # What a run that was killed while it made its folder leaves: this and nothing else.
         is_run = list(output.iterdir()) == [checkpoints]
@@ -116,7 +122,10 @@ def find_run(output: Path, resume: Resume) -> bool:
     if resume == "always" and not is_run:
         raise CheckpointError(f"{output} holds no run of lorax to resume; leave out --resume")
     if not is_run:
-        refuse_occupied(output)
+        try:
+            refuse_occupied(output)
+        except CheckpointError as error:
+            raise CheckpointError(f"save.output_dir: {error}") from error
         return False
     refuse_special_files(output)
     return True

@@ -921,24 +921,35 @@ def test_bad_data_settings_are_refused(refused, name):
 # --- Output and machine ------------------------------------------------------------------------
 
 
-def test_an_output_folder_with_something_in_it_is_refused(here, refused):
-    (here / "run").mkdir()
-    (here / "run" / "notes.txt").write_text("mine")
-    refused(r"run exists and is not an empty folder; choose another path", "train", "run.yaml")
-
-
-def test_an_output_folder_that_is_a_file_is_refused(here, refused):
-    (here / "run").write_text("mine")
-    refused(r"run exists and is not an empty folder", "train", "run.yaml")
-
-
-def test_an_output_folder_below_a_file_is_refused(refused):
-    refused(
+OUTPUTS = {
+    "with something in it": (
+        "full",
+        r"save.output_dir: full exists and is not an empty folder; choose another",
+    ),
+    "that is a file": ("rows.jsonl", r"rows.jsonl exists and is not an empty folder"),
+    "below a file": (
+        "rows.jsonl/run",
         r"rows.jsonl/run would lie below /.*rows.jsonl, a file; choose another path",
-        "train",
-        "run.yaml",
-        "save.output_dir=rows.jsonl/run",
-    )
+    ),
+    "of a long name": (
+        5000 * "a",
+        r"save.output_dir: a{100}… \([\d,]+ characters more\): File name too long; choose another",
+    ),
+    "of a long path": (
+        "run/" + 50 * f"{100 * 'a'}/",
+        r"save.output_dir: run/a.*… \([\d,]+ characters more\): File name too long; choose another",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OUTPUTS)
+def test_an_output_folder_that_cannot_be_made_is_refused_before_the_run_too(here, refused, kind):
+    name, pattern = OUTPUTS[kind]
+    (here / "full").mkdir()
+    (here / "full" / "notes.txt").write_text("mine")
+    asked = ("run.yaml", f"save.output_dir={name}")
+    trained, validated = (refused(pattern, c, *asked) for c in ("train", "validate"))
+    assert trained.removeprefix("lorax train") == validated.removeprefix("lorax validate")
 
 
 def test_more_devices_than_there_are_are_refused(refused):
