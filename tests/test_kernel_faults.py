@@ -17,8 +17,8 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "kernels" / "lorax_kernels"
 NOTICED = 3  # exit status of a check that found something wrong
-SECONDS = 160  # after which a check failed, whatever it would have found
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+# A guard against a deadlock, which is reported as one: what takes long has not found anything.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 # name, file in lora_linear/, text, its replacement, check that notices it
 FAULTS = [
@@ -486,12 +486,7 @@ def run_checks(folder, *names):
     environment = {**os.environ, "PYTHONPATH": str(folder), "JAX_PLATFORMS": "cpu"}
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)
     command = [sys.executable, __file__, str(folder), *names]
-    try:
-        done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=SECONDS
-        )
-    except subprocess.TimeoutExpired:
-        return None, f"not done after {SECONDS} s: a deadlock, or a slow machine"
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     return done.returncode, done.stdout[-2000:] + done.stderr[-2000:]
 
 
