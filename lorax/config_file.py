@@ -135,6 +135,8 @@ def write_yaml(data: dict[str, Any]) -> str:
 
 
 def _read_text(file: str) -> str:
+    if not file:
+        raise ConfigError("the path of the config is empty: give that of a YAML file")
     try:
         raw = read_small_file(file)
     except SmallFileError as error:

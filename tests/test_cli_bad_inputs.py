@@ -267,6 +267,7 @@ def test_several_problems_are_told_at_once(here, refused):
 @pytest.mark.parametrize("command", ["train", "validate", "inspect"])
 def test_a_missing_config_is_refused_by_every_command(refused, command):
     refused(r"absent.yaml: cannot read the config: No such file", command, "absent.yaml")
+    refused(r"the path of the config is empty: give that of a YAML file", command, "")
 
 
 NUL = '"a\\0b"'

@@ -5,12 +5,16 @@ The long run is by hand: `python -m tests.fuzz`.
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from tests.fuzz import edits, structure
 from tests.fuzz.__main__ import make_garden, run_cases
+from tests.fuzz.argue import argue
 from tests.fuzz.edits import Edit
 from tests.fuzz.judge import ACCEPTED, FAULT, REFUSED, judge
 from tests.fuzz.kinds import KINDS, Case, read_cases
@@ -47,6 +51,7 @@ FAULTS = {
     "words of the inside": ({"err": CLEAR.err + "'NoneType' object"}, "says 'NoneType'"),
     "text of rows": ({"err": CLEAR.err + "zqask"}, "shows text of the rows"),
     "much time": ({"cpu_seconds": 21.0}, "took 21 s of the processor"),
+    "much memory": ({"peak_mib": 2049.0}, "took 2,049 MiB"),
     "something written": ({"changed": ["run/config.yaml"]}, "changed run/config.yaml"),
     "a long message": ({"err": CLEAR.err + "long " * 500}, "a message of 2,"),
     "no place": ({"err": "lorax validate: error: needs a whole number\n"}, "names no place"),
@@ -71,6 +76,84 @@ def test_the_judge_notices(name):
     verdict, found = judge(CASE, dataclasses.replace(CLEAR, **changes))
     assert verdict == FAULT
     assert any(text.startswith(wrong) for text in found), found
+
+
+BESIDE = {
+    "a word of the language": (
+        dataclasses.replace(CASE, edits=(Edit("model/config.json", "set", ["dtype"], 7),)),
+        "the model is of no known kind",
+        "model/config.json: dtype must be text",
+    ),
+    "a colon": (
+        dataclasses.replace(CASE, kind="command line", edits=(Edit("words", "add", [], "--x=8"),)),
+        "it cannot be used: needs text",
+        "unrecognized arguments: --x=8",
+    ),
+    "a part of a word": (
+        dataclasses.replace(CASE, edits=(Edit("run.yaml", "set", ["lora", "alpha"], 7),)),
+        "the alphabet is odd",
+        "the value of lora.alpha is odd",
+    ),
+    "a value of one letter": (
+        dataclasses.replace(CASE, kind="command line", words=("generate", "a"), edits=()),
+        "a folder is missing",
+        "a: no such folder",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_a_place_is_a_part_of_the_case_and_no_word_like_it(name):
+    case, vague, clear = BESIDE[name]
+    said = lambda text: dataclasses.replace(CLEAR, err=f"lorax validate: error: {text}\n")
+    verdict, found = judge(case, said(vague))
+    assert verdict == FAULT and found[0].startswith("names no place")
+    assert judge(case, said(clear)) == (REFUSED, [])
+
+
+@pytest.fixture
+def run_of_garden(tmp_path, monkeypatch):
+    """A sound run in a garden, and a copy of it in the folder of a case."""
+    monkeypatch.setenv("FUZZ_GARDEN", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    adapter = tmp_path / "run" / "run" / "adapter"
+    adapter.mkdir(parents=True)
+    (adapter / "adapter_config.json").write_text("{}")
+    save_file({"a": np.ones(3, np.float32)}, adapter / "adapter_model.safetensors")
+    (adapter.parent / "summary.json").write_text("{}")
+    return Path(shutil.copytree(tmp_path / "run", tmp_path / "case"))
+
+
+def test_an_answer_of_a_run_is_argued_by_the_adapter_that_gave_it(run_of_garden):
+    case = Case("run folder", 0, "run", ("generate", "run", "--prompt", "zq"), ())
+    assert "has the bits" in argue(case, run_of_garden, "an answer")
+    path = run_of_garden / "run/adapter/adapter_model.safetensors"
+    save_file({"a": np.zeros(3, np.float32)}, path)
+    assert argue(case, run_of_garden, "an answer") is None
+
+
+def test_an_export_of_a_run_is_argued_by_its_tensors(run_of_garden):
+    words = ("export", "run", "--format", "peft", "--out", "out")
+    for kind in ("run folder", "command line"):
+        case = Case(kind, 0, "run", words, ())
+        out = Path(shutil.copytree(run_of_garden / "run/adapter", run_of_garden / "out"))
+        assert argue(case, run_of_garden, "") == "the export has the bits of the adapter"
+        save_file({"a": np.zeros(3, np.float32)}, out / "adapter_model.safetensors")
+        assert argue(case, run_of_garden, "") is None
+        (out / "adapter_model.safetensors").unlink()
+        assert argue(case, run_of_garden, "") is None
+        shutil.rmtree(out)
+
+
+def test_a_run_that_trained_is_argued_by_its_bits(run_of_garden):
+    for kind, more in (("run folder", ()), ("run folder", ("--resume",)), ("command line", ())):
+        case = Case(kind, 0, "run", ("train", "run.yaml", *more), ())
+        assert "has the bits" in argue(case, run_of_garden, "")
+        path = run_of_garden / "run/adapter/adapter_model.safetensors"
+        before = path.read_bytes()
+        save_file({"a": np.zeros(3, np.float32)}, path)
+        assert argue(case, run_of_garden, "") is None
+        path.write_bytes(before)
 
 
 DOCUMENT = '{"a": [1, {"b": 2}], "c": null}'

@@ -370,9 +370,9 @@ def _of_words(case: Case, folder: Path) -> str | None:
             return None
         return "every option is within its range"
     if words[0] == "export":
-        return "the export is there" if any((folder / given["--out"]).iterdir()) else None
+        return _of_export(folder / given["--out"], folder / "run/adapter")
     if words[0] == "train":
-        return "the run had ended" if (folder / "run/summary.json").exists() else None
+        return _of_run(case, folder)
     return _of_config(case, folder)
 
 
@@ -383,18 +383,44 @@ def _options(words: list[str]) -> Iterator[tuple[str, str]]:
             yield name, value if joint else after
 
 
+def _tensors(folder: Path) -> dict[str, np.ndarray]:
+    from safetensors.numpy import load_file
+
+    found: dict[str, np.ndarray] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        found |= load_file(path)
+    return found
+
+
+def _of_export(out: Path, adapter: Path) -> str | None:
+    """An adapter's tensors are those that were exported; a merged model's are the base's, finite.
+
+    That a merged model computes what its parts do, `export` itself compares.
+    """
+    found = _tensors(out)
+    if (out / "adapter_config.json").exists():
+        wanted = _tensors(adapter)
+        same = all(np.array_equal(found.get(name), value) for name, value in wanted.items())
+        whole = found.keys() == wanted.keys() and len(wanted) > 0 and same
+        return "the export has the bits of the adapter" if whole else None
+    finite = all(np.isfinite(np.asarray(value, np.float32)).all() for value in found.values())
+    whole = found.keys() == seeds.weights().keys() and finite
+    return "the export has all tensors of the model, finite" if whole else None
+
+
 def _of_run(case: Case, folder: Path) -> str | None:
-    """The run ended with the bits of the one that nothing was done to."""
+    """The adapter, of a run that ended, has the bits of the one that nothing was done to."""
     words = case.changed_words
-    if words[0] == "generate":
-        return "the adapter answers"
     if words[0] == "export":
-        return "the export is there" if (folder / "out/adapter_config.json").exists() else None
-    if words[1] == "run.yaml" and "--resume" not in words and (folder / "run/adapter").exists():
-        return "a run was made where there was none"
-    sound = Path(os.environ["FUZZ_GARDEN"]) / "run/run/adapter/adapter_model.safetensors"
+        return _of_export(folder / "out", folder / "run/adapter")
+    garden = Path(os.environ["FUZZ_GARDEN"])
+    sound = garden / "run/run/adapter/adapter_model.safetensors"
     now = folder / "run/adapter/adapter_model.safetensors"
     if not now.exists() or now.read_bytes() != sound.read_bytes():
+        return None
+    if words[0] == "generate":
+        return "the adapter that answers has the bits of the run that nothing was done to"
+    if not (folder / "run/summary.json").exists():
         return None
     return "the adapter has the bits of the run that nothing was done to"
 

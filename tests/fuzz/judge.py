@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from tests.fuzz import kinds
 from tests.fuzz.edits import WORDS
 from tests.fuzz.kinds import Case
-from tests.fuzz.pool import SECONDS, Outcome
+from tests.fuzz.pool import MIB, SECONDS, Outcome
 
 REFUSED, ACCEPTED, FAULT = "refused", "accepted", "fault"
 
@@ -44,6 +44,8 @@ def _faults(case: Case, outcome: Outcome) -> Iterator[str]:
         return
     if outcome.status not in (0, 1, 2):
         yield f"exit status {outcome.status}"
+    if outcome.peak_mib > MIB:  # also where it was too short to be seen from outside
+        yield f"took {outcome.peak_mib:,.0f} MiB"
     if outcome.cpu_seconds > SECONDS:
         yield f"took {outcome.cpu_seconds:.0f} s of the processor"
     # What Jinja says of a template is for who wrote the template.
@@ -97,27 +99,50 @@ def _unclear(case: Case, outcome: Outcome) -> Iterator[str]:
         yield f"says more than its error: {said[:200]!r}"
     if len(said) > _LONGEST:
         yield f"a message of {len(said):,} characters"
-    if not any(place in said.partition(": error: ")[2] for place in _places(case)):
+    message = said.partition(": error: ")[2]
+    if not any(re.search(place, message) for place in _places(case)):
         yield f"names no place: {said[:200]!r}"
 
 
 def _places(case: Case) -> Iterator[str]:
-    """Yields what a message may name to tell where the fault is."""
-    if case.kind == "command line":
+    """Yields patterns of what a message may name to tell where the fault is.
+
+    That is a part of the case: a file, a row of it, a folder, a key or a tensor of what was
+    changed, a word of the command line.
+    """
+    if case.kind == "command line" or any(edit.file == WORDS for edit in case.edits):
         parts = (part for word in case.changed_words[1:] for part in word.split("=", 1))
-        yield from (part.removeprefix("./")[:60] or "." for part in parts)
+        yield from map(_pattern_of_word, parts)
+        yield r"\b(argument|override|arguments|standard input|MODEL)\b"
+    options = (word.partition("=")[0] for word in case.changed_words if word.startswith("--"))
+    yield from (rf"{re.escape(option)}(?![\w-])" for option in options)
     for edit in case.edits:
         if edit.file == WORDS:
-            yield from ("argument", "override", "standard input", ":")
             continue
-        name = edit.file.rsplit("/", 1)[-1]
-        yield name
-        yield edit.file.split("/")[0]
+        folder, _, name = edit.file.rpartition("/")
+        yield rf"(?<![\w.]){re.escape(name)}(?!\w)"
+        if folder:
+            first = re.escape(folder.split("/")[0])
+            yield rf"(?<![\w.]){first}(?=/|: | (holds|has|lacks|does not fit) )"
         if name.endswith(".jinja") or "token" in name:
-            yield from ("chat template", "rows.jsonl", "held.jsonl")  # which are rendered with it
+            yield "chat template|(rows|held)\\.jsonl"  # which are rendered with it
         if isinstance(edit.value, str) and len(edit.value) > 3:
-            yield edit.value[:60]  # such as a path that leads nowhere
-        yield from (str(key) for key in edit.at if isinstance(key, str) and len(key) > 1)
+            yield re.escape(edit.value[:60])  # such as a path that leads nowhere
+        keys = (str(key) for key in edit.at if isinstance(key, str) and len(key) > 1)
+        yield from (rf"(?<!\w){re.escape(key)}(?!\w)" for key in keys)
+
+
+def _pattern_of_word(word: str) -> str:
+    """Returns a pattern of what names a word; what is written at a path begins beside it."""
+    if not word:
+        return r"\bis empty\b|^\. "
+    word = word.removeprefix("./") or "."
+    shown = re.escape(word[:60])
+    if len(word) < 3:  # it may stand in any sentence by chance
+        return rf"(^|['\"\s]){shown}(['\":/]| exists| holds|$)" + r"|^\w+\.json\b" * (word == ".")
+    folder, slash, name = word.rpartition("/")
+    beside = rf"|{re.escape(f'{folder}/.{name}.')}" if slash else ""
+    return rf"(?<!\w){shown}{beside}"
 
 
 __all__ = ["ACCEPTED", "FAULT", "REFUSED", "judge", "kinds"]
