@@ -187,7 +187,8 @@ def _find_source(parsed) -> _Source:
     elif adapter is not None:
         recorded, where = recorded_base(adapter), Path(adapter) / ADAPTER_FILE
         chosen = choose_base(recorded, where, name=chosen.name, revision=chosen.revision, tell=tell)
-        owner = owner or run_of(Path(adapter))
+        # Of a run that gives the base alone, prompts and stop tokens are another adapter's.
+        owner = run_of(Path(adapter)) or (owner if run is None else None)
     if owner is not None and (missing := owner.missing_record()):
         tell(missing)
     key = "MODEL" if run is None else str(run.folder / RUN_FILE)

@@ -21,7 +21,7 @@ TEMPLATE = (
     "{% for m in messages %}<|own|>{{ m['content'] }}<|own|>{% endfor %}"
     "{% if add_generation_prompt %}answer:{% endif %}"
 )
-INLINE = "INLINE{{ messages[0]['content'] }}"
+INLINE = "INLINE: {{ messages[0]['content'] }}"
 TURN = [{"role": "user", "content": "Hi"}]
 OWN = 0  # the id of the token that the adapter's tokenizer calls otherwise, and ends texts with
 

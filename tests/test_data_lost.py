@@ -5,13 +5,14 @@ import json
 
 import pytest
 
-from lorax.data import DataError
+from lorax.data import DataError, encode_prompt
 from tests.chats import (
     CHATML,
     DROPS_THINKING,
     HEADER,
     PROMPT,
     TWO_TURNS,
+    byte_tokenizer,
     changes,
     encode_rows,
     learned,
@@ -34,8 +35,8 @@ AS_SIGNATURE = (
     "{% for t in tools or [] %}{% set f = t['function'] %}{{ '// ' + f['description'] + '\\n' }}"
     "{{ f['name'] + '({' }}{% for name, p in f['parameters']['properties'].items() %}"
     "{{ '// ' + p['description'] + '\\n' + name }}{{ ':' if name in f['parameters']['required'] "
-    "else '?:' }}{{ {'string': 'text'}[p['type']] }}{% if p['enum'] %}{{ p['enum'] | join('|') }}"
-    "{% endif %}{% endfor %}{{ '})\\n' }}{% endfor %}" + MESSAGES
+    "else '?:' }}{{ {'string': 'text'}[p['type']] }}{% if p['enum'] %}"
+    "{{ '|' + p['enum'] | join('|') }}{% endif %}{% endfor %}{{ '})\\n' }}{% endfor %}" + MESSAGES
 )
 TOOL = {
     "type": "function",
@@ -251,3 +252,147 @@ def test_a_thought_that_is_learned_in_its_own_row_may_be_left_out_of_later_ones(
     whole = f"{THOUGHT['content']}<|im_end|>"
     assert learned(encoded, DROPS_THINKING) == [[whole], [whole]]
     assert "<think>" not in pieces(encoded, DROPS_THINKING)[1][0][0]
+
+
+# What is named is what is lost, and nothing else.
+
+SAID = MESSAGES.replace("m['content'] or ''", "m['content'].split('</think>')[-1] or ''")
+TOOL_RESULT = {"role": "tool", "name": "find_town", "tool_call_id": "c1", "content": "none"}
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "names"),
+    [
+        (
+            MESSAGES,
+            [{"role": "assistant", "content": "4", "reasoning_content": "2+2 is 4"}],
+            ["message.reasoning_content"],
+        ),
+        (
+            MESSAGES,
+            [call({"city": "Oslo"}) | {"reasoning_content": "I find_town Oslo by its city."}],
+            ["message.reasoning_content"],
+        ),
+        (
+            SAID,
+            [{"role": "assistant", "content": "<think>So it is 4.</think>\n\n4"}],
+            ["assistant.thinking"],
+        ),
+        (
+            CHATML.replace("m in messages", "m in messages if m['role'] != 'developer'"),
+            [
+                {"role": "system", "content": "Yes or No"},
+                {"role": "developer", "content": "Say Yes or No."},
+                USER,
+                {"role": "assistant", "content": "Yes"},
+            ],
+            ["developer.content"],
+        ),
+        (
+            CHATML.replace("m['content'] +", "m['content'] + (m['name'] if 0 else '') +"),
+            [
+                {"role": "system", "content": "Bob"},
+                {"role": "user", "content": "Who?", "name": "Bob"},
+                {"role": "assistant", "content": "Bob"},
+            ],
+            ["message.name"],
+        ),
+    ],
+)
+@pytest.mark.parametrize("loss_on", ["assistant", "last_assistant"])
+def test_a_lost_text_blames_no_text_inside_it_or_equal_to_it(
+    tmp_path, template, messages, names, loss_on
+):
+    rows = {"messages": messages if messages[0]["role"] == "system" else [USER, *messages]}
+    said = refusal(tmp_path, template, rows, loss_on=loss_on)
+    assert remedy(said) == names
+    encoded = encode_rows(tmp_path, template, rows, loss_on=loss_on, ignore=names)
+    assert len(learned(encoded, template)[0]) == 1
+
+
+@pytest.mark.parametrize("loss_on", ["assistant", "last_assistant"])
+def test_a_tools_result_that_names_its_call_is_no_other_text(tmp_path, loss_on):
+    messages = [call({"city": "Oslo"}), TOOL_RESULT, ANSWER]
+    encoded = encode_rows(tmp_path, AS_JSON, row(*messages, tools=[TOOL]), loss_on=loss_on)
+    assert len(encoded) == 1
+    other = [messages[0], TOOL_RESULT | {"name": "weather"}, ANSWER]
+    said = refusal(tmp_path, AS_JSON, row(*other, tools=[TOOL]), loss_on=loss_on)
+    assert remedy(said) == ["message.name"]
+
+
+@pytest.mark.parametrize("short", ["assist", "user", "20", "tool", "us"])
+def test_a_short_text_is_not_found_inside_a_word(tmp_path, short):
+    template = (
+        "on 2026-11-30: useful tools for users and assistants{% for m in messages %}"
+        "{% if m['role'] != 'tool' %}{{ '<|im_start|>' + m['content'] + '<|im_end|>' }}{% endif %}"
+        "{% endfor %}"
+    )
+    first = {"role": "assistant", "content": "Of 120?"}
+    rows = row(first, {"role": "tool", "content": short}, ANSWER)
+    assert "tool's content of messages[2]" in refusal(tmp_path, template, rows, loss_on="all")
+
+
+@pytest.mark.parametrize("arguments", [None, "", {}, "{}"])
+def test_a_call_without_arguments_has_none(tmp_path, arguments):
+    encoded = encode_rows(tmp_path, MESSAGES, row(call(arguments)))
+    expected = '{"name": "find_town", "arguments": {}}<|im_end|>'
+    assert learned(encoded, MESSAGES) == [[expected]]
+    absent = call(arguments)
+    del absent["tool_calls"][0]["function"]["arguments"]
+    assert learned(encode_rows(tmp_path, MESSAGES, row(absent)), MESSAGES) == [[expected]]
+
+
+@pytest.mark.parametrize("tools", [json.dumps([TOOL]), [json.dumps(TOOL)], [TOOL]])
+def test_tools_may_be_json_text(tmp_path, tools):
+    found = pieces(encode_rows(tmp_path, AS_JSON, row(ANSWER, tools=tools)), AS_JSON)
+    assert found == pieces(encode_rows(tmp_path, AS_JSON, row(ANSWER, tools=[TOOL])), AS_JSON)
+
+
+@pytest.mark.parametrize(
+    ("tools", "said"),
+    [
+        ("weather", "tools must be a list of objects, or JSON text that is one, got text that is"),
+        (["weather"], r"tools[0] must be a list of objects, or JSON"),
+        ('"weather"', "tools must be a list of objects, got text of 7 characters"),
+        ("[7]", "tools[0] must be an object, got int 7"),
+    ],
+)
+def test_tools_that_are_other_text_are_refused(tmp_path, tools, said):
+    assert said in refusal(tmp_path, AS_JSON, row(ANSWER, tools=tools))
+
+
+@pytest.mark.parametrize("key", ["loop", "m", "c", "SECRET", "role"])
+def test_a_rows_setting_is_read_only_if_the_template_takes_it_from_outside(tmp_path, key):
+    said = refusal(tmp_path, MESSAGES, row(ANSWER, chat_template_kwargs={key: "x"}))
+    assert "does not read" in said and "of chat_template_kwargs" in said
+    reads = "{% if not level is defined %}{% set level = 1 %}{% endif %}{{ level }}" + MESSAGES
+    encode_rows(tmp_path, reads, row(ANSWER, chat_template_kwargs={"level": 3}))
+
+
+def test_a_number_of_a_message_is_looked_for(tmp_path):
+    template = MESSAGES.replace("c['function'] or c", "c['function'] or c['id'] or c")
+    said = refusal(tmp_path, template, {"messages": [USER | {"id": 77}, ANSWER]})
+    assert remedy(said) == ["message.id"]
+
+
+@pytest.mark.parametrize("empty", ["", [], {}, None])
+def test_flags_that_hold_nothing_say_nothing(tmp_path, empty):
+    rows = row(ANSWER | {"train": empty}, weight=empty)
+    assert learned(encode_rows(tmp_path, CHATML, rows), CHATML) == [["That one.<|im_end|>"]]
+
+
+def test_a_thought_whose_opening_tag_stood_in_the_prompt_is_a_thought(tmp_path):
+    answer = {"role": "assistant", "content": "by the sea</think>\n\nhello"}
+    template = MESSAGES.replace("m['content'] or ''", "m['content'].split('</think>')[-1]")
+    assert remedy(refusal(tmp_path, template, row(answer))) == ["assistant.thinking"]
+
+
+def test_a_prompt_of_which_the_template_leaves_something_out_is_refused():
+    system = {"role": "system", "content": "Be brief."}
+    skips = CHATML.replace("m in messages", "m in messages if m['role'] != 'system'")
+    cuts = CHATML.replace("m['content']", "m['content'][:3]")
+    for template, lost in ((skips, "system's content,"), (cuts, "user's content,")):
+        with pytest.raises(DataError, match=f"leaves out the .*{lost}"):
+            encode_prompt(byte_tokenizer(template), [system, USER])
+    assert encode_prompt(byte_tokenizer(skips), [USER])
+    assert encode_prompt(byte_tokenizer(CHATML), [system, USER])

@@ -10,12 +10,14 @@ from pathlib import Path
 from lorax.config import DataConfig
 from lorax.data.conversation import INSTRUCTING, Conversation, Message
 from lorax.data.dataset import tell_ignored
-from lorax.data.lost import LostError
+from lorax.data.fields import fields_of
+from lorax.data.lost import LostError, lost_fields
 from lorax.data.renderer import RENDERER, Part, Rendered, RenderError, Request, TemplateError
 from lorax.data.rows import DataError, RowError
 from lorax.data.special import SpecialTexts
+from lorax.data.template_names import GENERATION
 from lorax.data.tokenizer import Tokenizer
-from lorax.data.turns import GENERATION, RenderedText, Rendering, RewrittenError
+from lorax.data.turns import RenderedText, Rendering, RewrittenError
 from lorax.small_files import SmallFileError, read_small_file
 
 REWRITTEN = "became one row per learned turn: the chat template rewrites earlier turns"
@@ -246,7 +248,7 @@ def encode_prompt(
         date: What a template that asks for the day is told, as ``2026-11-30``; None is today.
 
     Raises:
-        DataError: If the tokenizer has no chat template, or it fails.
+        DataError: If the tokenizer has no chat template, or it fails or leaves out a message.
     """
     if tokenizer.chat_template is None:
         raise DataError("the tokenizer has no chat template")
@@ -260,6 +262,14 @@ def encode_prompt(
         raise DataError(f"the chat template: {error}; mend it") from error
     if isinstance(rendered, RowError):
         raise rendered
+    hide = SpecialTexts.of(tokenizer).hide
+    fields = [f._replace(texts=tuple(map(hide, f.texts))) for f in fields_of(messages)]
+    if lost := lost_fields(fields, hide(rendered.text)):
+        names = " and the ".join(field.name.replace(".", "'s ") for field in lost)
+        raise DataError(
+            f"the chat template leaves out the {names}, so the model would not be asked that: "
+            "leave it out too, or take a template that writes it"
+        )
     ids = tokenizer(rendered.text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids  # pyright: ignore[reportReturnType]
 

@@ -136,7 +136,7 @@ def read_flag(holder: Mapping[str, Any], where: str) -> bool | None:
     Raises:
         MalformedRowError: If a flag is neither 0 or false nor 1 or true, or two differ.
     """
-    found = {key: holder[key] for key in FLAGS if holder.get(key) is not None}
+    found = {key: holder[key] for key in FLAGS if not is_empty(holder.get(key))}
     values = set()
     for key, value in found.items():
         # A table of text holds "0" and "true".

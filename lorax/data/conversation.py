@@ -204,12 +204,10 @@ def _read_calls(calls: Any, where: str) -> list[Any]:
 
 def _read_call(call: Any, where: str) -> Mapping[str, Any]:
     function_name(call, where)
-    inner = call.get("function", call)
-    if inner.get("arguments") is None:
-        return call
-    arguments = _parse_arguments(
-        inner["arguments"], f"{where}.{'function.' * ('function' in call)}"
-    )
+    inner, arguments = call.get("function", call), {}
+    if not is_empty(inner.get("arguments")):  # else it has none
+        place = f"{where}.{'function.' * ('function' in call)}"
+        arguments = _parse_arguments(inner["arguments"], place)
     inner = {**inner, "arguments": arguments}
     return {**call, "function": inner} if "function" in call else inner
 

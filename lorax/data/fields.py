@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 from lorax.data.conversation import Message
@@ -18,7 +18,8 @@ NEEDED = ("assistant.content", "assistant.tool_calls")
 
 _STRUCTURE = ("role", "content", "tool_calls", "tool_call_id", *REASONING_KEYS)
 _CALL_STRUCTURE = ("id", "type", "index", "function", "name", "arguments")
-_THINKING_TAGS = re.compile(r"<think(?:ing)?>(.*?)</think(?:ing)?>", re.DOTALL)
+# The opening tag is missing where the prompt had it.
+_THINKING_TAGS = re.compile(r"(?:<think(?:ing)?>|\A)(.*?)</think(?:ing)?>", re.DOTALL)
 
 _NAMING = ("properties", "patternProperties", "$defs", "definitions")
 """Keys of a JSON schema whose own keys are names that the row gives."""
@@ -43,6 +44,13 @@ class Field(NamedTuple):
     message: int | None = None
 
     @property
+    def rank(self) -> int:
+        """The order in which fields of one text are found: what every template writes first."""
+        if self.name in NEEDED or self.name.startswith("user."):
+            return 0
+        return 2 if self.name.startswith("message.") else 1
+
+    @property
     def is_thinking(self) -> bool:
         """Whether it is what the assistant thinks before it answers."""
         return self.name == THINKING or self.name.removeprefix("message.") in REASONING_KEYS
@@ -50,21 +58,25 @@ class Field(NamedTuple):
 
 def fields_of(messages: Sequence[Message]) -> list[Field]:
     """Returns the parts of all messages, in the order in which templates write them."""
+    called = _called_names(messages)
     return [
         Field(f"messages[{i}]", name, texts, i)
         for i, message in enumerate(messages)
         for name, texts in _parts_of(message)
+        if not (name == "message.name" and _names_a_call(message, called))
     ]
 
 
 def unread_keys(messages: Sequence[Message], template: str) -> list[str]:
     """Returns the keys of messages that the template does not name, as `data.ignore` does."""
+    called = _called_names(messages)
     keys = dict.fromkeys(
         key
         for message in messages
         for key, value in message.items()
         if key not in ("role", "content", "tool_calls", "tool_call_id")
         and value not in ("", [], {})
+        and not (key == "name" and _names_a_call(message, called))
     )
     reads_thinking = any(_is_named(key, template) for key in REASONING_KEYS)
     read = lambda key: _is_named(key, template) or (key in REASONING_KEYS and reads_thinking)
@@ -94,6 +106,16 @@ def unread_tool_keys(tools: Sequence[Mapping[str, Any]], template: str, text: st
     return list(dict.fromkeys(map(_of_tools, unread)))
 
 
+def _called_names(messages: Sequence[Message]) -> set[str]:
+    calls = (call for message in messages for call in message.get("tool_calls") or ())
+    return {call.get("function", call)["name"] for call in calls}
+
+
+def _names_a_call(message: Message, called: Set[str]) -> bool:
+    """Says whether the name of a tool's result says which call it answers, as tool_call_id does."""
+    return message["role"] == "tool" and message.get("name") in called
+
+
 def _is_named(key: str, template: str) -> bool:
     return re.search(rf"(?<!\w){re.escape(key)}(?!\w)", template) is not None
 
@@ -119,7 +141,7 @@ def _parts_of(message: Message) -> Iterator[tuple[str, tuple[str, ...]]]:
     if words := tuple(_texts_of_calls(message.get("tool_calls") or ())):
         yield f"{role}.tool_calls", words
     for key, value in message.items():
-        if key not in _STRUCTURE and (words := tuple(_texts_in(value))):
+        if key not in _STRUCTURE and (words := tuple(_data_in(value, names=False))):
             yield f"message.{key}", words
 
 
@@ -153,15 +175,15 @@ def _texts_in(value: Any) -> Iterator[str]:
             yield from _texts_in(item)
 
 
-def _data_in(value: Any) -> Iterator[str]:
-    """Yields every text, number and name in a JSON value; of truth values none."""
+def _data_in(value: Any, *, names: bool = True) -> Iterator[str]:
+    """Yields every text and number in a JSON value, and the names in it; of truth values none."""
     if isinstance(value, dict):
         for name, item in value.items():
-            yield from _texts_in(name)
-            yield from _data_in(item)
+            yield from _texts_in(name if names else None)
+            yield from _data_in(item, names=names)
     elif isinstance(value, list):
         for item in value:
-            yield from _data_in(item)
+            yield from _data_in(item, names=names)
     elif isinstance(value, int | float) and not isinstance(value, bool):
         yield json.dumps(value)
     else:

@@ -1,6 +1,7 @@
 """What a row may look like, and the example it is read as."""
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from lorax.data.conversation import (
     refuse_no_answer,
     text_of,
 )
-from lorax.data.rows import MalformedRowError, Row, describe
+from lorax.data.rows import MalformedRowError, Row, describe, refuse_duplicate_keys
 
 IGNORED_LABEL = -100
 
@@ -112,10 +113,29 @@ def _optional_text(row: Row, column: str) -> str:
 def _read_tools(row: Row) -> list[Any] | None:
     if is_empty(row.get("tools")):
         return None
-    tools = list_of_dicts(row, "tools")
+    value = _parsed(row["tools"], "tools")
+    if isinstance(value, list):
+        value = [_parsed(tool, f"tools[{i}]") for i, tool in enumerate(value)]
+    if is_empty(value):
+        return None
+    tools = list_of_dicts({"tools": value}, "tools")
     for tool, where in tools:
         function_name(tool, where)
     return [dict(tool) for tool, _ in tools]
+
+
+def _parsed(value: Any, where: str) -> Any:
+    """Returns what JSON text stands for, as in tables that cannot hold objects of any shape."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value, object_pairs_hook=refuse_duplicate_keys)
+    except (ValueError, RecursionError) as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else "cannot be parsed"
+        raise MalformedRowError(
+            f"{where} must be a list of objects, or JSON text that is one, got text that is no "
+            f"JSON: {reason}"
+        ) from error
 
 
 def _read_kwargs(row: Row) -> Mapping[str, Any]:

@@ -1,50 +1,48 @@
 """Which parts of a row a rendering leaves out: every text must be found in it again."""
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 
 from lorax.data.fields import NEEDED, Field
 from lorax.data.rows import RowError
 
+_LONG = 16
+"""So many characters are not found by chance in the midst of a word."""
+
+_GLUED = re.compile(r"\w\w", re.ASCII)
+
 
 def lost_fields(fields: Sequence[Field], text: str) -> list[Field]:
     """Returns the fields that are not whole in `text`.
 
-    Each text must be found, white space at its ends aside, as it is or as in JSON: one after the
-    other; or as often as all fields together hold it, where the template orders them otherwise.
+    Each text must be found, white space at its ends aside, as it is or as in JSON, in a place of
+    its own: one after the other, or anywhere where the template orders them otherwise. Then the
+    longest take their places first, so that no text is found inside another; of equal ones those
+    that every template writes, and of equal thoughts the last.
     """
-    position, doubtful = 0, list[str]()
-    for field in fields:
-        for words in field.texts:
-            end = _end_of(words, text, position)
-            if end is None:
-                doubtful.append(words)
-            else:
-                position = end
-    if not doubtful:
+    if end_of_fields(fields, text, 0) is not None:
         return []
-    # One that was found may have been found in another, which then is the doubtful one.
-    everything = "\0".join(words for field in fields for words in field.texts)
-    lost: list[Field] = []
-    for words in dict.fromkeys(words for field in fields for words in field.texts):
-        missing = everything.count(words) - sum(text.count(form) for form in forms(words))
-        if missing > 0:
-            # Which of several equal texts it is cannot be seen; users and assistants are always
-            # written, so it is rather another's.
-            holders = [field for field in fields if words in field.texts]
-            holders.sort(key=lambda field: field.name.startswith(("user.", "assistant.content")))
-            lost += holders[:missing]
-    return list(dict.fromkeys(lost))
+    left, lost = text, set[int]()
+    order = {i: (f.rank, -i if f.is_thinking else i) for i, f in enumerate(fields)}
+    wanted = [(i, words) for i, field in enumerate(fields) for words in field.texts]
+    for i, words in sorted(wanted, key=lambda pair: (-len(pair[1]), order[pair[0]])):
+        place = _find(words, left, 0)
+        if place is None:
+            lost.add(i)
+        else:
+            left = left[: place[0]] + "\0" * (place[1] - place[0]) + left[place[1] :]
+    return list(dict.fromkeys(fields[i] for i in sorted(lost)))
 
 
 def end_of_fields(fields: Sequence[Field], text: str, start: int) -> int | None:
     """Returns where the last of the fields ends behind `start`, if they stand there in order."""
     position = start
     for words in (words for field in fields for words in field.texts):
-        end = _end_of(words, text, position)
-        if end is None:
+        place = _find(words, text, position)
+        if place is None:
             return None
-        position = end
+        position = place[1]
     return position
 
 
@@ -90,12 +88,17 @@ def forms(words: str) -> list[str]:
     return list(dict.fromkeys(forms))
 
 
-def _end_of(words: str, text: str, start: int) -> int | None:
-    """Returns where a text ends that is found behind `start`."""
-    found = text.find(words, start)
-    if found >= 0:
-        return found + len(words)
-    for form in forms(words)[1:]:
-        if (found := text.find(form, start)) >= 0:
-            return found + len(form)
+def _find(words: str, text: str, start: int) -> tuple[int, int] | None:
+    """Returns where a text stands behind `start`, and ends: a short one as words of its own."""
+    for form in forms(words):
+        place = text.find(form, start)
+        while place >= 0 and len(form) < _LONG and _is_inside_a_word(form, text, place):
+            place = text.find(form, place + 1)
+        if place >= 0:
+            return place, place + len(form)
     return None
+
+
+def _is_inside_a_word(form: str, text: str, place: int) -> bool:
+    before, behind = text[place - 1 : place], text[place + len(form) :][:1]
+    return bool(_GLUED.fullmatch(before + form[0]) or _GLUED.fullmatch(form[-1] + behind))

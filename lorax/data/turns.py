@@ -2,8 +2,7 @@
 
 import dataclasses
 import functools
-import re
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Collection, Mapping, Sequence, Set
 
 from lorax.config import DataConfig
 from lorax.data.conversation import Conversation
@@ -21,10 +20,9 @@ from lorax.data.markers import spans_between_markers
 from lorax.data.renderer import Part, Rendered, Span
 from lorax.data.rows import RowError, check_unicode, show_name
 from lorax.data.special import SpecialTexts
+from lorax.data.template_names import GENERATION, read_variables
 from lorax.data.tokenizer import Tokenizer
 from lorax.data.turn_ends import TurnEnds
-
-GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 OTHER_PROMPT = "begin the assistant's turn otherwise than the chat template's own prompt for it"
 
@@ -193,7 +191,7 @@ class Rendering:
         """Refuses a row of which the template leaves out a text, or does not read a key."""
         talk = self.talk
         unread = unread_keys(talk.messages, self.template)
-        lost = [field for field in self._lost(text) if field.name not in unread]
+        lost = self._lost(text, unread)
         if ALL_TOOLS not in lost:
             keys = unread_tool_keys(talk.tools or (), self.template, text)
             unread += [key for key in keys if key not in self._ignored]
@@ -201,8 +199,8 @@ class Rendering:
             raise RewrittenError("the chat template leaves something out")
         if lost or unread:
             raise LostError(lost, unread)
-        is_named = lambda name: re.search(rf"\b{re.escape(name)}\b", self.template)
-        kwargs = [show_name(name) for name in talk.template_kwargs if not is_named(name)]
+        read = read_variables(self.template) if talk.template_kwargs else ()
+        kwargs = [show_name(name) for name in talk.template_kwargs if name not in read]
         if kwargs:
             raise RowError(
                 f"the chat template does not read {', '.join(kwargs)} of chat_template_kwargs: "
@@ -210,14 +208,18 @@ class Rendering:
                 "[chat_template_kwargs]"
             )
 
-    def _lost(self, text: str) -> list[Field]:
-        """Returns what a rendering leaves out and must not; `ALL_TOOLS` where it writes no tool."""
+    def _lost(self, text: str, unread: Collection[str]) -> list[Field]:
+        """Returns what a rendering leaves out and must not, but for keys that are `unread`.
+
+        `ALL_TOOLS` stands for the tools where it writes none.
+        """
         text, elsewhere = self.special.hide(text), self.talk.elsewhere
         tools = [field for field in self._all_of_tools if field.name not in self._ignored]
         # Answers that are learned elsewhere are here as the template means them to be.
         fields = [
             field
             for field in self._fields
+            if field.name not in unread
             if field.message not in elsewhere or not lost_fields([field], text)
         ]
         # Templates write tools before the conversation, or behind its first message.
@@ -235,7 +237,7 @@ class Rendering:
         """Refuses learned turns that do not hold what the assistant says, whole."""
         parts = [self.special.hide(rendered.text[start:end]) for start, end in rendered.spans]
         if not rendered.one_turn_per_span:
-            parts = ["".join(parts)] * len(self._learned)
+            parts = ["\0".join(parts)] * len(self._learned)
         for index, part in zip(self._learned, parts, strict=True):
             if lost := lost_fields(self._ends.fields_of(index), part):
                 if not self._is_last_alone:
