@@ -111,6 +111,13 @@ def test_a_place_is_a_part_of_the_case_and_no_word_like_it(name):
     assert judge(case, said(clear)) == (REFUSED, [])
 
 
+def write_adapter(folder, value=1.0):
+    """Writes an adapter of rank 2 on one module."""
+    tensors = {"q.lora_A.weight": np.ones((2, 3)), "q.lora_B.weight": np.full((4, 2), value)}
+    tensors = {name: array.astype(np.float32) for name, array in tensors.items()}
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
 @pytest.fixture
 def run_of_garden(tmp_path, monkeypatch):
     """A sound run in a garden, and a copy of it in the folder of a case."""
@@ -118,8 +125,8 @@ def run_of_garden(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     adapter = tmp_path / "run" / "run" / "adapter"
     adapter.mkdir(parents=True)
-    (adapter / "adapter_config.json").write_text("{}")
-    save_file({"a": np.ones(3, np.float32)}, adapter / "adapter_model.safetensors")
+    (adapter / "adapter_config.json").write_text('{"lora_alpha": 8}')
+    write_adapter(adapter)
     (adapter.parent / "summary.json").write_text("{}")
     return Path(shutil.copytree(tmp_path / "run", tmp_path / "case"))
 
@@ -127,8 +134,7 @@ def run_of_garden(tmp_path, monkeypatch):
 def test_an_answer_of_a_run_is_argued_by_the_adapter_that_gave_it(run_of_garden):
     case = Case("run folder", 0, "run", ("generate", "run", "--prompt", "zq"), ())
     assert "has the bits" in argue(case, run_of_garden, "an answer")
-    path = run_of_garden / "run/adapter/adapter_model.safetensors"
-    save_file({"a": np.zeros(3, np.float32)}, path)
+    write_adapter(run_of_garden / "run/adapter", 2.0)
     assert argue(case, run_of_garden, "an answer") is None
 
 
@@ -137,9 +143,11 @@ def test_an_export_of_a_run_is_argued_by_its_tensors(run_of_garden):
     for kind in ("run folder", "command line"):
         case = Case(kind, 0, "run", words, ())
         out = Path(shutil.copytree(run_of_garden / "run/adapter", run_of_garden / "out"))
-        assert argue(case, run_of_garden, "") == "the export has the bits of the adapter"
-        save_file({"a": np.zeros(3, np.float32)}, out / "adapter_model.safetensors")
+        assert "adds what the adapter does" in argue(case, run_of_garden, "")
+        write_adapter(out, 2.0)
         assert argue(case, run_of_garden, "") is None
+        (out / "adapter_config.json").write_text('{"lora_alpha": 4}')  # half of twice as much
+        assert "adds what the adapter does" in argue(case, run_of_garden, "")
         (out / "adapter_model.safetensors").unlink()
         assert argue(case, run_of_garden, "") is None
         shutil.rmtree(out)
@@ -151,7 +159,7 @@ def test_a_run_that_trained_is_argued_by_its_bits(run_of_garden):
         assert "has the bits" in argue(case, run_of_garden, "")
         path = run_of_garden / "run/adapter/adapter_model.safetensors"
         before = path.read_bytes()
-        save_file({"a": np.zeros(3, np.float32)}, path)
+        write_adapter(path.parent, 2.0)
         assert argue(case, run_of_garden, "") is None
         path.write_bytes(before)
 

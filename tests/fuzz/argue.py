@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -392,17 +393,34 @@ def _tensors(folder: Path) -> dict[str, np.ndarray]:
     return found
 
 
+def _updates(folder: Path) -> dict[str, np.ndarray]:
+    """Returns what an adapter adds to the weights of each module."""
+    config, tensors = json.loads((folder / "adapter_config.json").read_text()), _tensors(folder)
+    found: dict[str, np.ndarray] = {}
+    for name, a in tensors.items():
+        module, _, kind = name.partition(".lora_A.")
+        if kind:
+            patterns = (config.get("alpha_pattern") or {}).items()
+            matching = (v for p, v in patterns if re.match(rf"(.*\.)?({p})$", module))
+            rank = a.shape[0] ** (0.5 if config.get("use_rslora") else 1)
+            scale = next(matching, config["lora_alpha"]) / rank
+            b = tensors[f"{module}.lora_B.{kind}"]
+            found[module] = scale * np.asarray(b, np.float64) @ np.asarray(a, np.float64)
+    return found
+
+
 def _of_export(out: Path, adapter: Path) -> str | None:
-    """An adapter's tensors are those that were exported; a merged model's are the base's, finite.
+    """An exported adapter adds what the adapter does; a merged model has all tensors, finite.
 
     That a merged model computes what its parts do, `export` itself compares.
     """
-    found = _tensors(out)
     if (out / "adapter_config.json").exists():
-        wanted = _tensors(adapter)
-        same = all(np.array_equal(found.get(name), value) for name, value in wanted.items())
-        whole = found.keys() == wanted.keys() and len(wanted) > 0 and same
-        return "the export has the bits of the adapter" if whole else None
+        now, before = _updates(out), _updates(adapter)
+        same = now.keys() == before.keys() and all(
+            np.allclose(now[name], before[name], rtol=1e-5, atol=1e-7) for name in before
+        )
+        return "the exported adapter adds what the adapter does" if before and same else None
+    found = _tensors(out)
     finite = all(np.isfinite(np.asarray(value, np.float32)).all() for value in found.values())
     whole = found.keys() == seeds.weights().keys() and finite
     return "the export has all tensors of the model, finite" if whole else None
