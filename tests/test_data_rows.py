@@ -16,6 +16,7 @@ from tests.chats import (
     GENERATION,
     HEADER,
     LLAMA3,
+    MARKERS,
     NO_STOP,
     PROMPT,
     STOP_OUTSIDE,
@@ -1019,6 +1020,26 @@ def test_markers_end_a_turn_at_its_stop_token(encode):
     assert learned(encoded) == [["hello<|im_end|>", "ciao<|im_end|>"]]
     stop = byte_tokenizer(CHATML).convert_tokens_to_ids("<|im_end|>")
     assert encoded.report.stop_ids == (stop,)
+
+
+@pytest.mark.parametrize("key", ["instruction_part", "response_part"])
+def test_a_line_break_that_was_typed_as_two_characters_is_told_with_its_remedy(encode, key):
+    typed = MARKERS | {key: MARKERS[key].replace("\n", "\\n")}
+    with pytest.raises(DataError, match=rf"data.{key} .* stands nowhere in the") as caught:
+        encode([chat(*TWO_TURNS)], **typed)
+    said = str(caught.value)
+    in_file = re.search(rf'data\.{key}: (".*") in a file', said)[1]
+    override = shlex.split(re.search(r"in a file, ('.*') on a command line", said)[1])[0]
+    assert yaml.safe_load(in_file) == MARKERS[key]
+    assert override == f"data.{key}={in_file}"  # which is YAML where it is in quotes
+    mended = typed | {key: yaml.safe_load(in_file)}
+    assert learned(encode([chat(*TWO_TURNS)], **mended)) == [["hello<|im_end|>", "ciao<|im_end|>"]]
+
+
+def test_a_marker_that_no_escape_mends_is_not_told_of_escapes(encode):
+    with pytest.raises(DataError, match="stands nowhere in the") as caught:
+        encode([chat(*TWO_TURNS)], **MARKERS | {"response_part": "### No:\\n"})
+    assert "double quotes" not in str(caught.value)
 
 
 def test_words_between_generation_blocks_are_not_learned_and_so_refused(encode):

@@ -1,6 +1,8 @@
 """Learned turns found by the texts that open a user's and an assistant's turn."""
 
+import json
 import re
+import shlex
 
 from lorax.config import DataConfig
 from lorax.data.conversation import Conversation
@@ -38,12 +40,26 @@ def spans_between_markers(
             raise RowError(
                 f"data.{name} {part!r} stands nowhere in the rendered row, whose special "
                 f"tokens are {' '.join(_special_tokens_of(text, tokenizer)) or 'none at all'}"
+                f"{_advise_escapes(name, part, text)}"
             )
     _check_counts(conversation, starts, ends)
     borders = sorted([start - len(response) for start in starts] + ends + [size])
     spans = [(start, next(end for end in borders if end >= start)) for start in starts]
     learned = conversation.learned_replies(config.loss_on)
     return tuple(span for i, span in zip(conversation.replies, spans, strict=True) if i in learned)
+
+
+def _advise_escapes(name: str, part: str, text: str) -> str:
+    """Says how a line break is written where a backslash and an n stand in its place."""
+    meant = part.replace("\\n", "\n").replace("\\r", "\r").replace("\\t", "\t")
+    if meant == part or meant not in text:
+        return ""
+    quoted = json.dumps(meant, ensure_ascii=False)
+    return (
+        "; the backslash in it is one: YAML makes a line break or a tab of it in double quotes "
+        f"alone, data.{name}: {quoted} in a file, {shlex.quote(f'data.{name}={quoted}')} on a "
+        "command line"
+    )
 
 
 def _special_tokens_of(text: str, tokenizer: Tokenizer) -> list[str]:
