@@ -18,6 +18,7 @@ from lorax.data import (
     RENDERER,
     BatchPlan,
     EncodedDataset,
+    SourceError,
     load_encoded_dataset,
     load_tokenizer,
     read_own_template,
@@ -89,11 +90,16 @@ def load_inputs(config: RunConfig) -> Inputs:
     if config.data.format in CHATS:
         RENDERER.start()
     tokenizer = load_tokenizer(str(base))
-    encode = lambda sources: load_encoded_dataset(
-        sources, config.data, tokenizer, vocab_size=vocab_size
-    )
-    train = encode(config.data.train)
-    held_out = encode(config.data.eval) if config.data.eval else None
+
+    def encode(name: str) -> EncodedDataset:
+        sources = getattr(config.data, name)
+        try:
+            return load_encoded_dataset(sources, config.data, tokenizer, vocab_size=vocab_size)
+        except SourceError as error:
+            raise SourceError(f"data.{name}: {error}") from error
+
+    train = encode("train")
+    held_out = encode("eval") if config.data.eval else None
     RENDERER.close_unused()
     date = next((data.report.date for data in (train, held_out) if data and data.report.date), None)
     if config.data.date is not None and date is None:

@@ -919,6 +919,20 @@ def test_bad_data_settings_are_refused(refused, name):
     refused(pattern, "validate", "run.yaml", *overrides)
 
 
+ABSENT = {"a file": "absent.jsonl", "another kind": "absent.txt", "a folder": "absent.parquet"}
+
+
+@pytest.mark.parametrize("key", ["data.train", "data.eval"])
+@pytest.mark.parametrize("kind", ABSENT)
+def test_a_source_that_is_not_there_is_told_with_its_key(here, refused, key, kind):
+    if kind == "a folder":
+        (here / ABSENT[kind]).mkdir()
+    path = f"./{ABSENT[kind]}"
+    settings = ("eval.strategy=steps",) * (key == "data.eval")
+    for override in (f"{key}={path}", f"{key}=[rows.jsonl, {{path: {path}}}]"):
+        refused(rf"error: {key}: {re.escape(path)}: ", "validate", "run.yaml", override, *settings)
+
+
 # --- Output and machine ------------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ from lorax.data.packing import pack_rows
 from lorax.data.prefetch import prefetch
 from lorax.data.preview import render_example
 from lorax.data.renderer import RENDERER
-from lorax.data.rows import DataError
+from lorax.data.rows import DataError, SourceError
 from lorax.data.tokenizer import WITHOUT_TORCH, Tokenizer, load_tokenizer
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "EncodedDataset",
     "EncodedRow",
     "RowKind",
+    "SourceError",
     "Tokenizer",
     "alpaca_prompt",
     "encode_prompt",

@@ -19,6 +19,10 @@ class DataError(ValueError):
     """A file, a row or a data setting that cannot be trained on."""
 
 
+class SourceError(DataError):
+    """A file or a dataset of the hub that is not there, or cannot be opened."""
+
+
 class RowError(DataError):
     """What is wrong with one row, without its place; other rows may be right."""
 

@@ -18,6 +18,7 @@ from lorax.data.rows import (
     LineRows,
     NumberedRows,
     Rows,
+    SourceError,
     check_object,
     describe,
     index_lines,
@@ -66,7 +67,7 @@ def open_source(source: DataSource) -> Iterator[Rows]:
             yield tables.ArrowRows(source.path, table, kept)
     elif path.exists() or not _HUB_ID.fullmatch(source.path):
         kind = "a directory" if path.is_dir() else "a file of another kind" if path.exists() else ""
-        raise DataError(
+        raise SourceError(
             f"{source.path}: {kind or 'no such file, and no hub id'}; needed is a "
             f"{', '.join(SUFFIXES)} file or a hub id such as 'owner/name'"
         )
@@ -95,12 +96,12 @@ def _check_file(path: Path, source: DataSource) -> None:
         kind = special_kind(path.stat().st_mode) if path.exists() else None
         special = f"is {kind}, not a file" if kind else "no such file"
         reason = "is a directory" if path.is_dir() else special
-        raise DataError(f"{source.path}: {reason} (looked for {path.absolute()})")
+        raise SourceError(f"{source.path}: {reason} (looked for {path.absolute()})")
     try:
         with path.open("rb") as file:
             head = file.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip()
     except OSError as error:
-        raise DataError(f"{source.path}: it cannot be read: {explain(error)}") from error
+        raise SourceError(f"{source.path}: it cannot be read: {explain(error)}") from error
     if head.startswith(b"version https://git-lfs.github.com/spec/"):
         raise DataError(
             f"{source.path}: this is a Git LFS pointer, not the data; run `git lfs pull`"

@@ -15,7 +15,15 @@ from datasets.exceptions import DatasetsError
 from jaxtyping import Int64
 
 from lorax.config import DataSource
-from lorax.data.rows import DataError, NumberedRows, Row, Rows, show_name, undecodable_place
+from lorax.data.rows import (
+    DataError,
+    NumberedRows,
+    Row,
+    Rows,
+    SourceError,
+    show_name,
+    undecodable_place,
+)
 from lorax.wording import clip, describe
 
 _READ_ERRORS = (DatasetsError, pyarrow.ArrowException, OSError, ValueError)
@@ -160,7 +168,7 @@ def open_hub(source: DataSource) -> Rows:
             table = datasets.load_dataset(source.path, source.name, split=source.split)
     except _READ_ERRORS as error:
         what = f"configuration {source.name!r}, " if source.name else ""
-        raise DataError(
+        raise SourceError(
             f"{source.path}: cannot load this hub dataset ({what}split {source.split!r}): "
             f"{clip(describe(error.__cause__ or error), 300)}"
         ) from error
