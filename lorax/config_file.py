@@ -38,7 +38,6 @@ _NEEDED = {
     "model_type": "a mapping (`key: value` lines)",
 }
 
-
 _ONLY_TEXT = (frozenset({str}), frozenset({str, type(None)}))
 
 
@@ -284,7 +283,10 @@ def _explain_all(
     for item in error.errors(include_url=False):
         kind, context = item["type"], item.get("ctx", {})
         key = _find_key(data, item["loc"], keep_last=kind == "missing")
-        if kind == "conflicts":
+        if written := _without_space(key, item["input"]):
+            settled.add(key)
+            yield source.problem(key[:-1], f"a space is missing after the colon: write {written}")
+        elif kind == "conflicts":
             for name, message in context["conflicts"]:
                 yield source.problem((*key, *name.split(".")), message)
         elif kind == "extra_forbidden":
@@ -304,6 +306,12 @@ def _explain_all(
         if not below and key not in settled:
             message = f"needs {' or '.join(dict.fromkeys(phrases))}, got {_show(got[key])}"
             yield source.problem(key, message + _hint(phrases, got[key]))
+
+
+def _without_space(key: Key, value: Any) -> str | None:
+    """Returns what was meant by a key such as ``q_proj:8``, which to YAML has no value."""
+    found = re.fullmatch(r"([\w.]+):(.*\S)", str(key[-1])) if key and value is None else None
+    return f"{{{clip(found[1])}: {clip(found[2])}}}" if found else None
 
 
 def _find_key(data: Any, location: Sequence[str | int], keep_last: bool) -> Key:

@@ -1,5 +1,6 @@
 import copy
 import datetime
+import re
 import subprocess
 import textwrap
 from typing import Any
@@ -407,6 +408,25 @@ def test_overrides_replace_values_and_create_sections(write):
     assert config.lora.target_modules == ("q_proj", "v_proj")
     assert config.model.revision is None
     assert config.data.train[0].path == "other.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "meant"),
+    [
+        ("lora.rank_pattern", "{q_proj:8}", "{q_proj: 8}"),
+        ("lora.alpha_pattern", "{v_proj: 2, q_proj:8}", "{q_proj: 8}"),
+        ("lora.rank_pattern", "{self_attn.q_proj:8}", "{self_attn.q_proj: 8}"),
+        ("train.lr_scheduler_kwargs", "{power:2}", "{power: 2}"),
+    ],
+)
+def test_a_colon_without_a_space_is_told(write, key, value, meant):
+    said = f"{key}: a space is missing after the colon: write {meant}"
+    assert problem(write(MINIMAL), [f"{key}={value}"]) == f"override '{key}={value}': {said}"
+    section, name = key.split(".")
+    written = problem(write(f"{MINIMAL}{section}: {{{name}: {value}}}\n"))
+    assert re.fullmatch(r"run\.yaml:\d+: " + re.escape(said), written)
+    problems(write(MINIMAL), [f"{key}={value.replace(':', ': x')}"])  # nothing is missing
+    assert "space" not in problems(write(MINIMAL), ["lora.rank_pattern={'(?:q|k)_proj': }"])[0]
 
 
 @pytest.mark.parametrize(
