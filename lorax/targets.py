@@ -123,11 +123,20 @@ def pattern_value[T](patterns: dict[str, T], name: str, default: T) -> T:
     return default
 
 
-def nearest(entry: str, names: Iterable[str]) -> str:
-    """Returns a sentence listing the known names closest to `entry`."""
+def nearest(entry: str, names: Iterable[str], listed: str | Iterable[str] = ()) -> str:
+    """Returns a sentence listing the known names closest to `entry`.
+
+    Args:
+        entry: What matches nothing.
+        names: Of the model's modules.
+        listed: Entries beside it; what they match already was not meant by this one. A text is a
+            regular expression, which has none beside it.
+    """
     parts = 2 if "." in entry.strip(".*") else 1
     suffixes = sorted({".".join(n.split(".")[-parts:]) for n in names})
-    close = difflib.get_close_matches(re.sub(r"[^\w.]", "", entry), suffixes, n=3, cutoff=0.5)
+    others = () if isinstance(listed, str) else [other for other in listed if other != entry]
+    free = [n for n in suffixes if not any(_is_suffix(other, n) for other in others)]
+    close = difflib.get_close_matches(re.sub(r"[^\w.]", "", entry), free, n=3, cutoff=0.5)
     known = close or suffixes
     return ("did you mean " if close else "the model has ") + _listed(known)
 
@@ -229,14 +238,16 @@ def _refuse_unmatched(matched, linear_names, other_names, config, output_layer):
         else:
             raise TargetError(
                 f"lora.target_modules: {show(entry)} matches no linear module; "
-                f"{nearest(entry, linear_names)}{_REGEX_HINT if isinstance(targets, str) else ''}"
+                f"{nearest(entry, linear_names, targets)}"
+                f"{_REGEX_HINT if isinstance(targets, str) else ''}"
             )
     exclude = config.exclude_modules
     for entry in (exclude,) if isinstance(exclude, str) else exclude or ():
         match = re.fullmatch if isinstance(exclude, str) else _is_suffix
         if not any(match(entry, n) for n in names):
             raise TargetError(
-                f"lora.exclude_modules: {show(entry)} matches no module; {nearest(entry, names)}"
+                f"lora.exclude_modules: {show(entry)} matches no module; "
+                f"{nearest(entry, names, exclude)}"
             )
     in_layers = [n for n in linear_names if is_target(n, config, output_layer)]
     _refuse_layers(config, in_layers, linear_names)
@@ -249,12 +260,13 @@ def _refuse_unmatched(matched, linear_names, other_names, config, output_layer):
             if not any(pattern_value({entry: True}, n, False) for n in matched):
                 raise TargetError(
                     f"lora.{setting}: {show(entry)} matches no target module; "
-                    f"{nearest(entry, matched)}"
+                    f"{nearest(entry, matched, getattr(config, setting))}"
                 )
     for entry in config.modules_to_save or ():
         if not any(is_saved(n, entry) for n in names):
             raise TargetError(
-                f"lora.modules_to_save: {show(entry)} matches no module; {nearest(entry, names)}"
+                f"lora.modules_to_save: {show(entry)} matches no module; "
+                f"{nearest(entry, names, config.modules_to_save)}"
             )
 
 

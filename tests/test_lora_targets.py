@@ -1,5 +1,7 @@
 """Target matching against the installed PEFT, case by case, and what PEFT lets pass silently."""
 
+import re
+
 import pytest
 import torch
 from flax import nnx
@@ -194,6 +196,28 @@ def _lists(settings):
 def test_nothing_stays_unmatched(settings, message, torch_model):
     with pytest.raises(TargetError, match=message):
         ours(torch_model(), settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "missing"),
+    [
+        ({"target_modules": ["q_proj", "q_porj"]}, "q_proj"),
+        ({"target_modules": ["q_porj", "k_proj", "q_proj"]}, "q_proj"),
+        ({"target_modules": ["q_proj", "self_attn.q_porj"]}, "self_attn.q_proj"),
+        (
+            {"target_modules": ["q_proj", "k_proj"], "rank_pattern": {"q_proj": 2, "q_porj": 2}},
+            "q_proj",
+        ),
+        ({"target_modules": ["q_proj"], "exclude_modules": ["k_proj", "k_porj"]}, "k_proj"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "lm_haed"]}, "lm_head"),
+    ],
+    ids=str,
+)
+def test_what_is_listed_already_is_not_proposed(settings, missing, torch_model):
+    with pytest.raises(TargetError, match="matches no ") as caught:
+        ours(torch_model(), settings)
+    proposed = re.findall(r"[\w.]+", str(caught.value).partition("did you mean ")[2])
+    assert missing not in proposed
 
 
 HANGS = r"((a|[a-z_.0-9]+)+)+!"
