@@ -114,6 +114,9 @@ def _generate(parsed, _: Console) -> None:
     model.eval()
     sampling = {name: getattr(parsed, name) for name in _SAMPLING}
     written = generate(model, tokens, max_new_tokens=longest, stop_ids=stop_ids, **sampling)
+    for prompt, new in zip(prompts, written, strict=True):
+        if not new:
+            tell(f"the answer to {prompt.name} is empty: the model ended its answer at once")
     _write(prompts, [str(tokenizer.decode(new, skip_special_tokens=True)) for new in written])
 
 

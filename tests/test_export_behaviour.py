@@ -306,6 +306,21 @@ def test_answers_are_written_as_they_are(run, monkeypatch, capsys):
     assert capsys.readouterr().out == f"{heads[0]}{RAW}\n\n{heads[1]}{RAW}\n"
 
 
+def test_an_answer_that_ends_at_once_is_told(run, monkeypatch, capsys):
+    said = "lorax generate: the answer to {} is empty: the model ended its answer at once\n"
+    answers = [[], [5], []]
+    monkeypatch.setattr("lorax.cli_generate.generate", lambda _, p, **k: answers[: len(p)])
+    assert main(["generate", str(run), "--prompt", "x"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "\n" and captured.err == said.format("--prompt")
+    assert main(["generate", str(run), *3 * ["--prompt", "x"]]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == said.format("--prompt 1") + said.format("--prompt 3")
+    monkeypatch.setattr("sys.stdin", io.StringIO("x"))
+    assert main(["generate", str(run)]) == 0
+    assert capsys.readouterr().err == said.format("standard input")
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_an_answer_that_standard_output_cannot_hold_is_escaped(run, monkeypatch, capsys, encoding):
     text = "caf\u00e9 \u6f22 \U0001f44d"
