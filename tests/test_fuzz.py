@@ -131,9 +131,14 @@ def run_of_garden(tmp_path, monkeypatch):
     return Path(shutil.copytree(tmp_path / "run", tmp_path / "case"))
 
 
+ADDS = "the exported adapter adds what the adapter does"
+BITS = "the adapter has the bits of the run that nothing was done to"
+ANSWERS = "the adapter that answers has the bits of the run that nothing was done to"
+
+
 def test_an_answer_of_a_run_is_argued_by_the_adapter_that_gave_it(run_of_garden):
     case = Case("run folder", 0, "run", ("generate", "run", "--prompt", "zq"), ())
-    assert "has the bits" in argue(case, run_of_garden, "an answer")
+    assert argue(case, run_of_garden, "an answer") == ANSWERS
     write_adapter(run_of_garden / "run/adapter", 2.0)
     assert argue(case, run_of_garden, "an answer") is None
 
@@ -143,11 +148,11 @@ def test_an_export_of_a_run_is_argued_by_its_tensors(run_of_garden):
     for kind in ("run folder", "command line"):
         case = Case(kind, 0, "run", words, ())
         out = Path(shutil.copytree(run_of_garden / "run/adapter", run_of_garden / "out"))
-        assert "adds what the adapter does" in argue(case, run_of_garden, "")
+        assert argue(case, run_of_garden, "") == ADDS
         write_adapter(out, 2.0)
         assert argue(case, run_of_garden, "") is None
         (out / "adapter_config.json").write_text('{"lora_alpha": 4}')  # half of twice as much
-        assert "adds what the adapter does" in argue(case, run_of_garden, "")
+        assert argue(case, run_of_garden, "") == ADDS
         (out / "adapter_model.safetensors").unlink()
         assert argue(case, run_of_garden, "") is None
         shutil.rmtree(out)
@@ -156,7 +161,7 @@ def test_an_export_of_a_run_is_argued_by_its_tensors(run_of_garden):
 def test_a_run_that_trained_is_argued_by_its_bits(run_of_garden):
     for kind, more in (("run folder", ()), ("run folder", ("--resume",)), ("command line", ())):
         case = Case(kind, 0, "run", ("train", "run.yaml", *more), ())
-        assert "has the bits" in argue(case, run_of_garden, "")
+        assert argue(case, run_of_garden, "") == BITS
         path = run_of_garden / "run/adapter/adapter_model.safetensors"
         before = path.read_bytes()
         write_adapter(path.parent, 2.0)
