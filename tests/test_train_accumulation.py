@@ -91,12 +91,8 @@ def mean_of_means(loss_fn):
         return total / jnp.maximum(count, 1).astype(jnp.float32)
 
     def averaged(parameters, batches):
-        size = jax.tree.leaves(batches)[0].shape[0]
-        parts = [
-            jax.value_and_grad(mean_loss)(parameters, jax.tree.map(lambda x, i=i: x[i], batches))
-            for i in range(size)
-        ]
-        mean = jax.tree.map(lambda *x: sum(x) / size, *parts)
+        parts = jax.lax.map(lambda batch: jax.value_and_grad(mean_loss)(parameters, batch), batches)
+        mean = jax.tree.map(lambda x: x.mean(axis=0), parts)
         return mean[0], jnp.float32(0), mean[1]
 
     return averaged

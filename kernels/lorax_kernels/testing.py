@@ -3,13 +3,24 @@
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 from jax._src.dispatch import runtime_tokens
+from jax._src.interpreters import pxla
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 
 from lorax_kernels.device import interpreted
+
+
+# What is interpreted runs once, so that optimizing it costs more than it saves: half of a kernel's
+# time was XLA's, for fusions of a few scalars each.
+_QUICKLY = {
+    "xla_backend_optimization_level": 0,
+    "xla_cpu_parallel_codegen_split_count": 1,
+    "xla_disable_hlo_passes": "fusion,fusion-wrapper",
+}
 
 
 @dataclass
@@ -26,6 +37,22 @@ class Races:
 
 
 @contextlib.contextmanager
+def _compiled_quickly() -> Iterator[None]:
+    """Has XLA optimize nothing. JAX takes options for one function, and the interpreter has many."""
+    create = pxla.create_compile_options
+
+    def create_quick(*given: Any) -> Any:
+        *others, options = given
+        return create(*others, _QUICKLY | options)
+
+    pxla.create_compile_options = create_quick
+    try:
+        yield
+    finally:
+        pxla.create_compile_options = create
+
+
+@contextlib.contextmanager
 def interpret(cores: int = 3) -> Iterator[Races]:
     """Interprets Mosaic GPU kernels on the CPU, as on a device with `cores` multiprocessors.
 
@@ -39,6 +66,7 @@ def interpret(cores: int = 3) -> Iterator[Races]:
     try:
         with (
             interpreted(cores),
+            _compiled_quickly(),
             plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)),
         ):
             yield Races()
