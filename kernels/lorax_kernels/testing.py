@@ -1,6 +1,7 @@
 """Running the GPU kernels on a CPU: interpreted, with every race between threads recorded."""
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 from jax._src import callback
 from jax._src.dispatch import runtime_tokens
 from jax._src.interpreters import pxla
+from jax._src.pallas.mosaic.interpret import thread_map
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call, shared_memory
 
 from lorax_kernels.device import interpreted
@@ -45,7 +47,8 @@ def _quickly() -> Iterator[None]:
 
     XLA optimizes nothing: JAX takes options for one function only, and the interpreter has many.
     And what the kernel tells the interpreter, in thousands of calls of ten numbers each, comes as
-    NumPy's arrays and is not put on a device first, only to be read again.
+    NumPy's arrays and is not put on a device first, only to be read again. What a thread runs is
+    traced and looked up once, not by every thread of every block.
     """
     create, number = pxla.create_compile_options, shared_memory._to_int
 
@@ -57,7 +60,18 @@ def _quickly() -> Iterator[None]:
         results = callback(*(np.array(arg) for arg in args))  # XLA takes its memory back
         return jax.tree.map(np.asarray, results)
 
+    compiled: dict[int, tuple[Any, Any]] = {}
+    lock = threading.Lock()
+
+    def run_compiled(jaxpr: Any, consts: Any, *args: Any) -> None:
+        with lock:
+            if id(jaxpr) not in compiled:
+                run = jax.jit(thread_map._run, static_argnums=(0,))
+                compiled[id(jaxpr)] = jaxpr, run.trace(jaxpr, consts, *args).lower().compile()
+        compiled[id(jaxpr)][1](consts, *args)
+
     with (
+        mock.patch.object(thread_map, "_run_jaxpr", run_compiled),
         mock.patch.object(pxla, "create_compile_options", create_quick),
         mock.patch.object(callback, "io_callback_impl", call_quick),
         mock.patch.object(
