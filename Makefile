@@ -12,14 +12,14 @@ test: $(VENV)/.test .aot/.done .assets/.done
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
-	$(BIN)/pytest -q -n 2 -rs
+	$(BIN)/pytest -q -n 2 --dist worksteal --durations=30 -rs
 
 # Format, lint, types and the fast tests.
 check: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
-	$(BIN)/pytest -q -n 2 -m "not slow"
+	$(BIN)/pytest -q -n 2 --dist worksteal -m "not slow"
 
 format: $(VENV)/.test
 	$(BIN)/ruff format .

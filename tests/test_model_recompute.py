@@ -38,8 +38,18 @@ POLICIES = ("none", "selective", "full")
 CHECKPOINTED = ("selective", "full", "offload")
 
 
-def pullback_of(policy, targets: Any = "all-linear", kept=1):
-    """Returns the loss, its pullback with respect to the adapters, and the function itself."""
+def loss_of(policy, targets: Any = "all-linear", kept=1):
+    """Returns the loss with its gradient, a function of the adapters, and the adapters."""
+    loss, trainable = plain_loss_of(policy, targets, kept)
+    return jax.jit(jax.value_and_grad(loss)), trainable
+
+
+def pullback_of(policy, kept=1):
+    """Returns the loss's pullback, in which is what the backward pass keeps."""
+    return jax.vjp(*plain_loss_of(policy, kept=kept))[1]
+
+
+def plain_loss_of(policy, targets: Any = "all-linear", kept=1):
     options: dict[str, Any] = {"gradient_checkpointing": policy, "kept_layers": kept}
     # Asked for at each call, so that `in_float64` decides it.
     options |= {"dtype": jnp.float32, "param_dtype": jnp.float32}
@@ -58,8 +68,7 @@ def pullback_of(policy, targets: Any = "all-linear", kept=1):
     def loss(trainable):
         return causal_lm_loss(nnx.merge(graph, trainable, frozen, copy=True), batch)[0]
 
-    value, pull = jax.vjp(loss, trainable)
-    return value, pull, jax.jit(jax.value_and_grad(loss)), trainable
+    return loss, trainable
 
 
 def kept_shapes(pull):
@@ -79,7 +88,7 @@ MORE_CASES = [("two", 1), ("one", 1), ("two", 2), ("one", 0)]
 def without_recomputation(targets):
     """Returns the loss and its gradient, in float64."""
     with in_float64():
-        _, _, function, trainable = pullback_of("none", TARGETS[targets])
+        function, trainable = loss_of("none", TARGETS[targets])
         return function(trainable)
 
 
@@ -95,7 +104,7 @@ def test_every_policy_computes_the_same(policy, kept, targets):
     # In float32 the gradient of the last queries, 1e-4 of the others, is 4e-4 off by rounding.
     expected = without_recomputation(targets)
     with in_float64():
-        _, _, function, trainable = pullback_of(policy, TARGETS[targets], kept)
+        function, trainable = loss_of(policy, TARGETS[targets], kept)
         found = function(trainable)
     for ours, theirs in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
         assert ours.dtype == np.float64 and np.linalg.norm(theirs) > 0
@@ -103,7 +112,7 @@ def test_every_policy_computes_the_same(policy, kept, targets):
 
 
 def test_selective_keeps_neither_the_norms_outputs_nor_the_inner_activation():
-    counts = {p: kept_shapes(pullback_of(p)[1]) for p in POLICIES}
+    counts = {p: kept_shapes(pullback_of(p)) for p in POLICIES}
     inner = {p: sum(np.prod(s) == ROWS * LENGTH * INNER for s in counts[p]) for p in POLICIES}
     # gate(x) and up(x) per layer; the product of both is made again by the layer that needs it
     assert inner == {"none": 2 * LAYERS, "selective": 2 * LAYERS, "full": 2}  # the last layer's
@@ -116,10 +125,9 @@ def test_selective_keeps_neither_the_norms_outputs_nor_the_inner_activation():
 
 @pytest.mark.parametrize("policy", ["full", "offload"])
 def test_kept_layers_are_not_made_again(policy):
-    counts = [count_products(*pullback_of(policy, kept=k)[2:]) for k in range(LAYERS + 1)]
+    counts = [count_products(*loss_of(policy, kept=k)) for k in range(LAYERS + 1)]
     assert [counts[k] - counts[-1] for k in range(LAYERS + 1)] == [14 * n for n in (3, 2, 1, 0)]
-    _, _, function, trainable = pullback_of("selective")
-    assert counts[-1] == count_products(function, trainable)
+    assert counts[-1] == count_products(*loss_of("selective"))
 
 
 @pytest.mark.parametrize("kept", [-1, LAYERS + 1, True, 1.0])
@@ -154,10 +162,7 @@ def test_what_is_made_again_reads_as_it_is_written():
 
 
 def test_selective_repeats_no_product_and_full_those_of_all_layers_but_the_last():
-    counts = {}
-    for policy in POLICIES:
-        _, _, function, trainable = pullback_of(policy)
-        counts[policy] = count_products(function, trainable)
+    counts = {policy: count_products(*loss_of(policy)) for policy in POLICIES}
     assert counts["selective"] == counts["none"]
     # Of each: q, k, v, o, gate, up and their updates, and two of attention; x·A is kept.
     assert counts["full"] == counts["none"] + 14 * REPEATED
@@ -167,7 +172,7 @@ def test_selective_repeats_no_product_and_full_those_of_all_layers_but_the_last(
 def test_offload_keeps_on_the_device_what_full_keeps_but_the_layers_inputs(kept):
     kinds = {}
     for policy in ("full", "offload"):
-        leaves = jax.tree.leaves(pullback_of(policy, kept=kept)[1])
+        leaves = jax.tree.leaves(pullback_of(policy, kept=kept))
         inputs = [leaf for leaf in leaves if leaf.shape == (ROWS, LENGTH, WIDTH)]
         kinds[policy] = sorted(leaf.sharding.memory_kind for leaf in inputs)
     device = jax.devices()[0].default_memory().kind
