@@ -14,9 +14,11 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Four virtual devices, so that sharded runs are tested on any machine; and a program compiled in
-# one part, which costs a fifth less than in parts for cores that are busy. The last flag counts.
-_FLAGS = "--xla_force_host_platform_device_count=4 --xla_cpu_parallel_codegen_split_count=1"
-os.environ.update(XLA_FLAGS=f"{_FLAGS} {os.environ.get('XLA_FLAGS', '')}".strip())
+# one part, which is less work than in parts for cores that are busy. The last flag counts.
+os.environ.update(
+    XLA_FLAGS="--xla_force_host_platform_device_count=4 --xla_cpu_parallel_codegen_split_count=1 "
+    + os.environ.get("XLA_FLAGS", "")
+)
 
 # The processes of one run of the tests, and those that they start, compile each program once.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -89,7 +91,7 @@ def _makes_float16():
 
 
 def pytest_collection_finish():
-    """Spares the garbage collector what stays to the end: a third of a million objects."""
+    """Spares the garbage collector the modules and tests, which stay to the end."""
     gc.collect()
     gc.freeze()
 

@@ -18,9 +18,7 @@ from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call, shared_m
 
 from lorax_kernels.device import interpreted
 
-
-# What is interpreted runs once, so that optimizing it costs more than it saves: half of a kernel's
-# time was XLA's, for fusions of a few scalars each.
+# What is interpreted runs once, so that optimizing it costs more than it saves.
 _QUICKLY = {
     "xla_backend_optimization_level": 0,
     "xla_cpu_parallel_codegen_split_count": 1,
