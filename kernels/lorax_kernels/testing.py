@@ -48,7 +48,8 @@ def _quickly() -> Iterator[None]:
     NumPy's arrays and is not put on a device first, only to be read again. What a thread runs is
     traced and looked up once, not by every thread of every block.
     """
-    create, number = pxla.create_compile_options, shared_memory._to_int
+    create: Any = pxla.create_compile_options
+    number = shared_memory._to_int
 
     def create_quick(*given: Any) -> Any:
         *others, options = given
