@@ -19,8 +19,8 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from lorax_kernels.device import is_interpreted
-from lorax_kernels.lora_linear.choice import Kernels, axis_sizes, runs_row_kernels
-from lorax_kernels.lora_linear.reference import accumulation_dtype
+from lorax_kernels.dispatch import Kernels, axis_sizes, runs_row_kernels
+from lorax_kernels.dtypes import accumulation_dtype
 
 MAX_WIDTH = 16384  # a row is held in registers
 

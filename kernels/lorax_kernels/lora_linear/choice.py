@@ -4,27 +4,15 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 
-from lorax_kernels.device import device_kind, has_triton, runs_kernels
+from lorax_kernels.device import device_kind, runs_kernels
+from lorax_kernels.dispatch import Kernels, axis_sizes, check_kernels_name
 from lorax_kernels.lora_linear.weights import LoraWeights
-
-type Kernels = Literal["auto", "pallas", "xla"]
 
 RANK = 16  # that a group without an update is looked up with
 MAX_RANK = 256  # of a launch; a group of more is launched in parts
 MAX_DROPPED_RANK = 192  # with dropout the update waits in the ring of 3 slots
-
-
-def check_kernels_name(kernels: str) -> None:
-    """Refuses what is none of `Kernels`.
-
-    Raises:
-        ValueError: Saying what was given.
-    """
-    if kernels not in ("auto", "pallas", "xla"):
-        raise ValueError(f"kernels must be auto, pallas or xla, got {kernels!r}")
 
 
 def choose(
@@ -105,28 +93,6 @@ def explain_choice(
     return "xla", f"faster when measured near {m} × {k} × {sum(ns)}, or never measured there"
 
 
-def runs_row_kernels(
-    rows: int, dtype, kernels: Kernels = "auto", row_axes: Sequence[str] = ()
-) -> bool:
-    """Says whether what treats each row by itself, the norm and the loss, runs as a kernel.
-
-    So it is on Hopper GPUs, in bfloat16 and float16, where JAX comes with Pallas's Triton.
-
-    Args:
-        rows: The first dimension, which the mesh's `row_axes` must divide.
-        dtype: Of the rows.
-        kernels: ``xla`` runs none.
-        row_axes: Mesh axes that divide the first dimension.
-
-    Raises:
-        ValueError: If `kernels` is no such name.
-    """
-    check_kernels_name(kernels)
-    narrow = dtype in (jnp.bfloat16, jnp.float16)
-    divided = rows % math.prod(axis_sizes(row_axes).values()) == 0
-    return kernels != "xla" and narrow and divided and runs_kernels() and has_triton()
-
-
 def padded_rank(r: int) -> int:
     """Returns the rank that the kernels compute with: 16, 32, or a multiple of 64."""
     return 16 if r <= 16 else 32 if r <= 32 else -(-r // 64) * 64
@@ -145,15 +111,3 @@ def split(members: Sequence[LoraWeights], rate: float = 0.0) -> list[list[int]]:
         parts[-1].append(index)
         total += r
     return parts
-
-
-def axis_sizes(row_axes: Sequence[str]) -> dict[str, int]:
-    """Returns the sizes of those axes that the current mesh has and that divide something.
-
-    Inside a `jax.shard_map` over an axis the rows are already those of one shard.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return {}
-    open_axes = [a for a in row_axes if a in mesh.shape and a not in mesh.manual_axes]
-    return {a: mesh.shape[a] for a in open_axes if mesh.shape[a] > 1}

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from lorax_kernels.dispatch import Kernels
 from lorax_kernels.lora_linear import choice, xla
 from lorax_kernels.lora_linear.calls import apply_group, apply_mlp, apply_swiglu, run
-from lorax_kernels.lora_linear.choice import Kernels
 from lorax_kernels.lora_linear.weights import LoraWeights
 
 

@@ -3,12 +3,8 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from lorax_kernels.dtypes import accumulation_dtype
 from lorax_kernels.lora_linear.dropout import apply_dropout
-
-
-def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
-    """Returns float64 for float64 operands and float32 for all others."""
-    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
 def lora_linear_reference(

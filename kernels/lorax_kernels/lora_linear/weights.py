@@ -32,29 +32,77 @@ class LoraWeights:
     scale: float = 1.0
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["w", "biases", "a", "b", "key"],
+    meta_fields=["members", "scales", "rate", "implementation", "axes"],
+)
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """The members' operands, those of the updates without gaps.
+    """The operands of layers that read one input, those of the updates without gaps.
+
+    A pytree of its arrays; the rest is static.
 
     Attributes:
         w: Per member.
         biases: Per member, or None.
-        members: Which members carry an update.
         a: Per update.
         b: Per update.
+        key: Of the dropout, or None without one.
+        members: Which members carry an update.
         scales: Per update.
+        rate: Of the dropout.
+        implementation: ``pallas`` or ``xla``.
+        axes: Of the mesh, where the kernel runs inside shard_map.
     """
 
     w: Sequence[jax.Array]
     biases: Sequence[jax.Array | None]
-    members: tuple[int, ...]
     a: Sequence[jax.Array]
     b: Sequence[jax.Array]
+    key: jax.Array | None
+    members: tuple[int, ...]
     scales: tuple[float, ...]
+    rate: float
+    implementation: str
+    axes: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls,
+        layers: Sequence[LoraWeights],
+        rate: float,
+        key: jax.Array | None,
+        implementation: str,
+        axes: tuple[str, ...] = (),
+    ) -> "Group":
+        """Returns the group of some layers; without an update it has no dropout."""
+        members = tuple(i for i, layer in enumerate(layers) if layer.a is not None)
+        return cls(
+            w=[layer.w for layer in layers],
+            biases=[layer.bias for layer in layers],
+            a=[layer.a for layer in layers if layer.a is not None],
+            b=[layer.b for layer in layers if layer.b is not None],
+            key=key if members and rate else None,
+            members=members,
+            scales=tuple(float(layers[i].scale) for i in members),
+            rate=rate if members else 0.0,
+            implementation=implementation,
+            axes=axes,
+        )
+
+    def multiplied_in(self, dtype: jax.typing.DTypeLike) -> "Group":
+        """Returns the group with its frozen weights in the dtype of what they multiply."""
+        return dataclasses.replace(self, w=[w.astype(dtype) for w in self.w])
+
+    @property
+    def is_kernel(self) -> bool:
+        """Whether the kernels run, instead of XLA."""
+        return self.implementation == "pallas"
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """Returns the rank of every update."""
+        """The rank of every update."""
         return tuple(a.shape[1] for a in self.a)
 
     def adapter(self, member: int) -> int:

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from lorax_kernels.dtypes import accumulation_dtype
 from lorax_kernels.lora_linear.dropout import apply_dropout
-from lorax_kernels.lora_linear.reference import accumulation_dtype
 from lorax_kernels.lora_linear.weights import Group
 
 # Ranks that are one step of a product, so that a member may as well read all of them: others' are
@@ -53,7 +53,7 @@ def _scaled_b(group: Group, member: int, dtype):
     return jnp.pad(scaled, (outside, (0, 0))).astype(dtype)
 
 
-def forward(x, group: Group, rate: float, key, residual=None):
+def forward(x, group: Group, residual=None):
     """Returns the outputs of the members, and ``h = dropout(x)·[A₁|A₂|…]`` or None.
 
     The output of a group of one is added to `residual`.
@@ -64,7 +64,7 @@ def forward(x, group: Group, rate: float, key, residual=None):
         # One product for all members: x is read once.
         a = jnp.concatenate([a.astype(dtype) for a in group.a], axis=1)
         # Named before it is used, so that where it is kept no pass multiplies for it again.
-        h = checkpoint_name(jnp.dot(apply_dropout(x, rate, key), a), "lora_h")
+        h = checkpoint_name(jnp.dot(apply_dropout(x, group.rate, group.key), a), "lora_h")
     outputs = []
     for member, w in enumerate(group.w):
         y = jnp.dot(x, w.astype(dtype))
@@ -82,7 +82,7 @@ def forward(x, group: Group, rate: float, key, residual=None):
     return outputs, h
 
 
-def backward(x, h, group: Group, rate: float, key, dys):
+def backward(x, h, group: Group, dys):
     """Returns the gradients of x, of every A and of every B."""
     dtype = x.dtype
     g, db = [], []
@@ -95,14 +95,14 @@ def backward(x, h, group: Group, rate: float, key, dys):
         # Where all have the whole span each is zero outside its own, and the sum is exact.
         g = functools.reduce(_fold, g) if _reads_all(group) else jnp.concatenate(g, axis=1)
         a = jnp.concatenate([a.astype(dtype) for a in group.a], axis=1)
-        dx = apply_dropout(jnp.dot(g, a.T), rate, key)
+        dx = apply_dropout(jnp.dot(g, a.T), group.rate, group.key)
     # The large products come last: XLA folds what there is so far into each of them.
     for dy, w in zip(dys, group.w, strict=True):
         product = jnp.dot(dy, w.astype(dtype).T)
         dx = product if dx is None else _fold(dx, product)
     if not group.ranks:
         return dx, [], []
-    da = _wide(apply_dropout(x, rate, key).T, g)
+    da = _wide(apply_dropout(x, group.rate, group.key).T, g)
     splits = [sum(group.ranks[: i + 1]) for i in range(len(group.ranks) - 1)]
     return dx, jnp.split(da, splits, axis=1), db
 

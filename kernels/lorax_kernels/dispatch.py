@@ -1,0 +1,56 @@
+"""What runs an operation: names of kernels, axes of the mesh, and operations on single rows."""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from lorax_kernels.device import has_triton, runs_kernels
+
+type Kernels = Literal["auto", "pallas", "xla"]
+
+
+def check_kernels_name(kernels: str) -> None:
+    """Refuses what is none of `Kernels`.
+
+    Raises:
+        ValueError: Saying what was given.
+    """
+    if kernels not in ("auto", "pallas", "xla"):
+        raise ValueError(f"kernels must be auto, pallas or xla, got {kernels!r}")
+
+
+def runs_row_kernels(
+    rows: int, dtype, kernels: Kernels = "auto", row_axes: Sequence[str] = ()
+) -> bool:
+    """Says whether what treats each row by itself, the norm and the loss, runs as a kernel.
+
+    So it is on Hopper GPUs, in bfloat16 and float16, where JAX comes with Pallas's Triton.
+
+    Args:
+        rows: The first dimension, which the mesh's `row_axes` must divide.
+        dtype: Of the rows.
+        kernels: ``xla`` runs none.
+        row_axes: Mesh axes that divide the first dimension.
+
+    Raises:
+        ValueError: If `kernels` is no such name.
+    """
+    check_kernels_name(kernels)
+    narrow = dtype in (jnp.bfloat16, jnp.float16)
+    divided = rows % math.prod(axis_sizes(row_axes).values()) == 0
+    return kernels != "xla" and narrow and divided and runs_kernels() and has_triton()
+
+
+def axis_sizes(row_axes: Sequence[str]) -> dict[str, int]:
+    """Returns the sizes of those axes that the current mesh has and that divide something.
+
+    Inside a `jax.shard_map` over an axis the rows are already those of one shard.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return {}
+    open_axes = [a for a in row_axes if a in mesh.shape and a not in mesh.manual_axes]
+    return {a: mesh.shape[a] for a in open_axes if mesh.shape[a] > 1}
