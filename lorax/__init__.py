@@ -1,12 +1,12 @@
 """LoRA fine-tuning of language models in JAX."""
 
-from lorax.config import DataConfig as DataConfig
-from lorax.config import LoraConfig as LoraConfig
 from lorax.config import RunConfig as RunConfig
 from lorax.config import TrainConfig as TrainConfig
 from lorax.config import load_config as load_config
-from lorax.data import load_encoded_dataset as load_encoded_dataset
-from lorax.data import load_tokenizer as load_tokenizer
+from lorax.config_data import DataConfig as DataConfig
+from lorax.config_lora import LoraConfig as LoraConfig
+from lorax.data.encode import load_encoded_dataset as load_encoded_dataset
+from lorax.data.tokenizer import load_tokenizer as load_tokenizer
 from lorax.export import export_model as export_model
 from lorax.generate import generate as generate
 from lorax.interop.huggingface import load_model as load_model

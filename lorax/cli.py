@@ -18,7 +18,7 @@ from lorax.checkpoint import SaveError
 from lorax.cli_export import add_export
 from lorax.cli_generate import add_generate
 from lorax.config import RunConfig, load_config
-from lorax.data import WITHOUT_TORCH
+from lorax.data.tokenizer import WITHOUT_TORCH
 from lorax.long_steps import ABANDONED
 from lorax.metrics import find_version
 from lorax.outlet import Outlet

@@ -15,9 +15,10 @@ from lorax.cli_common import DTYPES, note
 from lorax.generate import generate, option_problems
 from lorax.interop.checkpoint import CONFIG_FILE, expand, resolve_checkpoint
 from lorax.interop.huggingface import find_stored_dtype, load_hf_config, load_model
-from lorax.interop.peft import CONFIG_FILE as ADAPTER_FILE
-from lorax.interop.peft import load_adapter, read_adapter_config
-from lorax.models import DecoderConfig
+from lorax.interop.peft import load_adapter
+from lorax.interop.peft_config import CONFIG_FILE as ADAPTER_FILE
+from lorax.interop.peft_config import read_adapter_config
+from lorax.models.config import DecoderConfig
 from lorax.prompts import choose_form, encode_as
 from lorax.run_folder import CONFIG_FILE as RUN_FILE
 from lorax.run_folder import EXPORT_FOLDERS, SavedRun, list_folder, read_run, run_of

@@ -10,12 +10,10 @@ from typing import Annotated, Any, ClassVar, Literal, override
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from lorax.config_data import DataConfig as DataConfig
-from lorax.config_data import DataSource as DataSource
-from lorax.config_file import ConfigError as ConfigError
+from lorax.config_data import DataConfig
 from lorax.config_file import read_model, write_yaml
-from lorax.config_lora import LoraConfig as LoraConfig
-from lorax.config_model import ModelConfig as ModelConfig
+from lorax.config_lora import LoraConfig
+from lorax.config_model import ModelConfig
 from lorax.config_types import (
     BelowOne,
     Conflict,

@@ -10,7 +10,9 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from lorax.data import BatchPlan, EncodedDataset, prefetch
+from lorax.data.batches import BatchPlan
+from lorax.data.dataset import EncodedDataset
+from lorax.data.prefetch import prefetch
 from lorax.determinism import compiler_options
 from lorax.generate import generate
 from lorax.loss import LossFunction, causal_lm_loss

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 from flax import nnx
 
 from lorax.config import RunConfig
-from lorax.lora import LoraLinear, is_adaptable, lora_layers, named_modules
+from lorax.linear import LoraLinear, is_adaptable
+from lorax.lora import lora_layers, named_modules
 from lorax_kernels import explain_choice
 
 # Layers of one module that read one input, and so run as one operation.

@@ -10,12 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Key
 
-from lorax.config import LoraConfig
-from lorax.linear import DropoutKey as DropoutKey
-from lorax.linear import Frozen as Frozen
-from lorax.linear import LoraLinear as LoraLinear
-from lorax.linear import is_adaptable as is_adaptable
-from lorax.linear import obstacle
+from lorax.config_lora import LoraConfig
+from lorax.linear import DropoutKey, Frozen, LoraLinear, is_adaptable, obstacle
 from lorax.targets import (
     Target,
     TargetError,

@@ -9,9 +9,14 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from lorax.sharding import ROW_AXES
-from lorax_kernels import IGNORED as IGNORED
-from lorax_kernels import Kernels, accumulation_dtype, runs_row_kernels, token_nll_and_gradient
-from lorax_kernels import token_nll as token_nll
+from lorax_kernels import (
+    IGNORED,
+    Kernels,
+    accumulation_dtype,
+    runs_row_kernels,
+    token_nll,
+    token_nll_and_gradient,
+)
 
 LOGIT_CHUNK_BYTES = 256 * 2**20
 """At most this many bytes of logits and their gradient exist at a time in half precision, twice as
@@ -153,7 +158,7 @@ def causal_lm_loss(model: Any, batch: Batch) -> tuple[Float[Array, ""], Int[Arra
     """Returns (Σ nll, supervised tokens) of a micro-batch under one of `lorax.models`.
 
     Args:
-        model: A `lorax.models.CausalLM`.
+        model: A `lorax.models.llama.CausalLM`.
         batch: ``input_ids``, ``labels`` (already shifted: the label at t is token t + 1, or
             `IGNORED`), ``positions`` and, when packed, ``segment_ids``, each rows × sequence; and
             ``inputs_embeds``, rows × sequence × d, where the model's embedding is not to be read.

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lorax.lora import Frozen, LoraLinear, lora_layers, module_references, set_child
+from lorax.linear import Frozen, LoraLinear
+from lorax.lora import lora_layers, module_references, set_child
 
 
 def merge_lora[M: nnx.Module](model: M, *, keep_adapters: bool = False) -> M:

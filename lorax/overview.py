@@ -12,11 +12,13 @@ from rich.console import Console
 from rich.table import Table
 
 from lorax.config import RunConfig
-from lorax.data import EncodedDataset, EncodeReport, Tokenizer, render_example
+from lorax.data.dataset import EncodedDataset, EncodeReport
+from lorax.data.preview import render_example
+from lorax.data.tokenizer import Tokenizer
 from lorax.kernel_choice import kernel_choices
 from lorax.lora import lora_layers
-from lorax.models import CausalLM
 from lorax.models.attention import cudnn_obstacle, resolve_implementation
+from lorax.models.llama import CausalLM
 from lorax.models.recompute import Recomputation
 from lorax.plan import DEVICES, GIB, POLICIES, USABLE, Planner
 from lorax.report import ModuleRow, print_example, print_modules

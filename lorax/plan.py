@@ -16,8 +16,9 @@ from lorax.config import RunConfig
 from lorax.kernel_choice import family_of
 from lorax.lora import lora_layers, split_trainable
 from lorax.loss import logit_chunks
-from lorax.models import CausalLM, DecoderConfig, GradientCheckpointing
-from lorax.models.recompute import REPEATING, Recomputation
+from lorax.models.config import DecoderConfig
+from lorax.models.llama import CausalLM
+from lorax.models.recompute import REPEATING, GradientCheckpointing, Recomputation
 from lorax.optimizer import make_optimizer
 from lorax.sharding import HostArray, embedding_obstacle, embedding_on_host
 from lorax_kernels import padded_rank

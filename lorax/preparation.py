@@ -16,10 +16,13 @@ from flax import nnx
 from lorax.beside import start_beside
 from lorax.compilation_cache import kept_elsewhere
 from lorax.config import EvalConfig, RunConfig, TrainConfig
-from lorax.data import BatchPlan, EncodedDataset, prefetch
+from lorax.data.batches import BatchPlan
+from lorax.data.dataset import EncodedDataset
+from lorax.data.prefetch import prefetch
 from lorax.lora import fingerprint_adapters
 from lorax.loss import LossFunction, causal_lm_loss
-from lorax.models import CausalLM, DocumentLayout
+from lorax.models.attention import DocumentLayout
+from lorax.models.llama import CausalLM
 from lorax.models.recompute import Recomputation
 from lorax.optimizer import make_optimizer
 from lorax.program_cache import ProgramCache

@@ -3,7 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
-from lorax.data import ROW_KINDS, RowKind, alpaca_prompt, encode_prompt, encode_text
+from lorax.data.chat import encode_prompt
+from lorax.data.formats import ROW_KINDS, RowKind, alpaca_prompt
+from lorax.data.masks import encode_text
 from lorax.run_folder import SavedRun
 
 _NAMES: dict[RowKind, str] = {

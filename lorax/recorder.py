@@ -9,7 +9,7 @@ from rich.console import Console
 from lorax.metrics import RunLog
 from lorax.phases import Phases
 from lorax.report import StepLine
-from lorax.train import Event
+from lorax.step_events import Event
 from lorax.wording import describe
 
 

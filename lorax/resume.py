@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from lorax.config import RunConfig
-from lorax.data import EncodedDataset
+from lorax.data.dataset import EncodedDataset
 from lorax.models.recompute import Recomputation
 
 HARMLESS_KEYS = frozenset(

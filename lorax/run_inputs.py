@@ -14,22 +14,20 @@ from lorax.adapter_tokenizer import tokenizer_files
 from lorax.beside import await_tracing
 from lorax.checkpoint import CHECKPOINT_FOLDER, CheckpointStore
 from lorax.config import RunConfig
-from lorax.data import (
-    RENDERER,
-    BatchPlan,
-    EncodedDataset,
-    SourceError,
-    load_encoded_dataset,
-    load_tokenizer,
-    read_own_template,
-)
+from lorax.data.batches import BatchPlan
+from lorax.data.chat import read_own_template
+from lorax.data.dataset import EncodedDataset
+from lorax.data.encode import load_encoded_dataset
+from lorax.data.renderer import RENDERER
+from lorax.data.rows import SourceError
+from lorax.data.tokenizer import load_tokenizer
 from lorax.interop.checkpoint import resolve_base
 from lorax.interop.huggingface import check_checkpoint, load_hf_config, load_model
-from lorax.interop.peft import check_adapter, load_adapter, read_adapter_config, trains_base_weights
-from lorax.interop.peft_config import adapter_notes
+from lorax.interop.peft import check_adapter, load_adapter, trains_base_weights
+from lorax.interop.peft_config import adapter_notes, read_adapter_config
 from lorax.kernel_choice import check_kernels
 from lorax.lora import apply_lora, set_kernels
-from lorax.models import CausalLM
+from lorax.models.llama import CausalLM
 from lorax.models.recompute import Recomputation
 from lorax.optimizer import make_schedule
 from lorax.plan import GIB, POLICIES, Planner, device_gib

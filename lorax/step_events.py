@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lorax.data import BatchPlan
+from lorax.data.batches import BatchPlan
 from lorax.metrics import Throughput, is_spike, memory_gib
 
 type Event = dict[str, Any]

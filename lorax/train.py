@@ -14,7 +14,7 @@ from flax import nnx
 
 from lorax.checkpoint import CHECKPOINT_FOLDER, CheckpointStore
 from lorax.config import RunConfig
-from lorax.data import EncodedDataset
+from lorax.data.dataset import EncodedDataset
 from lorax.evaluate import Evaluator
 from lorax.interop.checkpoint import resolve_base
 from lorax.interop.files import CheckpointError, refuse_occupied

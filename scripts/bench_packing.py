@@ -21,7 +21,7 @@ from bench_step import build_model
 from measured_rows import append_rows, origin
 
 from lorax import Trainer, load_config
-from lorax.data import EncodedDataset
+from lorax.data.dataset import EncodedDataset
 
 LONGEST, SHORTEST = 800, 50
 

@@ -31,10 +31,12 @@ from flax import nnx
 from make_random_checkpoint import SHAPES
 from measured_rows import append_rows, origin
 
-from lorax.config import LoraConfig, TrainConfig
+from lorax.config import TrainConfig
+from lorax.config_lora import LoraConfig
 from lorax.lora import apply_lora, set_kernels
 from lorax.metrics import memory_gib
-from lorax.models import CausalLM, DecoderConfig
+from lorax.models.config import DecoderConfig
+from lorax.models.llama import CausalLM
 from lorax.models.recompute import REPEATING, Recomputation, check_policy
 from lorax.optimizer import make_optimizer
 from lorax.sharding import HostArray, embedding_on_host, make_mesh, place_batch

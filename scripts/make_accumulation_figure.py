@@ -20,8 +20,12 @@ from flax import nnx
 from matplotlib.figure import Figure
 
 import lorax
-from lorax.config import DataConfig, DataSource, TrainConfig
-from lorax.data import BatchPlan, EncodedDataset, load_encoded_dataset, load_tokenizer
+from lorax.config import TrainConfig
+from lorax.config_data import DataConfig, DataSource
+from lorax.data.batches import BatchPlan
+from lorax.data.dataset import EncodedDataset
+from lorax.data.encode import load_encoded_dataset
+from lorax.data.tokenizer import load_tokenizer
 from lorax.interop.huggingface import load_model
 from lorax.loss import causal_lm_loss
 from lorax.metrics import library_versions

@@ -44,7 +44,8 @@ def make_models(folder: Path) -> None:
     import lorax
     from lorax.interop.huggingface import save_model
     from lorax.interop.peft import save_adapter
-    from lorax.models import CausalLM, DecoderConfig
+    from lorax.models.config import DecoderConfig
+    from lorax.models.llama import CausalLM
 
     model = CausalLM(DecoderConfig.from_hf(CONFIG, "tiny"), rngs=nnx.Rngs(0))
     save_model(model, folder / "model", dtype=jnp.dtype("float32"))
@@ -67,7 +68,7 @@ def read_model(folder: Path) -> Callable[[], object]:
 
 def read_tokenizer(folder: Path) -> Callable[[], object]:
     """Returns what reads a damaged tokenizer."""
-    from lorax.data import load_tokenizer
+    from lorax.data.tokenizer import load_tokenizer
 
     load_tokenizer(str(folder.parent / "good" / "tokenizer"))
     return lambda: load_tokenizer(str(folder))
@@ -88,8 +89,9 @@ def read_adapter(folder: Path) -> Callable[[], object]:
 
 def read_rows(folder: Path, **settings: Any) -> Callable[[], object]:
     """Returns what reads a file of rows."""
-    from lorax.config import DataConfig
-    from lorax.data import load_encoded_dataset, load_tokenizer
+    from lorax.config_data import DataConfig
+    from lorax.data.encode import load_encoded_dataset
+    from lorax.data.tokenizer import load_tokenizer
 
     path, template = folder / "rows.jsonl", folder / "chat.jinja"
     if not path.exists():

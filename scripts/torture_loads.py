@@ -90,8 +90,10 @@ def growth_of(work: Callable[[], object]) -> int:
 
 def read_data(paths: list[Path], length: int) -> Any:
     """Returns the batches of files of rows, as a run has them."""
-    from lorax.config import DataConfig
-    from lorax.data import BatchPlan, load_encoded_dataset, load_tokenizer
+    from lorax.config_data import DataConfig
+    from lorax.data.batches import BatchPlan
+    from lorax.data.encode import load_encoded_dataset
+    from lorax.data.tokenizer import load_tokenizer
     from lorax.resume import fingerprint_data
 
     config = DataConfig.model_validate(

@@ -42,9 +42,10 @@ def make_trainer(folder: Path, *, resume: bool = False, **changes: Any):
 
     import lorax
     from lorax.config import RunConfig
-    from lorax.data import EncodedDataset
+    from lorax.data.dataset import EncodedDataset
     from lorax.loss import causal_lm_loss
-    from lorax.models import CausalLM, DecoderConfig
+    from lorax.models.config import DecoderConfig
+    from lorax.models.llama import CausalLM
 
     settings: dict[str, Any] = {
         "model": {"name_or_path": "unnamed", "dtype": "float32"},

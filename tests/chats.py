@@ -5,8 +5,9 @@ import json
 import tokenizers
 import transformers
 
-from lorax.config import DataConfig, DataSource
-from lorax.data import load_encoded_dataset, render_example
+from lorax.config_data import DataConfig, DataSource
+from lorax.data.encode import load_encoded_dataset
+from lorax.data.preview import render_example
 
 HEADER = "{{ '<|im_start|>' + m['role'] + '\\n' }}"
 PROMPT = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"

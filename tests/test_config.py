@@ -9,17 +9,16 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from lorax.config import (
-    ConfigError,
-    LoraConfig,
     LrSchedulerKwargs,
-    ModelConfig,
     RunConfig,
     SaveConfig,
     TrainConfig,
     dump_config,
     load_config,
 )
-from lorax.config_file import check_model
+from lorax.config_file import ConfigError, check_model
+from lorax.config_lora import LoraConfig
+from lorax.config_model import ModelConfig
 from lorax.config_schema import FAMILIAR
 
 MINIMAL = """\

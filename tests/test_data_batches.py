@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lorax.data import BatchPlan, EncodedDataset, pack_rows
-from lorax.data.batches import width_ladder
+from lorax.data.batches import BatchPlan, width_ladder
+from lorax.data.dataset import EncodedDataset
+from lorax.data.packing import pack_rows
 
 
 def _dataset(lengths, seed=0, share=0.6):

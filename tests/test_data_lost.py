@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from lorax.data import DataError, encode_prompt
+from lorax.data.chat import encode_prompt
+from lorax.data.rows import DataError
 from tests.chats import (
     CHATML,
     DROPS_THINKING,

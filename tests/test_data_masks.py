@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lorax.config import DataConfig, DataSource
-from lorax.data import load_encoded_dataset, render_example
+from lorax.config_data import DataConfig, DataSource
+from lorax.data.encode import load_encoded_dataset
+from lorax.data.preview import render_example
 from tests.chats import (
     CHATML,
     DROPS_THINKING,

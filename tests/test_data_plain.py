@@ -6,8 +6,11 @@ import pytest
 import tokenizers
 import transformers
 
-from lorax.config import DataConfig, DataSource
-from lorax.data import encode_text, load_encoded_dataset, load_tokenizer, render_example
+from lorax.config_data import DataConfig, DataSource
+from lorax.data.encode import load_encoded_dataset
+from lorax.data.masks import encode_text
+from lorax.data.preview import render_example
+from lorax.data.tokenizer import load_tokenizer
 
 
 def byte_tokenizer(*, merges=(), bos=True, **named):

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from lorax.data import prefetch
+from lorax.data.prefetch import prefetch
 
 
 def _threads():

@@ -8,8 +8,10 @@ import pytest
 import yaml
 from transformers.utils import chat_template_utils
 
-from lorax.config import DataConfig, DataSource
-from lorax.data import DataError, load_encoded_dataset, render_example
+from lorax.config_data import DataConfig, DataSource
+from lorax.data.encode import load_encoded_dataset
+from lorax.data.preview import render_example
+from lorax.data.rows import DataError
 from tests.chats import (
     CHATML,
     DROPS_THINKING,

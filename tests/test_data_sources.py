@@ -11,8 +11,10 @@ import pytest
 import tokenizers
 import transformers
 
-from lorax.config import DataConfig, DataSource
-from lorax.data import DataError, load_encoded_dataset, render_example
+from lorax.config_data import DataConfig, DataSource
+from lorax.data.encode import load_encoded_dataset
+from lorax.data.preview import render_example
+from lorax.data.rows import DataError
 from lorax.data.sources import open_source
 
 CHAT = (

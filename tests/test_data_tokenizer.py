@@ -20,9 +20,10 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import decoders, normalizers, pre_tokenizers, processors
 
 import lorax
-from lorax.config import DataConfig
-from lorax.data import DataError, load_encoded_dataset, load_tokenizer
-from lorax.data.tokenizer import tokenize_texts
+from lorax.config_data import DataConfig
+from lorax.data.encode import load_encoded_dataset
+from lorax.data.rows import DataError
+from lorax.data.tokenizer import load_tokenizer, tokenize_texts
 from lorax.export_files import companion_files
 from lorax.interop.checkpoint import write_checkpoint
 from tests.real import asset

@@ -15,7 +15,8 @@ from rich.console import Console
 
 import lorax
 from lorax.interop.huggingface import load_model, save_model
-from lorax.models import DecoderConfig, init_model
+from lorax.models.config import DecoderConfig
+from lorax.models.llama import init_model
 from lorax.nonfinite import find_micro_batches
 from lorax.preparation import compile_ahead
 from lorax.run import run_training
@@ -202,7 +203,8 @@ from flax import nnx
 from jax.experimental import topologies
 import lorax
 from lorax.config import TrainConfig
-from lorax.models import CausalLM, DecoderConfig
+from lorax.models.llama import CausalLM
+from lorax.models.config import DecoderConfig
 from lorax.optimizer import make_optimizer
 from lorax.step import make_train_step
 

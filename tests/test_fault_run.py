@@ -14,7 +14,7 @@ import pytest
 
 from lorax.checkpoint_files import read_checkpoint
 from lorax.interop.files import CheckpointError
-from lorax.run import find_run
+from lorax.run_folder import find_run
 from lorax.weights import WeightStore
 
 ROOT = Path(__file__).parents[1]

@@ -23,7 +23,8 @@ from lorax.interop.huggingface import (
     save_model,
     tensor_table,
 )
-from lorax.models import CausalLM, DecoderConfig, init_model
+from lorax.models.config import DecoderConfig
+from lorax.models.llama import CausalLM, init_model
 
 SMALL: dict[str, Any] = dict(
     vocab_size=61,

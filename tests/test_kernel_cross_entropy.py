@@ -11,7 +11,8 @@ from flax import nnx
 import lorax.loss
 from lorax.lora import set_kernels
 from lorax.loss import causal_lm_loss, linear_cross_entropy, logit_chunks
-from lorax.models import CausalLM, DecoderConfig
+from lorax.models.config import DecoderConfig
+from lorax.models.llama import CausalLM
 from lorax.sharding import DATA_AXIS, make_mesh
 from lorax_kernels import IGNORED, cross_entropy, token_nll, token_nll_and_gradient
 from lorax_kernels.device import interpreted

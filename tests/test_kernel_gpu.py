@@ -10,10 +10,12 @@ import optax
 import pytest
 from flax import nnx
 
-from lorax.config import LoraConfig
+from lorax.config_lora import LoraConfig
 from lorax.determinism import compiler_options
 from lorax.lora import apply_lora, set_kernels
-from lorax.models import CausalLM, DecoderConfig, DocumentLayout
+from lorax.models.attention import DocumentLayout
+from lorax.models.config import DecoderConfig
+from lorax.models.llama import CausalLM
 from lorax.models.recompute import save_lora_h
 from lorax.step import make_train_step
 from lorax_kernels import (

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lorax.config import LoraConfig
+from lorax.config_lora import LoraConfig
 from lorax.lora import apply_lora, set_kernels
-from lorax.models import CausalLM, DecoderConfig
+from lorax.models.config import DecoderConfig
+from lorax.models.llama import CausalLM
 from lorax.sharding import DATA_AXIS, make_mesh
 from lorax_kernels import rms_norm, rms_norm_fork
 from lorax_kernels.device import interpreted

@@ -14,9 +14,10 @@ from flax import nnx
 import lorax
 from lorax import long_steps
 from lorax.config import RunConfig
-from lorax.data import EncodedDataset
+from lorax.data.dataset import EncodedDataset
 from lorax.loss import causal_lm_loss
-from lorax.models import CausalLM, DecoderConfig
+from lorax.models.config import DecoderConfig
+from lorax.models.llama import CausalLM
 from lorax.preparation import plan_training
 from lorax.state_tree import flatten_tree
 from lorax.step import TrainState

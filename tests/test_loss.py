@@ -11,10 +11,11 @@ import torch
 from flax import nnx
 
 import lorax.loss
-from lorax.config import LoraConfig
+from lorax.config_lora import LoraConfig
 from lorax.linear import Frozen
 from lorax.lora import apply_lora, set_dropout_key
-from lorax.loss import IGNORED, linear_cross_entropy, token_nll
+from lorax.loss import linear_cross_entropy
+from lorax_kernels import IGNORED, token_nll
 from tests.jaxprs import equations
 
 ROWS, LENGTH, WIDTH, VOCABULARY = 3, 13, 8, 29

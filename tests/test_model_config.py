@@ -10,8 +10,7 @@ import torch
 import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from lorax.models import DecoderConfig
-from lorax.models.config import stored_dtype
+from lorax.models.config import DecoderConfig, stored_dtype
 from lorax.models.json_fields import JsonFields
 from lorax.models.rope import RopeConfig, inverse_frequencies
 

@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lorax.models import CausalLM, DecoderConfig, DocumentLayout, attention, llama
+from lorax.models import attention, llama
+from lorax.models.attention import DocumentLayout
+from lorax.models.config import DecoderConfig
+from lorax.models.llama import CausalLM
 from tests.bounds import EXACT, distance, in_float64
 
 SMALL: dict[str, Any] = dict(

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lorax.config import LoraConfig
+from lorax.config_lora import LoraConfig
 from lorax.lora import apply_lora, split_trainable
 from lorax.loss import causal_lm_loss
-from lorax.models import CausalLM, DecoderConfig
+from lorax.models.config import DecoderConfig
+from lorax.models.llama import CausalLM
 from lorax.models.offload import run_in_order
 from lorax.models.recompute import Recomputation
 from tests.bounds import EXACT, distance, in_float64

@@ -11,9 +11,11 @@ import pytest
 from flax import nnx
 
 from lorax import run_inputs as run
-from lorax.config import LoraConfig, load_config
+from lorax.config import load_config
+from lorax.config_lora import LoraConfig
 from lorax.lora import apply_lora
-from lorax.models import CausalLM, DecoderConfig
+from lorax.models.config import DecoderConfig
+from lorax.models.llama import CausalLM
 from lorax.models.recompute import Recomputation
 from lorax.plan import FILLED, GIB, POLICIES, Planner
 from lorax.run_inputs import choose_recomputation

@@ -20,8 +20,8 @@ from flax import nnx
 import lorax
 from lorax import preparation, program_cache
 from lorax.beside import finish_beside
-from lorax.data import EncodedDataset
-from lorax.models import DocumentLayout
+from lorax.data.dataset import EncodedDataset
+from lorax.models.attention import DocumentLayout
 from lorax.models.recompute import Recomputation
 from lorax.preparation import compile_ahead
 from lorax.program_cache import ProgramCache, open_program_cache

@@ -8,7 +8,8 @@ import pytest
 
 from lorax.cli import main
 from lorax.config import load_config
-from lorax.data import load_encoded_dataset, load_tokenizer
+from lorax.data.encode import load_encoded_dataset
+from lorax.data.tokenizer import load_tokenizer
 
 TINY = Path(__file__).parents[1] / "examples" / "tiny"
 ADDED = ("<|pad|>", "<|im_end|>")

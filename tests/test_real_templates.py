@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 
 import lorax
-from lorax.config import DataConfig, DataSource
-from lorax.data import load_encoded_dataset, render_example
+from lorax.config_data import DataConfig, DataSource
+from lorax.data.encode import load_encoded_dataset
+from lorax.data.preview import render_example
 from lorax.data.rows import DataError
 from tests.chats import byte_tokenizer
 from tests.real import asset

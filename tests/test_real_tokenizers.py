@@ -8,8 +8,9 @@ import pytest
 import tokenizers
 
 import lorax
-from lorax.config import DataConfig, DataSource
-from lorax.data import load_encoded_dataset, render_example
+from lorax.config_data import DataConfig, DataSource
+from lorax.data.encode import load_encoded_dataset
+from lorax.data.preview import render_example
 from tests.real import TOKENIZERS, asset
 
 TEXTS = {

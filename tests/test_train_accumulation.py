@@ -8,11 +8,14 @@ import pytest
 from flax import nnx
 
 import lorax
-from lorax.data import BatchPlan, EncodedDataset
-from lorax.loss import IGNORED, accumulate, causal_lm_loss
-from lorax.models import CausalLM, DecoderConfig
+from lorax.data.batches import BatchPlan
+from lorax.data.dataset import EncodedDataset
+from lorax.loss import accumulate, causal_lm_loss
+from lorax.models.config import DecoderConfig
+from lorax.models.llama import CausalLM
 from lorax.sharding import make_mesh, place_batch, place_parameters
 from lorax.step import make_train_step
+from lorax_kernels import IGNORED
 
 CONFIG = DecoderConfig.from_hf(
     {

@@ -20,9 +20,10 @@ from lorax.config import TrainConfig
 from lorax.interop.huggingface import load_model
 from lorax.interop.peft import save_adapter
 from lorax.lora import lora_layers
-from lorax.loss import IGNORED, causal_lm_loss
+from lorax.loss import causal_lm_loss
 from lorax.optimizer import make_optimizer
 from lorax.step import make_train_step
+from lorax_kernels import IGNORED
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 

@@ -22,13 +22,14 @@ from rich.console import Console
 import lorax
 from lorax.checkpoint_files import read_checkpoint
 from lorax.config import RunConfig
-from lorax.data import EncodedDataset
+from lorax.data.dataset import EncodedDataset
 from lorax.evaluate import Evaluator
 from lorax.interop.huggingface import load_model, save_model
 from lorax.interop.peft import load_adapter
 from lorax.lora import lora_layers
 from lorax.loss import causal_lm_loss
-from lorax.models import CausalLM, DecoderConfig
+from lorax.models.config import DecoderConfig
+from lorax.models.llama import CausalLM
 from lorax.nonfinite import report_rows
 from lorax.optimizer import make_schedule
 from lorax.phases import Phases

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import sys
 import threading
 import warnings
@@ -28,6 +29,9 @@ from lorax.wording import clip
 
 if TYPE_CHECKING:
     import transformers
+
+# transformers is here for tokenizers only: that PyTorch is missing is no news.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 type Tokenizer = transformers.PreTrainedTokenizerBase
 

@@ -1,1 +1,1 @@
-"""Exchange with Hugging Face: checkpoints and adapters."""
+"""Hugging Face and PEFT files, both ways, verified."""

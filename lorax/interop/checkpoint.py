@@ -12,7 +12,7 @@ from typing import Any
 import huggingface_hub
 import numpy as np
 
-from lorax.config import ModelConfig
+from lorax.config_model import ModelConfig
 from lorax.hub import explain_hub
 from lorax.interop.files import (
     MAX_INDEX_BYTES,

@@ -28,8 +28,10 @@ from lorax.interop.files import (
     open_tensors,
     read_ahead,
 )
-from lorax.models import AttentionImplementation, CausalLM, DecoderConfig, GradientCheckpointing
-from lorax.models.config import stored_dtype
+from lorax.models.attention import AttentionImplementation
+from lorax.models.config import DecoderConfig, stored_dtype
+from lorax.models.llama import CausalLM
+from lorax.models.recompute import GradientCheckpointing
 from lorax.sharding import HostArray
 
 type ParameterPath = tuple[Any, ...]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lorax.config import LoraConfig
+from lorax.config_lora import LoraConfig
 from lorax.interop.files import (
     TensorEntry,
     read_headers,
@@ -20,10 +20,9 @@ from lorax.interop.files import (
     write_directory,
 )
 from lorax.interop.huggingface import hf_name
-from lorax.interop.peft_config import CONFIG_FILE as CONFIG_FILE
-from lorax.interop.peft_config import AdapterError as AdapterError
-from lorax.interop.peft_config import read_adapter_config as read_adapter_config
-from lorax.lora import LoraLinear, apply_lora, lora_layers, named_modules, tied_modules
+from lorax.interop.peft_config import CONFIG_FILE, AdapterError, read_adapter_config
+from lorax.linear import LoraLinear
+from lorax.lora import apply_lora, lora_layers, named_modules, tied_modules
 from lorax.targets import TargetError, match_targets
 from lorax.wording import clip
 

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from lorax.config import ConfigError, LoraConfig
-from lorax.config_file import check_model
+from lorax.config_file import ConfigError, check_model
+from lorax.config_lora import LoraConfig
 from lorax.interop.files import read_json
 from lorax.wording import clip, show
 

@@ -32,7 +32,7 @@ def main() -> None:
         import jax
 
         from lorax.cli import main as command
-        from lorax.data import WITHOUT_TORCH
+        from lorax.data.tokenizer import WITHOUT_TORCH
         from lorax.outlet import Outlet
 
     WITHOUT_TORCH.set()  # as the command itself does
@@ -122,8 +122,7 @@ def _await_others() -> bool:
 
 def _await_renderer() -> None:
     """Waits for the process that renders: it would not start in a folder that is gone."""
-    from lorax.data import RENDERER
-    from lorax.data.renderer import Part, Request
+    from lorax.data.renderer import RENDERER, Part, Request
 
     messages = [{"role": "user", "content": ""}]
     list(RENDERER.render("", [Request(messages, [Part(1)])], special_tokens={}))
