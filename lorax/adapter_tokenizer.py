@@ -8,7 +8,7 @@ from typing import Any
 from lorax.data.chat import read_template
 from lorax.data.tokenizer import load_tokenizer
 from lorax.interop.checkpoint import TOKENIZER_FILES
-from lorax.interop.files import MAX_INDEX_BYTES, read_json
+from lorax.system.files import MAX_INDEX_BYTES, read_json
 
 _VOCABULARIES = {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"}
 _TEMPLATE_FILE, _SETTINGS, _INLINE = "chat_template.jinja", "tokenizer_config.json", "chat_template"

@@ -29,9 +29,9 @@ from lorax.checkpoint_files import (
     refuse_nonfinite,
     write_checkpoint,
 )
-from lorax.interop.files import CheckpointError, sync
-from lorax.special_files import refuse_special_files
-from lorax.wording import describe
+from lorax.system.files import CheckpointError, sync
+from lorax.system.special_files import refuse_special_files
+from lorax.system.wording import describe
 
 CHECKPOINT_FOLDER = "checkpoints"
 """In a run's folder: where its checkpoints are."""

@@ -15,7 +15,7 @@ from typing import Any, Self
 import jax
 import numpy as np
 
-from lorax.interop.files import MAX_INDEX_BYTES, CheckpointError, read_json, sync_tree
+from lorax.system.files import MAX_INDEX_BYTES, CheckpointError, read_json, sync_tree
 
 MANIFEST_FILE = "manifest.json"
 _FORMAT, _PLACE = 2, ("stack", "row")

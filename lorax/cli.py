@@ -13,17 +13,13 @@ from typing import Any, NoReturn, override
 from rich.console import Console
 
 from lorax.adapter_base import with_recorded_revision
-from lorax.beside import works_beside
 from lorax.checkpoint import SaveError
 from lorax.cli_export import add_export
 from lorax.cli_generate import add_generate
 from lorax.config import RunConfig, load_config
 from lorax.data.tokenizer import WITHOUT_TORCH
 from lorax.long_steps import ABANDONED
-from lorax.metrics import find_version
-from lorax.outlet import Outlet
 from lorax.overview import module_rows, report_data, report_kernels, report_notes, report_plan
-from lorax.phases import Phases, process_age
 from lorax.report import print_config, print_modules
 from lorax.run import run_training
 from lorax.run_folder import find_run
@@ -35,14 +31,13 @@ from lorax.run_inputs import (
     load_inputs,
     make_planner,
 )
-from lorax.stopping import (
-    STOPPED_STATUS,
-    OutOfMemoryError,
-    RunStopped,
-    asking_signals,
-    await_second,
-)
-from lorax.wording import LONGEST, clip_words, describe
+from lorax.stopping import OutOfMemoryError
+from lorax.system.clock import Phases, process_age
+from lorax.system.signals import STOPPED_STATUS, RunStopped, asking_signals, await_second
+from lorax.system.streams import Outlet
+from lorax.system.threads import works_beside
+from lorax.system.versions import find_version
+from lorax.system.wording import LONGEST, clip_words, describe
 
 WIDTH_IN_LOGS = 100
 

@@ -11,13 +11,13 @@ from lorax.card import write_card
 from lorax.cli_common import DTYPES, note
 from lorax.export import export_model
 from lorax.interop.checkpoint import expand, resolve_checkpoint
-from lorax.interop.files import refuse_occupied
 from lorax.interop.huggingface import find_stored_dtype, load_model
 from lorax.interop.peft import load_adapter
 from lorax.interop.peft_config import CONFIG_FILE
 from lorax.run_folder import EXPORT_FOLDERS, SavedRun, find_adapter, read_run, run_of
 from lorax.run_inputs import input_notes
 from lorax.stop_tokens import stop_token_ids
+from lorax.system.files import refuse_occupied
 
 
 def add_export(add) -> None:

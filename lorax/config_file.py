@@ -17,8 +17,8 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from lorax.config_schema import FAMILIAR, Key, find_section, find_sections, find_types
-from lorax.small_files import SmallFileError, read_small_file
-from lorax.wording import clip, clip_words, explain, show
+from lorax.system.small_files import SmallFileError, read_small_file
+from lorax.system.wording import clip, clip_words, explain, show
 
 _NEEDED = {
     "bool_type": "true or false",

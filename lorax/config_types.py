@@ -7,7 +7,7 @@ from typing import Annotated, Any, Self
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from lorax.wording import clip, show
+from lorax.system.wording import clip, show
 
 type Conflict = tuple[str, str]
 """A dotted key below the section, and what is wrong with its value."""

@@ -7,8 +7,8 @@ from typing import Any
 
 from lorax.data.tokenizer_files import NAMED_TOKENS
 from lorax.interop.checkpoint import GENERATION_FILE, TOKENIZER_FILES
-from lorax.interop.files import MAX_INDEX_BYTES, read_json
 from lorax.stop_tokens import generation_settings
+from lorax.system.files import MAX_INDEX_BYTES, read_json
 
 TEMPLATE_FILE, TOKENIZER_SETTINGS = "chat_template.jinja", "tokenizer_config.json"
 _OLD_TEMPLATE_FILE = "chat_template.json"

@@ -1,55 +1,18 @@
 """What a run measures: a JSON line per step, tokens per second, model FLOPs, memory, versions."""
 
 import dataclasses
-import fnmatch
-import importlib.metadata
 import json
 import math
 import os
-import platform
-import resource
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import jax
 
+from lorax.system.hardware import Device, peak_bf16_tflops
+
 METRICS_FILE = "metrics.jsonl"
-
-# Dense bfloat16 TFLOP/s with float32 accumulation, from NVIDIA's data sheets (half of the figure
-# "with sparsity"), by the name the device gives itself.
-PEAK_BF16_TFLOPS = {
-    "NVIDIA B200": 2250.0,
-    "NVIDIA H200": 989.5,
-    "NVIDIA H200 NVL": 835.5,
-    "NVIDIA GH200 *": 989.5,
-    "NVIDIA H100 80GB HBM3": 989.5,
-    "NVIDIA H100 NVL": 835.5,
-    "NVIDIA H100 PCIe": 756.5,
-    "NVIDIA A100[- ]*": 312.0,
-    "NVIDIA A10": 125.0,
-    "NVIDIA L40S": 362.05,
-    "NVIDIA L40": 181.05,
-    "NVIDIA L4": 121.0,
-    "NVIDIA RTX 6000 Ada Generation": 364.2,
-    "NVIDIA RTX A6000": 154.8,
-    "NVIDIA GeForce RTX 4090": 165.2,
-    "NVIDIA GeForce RTX 3090": 71.0,
-}
-
-
-class Device(Protocol):
-    """What is read of a `jax.Device`."""
-
-    @property
-    def device_kind(self) -> str:
-        """Name of the hardware."""
-        ...
-
-    def memory_stats(self) -> dict[str, int] | None:
-        """Byte counts, or None where the backend keeps none."""
-        ...
 
 
 class RunLog:
@@ -322,55 +285,3 @@ def is_spike(loss: float, before: Sequence[float]) -> bool:
     mean = sum(before) / len(before)
     deviation = math.sqrt(sum((x - mean) ** 2 for x in before) / len(before))
     return loss > mean + 6 * deviation and loss > 1.1 * mean
-
-
-def peak_bf16_tflops(device_kind: str) -> float | None:
-    """Returns the dense bfloat16 peak of a device in TFLOP/s, or None if it is not in the table."""
-    if "MIG" in device_kind:  # a slice of the device, of unknown size
-        return None
-    for name, peak in PEAK_BF16_TFLOPS.items():
-        if fnmatch.fnmatchcase(device_kind, name):
-            return peak
-    return None
-
-
-@dataclasses.dataclass(frozen=True)
-class MemoryUse:
-    """Peak memory in GiB, and whose: `device`, or `process` where the device does not tell."""
-
-    gib: float
-    source: str
-
-
-def memory_gib(devices: Sequence[Device] | None = None) -> MemoryUse:
-    """Returns the highest peak of the local devices, else the peak resident size of the process."""
-    devices = jax.local_devices() if devices is None else devices
-    statistics = [device.memory_stats() for device in devices]
-    peaks = [entry["peak_bytes_in_use"] for entry in statistics if entry]
-    if peaks:
-        return MemoryUse(max(peaks) / 2**30, "device")
-    # getrusage counts KiB, on macOS bytes.
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return MemoryUse(peak / 2**30, "process")
-
-
-def library_versions() -> dict[str, str]:
-    """Returns the versions that decide a run's numbers, and the devices it ran on."""
-    names = {"lorax": "lorax-train"} | {
-        name: name for name in ("jax", "jaxlib", "flax", "optax", "transformers")
-    }
-    versions = {name: find_version(package) for name, package in names.items()}
-    devices = jax.devices()
-    return versions | {
-        "python": platform.python_version(),
-        "device": f"{len(devices)} × {devices[0].device_kind}",
-    }
-
-
-def find_version(package: str = "lorax-train") -> str:
-    """Returns the version of an installed package."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"

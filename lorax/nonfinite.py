@@ -10,7 +10,7 @@ import jax
 from flax import nnx
 
 from lorax.loss import LossFunction
-from lorax.wording import describe
+from lorax.system.wording import describe
 
 
 def find_micro_batches(

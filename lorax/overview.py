@@ -20,8 +20,9 @@ from lorax.lora import lora_layers
 from lorax.models.attention import cudnn_obstacle, resolve_implementation
 from lorax.models.llama import CausalLM
 from lorax.models.recompute import Recomputation
-from lorax.plan import DEVICES, GIB, POLICIES, USABLE, Planner
+from lorax.plan import DEVICES, POLICIES, Planner
 from lorax.report import ModuleRow, print_example, print_modules
+from lorax.system.hardware import GIB, USABLE
 
 
 def report_data(

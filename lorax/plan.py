@@ -21,14 +21,13 @@ from lorax.models.llama import CausalLM
 from lorax.models.recompute import REPEATING, GradientCheckpointing, Recomputation
 from lorax.optimizer import make_optimizer
 from lorax.sharding import HostArray, embedding_obstacle, embedding_on_host
+from lorax.system.hardware import GIB
 from lorax_kernels import padded_rank
 
-GIB = 2.0**30
 POLICIES: tuple[GradientCheckpointing, ...] = ("none", "selective", "full", "offload")
 DEVICES = (24, 48, 80, 141)
 """Nominal sizes of devices, as in their names."""
-USABLE = 0.95
-"""Of a device's nominal GiB: the rest is CUDA's own, and what lies between arrays."""
+
 FILLED = 0.97
 """Of what there is, by layers kept that could be made again: the estimate errs a little."""
 
@@ -253,13 +252,6 @@ def _kept_ranks(ranks: dict[str, int]) -> int:
         group = parent, family_of(last)
         together[group] = together.get(group, 0) + r
     return sum(map(padded_rank, together.values()))
-
-
-def device_gib() -> float | None:
-    """Returns the memory that this process may use on its first device, or None if untold."""
-    statistics = jax.local_devices()[0].memory_stats() or {}
-    limit = statistics.get("bytes_limit")
-    return limit / GIB * USABLE if limit else None
 
 
 def _bytes(tree: Any) -> float:

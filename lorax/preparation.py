@@ -13,7 +13,6 @@ import jax
 import numpy as np
 from flax import nnx
 
-from lorax.beside import start_beside
 from lorax.compilation_cache import kept_elsewhere
 from lorax.config import EvalConfig, RunConfig, TrainConfig
 from lorax.data.batches import BatchPlan
@@ -28,6 +27,7 @@ from lorax.optimizer import make_optimizer
 from lorax.program_cache import ProgramCache
 from lorax.sharding import batch_placer, make_mesh
 from lorax.step import METRICS, TrainState, TrainStep, make_abstract_step
+from lorax.system.threads import start_beside
 
 _NOT_OF_THE_STEP = (
     ("model", "name_or_path"),

@@ -20,10 +20,10 @@ import jax
 from jax.experimental.serialize_executable import deserialize_and_load, serialize
 
 import lorax_kernels
-from lorax.beside import start_beside
 from lorax.compilation_cache import default_directory, make_private
-from lorax.metrics import library_versions
-from lorax.wording import describe
+from lorax.system.threads import start_beside
+from lorax.system.versions import library_versions
+from lorax.system.wording import describe
 
 type Facts = Mapping[str, str]
 

@@ -7,10 +7,10 @@ from typing import Literal
 from rich.console import Console
 
 from lorax.metrics import RunLog
-from lorax.phases import Phases
 from lorax.report import StepLine
 from lorax.step_events import Event
-from lorax.wording import describe
+from lorax.system.clock import Phases
+from lorax.system.wording import describe
 
 
 class Recorder:

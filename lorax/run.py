@@ -14,7 +14,6 @@ from flax import nnx
 from rich.console import Console
 
 from lorax.adapter_base import with_recorded_revision
-from lorax.beside import finish_beside, start_beside
 from lorax.card import title_of, write_card
 from lorax.checkpoint import CHECKPOINT_FOLDER, CheckpointStore, SaveError
 from lorax.compilation_cache import use_compilation_cache
@@ -23,18 +22,9 @@ from lorax.evaluate import answer_rows, exact_match
 from lorax.export import export_model
 from lorax.export_files import companion_files
 from lorax.interop.checkpoint import resolve_base
-from lorax.interop.files import read_json, sync
-from lorax.metrics import (
-    METRICS_FILE,
-    RunLog,
-    check_reporters,
-    library_versions,
-    memory_gib,
-    read_metrics,
-)
+from lorax.metrics import METRICS_FILE, RunLog, check_reporters, read_metrics
 from lorax.models.recompute import Recomputation
 from lorax.overview import report_data, report_model, report_notes, shows_text
-from lorax.phases import Phases
 from lorax.preparation import compile_ahead
 from lorax.program_cache import ProgramCache, open_program_cache
 from lorax.recorder import Recorder
@@ -76,6 +66,11 @@ from lorax.run_inputs import (
 from lorax.sharding import make_mesh
 from lorax.step_events import Event
 from lorax.stopping import OutOfMemoryError
+from lorax.system.clock import Phases
+from lorax.system.files import read_json, sync
+from lorax.system.hardware import memory_gib
+from lorax.system.threads import finish_beside, start_beside
+from lorax.system.versions import library_versions
 from lorax.train import Listener, Trainer
 
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}

@@ -10,11 +10,11 @@ from typing import Any, Literal
 from lorax.checkpoint import CHECKPOINT_FOLDER, MARKER_FILE
 from lorax.config import RunConfig, dump_config, load_config
 from lorax.data.formats import ROW_KINDS, RowKind
-from lorax.interop.files import CheckpointError, read_json, refuse_occupied
 from lorax.interop.peft_config import CONFIG_FILE as ADAPTER_FILE
-from lorax.special_files import refuse_special_files
 from lorax.stop_tokens import STOP_TOKENS_FILE, read_stop_tokens, write_stop_tokens
-from lorax.wording import clip, explain, show
+from lorax.system.files import CheckpointError, read_json, refuse_occupied
+from lorax.system.special_files import refuse_special_files
+from lorax.system.wording import clip, explain, show
 
 CONFIG_FILE, VERSIONS_FILE, SUMMARY_FILE = "config.yaml", "versions.json", "summary.json"
 

@@ -11,7 +11,6 @@ from flax import nnx
 
 from lorax.adapter_base import with_recorded_revision
 from lorax.adapter_tokenizer import tokenizer_files
-from lorax.beside import await_tracing
 from lorax.checkpoint import CHECKPOINT_FOLDER, CheckpointStore
 from lorax.config import RunConfig
 from lorax.data.batches import BatchPlan
@@ -30,10 +29,12 @@ from lorax.lora import apply_lora, set_kernels
 from lorax.models.llama import CausalLM
 from lorax.models.recompute import Recomputation
 from lorax.optimizer import make_schedule
-from lorax.plan import GIB, POLICIES, Planner, device_gib
+from lorax.plan import POLICIES, Planner
 from lorax.preparation import count_steps, plan_training
 from lorax.sharding import HostArray, embedding_obstacle, make_mesh
 from lorax.stop_tokens import stop_token_ids
+from lorax.system.hardware import GIB, device_gib
+from lorax.system.threads import await_tracing
 from lorax.targets import TargetError
 
 CHATS = ("auto", "messages", "sharegpt", "alpaca")

@@ -12,13 +12,13 @@ from safetensors import SafetensorError
 
 from lorax.checkpoint import CheckpointStore
 from lorax.config import SaveConfig
-from lorax.interop.files import CheckpointError
-from lorax.metrics import library_versions
 from lorax.resume import Progress, refuse_other_run
 from lorax.state_tree import fill_tree, flatten_tree
 from lorax.step import TrainState
+from lorax.system.files import CheckpointError
+from lorax.system.versions import library_versions
+from lorax.system.wording import describe
 from lorax.weights import WeightStore
-from lorax.wording import describe
 
 
 class Saver:

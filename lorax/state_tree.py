@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lorax.interop.files import CheckpointError
+from lorax.system.files import CheckpointError
 
 
 def flatten_tree(tree: Any) -> dict[str, Any]:

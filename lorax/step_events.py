@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from lorax.data.batches import BatchPlan
-from lorax.metrics import Throughput, is_spike, memory_gib
+from lorax.metrics import Throughput, is_spike
+from lorax.system.hardware import memory_gib
 
 type Event = dict[str, Any]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lorax.interop.checkpoint import CONFIG_FILE, GENERATION_FILE
-from lorax.interop.files import CheckpointError, read_json
+from lorax.system.files import CheckpointError, read_json
 
 STOP_TOKENS_FILE = "stop_tokens.json"
 """In a run's folder: what its model stops with, the tokens that it was trained to stop with too."""

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from lorax.config_lora import LoraConfig
 from lorax.patterns import SECONDS, Pattern, find_slow
-from lorax.wording import clip, show
+from lorax.system.wording import clip, show
 
 _REGEX_HINT = (
     ". A string is a regular expression over whole module names; for name endings write a list, "

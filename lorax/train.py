@@ -17,13 +17,12 @@ from lorax.config import RunConfig
 from lorax.data.dataset import EncodedDataset
 from lorax.evaluate import Evaluator
 from lorax.interop.checkpoint import resolve_base
-from lorax.interop.files import CheckpointError, refuse_occupied
 from lorax.interop.huggingface import save_model
 from lorax.interop.peft import save_adapter
 from lorax.long_steps import LongSteps, StepDroppedError
 from lorax.lora import fingerprint_adapters
 from lorax.loss import LossFunction, causal_lm_loss
-from lorax.metrics import Throughput, library_versions
+from lorax.metrics import Throughput
 from lorax.model_size import model_size
 from lorax.models.recompute import Recomputation
 from lorax.nonfinite import find_micro_batches, report_rows
@@ -52,7 +51,10 @@ from lorax.saving import Saver
 from lorax.sharding import batch_placer, make_mesh, place_parameters
 from lorax.step import TrainState, TrainStep, make_train_step
 from lorax.step_events import Event, StepEvents
-from lorax.stopping import RunStopped, StopAskedError, StopRequest, Watchdog
+from lorax.system.files import CheckpointError, refuse_occupied
+from lorax.system.signals import RunStopped, StopAskedError, StopRequest
+from lorax.system.versions import library_versions
+from lorax.system.watchdog import Watchdog
 from lorax.weights import WeightStore
 
 type Listener = Callable[[Event], None]

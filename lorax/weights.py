@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from lorax.interop.files import sync
+from lorax.system.files import sync
 
 
 class WeightStore:

@@ -28,9 +28,9 @@ from lorax.data.encode import load_encoded_dataset
 from lorax.data.tokenizer import load_tokenizer
 from lorax.interop.huggingface import load_model
 from lorax.loss import causal_lm_loss
-from lorax.metrics import library_versions
 from lorax.optimizer import make_optimizer
 from lorax.step import TrainState, make_train_step
+from lorax.system.versions import library_versions
 
 ROOT = Path(__file__).parents[1]
 MODEL, DATA = ROOT / "examples/tiny/model", ROOT / "examples/tiny/data/train.jsonl"

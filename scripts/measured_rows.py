@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from lorax.metrics import library_versions
+from lorax.system.versions import library_versions
 
 
 def origin(commit: str) -> dict[str, Any]:

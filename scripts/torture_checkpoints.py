@@ -16,7 +16,7 @@ from torture_processes import in_child, start, wait
 
 from lorax.checkpoint import CheckpointStore, SaveError
 from lorax.checkpoint_files import Stacks, read_checkpoint, write_checkpoint
-from lorax.interop.files import CheckpointError
+from lorax.system.files import CheckpointError
 
 ARRAYS, SIZE = 12, 4096
 

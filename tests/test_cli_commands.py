@@ -411,7 +411,7 @@ def test_a_prompt_may_come_from_stdin(monkeypatch, lorax_prints):
 HEARS = """
 import gc, os, signal, sys, time
 from lorax import cli
-from lorax.stopping import RunStopped
+from lorax.system.signals import RunStopped
 cli._stop_when_asked()
 sent = []
 

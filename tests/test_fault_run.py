@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from lorax.checkpoint_files import read_checkpoint
-from lorax.interop.files import CheckpointError
 from lorax.run_folder import find_run
+from lorax.system.files import CheckpointError
 from lorax.weights import WeightStore
 
 ROOT = Path(__file__).parents[1]

@@ -20,11 +20,12 @@ import pytest
 
 from lorax.checkpoint import CheckpointStore
 from lorax.checkpoint_files import read_checkpoint
-from lorax.interop.files import CheckpointError
 from lorax.metrics import is_spike
 from lorax.resume import Progress, fingerprint_file, fingerprint_weights, refuse_other_run
 from lorax.state_tree import fill_tree, flatten_tree
-from lorax.stopping import STUCK_STATUS, StopRequest
+from lorax.system.files import CheckpointError
+from lorax.system.signals import StopRequest
+from lorax.system.watchdog import STUCK_STATUS
 
 DTYPES = ["float32", "bfloat16", "float16", "int32", "bool", "uint32"]
 
@@ -283,7 +284,7 @@ def test_the_losses_that_a_loss_is_compared_with_are_the_last_fifty_finite_ones(
 
 STUCK = """
 import time
-from lorax.stopping import Watchdog
+from lorax.system.watchdog import Watchdog
 def waits_for_ever():
     time.sleep(3600)
 with Watchdog(0.5).watching():
@@ -301,7 +302,7 @@ def test_a_stuck_run_ends_with_its_stacks_printed():
 
 TWICE = """
 import os, signal, sys, time
-from lorax.stopping import StopRequest
+from lorax.system.signals import StopRequest
 stop = StopRequest()
 with stop.listening():
     os.kill(os.getpid(), signal.SIGTERM)

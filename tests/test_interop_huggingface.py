@@ -15,7 +15,7 @@ from flax import nnx
 from safetensors import safe_open
 
 from lorax.interop.checkpoint import find_tensors, write_checkpoint
-from lorax.interop.files import CheckpointError, read_tensors
+from lorax.interop.files import read_tensors
 from lorax.interop.huggingface import (
     hf_name,
     load_model,
@@ -25,6 +25,7 @@ from lorax.interop.huggingface import (
 )
 from lorax.models.config import DecoderConfig
 from lorax.models.llama import CausalLM, init_model
+from lorax.system.files import CheckpointError
 
 SMALL: dict[str, Any] = dict(
     vocab_size=61,

@@ -21,7 +21,7 @@ from lorax.models.llama import CausalLM
 from lorax.preparation import plan_training
 from lorax.state_tree import flatten_tree
 from lorax.step import TrainState
-from lorax.stopping import RunStopped, StopRequest
+from lorax.system.signals import RunStopped, StopRequest
 from lorax.train import Trainer
 
 ARCHITECTURE = DecoderConfig.from_hf(

@@ -11,8 +11,8 @@ import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from lorax.models.config import DecoderConfig, stored_dtype
-from lorax.models.json_fields import JsonFields
 from lorax.models.rope import RopeConfig, inverse_frequencies
+from lorax.system.json_fields import JsonFields
 
 SMALL: dict[str, Any] = dict(
     vocab_size=61,

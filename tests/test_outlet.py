@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lorax import cli, long_steps
-from lorax.outlet import Outlet
+from lorax.system.streams import Outlet
 
 ROOT = Path(__file__).parents[1]
 
@@ -27,7 +27,7 @@ def test_text_goes_through_while_somebody_reads():
 def test_what_nobody_reads_is_dropped_and_the_process_ends_as_it_would():
     code = """
 import os, sys
-from lorax.outlet import Outlet
+from lorax.system.streams import Outlet
 sys.stdout, sys.stderr = Outlet(sys.stdout), Outlet(sys.stderr)
 sys.stdin.read()
 for _ in range(3):

@@ -17,8 +17,9 @@ from lorax.lora import apply_lora
 from lorax.models.config import DecoderConfig
 from lorax.models.llama import CausalLM
 from lorax.models.recompute import Recomputation
-from lorax.plan import FILLED, GIB, POLICIES, Planner
+from lorax.plan import FILLED, POLICIES, Planner
 from lorax.run_inputs import choose_recomputation
+from lorax.system.hardware import GIB
 
 ROOT = Path(__file__).parents[1]
 LLAMA_8B: dict[str, Any] = {

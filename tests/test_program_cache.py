@@ -19,7 +19,6 @@ from flax import nnx
 
 import lorax
 from lorax import preparation, program_cache
-from lorax.beside import finish_beside
 from lorax.data.dataset import EncodedDataset
 from lorax.models.attention import DocumentLayout
 from lorax.models.recompute import Recomputation
@@ -27,6 +26,7 @@ from lorax.preparation import compile_ahead
 from lorax.program_cache import ProgramCache, open_program_cache
 from lorax.run_inputs import load_inputs, model_shapes
 from lorax.step import TrainStep
+from lorax.system.threads import finish_beside
 
 ROOT = Path(__file__).parents[1]
 

@@ -32,9 +32,9 @@ from lorax.models.config import DecoderConfig
 from lorax.models.llama import CausalLM
 from lorax.nonfinite import report_rows
 from lorax.optimizer import make_schedule
-from lorax.phases import Phases
 from lorax.recorder import Recorder
-from lorax.stopping import RunStopped
+from lorax.system.clock import Phases
+from lorax.system.signals import RunStopped
 from lorax.train import Trainer
 
 VOCAB = 64

@@ -18,7 +18,7 @@ from lorax.data.special import SpecialTexts
 from lorax.data.template_names import GENERATION
 from lorax.data.tokenizer import Tokenizer
 from lorax.data.turns import RenderedText, Rendering, RewrittenError
-from lorax.small_files import SmallFileError, read_small_file
+from lorax.system.small_files import SmallFileError, read_small_file
 
 REWRITTEN = "became one row per learned turn: the chat template rewrites earlier turns"
 

@@ -28,7 +28,7 @@ from lorax.data.sieve import Sieve
 from lorax.data.sources import open_source
 from lorax.data.tokenizer import TokenizedText, Tokenizer, check_fast, tokenize_in_parts
 from lorax.data.turns import RenderedText
-from lorax.wording import explain
+from lorax.system.wording import explain
 
 _ROWS_PER_BATCH, _SIZE_PER_BATCH = 256, 2**20
 _DEEPEST = 100

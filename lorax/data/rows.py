@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from jaxtyping import Int64
 
-from lorax.wording import kind_of
+from lorax.system.wording import kind_of
 
 type Row = dict[str, Any]
 

@@ -27,8 +27,8 @@ from lorax.data.rows import (
     parse_object,
     show_name,
 )
-from lorax.small_files import special_kind
-from lorax.wording import explain
+from lorax.system.small_files import special_kind
+from lorax.system.wording import explain
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 

@@ -24,7 +24,7 @@ from lorax.data.rows import (
     show_name,
     undecodable_place,
 )
-from lorax.wording import clip, describe
+from lorax.system.wording import clip, describe
 
 _READ_ERRORS = (DatasetsError, pyarrow.ArrowException, OSError, ValueError)
 

@@ -24,8 +24,8 @@ from lorax.data.tokenizer_files import (
     explain_field,
     read_steps,
 )
-from lorax.hub import explain_hub
-from lorax.wording import clip
+from lorax.system.hub import explain_hub
+from lorax.system.wording import clip
 
 if TYPE_CHECKING:
     import transformers

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lorax.interop.files import MAX_INDEX_BYTES, CheckpointError, read_json, refuse_stand_ins
+from lorax.system.files import MAX_INDEX_BYTES, CheckpointError, read_json, refuse_stand_ins
 
 TOKENIZER_FILE, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
 

@@ -13,19 +13,17 @@ import huggingface_hub
 import numpy as np
 
 from lorax.config_model import ModelConfig
-from lorax.hub import explain_hub
-from lorax.interop.files import (
+from lorax.interop.files import TensorEntry, read_headers, save_tensors
+from lorax.system.files import (
     MAX_INDEX_BYTES,
     CheckpointError,
-    TensorEntry,
-    read_headers,
     read_json,
     refuse_nul,
     refuse_occupied,
-    save_tensors,
     write_directory,
 )
-from lorax.wording import clip, describe, explain, kind_of, show
+from lorax.system.hub import explain_hub
+from lorax.system.wording import clip, describe, explain, kind_of, show
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 WEIGHT_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"

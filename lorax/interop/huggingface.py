@@ -21,18 +21,13 @@ from lorax.interop.checkpoint import (
     resolve_checkpoint,
     write_checkpoint,
 )
-from lorax.interop.files import (
-    READABLE_DTYPES,
-    CheckpointError,
-    TensorEntry,
-    open_tensors,
-    read_ahead,
-)
+from lorax.interop.files import READABLE_DTYPES, TensorEntry, open_tensors, read_ahead
 from lorax.models.attention import AttentionImplementation
 from lorax.models.config import DecoderConfig, stored_dtype
 from lorax.models.llama import CausalLM
 from lorax.models.recompute import GradientCheckpointing
 from lorax.sharding import HostArray
+from lorax.system.files import CheckpointError
 
 type ParameterPath = tuple[Any, ...]
 type Value = jax.Array | Callable[[], jax.Array]

@@ -5,8 +5,8 @@ from typing import Any
 
 from lorax.config_file import ConfigError, check_model
 from lorax.config_lora import LoraConfig
-from lorax.interop.files import read_json
-from lorax.wording import clip, show
+from lorax.system.files import read_json
+from lorax.system.wording import clip, show
 
 CONFIG_FILE = "adapter_config.json"
 

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from lorax.models.config_fields import FIXED_FIELDS, HARMLESS_FIELDS, neutral_kind
-from lorax.models.json_fields import JsonFields
 from lorax.models.rope import RopeConfig
 from lorax.models.windows import SLIDING, read_windows, write_windows
-from lorax.wording import show
+from lorax.system.json_fields import JsonFields
+from lorax.system.wording import show
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from lorax.models.json_fields import JsonFields
+from lorax.system.json_fields import JsonFields
 
 DEFAULT_THETA = 10_000.0
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lorax.models.json_fields import JsonFields
+from lorax.system.json_fields import JsonFields
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 

@@ -127,7 +127,7 @@ def write_tables(document: Path, rows: list[dict[str, Any]]) -> None:
 
 def origin(parsed: argparse.Namespace) -> dict[str, Any]:
     """Returns where and how a run was made."""
-    from lorax.metrics import library_versions
+    from lorax.system.versions import library_versions
 
     return {
         "device": f"{os.cpu_count()} cores, {platform.machine()}",

@@ -33,7 +33,7 @@ def main() -> None:
 
         from lorax.cli import main as command
         from lorax.data.tokenizer import WITHOUT_TORCH
-        from lorax.outlet import Outlet
+        from lorax.system.streams import Outlet
 
     WITHOUT_TORCH.set()  # as the command itself does
     jax.devices()
@@ -112,7 +112,7 @@ def _await_others() -> bool:
     Returns:
         Whether it has ended; else this process cannot be used again.
     """
-    from lorax.beside import works_beside
+    from lorax.system.threads import works_beside
 
     end = time.monotonic() + 5
     while works_beside() and time.monotonic() < end:

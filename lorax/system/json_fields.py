@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
-from lorax.wording import clip, show
+from lorax.system.wording import clip, show
 
 REQUIRED: Final = object()
 """The default of a field that must be there."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from huggingface_hub import constants, errors
 
-from lorax.wording import describe, show
+from lorax.system.wording import describe, show
 
 _LOG_IN = "log in with `hf auth login`"
 

@@ -5,7 +5,7 @@ import os
 import stat
 from pathlib import Path
 
-from lorax.wording import explain
+from lorax.system.wording import explain
 
 MOST_BYTES = 2**20
 """Of a file that describes a run, a model or an adapter; real ones have a few kilobytes."""

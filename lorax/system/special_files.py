@@ -3,8 +3,8 @@
 import os
 from pathlib import Path
 
-from lorax.interop.files import CheckpointError
-from lorax.small_files import special_kind
+from lorax.system.files import CheckpointError
+from lorax.system.small_files import special_kind
 
 
 def refuse_special_files(folder: Path) -> None:

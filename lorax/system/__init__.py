@@ -1,0 +1,1 @@
+"""What lorax asks of the operating system: files, threads, signals, clocks, hardware."""
