@@ -1,10 +1,10 @@
 """LoRA fine-tuning of language models in JAX."""
 
-from lorax.config import RunConfig as RunConfig
-from lorax.config import TrainConfig as TrainConfig
-from lorax.config import load_config as load_config
-from lorax.config_data import DataConfig as DataConfig
-from lorax.config_lora import LoraConfig as LoraConfig
+from lorax.config.adapter import LoraConfig as LoraConfig
+from lorax.config.data import DataConfig as DataConfig
+from lorax.config.run import RunConfig as RunConfig
+from lorax.config.run import load_config as load_config
+from lorax.config.train import TrainConfig as TrainConfig
 from lorax.data.encode import load_encoded_dataset as load_encoded_dataset
 from lorax.data.tokenizer import load_tokenizer as load_tokenizer
 from lorax.export import export_model as export_model

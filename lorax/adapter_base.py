@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-from lorax.config import RunConfig
+from lorax.config.run import RunConfig
 from lorax.interop.peft_config import AdapterError, read_base_name
 
 

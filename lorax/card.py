@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from lorax.config import RunConfig, dump_config
+from lorax.config.run import RunConfig, dump_config
 
 
 def write_card(config: RunConfig, format: str, facts: dict[str, str]) -> str:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from flax import nnx
 
-from lorax.config import RunConfig
+from lorax.config.run import RunConfig
 from lorax.linear import LoraLinear, is_adaptable
 from lorax.lora import lora_layers, named_modules
 from lorax_kernels import explain_choice

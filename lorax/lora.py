@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Key
 
-from lorax.config_lora import LoraConfig
+from lorax.config.adapter import LoraConfig
 from lorax.linear import DropoutKey, Frozen, LoraLinear, is_adaptable, obstacle
 from lorax.targets import (
     Target,

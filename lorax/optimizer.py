@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, ArrayLike, Float, Int, PyTree
 
-from lorax.config import TrainConfig
+from lorax.config.train import TrainConfig
 from lorax.stacking import stack_alike, unstack
 
 type Schedule = Callable[[ArrayLike], Float[Array, ""]]

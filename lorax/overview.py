@@ -11,7 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from lorax.config import RunConfig
+from lorax.config.run import RunConfig
 from lorax.data.dataset import EncodedDataset, EncodeReport
 from lorax.data.preview import render_example
 from lorax.data.tokenizer import Tokenizer

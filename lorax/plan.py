@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lorax.config import RunConfig
+from lorax.config.run import RunConfig
 from lorax.kernel_choice import family_of
 from lorax.lora import lora_layers, split_trainable
 from lorax.loss import logit_chunks

@@ -14,7 +14,8 @@ import numpy as np
 from flax import nnx
 
 from lorax.compilation_cache import kept_elsewhere
-from lorax.config import EvalConfig, RunConfig, TrainConfig
+from lorax.config.run import EvalConfig, RunConfig
+from lorax.config.train import TrainConfig
 from lorax.data.batches import BatchPlan
 from lorax.data.dataset import EncodedDataset
 from lorax.data.prefetch import prefetch

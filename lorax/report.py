@@ -14,7 +14,7 @@ from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 
-from lorax.config import RunConfig, dump_config
+from lorax.config.run import RunConfig, dump_config
 
 LONGEST_EXAMPLE = 6000
 """Characters of an example that are shown; what lies between its two ends is left out."""

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lorax.config import RunConfig
+from lorax.config.run import RunConfig
 from lorax.data.dataset import EncodedDataset
 from lorax.models.recompute import Recomputation
 

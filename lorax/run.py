@@ -17,7 +17,7 @@ from lorax.adapter_base import with_recorded_revision
 from lorax.card import title_of, write_card
 from lorax.checkpoint import CHECKPOINT_FOLDER, CheckpointStore, SaveError
 from lorax.compilation_cache import use_compilation_cache
-from lorax.config import RunConfig
+from lorax.config.run import RunConfig
 from lorax.evaluate import answer_rows, exact_match
 from lorax.export import export_model
 from lorax.export_files import companion_files

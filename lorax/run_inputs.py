@@ -12,7 +12,7 @@ from flax import nnx
 from lorax.adapter_base import with_recorded_revision
 from lorax.adapter_tokenizer import tokenizer_files
 from lorax.checkpoint import CHECKPOINT_FOLDER, CheckpointStore
-from lorax.config import RunConfig
+from lorax.config.run import RunConfig
 from lorax.data.batches import BatchPlan
 from lorax.data.chat import read_own_template
 from lorax.data.dataset import EncodedDataset

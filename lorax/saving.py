@@ -11,7 +11,7 @@ import numpy as np
 from safetensors import SafetensorError
 
 from lorax.checkpoint import CheckpointStore
-from lorax.config import SaveConfig
+from lorax.config.run import SaveConfig
 from lorax.resume import Progress, refuse_other_run
 from lorax.state_tree import fill_tree, flatten_tree
 from lorax.step import TrainState

@@ -5,7 +5,7 @@ import difflib
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
-from lorax.config_lora import LoraConfig
+from lorax.config.adapter import LoraConfig
 from lorax.patterns import SECONDS, Pattern, find_slow
 from lorax.system.wording import clip, show
 

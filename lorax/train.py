@@ -13,7 +13,7 @@ import jax
 from flax import nnx
 
 from lorax.checkpoint import CHECKPOINT_FOLDER, CheckpointStore
-from lorax.config import RunConfig
+from lorax.config.run import RunConfig
 from lorax.data.dataset import EncodedDataset
 from lorax.evaluate import Evaluator
 from lorax.interop.checkpoint import resolve_base

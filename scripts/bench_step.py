@@ -31,8 +31,8 @@ from flax import nnx
 from make_random_checkpoint import SHAPES
 from measured_rows import append_rows, origin
 
-from lorax.config import TrainConfig
-from lorax.config_lora import LoraConfig
+from lorax.config.adapter import LoraConfig
+from lorax.config.train import TrainConfig
 from lorax.lora import apply_lora, set_kernels
 from lorax.models.config import DecoderConfig
 from lorax.models.llama import CausalLM

@@ -20,8 +20,8 @@ from flax import nnx
 from matplotlib.figure import Figure
 
 import lorax
-from lorax.config import TrainConfig
-from lorax.config_data import DataConfig, DataSource
+from lorax.config.data import DataConfig, DataSource
+from lorax.config.train import TrainConfig
 from lorax.data.batches import BatchPlan
 from lorax.data.dataset import EncodedDataset
 from lorax.data.encode import load_encoded_dataset

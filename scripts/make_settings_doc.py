@@ -15,8 +15,9 @@ from typing import Any
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from lorax.config import LrSchedulerKwargs, RunConfig
-from lorax.config_types import Section
+from lorax.config.run import RunConfig
+from lorax.config.train import LrSchedulerKwargs
+from lorax.config.types import Section
 
 FILE = Path(__file__).parents[1] / "docs" / "settings.md"
 HEAD = """# Settings

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from measured_rows import append_rows
 
-from lorax.config import load_config
+from lorax.config.run import load_config
 from lorax.metrics import METRICS_FILE, read_metrics
 
 WARM_UP_STEPS = 2

@@ -89,7 +89,7 @@ def read_adapter(folder: Path) -> Callable[[], object]:
 
 def read_rows(folder: Path, **settings: Any) -> Callable[[], object]:
     """Returns what reads a file of rows."""
-    from lorax.config_data import DataConfig
+    from lorax.config.data import DataConfig
     from lorax.data.encode import load_encoded_dataset
     from lorax.data.tokenizer import load_tokenizer
 

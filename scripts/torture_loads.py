@@ -90,7 +90,7 @@ def growth_of(work: Callable[[], object]) -> int:
 
 def read_data(paths: list[Path], length: int) -> Any:
     """Returns the batches of files of rows, as a run has them."""
-    from lorax.config_data import DataConfig
+    from lorax.config.data import DataConfig
     from lorax.data.batches import BatchPlan
     from lorax.data.encode import load_encoded_dataset
     from lorax.data.tokenizer import load_tokenizer

@@ -41,7 +41,7 @@ def make_trainer(folder: Path, *, resume: bool = False, **changes: Any):
     from flax import nnx
 
     import lorax
-    from lorax.config import RunConfig
+    from lorax.config.run import RunConfig
     from lorax.data.dataset import EncodedDataset
     from lorax.loss import causal_lm_loss
     from lorax.models.config import DecoderConfig

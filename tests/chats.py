@@ -5,7 +5,7 @@ import json
 import tokenizers
 import transformers
 
-from lorax.config_data import DataConfig, DataSource
+from lorax.config.data import DataConfig, DataSource
 from lorax.data.encode import load_encoded_dataset
 from lorax.data.preview import render_example
 

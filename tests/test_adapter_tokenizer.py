@@ -11,7 +11,7 @@ import transformers
 from flax import nnx
 
 from lorax.cli import main
-from lorax.config_lora import LoraConfig
+from lorax.config.adapter import LoraConfig
 from lorax.interop.huggingface import load_model
 from lorax.interop.peft import save_adapter
 from lorax.lora import apply_lora

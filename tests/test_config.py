@@ -8,18 +8,12 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from lorax.config import (
-    LrSchedulerKwargs,
-    RunConfig,
-    SaveConfig,
-    TrainConfig,
-    dump_config,
-    load_config,
-)
-from lorax.config_file import ConfigError, check_model
-from lorax.config_lora import LoraConfig
-from lorax.config_model import ModelConfig
-from lorax.config_schema import FAMILIAR
+from lorax.config.adapter import LoraConfig
+from lorax.config.file import ConfigError, check_model
+from lorax.config.model import ModelConfig
+from lorax.config.run import RunConfig, SaveConfig, dump_config, load_config
+from lorax.config.schema import FAMILIAR
+from lorax.config.train import LrSchedulerKwargs, TrainConfig
 
 MINIMAL = """\
 model: {name_or_path: tiny}

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lorax.config_data import DataConfig, DataSource
+from lorax.config.data import DataConfig, DataSource
 from lorax.data.encode import load_encoded_dataset
 from lorax.data.preview import render_example
 from tests.chats import (

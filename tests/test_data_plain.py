@@ -6,7 +6,7 @@ import pytest
 import tokenizers
 import transformers
 
-from lorax.config_data import DataConfig, DataSource
+from lorax.config.data import DataConfig, DataSource
 from lorax.data.encode import load_encoded_dataset
 from lorax.data.masks import encode_text
 from lorax.data.preview import render_example

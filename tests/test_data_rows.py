@@ -8,7 +8,7 @@ import pytest
 import yaml
 from transformers.utils import chat_template_utils
 
-from lorax.config_data import DataConfig, DataSource
+from lorax.config.data import DataConfig, DataSource
 from lorax.data.encode import load_encoded_dataset
 from lorax.data.preview import render_example
 from lorax.data.rows import DataError

@@ -20,7 +20,7 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import decoders, normalizers, pre_tokenizers, processors
 
 import lorax
-from lorax.config_data import DataConfig
+from lorax.config.data import DataConfig
 from lorax.data.encode import load_encoded_dataset
 from lorax.data.rows import DataError
 from lorax.data.tokenizer import load_tokenizer, tokenize_texts

@@ -11,7 +11,7 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from rich.console import Console
 
 from lorax import determinism, train
-from lorax.config import load_config
+from lorax.config.run import load_config
 from lorax.determinism import compiler_options, repeatable_attention
 from lorax.run import run_training
 from lorax.step import make_train_step

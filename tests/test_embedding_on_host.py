@@ -202,7 +202,7 @@ import jax, jax.numpy as jnp
 from flax import nnx
 from jax.experimental import topologies
 import lorax
-from lorax.config import TrainConfig
+from lorax.config.train import TrainConfig
 from lorax.models.llama import CausalLM
 from lorax.models.config import DecoderConfig
 from lorax.optimizer import make_optimizer

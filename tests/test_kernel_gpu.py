@@ -10,7 +10,7 @@ import optax
 import pytest
 from flax import nnx
 
-from lorax.config_lora import LoraConfig
+from lorax.config.adapter import LoraConfig
 from lorax.determinism import compiler_options
 from lorax.lora import apply_lora, set_kernels
 from lorax.models.attention import DocumentLayout

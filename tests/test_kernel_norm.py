@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lorax.config_lora import LoraConfig
+from lorax.config.adapter import LoraConfig
 from lorax.lora import apply_lora, set_kernels
 from lorax.models.config import DecoderConfig
 from lorax.models.llama import CausalLM

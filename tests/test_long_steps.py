@@ -13,7 +13,7 @@ from flax import nnx
 
 import lorax
 from lorax import long_steps
-from lorax.config import RunConfig
+from lorax.config.run import RunConfig
 from lorax.data.dataset import EncodedDataset
 from lorax.loss import causal_lm_loss
 from lorax.models.config import DecoderConfig

@@ -10,7 +10,7 @@ from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorax import patterns, targets
-from lorax.config_lora import LoraConfig
+from lorax.config.adapter import LoraConfig
 from lorax.lora import targets_of
 from lorax.targets import TargetError, match_targets
 

@@ -11,7 +11,7 @@ import torch
 from flax import nnx
 
 import lorax.loss
-from lorax.config_lora import LoraConfig
+from lorax.config.adapter import LoraConfig
 from lorax.linear import Frozen
 from lorax.lora import apply_lora, set_dropout_key
 from lorax.loss import linear_cross_entropy

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lorax.config_lora import LoraConfig
+from lorax.config.adapter import LoraConfig
 from lorax.lora import apply_lora, split_trainable
 from lorax.loss import causal_lm_loss
 from lorax.models.config import DecoderConfig

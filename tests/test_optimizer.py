@@ -11,7 +11,7 @@ from flax import nnx
 from transformers import get_scheduler
 from transformers.optimization import Adafactor
 
-from lorax.config import LrSchedulerKwargs, TrainConfig
+from lorax.config.train import LrSchedulerKwargs, TrainConfig
 from lorax.optimizer import make_optimizer, make_schedule, scale_by_adam
 from tests.bounds import assert_equal_after_steps
 

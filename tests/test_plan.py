@@ -11,8 +11,8 @@ import pytest
 from flax import nnx
 
 from lorax import run_inputs as run
-from lorax.config import load_config
-from lorax.config_lora import LoraConfig
+from lorax.config.adapter import LoraConfig
+from lorax.config.run import load_config
 from lorax.lora import apply_lora
 from lorax.models.config import DecoderConfig
 from lorax.models.llama import CausalLM

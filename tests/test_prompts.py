@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lorax.cli import main
-from lorax.config import load_config
+from lorax.config.run import load_config
 from lorax.data.encode import load_encoded_dataset
 from lorax.data.tokenizer import load_tokenizer
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import lorax
-from lorax.config_data import DataConfig, DataSource
+from lorax.config.data import DataConfig, DataSource
 from lorax.data.encode import load_encoded_dataset
 from lorax.data.preview import render_example
 from lorax.data.rows import DataError

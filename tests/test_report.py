@@ -8,9 +8,9 @@ from matplotlib import colors
 from matplotlib.image import imread
 from rich.console import Console
 
-from lorax.config import RunConfig, SaveConfig, load_config
-from lorax.config_data import DataConfig, DataSource
-from lorax.config_model import ModelConfig
+from lorax.config.data import DataConfig, DataSource
+from lorax.config.model import ModelConfig
+from lorax.config.run import RunConfig, SaveConfig, load_config
 from lorax.loss_curve import _smooth, draw_loss_curve
 from lorax.metrics import read_metrics
 from lorax.report import (

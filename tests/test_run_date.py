@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lorax.cli import main
-from lorax.config import load_config
+from lorax.config.run import load_config
 
 TINY = Path(__file__).parents[1] / "examples" / "tiny"
 DATED = (

@@ -16,9 +16,10 @@ from safetensors.numpy import load_file, save_file
 import lorax
 from lorax.checkpoint import CheckpointStore
 from lorax.cli import main
-from lorax.config import EvalConfig, RunConfig, SaveConfig, TrainConfig, load_config
-from lorax.config_data import DataConfig
-from lorax.config_model import ModelConfig
+from lorax.config.data import DataConfig
+from lorax.config.model import ModelConfig
+from lorax.config.run import EvalConfig, RunConfig, SaveConfig, load_config
+from lorax.config.train import TrainConfig
 from lorax.data.dataset import EncodedDataset
 from lorax.interop.huggingface import load_model
 from lorax.interop.peft import load_adapter, save_adapter

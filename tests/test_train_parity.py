@@ -16,7 +16,7 @@ from transformers import (
 )
 
 import lorax
-from lorax.config import TrainConfig
+from lorax.config.train import TrainConfig
 from lorax.interop.huggingface import load_model
 from lorax.interop.peft import save_adapter
 from lorax.lora import lora_layers

@@ -21,7 +21,7 @@ from rich.console import Console
 
 import lorax
 from lorax.checkpoint_files import read_checkpoint
-from lorax.config import RunConfig
+from lorax.config.run import RunConfig
 from lorax.data.dataset import EncodedDataset
 from lorax.evaluate import Evaluator
 from lorax.interop.huggingface import load_model, save_model

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from lorax.config_data import DataConfig
+from lorax.config.data import DataConfig
 from lorax.data.conversation import INSTRUCTING, Conversation, Message
 from lorax.data.dataset import tell_ignored
 from lorax.data.fields import fields_of

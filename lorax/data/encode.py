@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from lorax.config_data import DataConfig, DataSource
+from lorax.config.data import DataConfig, DataSource
 from lorax.data.chat import load_chat_template
 from lorax.data.columns import detect_format, fitting_formats, read_flag, refuse_unread
 from lorax.data.conversation import Conversation

@@ -4,7 +4,7 @@ import json
 import re
 import shlex
 
-from lorax.config_data import DataConfig
+from lorax.config.data import DataConfig
 from lorax.data.conversation import Conversation
 from lorax.data.renderer import Span
 from lorax.data.rows import RowError

@@ -1,6 +1,6 @@
 """Which encoded rows are kept, and what is told of those that are not."""
 
-from lorax.config_data import DataConfig
+from lorax.config.data import DataConfig
 from lorax.data.dataset import Change, EncodedRow, EncodeReport, RowWriter, tell_ignored
 from lorax.data.formats import ROW_KINDS, RowKind
 from lorax.data.problems import Problems

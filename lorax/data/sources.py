@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64
 
-from lorax.config_data import DataSource
+from lorax.config.data import DataSource
 from lorax.data.columns import fitting_formats
 from lorax.data.rows import (
     DataError,

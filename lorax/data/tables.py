@@ -14,7 +14,7 @@ import pyarrow.parquet
 from datasets.exceptions import DatasetsError
 from jaxtyping import Int64
 
-from lorax.config_data import DataSource
+from lorax.config.data import DataSource
 from lorax.data.rows import (
     DataError,
     NumberedRows,

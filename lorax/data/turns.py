@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Collection, Mapping, Sequence, Set
 
-from lorax.config_data import DataConfig
+from lorax.config.data import DataConfig
 from lorax.data.conversation import Conversation
 from lorax.data.dataset import tell_ignored
 from lorax.data.fields import (

@@ -12,7 +12,7 @@ from typing import Any
 import huggingface_hub
 import numpy as np
 
-from lorax.config_model import ModelConfig
+from lorax.config.model import ModelConfig
 from lorax.interop.files import TensorEntry, read_headers, save_tensors
 from lorax.system.files import (
     MAX_INDEX_BYTES,

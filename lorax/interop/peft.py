@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lorax.config_lora import LoraConfig
+from lorax.config.adapter import LoraConfig
 from lorax.interop.files import TensorEntry, read_headers, read_tensor, save_tensors
 from lorax.interop.huggingface import hf_name
 from lorax.interop.peft_config import CONFIG_FILE, AdapterError, read_adapter_config

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from lorax.config_file import ConfigError, check_model
-from lorax.config_lora import LoraConfig
+from lorax.config.adapter import LoraConfig
+from lorax.config.file import ConfigError, check_model
 from lorax.system.files import read_json
 from lorax.system.wording import clip, show
 

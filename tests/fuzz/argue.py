@@ -34,7 +34,7 @@ def argue(case: Case, folder: Path, out: str) -> str | None:
 
 def _of_config(case: Case, folder: Path) -> str | None:
     """A second YAML reader finds the same settings, with what overrides say in their place."""
-    from lorax.config import load_config
+    from lorax.config.run import load_config
 
     words = _overrides(case)
     taken = load_config("run.yaml", words).model_dump(mode="json")
@@ -174,7 +174,7 @@ def _says(case: Case, name: str) -> bool:
 
 def _encode(folder: Path, case: Case) -> tuple[Any, Any]:
     import lorax
-    from lorax.config import load_config
+    from lorax.config.run import load_config
 
     words = _overrides(case)
     config = load_config("run.yaml", words)

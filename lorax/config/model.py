@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from lorax.config_types import Section, Text
+from lorax.config.types import Section, Text
 
 
 class ModelConfig(Section):

@@ -16,7 +16,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-from lorax.config_schema import FAMILIAR, Key, find_section, find_sections, find_types
+from lorax.config.schema import FAMILIAR, Key, find_section, find_sections, find_types
 from lorax.system.small_files import SmallFileError, read_small_file
 from lorax.system.wording import clip, clip_words, explain, show
 

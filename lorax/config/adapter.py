@@ -5,7 +5,7 @@ from typing import Annotated, Literal, override
 
 from pydantic import Field, field_validator
 
-from lorax.config_types import (
+from lorax.config.types import (
     BelowOne,
     Conflict,
     Count,

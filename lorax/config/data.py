@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, override
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from lorax.config_types import Conflict, FromList, Section, Text
+from lorax.config.types import Conflict, FromList, Section, Text
 
 
 def _text_of_date(value: Any) -> Any:

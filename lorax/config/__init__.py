@@ -1,0 +1,1 @@
+"""Settings, strict: YAML, names, types, conflicts."""

@@ -1,0 +1,174 @@
+"""Every setting of a run: frozen, strict models whose names are PEFT's and Hugging Face's.
+
+A config file is YAML with one section per model below; `load_config` reads it. An unknown key, a
+wrong type or a value out of range is an error that names the file, the line and the key.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, Literal, override
+
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+
+from lorax.config.adapter import LoraConfig
+from lorax.config.data import DataConfig
+from lorax.config.file import read_model, write_yaml
+from lorax.config.model import ModelConfig
+from lorax.config.train import TrainConfig
+from lorax.config.types import (
+    Conflict,
+    Count,
+    CountOrMinusOne,
+    FromList,
+    Section,
+    Text,
+)
+
+
+class EvalConfig(Section):
+    """When and how the held-out rows are looked at.
+
+    Attributes:
+        strategy: `steps`: every `steps` steps; `epoch`: after each epoch; `no`: before the first
+            step and after the last alone.
+        steps: Steps between two evaluations.
+        per_device_eval_batch_size: Rows per device.
+        early_stopping_patience: Evaluations without a better loss after which the run stops.
+        exact_match: Also generates answers, before and after training, and compares them.
+        exact_match_rows: Rows that are generated for.
+        max_new_tokens: Longest generated answer in tokens.
+    """
+
+    strategy: Literal["no", "steps", "epoch"] = "no"
+    steps: Count = 100
+    per_device_eval_batch_size: Count = 8
+    early_stopping_patience: Count | None = None
+    exact_match: bool = False
+    exact_match_rows: Count = 200
+    max_new_tokens: Count = 64
+
+
+class SaveConfig(Section):
+    """What is written and where.
+
+    Attributes:
+        output_dir: Directory of the run.
+        save_steps: Steps between two checkpoints.
+        save_total_limit: Checkpoints to keep; older ones go once a newer one is verified.
+        on_save_error: What follows when a checkpoint cannot be written, say to a full disk: `stop`
+            ends the run, `warn` goes on without it.
+        load_best_model_at_end: Exports the weights with the lowest held-out loss.
+        export: What the run ends with; `("merged",)` when not given and `train.method` is `full`.
+    """
+
+    output_dir: Text
+    save_steps: Count = 100
+    save_total_limit: Count = 2
+    on_save_error: Literal["stop", "warn"] = "stop"
+    load_best_model_at_end: bool = False
+    export: Annotated[
+        tuple[Literal["peft", "peft-portable", "merged"], ...], Field(min_length=1), FromList
+    ] = ("peft",)
+
+    @override
+    def conflicts(self) -> Iterator[Conflict]:
+        if len(set(self.export)) < len(self.export):
+            yield "export", f"names the same export twice: {', '.join(self.export)}"
+
+
+class LogConfig(Section):
+    """What is recorded: every `logging_steps` steps, in `metrics.jsonl` and for TensorBoard."""
+
+    logging_steps: Count = 1
+    report_to: Annotated[tuple[Literal["jsonl", "tensorboard"], ...], FromList] = ("jsonl",)
+
+
+class MeshConfig(Section):
+    """How devices are used: `data` of them share each batch, -1 for all there are."""
+
+    data: CountOrMinusOne = 1
+
+
+class RunConfig(Section):
+    """A whole run; `load_config` reads one from a file."""
+
+    model: ModelConfig
+    lora: LoraConfig = LoraConfig()
+    data: DataConfig
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    save: SaveConfig
+    log: LogConfig = LogConfig()
+    mesh: MeshConfig = MeshConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_null_lora(cls, sections: Any) -> Any:
+        """Takes ``lora: null`` for no section, so that an override can remove one."""
+        if isinstance(sections, dict) and "lora" in sections and sections["lora"] is None:
+            return {name: value for name, value in sections.items() if name != "lora"}
+        return sections
+
+    @field_validator("save")
+    @classmethod
+    def _resolve_export(cls, save: SaveConfig, info: ValidationInfo) -> SaveConfig:
+        train = info.data.get("train")
+        if train is None or train.method == "lora" or "export" in save.model_fields_set:
+            return save
+        return save.model_copy(update={"export": ("merged",)})
+
+    @override
+    def conflicts(self) -> Iterator[Conflict]:
+        if self.model.adapter is not None and "lora" in self.model_fields_set:
+            yield "lora", "model.adapter brings its own settings: remove it, or set lora=null"
+        if self.train.method == "full":
+            if "lora" in self.model_fields_set:
+                yield "lora", "train.method `full` has no adapter: remove it, or set lora=null"
+            if self.model.adapter is not None:
+                yield "model.adapter", "train.method `full` has no adapter: remove this key"
+            if self.model.offload_embedding:
+                yield "model.offload_embedding", "train.method `full` trains it: remove this key"
+            if self.save.export != ("merged",):
+                got = ", ".join(self.save.export)
+                yield "save.export", f"train.method `full` can only export `merged`, got {got}"
+        wants_evaluation = {
+            "eval.early_stopping_patience": self.eval.early_stopping_patience is not None,
+            "save.load_best_model_at_end": self.save.load_best_model_at_end,
+        }
+        wants_data = {
+            "eval.strategy": self.eval.strategy != "no",
+            "eval.exact_match": self.eval.exact_match,
+        }
+        for key, wanted in {**wants_evaluation, **wants_data}.items():
+            if wanted and not self.data.eval:
+                yield key, "needs held-out rows: set data.eval"
+            elif wanted and key in wants_evaluation and self.eval.strategy == "no":
+                yield key, "needs evaluations during the run: set eval.strategy to steps or epoch"
+
+
+def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a YAML config.
+
+    Args:
+        path: The file.
+        overrides: ``section.key=value`` entries that replace what the file says; values are YAML,
+            or the text itself where a key takes nothing else.
+
+    Returns:
+        The checked config.
+
+    Raises:
+        ConfigError: With one line per problem: file and line (or the override), dotted key, what
+            came and what was needed.
+    """
+    return read_model(RunConfig, path, overrides)
+
+
+def dump_config(config: RunConfig) -> str:
+    """Writes a config with all its defaults as YAML, which `load_config` reads back unchanged."""
+    sections = config.model_dump(mode="json")
+    settings = config.train.lr_scheduler_kwargs
+    sections["train"]["lr_scheduler_kwargs"] = settings.model_dump(exclude_none=True)
+    if config.train.method == "full" or config.model.adapter is not None:
+        del sections["lora"]
+    return write_yaml(sections)
