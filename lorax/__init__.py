@@ -5,8 +5,8 @@ from lorax.config.data import DataConfig as DataConfig
 from lorax.config.run import RunConfig as RunConfig
 from lorax.config.run import load_config as load_config
 from lorax.config.train import TrainConfig as TrainConfig
+from lorax.data.chat.tokenizer import load_tokenizer as load_tokenizer
 from lorax.data.encode import load_encoded_dataset as load_encoded_dataset
-from lorax.data.tokenizer import load_tokenizer as load_tokenizer
 from lorax.export import export_model as export_model
 from lorax.generate import generate as generate
 from lorax.interop.huggingface import load_model as load_model

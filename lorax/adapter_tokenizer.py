@@ -5,8 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lorax.data.chat import read_template
-from lorax.data.tokenizer import load_tokenizer
+from lorax.data.chat.template import read_template
+from lorax.data.chat.tokenizer import load_tokenizer
 from lorax.interop.checkpoint import TOKENIZER_FILES
 from lorax.system.files import MAX_INDEX_BYTES, read_json
 

@@ -17,7 +17,7 @@ from lorax.checkpoint import SaveError
 from lorax.cli_export import add_export
 from lorax.cli_generate import add_generate
 from lorax.config.run import RunConfig, load_config
-from lorax.data.tokenizer import WITHOUT_TORCH
+from lorax.data.chat.tokenizer import WITHOUT_TORCH
 from lorax.long_steps import ABANDONED
 from lorax.overview import module_rows, report_data, report_kernels, report_notes, report_plan
 from lorax.report import print_config, print_modules

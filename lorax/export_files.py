@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lorax.data.tokenizer_files import NAMED_TOKENS
+from lorax.data.chat.tokenizer_files import NAMED_TOKENS
 from lorax.interop.checkpoint import GENERATION_FILE, TOKENIZER_FILES
 from lorax.stop_tokens import generation_settings
 from lorax.system.files import MAX_INDEX_BYTES, read_json

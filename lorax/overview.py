@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from lorax.config.run import RunConfig
+from lorax.data.chat.tokenizer import Tokenizer
 from lorax.data.dataset import EncodedDataset, EncodeReport
 from lorax.data.preview import render_example
-from lorax.data.tokenizer import Tokenizer
 from lorax.kernel_choice import kernel_choices
 from lorax.lora import lora_layers
 from lorax.models.attention import cudnn_obstacle, resolve_implementation

@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
-from lorax.data.chat import encode_prompt
-from lorax.data.formats import ROW_KINDS, RowKind, alpaca_prompt
-from lorax.data.masks import encode_text
+from lorax.data.chat.masks import encode_text
+from lorax.data.chat.template import encode_prompt
+from lorax.data.reading.formats import ROW_KINDS, RowKind, alpaca_prompt
 from lorax.run_folder import SavedRun
 
 _NAMES: dict[RowKind, str] = {

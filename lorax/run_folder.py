@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from lorax.checkpoint import CHECKPOINT_FOLDER, MARKER_FILE
 from lorax.config.run import RunConfig, dump_config, load_config
-from lorax.data.formats import ROW_KINDS, RowKind
+from lorax.data.reading.formats import ROW_KINDS, RowKind
 from lorax.interop.peft_config import CONFIG_FILE as ADAPTER_FILE
 from lorax.stop_tokens import STOP_TOKENS_FILE, read_stop_tokens, write_stop_tokens
 from lorax.system.files import CheckpointError, read_json, refuse_occupied

@@ -14,12 +14,12 @@ from lorax.adapter_tokenizer import tokenizer_files
 from lorax.checkpoint import CHECKPOINT_FOLDER, CheckpointStore
 from lorax.config.run import RunConfig
 from lorax.data.batches import BatchPlan
-from lorax.data.chat import read_own_template
+from lorax.data.chat.renderer import RENDERER
+from lorax.data.chat.template import read_own_template
+from lorax.data.chat.tokenizer import load_tokenizer
 from lorax.data.dataset import EncodedDataset
 from lorax.data.encode import load_encoded_dataset
-from lorax.data.renderer import RENDERER
-from lorax.data.rows import SourceError
-from lorax.data.tokenizer import load_tokenizer
+from lorax.data.reading.rows import SourceError
 from lorax.interop.checkpoint import resolve_base
 from lorax.interop.huggingface import check_checkpoint, load_hf_config, load_model
 from lorax.interop.peft import check_adapter, load_adapter, trains_base_weights

@@ -23,9 +23,9 @@ import lorax
 from lorax.config.data import DataConfig, DataSource
 from lorax.config.train import TrainConfig
 from lorax.data.batches import BatchPlan
+from lorax.data.chat.tokenizer import load_tokenizer
 from lorax.data.dataset import EncodedDataset
 from lorax.data.encode import load_encoded_dataset
-from lorax.data.tokenizer import load_tokenizer
 from lorax.interop.huggingface import load_model
 from lorax.loss import causal_lm_loss
 from lorax.optimizer import make_optimizer

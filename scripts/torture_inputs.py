@@ -68,7 +68,7 @@ def read_model(folder: Path) -> Callable[[], object]:
 
 def read_tokenizer(folder: Path) -> Callable[[], object]:
     """Returns what reads a damaged tokenizer."""
-    from lorax.data.tokenizer import load_tokenizer
+    from lorax.data.chat.tokenizer import load_tokenizer
 
     load_tokenizer(str(folder.parent / "good" / "tokenizer"))
     return lambda: load_tokenizer(str(folder))
@@ -90,8 +90,8 @@ def read_adapter(folder: Path) -> Callable[[], object]:
 def read_rows(folder: Path, **settings: Any) -> Callable[[], object]:
     """Returns what reads a file of rows."""
     from lorax.config.data import DataConfig
+    from lorax.data.chat.tokenizer import load_tokenizer
     from lorax.data.encode import load_encoded_dataset
-    from lorax.data.tokenizer import load_tokenizer
 
     path, template = folder / "rows.jsonl", folder / "chat.jinja"
     if not path.exists():

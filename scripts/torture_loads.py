@@ -92,8 +92,8 @@ def read_data(paths: list[Path], length: int) -> Any:
     """Returns the batches of files of rows, as a run has them."""
     from lorax.config.data import DataConfig
     from lorax.data.batches import BatchPlan
+    from lorax.data.chat.tokenizer import load_tokenizer
     from lorax.data.encode import load_encoded_dataset
-    from lorax.data.tokenizer import load_tokenizer
     from lorax.resume import fingerprint_data
 
     config = DataConfig.model_validate(

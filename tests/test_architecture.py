@@ -39,10 +39,10 @@ FORBIDDEN = {
     "lorax.config": {"jax", "flax", "numpy"},
     "lorax.data": {"jax", "flax"},
     "lorax.system": {"flax"},
-    "lorax.data.render_worker": {"lorax", "lorax_kernels"},  # it runs alone
+    "lorax.data.chat.render_worker": {"lorax", "lorax_kernels"},  # it runs alone
 }
 EVERYWHERE_FORBIDDEN = {"torch", "peft", "pickle", "yaml"}
-WITH_TRANSFORMERS = {"lorax.data.tokenizer", "lorax.data.render_worker"}
+WITH_TRANSFORMERS = {"lorax.data.chat.tokenizer", "lorax.data.chat.render_worker"}
 
 
 def sources():

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 import lorax.export
 from lorax.cli import main
 from lorax.config.run import load_config
-from lorax.data.tokenizer import load_tokenizer
+from lorax.data.chat.tokenizer import load_tokenizer
 from lorax.export import LOGIT_BOUNDS, ExportError, logit_distance, verify_adapter
 from lorax.interop.huggingface import load_model
 from lorax.interop.peft import load_adapter

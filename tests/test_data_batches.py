@@ -273,7 +273,7 @@ def test_hundred_thousand_rows_are_packed_in_seconds():
 
 
 def test_data_layer_does_not_import_jax():
-    for path in (Path(__file__).parents[1] / "lorax" / "data").glob("*.py"):
+    for path in (Path(__file__).parents[1] / "lorax" / "data").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in getattr(node, "names", [])]
             names.append(getattr(node, "module", None) or "")

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from lorax.data.chat import encode_prompt
-from lorax.data.rows import DataError
+from lorax.data.chat.template import encode_prompt
+from lorax.data.reading.rows import DataError
 from tests.chats import (
     CHATML,
     DROPS_THINKING,

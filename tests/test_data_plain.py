@@ -7,10 +7,10 @@ import tokenizers
 import transformers
 
 from lorax.config.data import DataConfig, DataSource
+from lorax.data.chat.masks import encode_text
+from lorax.data.chat.tokenizer import load_tokenizer
 from lorax.data.encode import load_encoded_dataset
-from lorax.data.masks import encode_text
 from lorax.data.preview import render_example
-from lorax.data.tokenizer import load_tokenizer
 
 
 def byte_tokenizer(*, merges=(), bos=True, **named):

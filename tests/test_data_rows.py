@@ -11,7 +11,7 @@ from transformers.utils import chat_template_utils
 from lorax.config.data import DataConfig, DataSource
 from lorax.data.encode import load_encoded_dataset
 from lorax.data.preview import render_example
-from lorax.data.rows import DataError
+from lorax.data.reading.rows import DataError
 from tests.chats import (
     CHATML,
     DROPS_THINKING,

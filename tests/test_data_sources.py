@@ -14,8 +14,8 @@ import transformers
 from lorax.config.data import DataConfig, DataSource
 from lorax.data.encode import load_encoded_dataset
 from lorax.data.preview import render_example
-from lorax.data.rows import DataError
-from lorax.data.sources import open_source
+from lorax.data.reading.rows import DataError
+from lorax.data.reading.sources import open_source
 
 CHAT = (
     "{% for m in messages %}{{ m['role'] + ('@' + m['name'] if 'name' in m else '') + ':' }}"

@@ -21,9 +21,9 @@ from tokenizers import decoders, normalizers, pre_tokenizers, processors
 
 import lorax
 from lorax.config.data import DataConfig
+from lorax.data.chat.tokenizer import load_tokenizer, tokenize_texts
 from lorax.data.encode import load_encoded_dataset
-from lorax.data.rows import DataError
-from lorax.data.tokenizer import load_tokenizer, tokenize_texts
+from lorax.data.reading.rows import DataError
 from lorax.export_files import companion_files
 from lorax.interop.checkpoint import write_checkpoint
 from tests.real import asset

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from lorax.data.renderer import LimitError, Part, Rendered, Renderer, Request
-from lorax.data.rows import DataError, RowError
+from lorax.data.chat.renderer import LimitError, Part, Rendered, Renderer, Request
+from lorax.data.reading.rows import DataError, RowError
 
 MESSAGES = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Fine"}]
 WHOLE = Part(2)
@@ -202,7 +202,7 @@ def test_an_interrupted_rendering_leaves_no_answer_behind(renderer, monkeypatch)
 def test_a_process_that_cannot_start_is_no_fault_of_the_template(monkeypatch, tmp_path):
     worker = tmp_path / "worker.py"
     worker.write_text("import absent_module")
-    monkeypatch.setattr("lorax.data.renderer._WORKER", worker)
+    monkeypatch.setattr("lorax.data.chat.renderer._WORKER", worker)
     with pytest.raises(RuntimeError, match=r"worker\.py, which renders chat templates, cannot be"):
         render(Renderer())
 

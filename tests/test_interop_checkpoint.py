@@ -20,7 +20,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils import hf_raise_for_status
 from safetensors.numpy import load_file, save_file
 
-from lorax.data.tokenizer import load_tokenizer
+from lorax.data.chat.tokenizer import load_tokenizer
 from lorax.interop.checkpoint import resolve_checkpoint
 from lorax.interop.files import read_ahead, read_headers, read_tensors
 from lorax.interop.huggingface import load_hf_config, load_model, save_model

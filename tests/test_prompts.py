@@ -8,8 +8,8 @@ import pytest
 
 from lorax.cli import main
 from lorax.config.run import load_config
+from lorax.data.chat.tokenizer import load_tokenizer
 from lorax.data.encode import load_encoded_dataset
-from lorax.data.tokenizer import load_tokenizer
 
 TINY = Path(__file__).parents[1] / "examples" / "tiny"
 ADDED = ("<|pad|>", "<|im_end|>")

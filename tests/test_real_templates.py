@@ -20,7 +20,7 @@ import lorax
 from lorax.config.data import DataConfig, DataSource
 from lorax.data.encode import load_encoded_dataset
 from lorax.data.preview import render_example
-from lorax.data.rows import DataError
+from lorax.data.reading.rows import DataError
 from tests.chats import byte_tokenizer
 from tests.real import asset
 

@@ -6,8 +6,8 @@ import numpy as np
 from jaxtyping import Int64
 
 from lorax.data.dataset import EncodedDataset
-from lorax.data.formats import IGNORED_LABEL
 from lorax.data.packing import pack_rows
+from lorax.data.reading.formats import IGNORED_LABEL
 
 type Batch = dict[str, np.ndarray]
 """input_ids, labels, positions and, if packed, segment_ids: int32 (micro_batches, rows, width)."""

@@ -13,8 +13,8 @@ import numpy as np
 from jaxtyping import Bool, Int32, Int64
 from numpy.typing import ArrayLike
 
-from lorax.data.formats import RowKind
-from lorax.data.rows import DataError
+from lorax.data.reading.formats import RowKind
+from lorax.data.reading.rows import DataError
 
 type EncodedRow = tuple[Int32[np.ndarray, " tokens"], Bool[np.ndarray, " tokens"]]
 """Token ids of a row, and which of them are supervised."""

@@ -8,11 +8,15 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lorax.config.data import DataConfig, DataSource
-from lorax.data.chat import load_chat_template
-from lorax.data.columns import detect_format, fitting_formats, read_flag, refuse_unread
-from lorax.data.conversation import Conversation
+from lorax.data.chat.masks import StopTokens, mask_labels, mask_plain, mask_turns
+from lorax.data.chat.renderer import MOST_LIMITS, LimitError, TemplateError
+from lorax.data.chat.template import load_chat_template
+from lorax.data.chat.tokenizer import TokenizedText, Tokenizer, check_fast, tokenize_in_parts
+from lorax.data.chat.turns import RenderedText
 from lorax.data.dataset import EncodedDataset, EncodedRow, RowWriter, tell_ignored
-from lorax.data.formats import (
+from lorax.data.reading.columns import detect_format, fitting_formats, read_flag, refuse_unread
+from lorax.data.reading.conversation import Conversation
+from lorax.data.reading.formats import (
     Completion,
     Document,
     Example,
@@ -21,13 +25,9 @@ from lorax.data.formats import (
     kind_of,
     read_example,
 )
-from lorax.data.masks import StopTokens, mask_labels, mask_plain, mask_turns
-from lorax.data.renderer import MOST_LIMITS, LimitError, TemplateError
-from lorax.data.rows import DataError, MalformedRowError, Row, RowError, Rows
+from lorax.data.reading.rows import DataError, MalformedRowError, Row, RowError, Rows
+from lorax.data.reading.sources import open_source
 from lorax.data.sieve import Sieve
-from lorax.data.sources import open_source
-from lorax.data.tokenizer import TokenizedText, Tokenizer, check_fast, tokenize_in_parts
-from lorax.data.turns import RenderedText
 from lorax.system.wording import explain
 
 _ROWS_PER_BATCH, _SIZE_PER_BATCH = 256, 2**20

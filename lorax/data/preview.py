@@ -4,8 +4,8 @@ import itertools
 
 import numpy as np
 
+from lorax.data.chat.tokenizer import Tokenizer
 from lorax.data.dataset import EncodedDataset
-from lorax.data.tokenizer import Tokenizer
 
 
 def render_example(

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from lorax.data.rows import DataError, MalformedRowError
+from lorax.data.reading.rows import DataError, MalformedRowError
 
 _PLACES = 3
 _KINDS = 20

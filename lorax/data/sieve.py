@@ -2,9 +2,9 @@
 
 from lorax.config.data import DataConfig
 from lorax.data.dataset import Change, EncodedRow, EncodeReport, RowWriter, tell_ignored
-from lorax.data.formats import ROW_KINDS, RowKind
 from lorax.data.problems import Problems
-from lorax.data.rows import DataError, MalformedRowError
+from lorax.data.reading.formats import ROW_KINDS, RowKind
+from lorax.data.reading.rows import DataError, MalformedRowError
 
 _TRIED = 1000
 """If none of so many rows can be used, reading stops."""

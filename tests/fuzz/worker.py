@@ -32,7 +32,7 @@ def main() -> None:
         import jax
 
         from lorax.cli import main as command
-        from lorax.data.tokenizer import WITHOUT_TORCH
+        from lorax.data.chat.tokenizer import WITHOUT_TORCH
         from lorax.system.streams import Outlet
 
     WITHOUT_TORCH.set()  # as the command itself does
@@ -122,7 +122,7 @@ def _await_others() -> bool:
 
 def _await_renderer() -> None:
     """Waits for the process that renders: it would not start in a folder that is gone."""
-    from lorax.data.renderer import RENDERER, Part, Request
+    from lorax.data.chat.renderer import RENDERER, Part, Request
 
     messages = [{"role": "user", "content": ""}]
     list(RENDERER.render("", [Request(messages, [Part(1)])], special_tokens={}))

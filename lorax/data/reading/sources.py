@@ -12,8 +12,8 @@ import numpy as np
 from jaxtyping import Int64
 
 from lorax.config.data import DataSource
-from lorax.data.columns import fitting_formats
-from lorax.data.rows import (
+from lorax.data.reading.columns import fitting_formats
+from lorax.data.reading.rows import (
     DataError,
     LineRows,
     NumberedRows,
@@ -60,7 +60,9 @@ def open_source(source: DataSource) -> Iterator[Rows]:
             return
         _refuse_field(source)
         with tempfile.TemporaryDirectory(prefix="lorax-data-") as cache:
-            from lorax.data import tables  # lines need no pandas: it takes a second to import
+            from lorax.data.reading import (
+                tables,  # lines need no pandas: it takes a second to import
+            )
 
             table = tables.read_table(path, source.path, cache)
             kept = _places_of_split(source, len(table))
@@ -73,7 +75,7 @@ def open_source(source: DataSource) -> Iterator[Rows]:
         )
     else:
         _refuse_field(source)
-        from lorax.data import tables
+        from lorax.data.reading import tables
 
         yield tables.open_hub(source)
 
@@ -201,7 +203,7 @@ def _places_of_split(source: DataSource, count: int) -> Int64[np.ndarray, " kept
         raise DataError(f"{source.path}: the file holds no rows")
     if source.split == "train":
         return np.arange(count)
-    from lorax.data import tables
+    from lorax.data.reading import tables
 
     try:
         kept = tables.slice_split(source.split, count)

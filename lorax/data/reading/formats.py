@@ -5,8 +5,8 @@ import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from lorax.data.columns import check_columns, is_empty
-from lorax.data.conversation import (
+from lorax.data.reading.columns import check_columns, is_empty
+from lorax.data.reading.conversation import (
     Conversation,
     Message,
     function_name,
@@ -15,7 +15,7 @@ from lorax.data.conversation import (
     refuse_no_answer,
     text_of,
 )
-from lorax.data.rows import MalformedRowError, Row, describe, refuse_duplicate_keys
+from lorax.data.reading.rows import MalformedRowError, Row, describe, refuse_duplicate_keys
 
 IGNORED_LABEL = -100
 

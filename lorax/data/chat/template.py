@@ -8,16 +8,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lorax.config.data import DataConfig
-from lorax.data.conversation import INSTRUCTING, Conversation, Message
+from lorax.data.chat.fields import fields_of
+from lorax.data.chat.lost import LostError, lost_fields
+from lorax.data.chat.renderer import RENDERER, Part, Rendered, RenderError, Request, TemplateError
+from lorax.data.chat.special import SpecialTexts
+from lorax.data.chat.template_names import GENERATION
+from lorax.data.chat.tokenizer import Tokenizer
+from lorax.data.chat.turns import RenderedText, Rendering, RewrittenError
 from lorax.data.dataset import tell_ignored
-from lorax.data.fields import fields_of
-from lorax.data.lost import LostError, lost_fields
-from lorax.data.renderer import RENDERER, Part, Rendered, RenderError, Request, TemplateError
-from lorax.data.rows import DataError, RowError
-from lorax.data.special import SpecialTexts
-from lorax.data.template_names import GENERATION
-from lorax.data.tokenizer import Tokenizer
-from lorax.data.turns import RenderedText, Rendering, RewrittenError
+from lorax.data.reading.conversation import INSTRUCTING, Conversation, Message
+from lorax.data.reading.rows import DataError, RowError
 from lorax.system.small_files import SmallFileError, read_small_file
 
 REWRITTEN = "became one row per learned turn: the chat template rewrites earlier turns"

@@ -4,8 +4,8 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 
-from lorax.data.fields import NEEDED, Field
-from lorax.data.rows import RowError
+from lorax.data.chat.fields import NEEDED, Field
+from lorax.data.reading.rows import RowError
 
 _LONG = 16
 """So many characters are not found by chance in the midst of a word."""

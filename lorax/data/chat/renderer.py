@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from lorax.data.rows import DataError, RowError
-from lorax.data.tokenizer_files import NAMED_TOKENS
+from lorax.data.chat.tokenizer_files import NAMED_TOKENS
+from lorax.data.reading.rows import DataError, RowError
 
 type Span = tuple[int, int]
 

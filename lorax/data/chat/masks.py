@@ -6,17 +6,17 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Int64
 
-from lorax.data.dataset import EncodedRow
-from lorax.data.formats import IGNORED_LABEL, TokenRow
-from lorax.data.rows import DataError, MalformedRowError, RowError, show_messages
-from lorax.data.tokenizer import (
+from lorax.data.chat.tokenizer import (
     TokenizedText,
     Tokenizer,
     named_token_id,
     special_tokens,
     tokenize_texts,
 )
-from lorax.data.turns import RenderedText
+from lorax.data.chat.turns import RenderedText
+from lorax.data.dataset import EncodedRow
+from lorax.data.reading.formats import IGNORED_LABEL, TokenRow
+from lorax.data.reading.rows import DataError, MalformedRowError, RowError, show_messages
 
 
 @dataclasses.dataclass(frozen=True)

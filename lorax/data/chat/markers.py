@@ -5,10 +5,10 @@ import re
 import shlex
 
 from lorax.config.data import DataConfig
-from lorax.data.conversation import Conversation
-from lorax.data.renderer import Span
-from lorax.data.rows import RowError
-from lorax.data.tokenizer import Tokenizer
+from lorax.data.chat.renderer import Span
+from lorax.data.chat.tokenizer import Tokenizer
+from lorax.data.reading.conversation import Conversation
+from lorax.data.reading.rows import RowError
 
 
 def spans_between_markers(

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from lorax.data.rows import (
+from lorax.data.reading.rows import (
     DataError,
     MalformedRowError,
     Row,

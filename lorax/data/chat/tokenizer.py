@@ -14,8 +14,7 @@ import huggingface_hub
 import numpy as np
 from jaxtyping import Bool, Int32, Int64
 
-from lorax.data.rows import DataError
-from lorax.data.tokenizer_files import (
+from lorax.data.chat.tokenizer_files import (
     MODEL_OPTIONS,
     NAMED_TOKENS,
     TOKENIZER_FILE,
@@ -24,6 +23,7 @@ from lorax.data.tokenizer_files import (
     explain_field,
     read_steps,
 )
+from lorax.data.reading.rows import DataError
 from lorax.system.hub import explain_hub
 from lorax.system.wording import clip
 

@@ -5,9 +5,7 @@ import functools
 from collections.abc import Collection, Mapping, Sequence, Set
 
 from lorax.config.data import DataConfig
-from lorax.data.conversation import Conversation
-from lorax.data.dataset import tell_ignored
-from lorax.data.fields import (
+from lorax.data.chat.fields import (
     NEEDED,
     Field,
     fields_of,
@@ -15,14 +13,16 @@ from lorax.data.fields import (
     unread_keys,
     unread_tool_keys,
 )
-from lorax.data.lost import LostError, end_of_fields, forms, lost_fields
-from lorax.data.markers import spans_between_markers
-from lorax.data.renderer import Part, Rendered, Span
-from lorax.data.rows import RowError, check_unicode, show_name
-from lorax.data.special import SpecialTexts
-from lorax.data.template_names import GENERATION, read_variables
-from lorax.data.tokenizer import Tokenizer
-from lorax.data.turn_ends import TurnEnds
+from lorax.data.chat.lost import LostError, end_of_fields, forms, lost_fields
+from lorax.data.chat.markers import spans_between_markers
+from lorax.data.chat.renderer import Part, Rendered, Span
+from lorax.data.chat.special import SpecialTexts
+from lorax.data.chat.template_names import GENERATION, read_variables
+from lorax.data.chat.tokenizer import Tokenizer
+from lorax.data.chat.turn_ends import TurnEnds
+from lorax.data.dataset import tell_ignored
+from lorax.data.reading.conversation import Conversation
+from lorax.data.reading.rows import RowError, check_unicode, show_name
 
 OTHER_PROMPT = "begin the assistant's turn otherwise than the chat template's own prompt for it"
 

@@ -4,10 +4,10 @@ import dataclasses
 import re
 from collections.abc import Sequence
 
-from lorax.data.conversation import Conversation
-from lorax.data.fields import Field
-from lorax.data.lost import end_of_fields
-from lorax.data.renderer import Part, Rendered
+from lorax.data.chat.fields import Field
+from lorax.data.chat.lost import end_of_fields
+from lorax.data.chat.renderer import Part, Rendered
+from lorax.data.reading.conversation import Conversation
 
 PROMPT = "add_generation_prompt"
 """What a template reads that opens the next turn where it is asked to, and not otherwise."""

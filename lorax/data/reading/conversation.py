@@ -5,8 +5,8 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
-from lorax.data.columns import FLAGS, is_empty, read_flag
-from lorax.data.rows import (
+from lorax.data.reading.columns import FLAGS, is_empty, read_flag
+from lorax.data.reading.rows import (
     MalformedRowError,
     Row,
     check_unicode,

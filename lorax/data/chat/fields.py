@@ -5,8 +5,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
-from lorax.data.conversation import Message
-from lorax.data.rows import is_word
+from lorax.data.reading.conversation import Message
+from lorax.data.reading.rows import is_word
 
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 """Keys of a message's thinking; transformers hands each of them to a template under all names."""

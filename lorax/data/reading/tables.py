@@ -15,7 +15,7 @@ from datasets.exceptions import DatasetsError
 from jaxtyping import Int64
 
 from lorax.config.data import DataSource
-from lorax.data.rows import (
+from lorax.data.reading.rows import (
     DataError,
     NumberedRows,
     Row,

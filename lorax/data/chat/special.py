@@ -5,11 +5,11 @@ import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from lorax.data.conversation import Message
-from lorax.data.fields import fields_of
-from lorax.data.lost import forms
-from lorax.data.rows import RowError, show_messages
-from lorax.data.tokenizer import Tokenizer, named_token_id, special_tokens
+from lorax.data.chat.fields import fields_of
+from lorax.data.chat.lost import forms
+from lorax.data.chat.tokenizer import Tokenizer, named_token_id, special_tokens
+from lorax.data.reading.conversation import Message
+from lorax.data.reading.rows import RowError, show_messages
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Files and data sets to rows, and rows to conversations."""
