@@ -15,7 +15,6 @@ from rich.console import Console
 
 from lorax.adapter_base import with_recorded_revision
 from lorax.card import title_of, write_card
-from lorax.checkpoint import CHECKPOINT_FOLDER, CheckpointStore, SaveError
 from lorax.compilation_cache import use_compilation_cache
 from lorax.config.run import RunConfig
 from lorax.evaluate import answer_rows, exact_match
@@ -23,23 +22,24 @@ from lorax.export import export_model
 from lorax.export_files import companion_files
 from lorax.interop.checkpoint import resolve_base
 from lorax.metrics import METRICS_FILE, RunLog, check_reporters, read_metrics
-from lorax.models.recompute import Recomputation
+from lorax.models.recompute import Recomputation, settings_of
 from lorax.overview import report_data, report_model, report_notes, shows_text
 from lorax.preparation import compile_ahead
 from lorax.program_cache import ProgramCache, open_program_cache
 from lorax.recorder import Recorder
-from lorax.report import (
-    RunSummary,
-    print_config,
-    print_summary,
-    show_progress,
-)
-from lorax.resume import (
+from lorax.recovery.identity import (
     fingerprint_folder,
     fixed_settings,
     identify_run,
     name_datasets,
     refuse_other_run,
+)
+from lorax.recovery.store import CHECKPOINT_FOLDER, CheckpointStore, SaveError
+from lorax.report import (
+    RunSummary,
+    print_config,
+    print_summary,
+    show_progress,
 )
 from lorax.run_folder import (
     EXPORT_FOLDERS,
@@ -274,7 +274,7 @@ def refuse_changed_settings(config: RunConfig) -> None:
     identity = saved_identity(config)
     if identity is not None:
         saved, now = {"settings": identity["settings"]}, {"settings": fixed_settings(config)}
-        refuse_other_run(saved, now, str(Path(config.save.output_dir)))
+        refuse_other_run(saved, now, str(Path(config.save.output_dir)), settings_of)
 
 
 def refuse_changes(
@@ -285,10 +285,11 @@ def refuse_changes(
     if identity is None:
         return
     data = name_datasets(inputs.train, inputs.eval)
-    now = identify_run(config, data, make_mesh(config.mesh.data).size, recomputation, files)
+    devices = make_mesh(config.mesh.data).size
+    now = identify_run(config, data, devices, str(recomputation), files)
     # The trainer knows how the model is adapted; this is about the rest.
     saved = {k: v for k, v in identity.items() if k != "adapter settings"}
-    refuse_other_run(saved, now, str(Path(config.save.output_dir)))
+    refuse_other_run(saved, now, str(Path(config.save.output_dir)), settings_of)
 
 
 @contextlib.contextmanager

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from lorax.checkpoint import CHECKPOINT_FOLDER, MARKER_FILE
 from lorax.config.run import RunConfig, dump_config, load_config
 from lorax.data.reading.formats import ROW_KINDS, RowKind
 from lorax.interop.peft_config import CONFIG_FILE as ADAPTER_FILE
+from lorax.recovery.store import CHECKPOINT_FOLDER, MARKER_FILE
 from lorax.stop_tokens import STOP_TOKENS_FILE, read_stop_tokens, write_stop_tokens
 from lorax.system.files import CheckpointError, read_json, refuse_occupied
 from lorax.system.special_files import refuse_special_files

@@ -11,7 +11,6 @@ from flax import nnx
 
 from lorax.adapter_base import with_recorded_revision
 from lorax.adapter_tokenizer import tokenizer_files
-from lorax.checkpoint import CHECKPOINT_FOLDER, CheckpointStore
 from lorax.config.run import RunConfig
 from lorax.data.batches import BatchPlan
 from lorax.data.chat.renderer import RENDERER
@@ -31,6 +30,7 @@ from lorax.models.recompute import Recomputation
 from lorax.optimizer import make_schedule
 from lorax.plan import POLICIES, Planner
 from lorax.preparation import count_steps, plan_training
+from lorax.recovery.store import CHECKPOINT_FOLDER, CheckpointStore
 from lorax.sharding import HostArray, embedding_obstacle, make_mesh
 from lorax.stop_tokens import stop_token_ids
 from lorax.system.hardware import GIB, device_gib

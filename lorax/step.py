@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
@@ -41,6 +42,11 @@ class TrainState:
     trainable: Any
     opt_state: Any
     halted: jax.Array
+
+    def resumable(self) -> "TrainState":
+        """Returns it as it is saved: a run that is resumed tries again what was not finite."""
+        # No array of the device's: it would wait for the step that runs.
+        return dataclasses.replace(self, halted=np.zeros((), bool))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
-from lorax.checkpoint import CHECKPOINT_FOLDER, CheckpointStore
 from lorax.config.run import RunConfig
 from lorax.data.dataset import EncodedDataset
 from lorax.evaluate import Evaluator
@@ -24,7 +23,7 @@ from lorax.lora import fingerprint_adapters
 from lorax.loss import LossFunction, causal_lm_loss
 from lorax.metrics import Throughput
 from lorax.model_size import model_size
-from lorax.models.recompute import Recomputation
+from lorax.models.recompute import Recomputation, settings_of
 from lorax.nonfinite import find_micro_batches, report_rows
 from lorax.optimizer import make_optimizer, make_schedule
 from lorax.preparation import (
@@ -40,14 +39,11 @@ from lorax.preparation import (
     refuse_empty_steps,
     step_options,
 )
-from lorax.resume import (
-    Progress,
-    TrainResult,
-    fingerprint_weights,
-    identify_run,
-    name_datasets,
-)
-from lorax.saving import Saver
+from lorax.recovery.identity import fingerprint_weights, identify_run, name_datasets
+from lorax.recovery.progress import Progress, TrainResult
+from lorax.recovery.saver import Saver
+from lorax.recovery.snapshots import WeightStore
+from lorax.recovery.store import CHECKPOINT_FOLDER, CheckpointStore
 from lorax.sharding import batch_placer, make_mesh, place_parameters
 from lorax.step import TrainState, TrainStep, make_train_step
 from lorax.step_events import Event, StepEvents
@@ -55,7 +51,6 @@ from lorax.system.files import CheckpointError, refuse_occupied
 from lorax.system.signals import RunStopped, StopAskedError, StopRequest
 from lorax.system.versions import library_versions
 from lorax.system.watchdog import Watchdog
-from lorax.weights import WeightStore
 
 type Listener = Callable[[Event], None]
 
@@ -159,8 +154,9 @@ class Trainer:
         self.checkpoints = CheckpointStore(folder, keep=keep, versions=versions, tell=tell)
         files = dict(files or {"base model": fingerprint_weights(self.step.frozen)})
         files["adapter settings"] = fingerprint_adapters(self.model)
-        identity = identify_run(config, datasets, devices, Recomputation.of(self.model), files)
-        self.saver = Saver(config.save, self.store, self.checkpoints, identity, tell)
+        recomputed = str(Recomputation.of(self.model))
+        identity = identify_run(config, datasets, devices, recomputed, files)
+        self.saver = Saver(config.save, self.store, self.checkpoints, identity, settings_of, tell)
         self.keeps_lock = False
         if resume:
             self.state = self.saver.resume(self.state)
@@ -221,7 +217,7 @@ class Trainer:
             self._watchdog.beat()
             if self.progress.step == 0:
                 raise RunStopped(f"stopped by {asked} before the first step was done") from None
-            saved = "saved" if self.saver.save(self.state, wait=True) else "NOT SAVED"
+            saved = "saved" if self.saver.save(self.state.resumable(), wait=True) else "NOT SAVED"
             where = f"after step {self.progress.step}, {saved}"
             raise RunStopped(f"stopped by {asked} {where}") from None
 
@@ -267,7 +263,7 @@ class Trainer:
         if step % self.config.save.save_steps == 0 or is_last or progress.stopped_early:
             self._finish_pending()
             self.saver.save_weights(step)
-            self.saver.save(self.state)
+            self.saver.save(self.state.resumable())
 
     def _evaluate_and_keep(self, step: int) -> None:
         progress = self.progress
@@ -308,7 +304,7 @@ class Trainer:
             if self._pending is not None:  # the state has it, whatever its listeners would say
                 with contextlib.suppress(StepDroppedError):
                     self._note_numbers(self._pending)
-            return self._long.reached(self.state)
+            return self._long.reached(self.state).resumable()
 
         self.saver.rescue(reach, error)
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from torture_processes import in_child, start, wait
 
-from lorax.checkpoint import CheckpointStore, SaveError
-from lorax.checkpoint_files import Stacks, read_checkpoint, write_checkpoint
+from lorax.recovery.files import Stacks, read_checkpoint, write_checkpoint
+from lorax.recovery.store import CheckpointStore, SaveError
 from lorax.system.files import CheckpointError
 
 ARRAYS, SIZE = 12, 4096

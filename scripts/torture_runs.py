@@ -92,7 +92,7 @@ def losses(events) -> dict[int, float]:
 
 def last_arrays(folder: Path, step: int = STEPS) -> dict[str, bytes]:
     """Returns the bytes of every array in a checkpoint."""
-    from lorax.checkpoint_files import read_checkpoint
+    from lorax.recovery.files import read_checkpoint
 
     found = read_checkpoint(folder / "checkpoints" / f"step-{step:09d}")
     return {path: value.tobytes() for path, value in found.arrays.items()}

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from lorax.checkpoint_files import read_checkpoint
+from lorax.recovery.files import read_checkpoint
+from lorax.recovery.snapshots import WeightStore
 from lorax.run_folder import find_run
 from lorax.system.files import CheckpointError
-from lorax.weights import WeightStore
 
 ROOT = Path(__file__).parents[1]
 CANARY = "canaryvogel"

@@ -18,11 +18,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from lorax.checkpoint import CheckpointStore
-from lorax.checkpoint_files import read_checkpoint
 from lorax.metrics import is_spike
-from lorax.resume import Progress, fingerprint_file, fingerprint_weights, refuse_other_run
-from lorax.state_tree import fill_tree, flatten_tree
+from lorax.models.recompute import settings_of
+from lorax.recovery.files import read_checkpoint
+from lorax.recovery.identity import fingerprint_file, fingerprint_weights, refuse_other_run
+from lorax.recovery.progress import Progress
+from lorax.recovery.store import CheckpointStore
+from lorax.recovery.tree import fill_tree, flatten_tree
 from lorax.system.files import CheckpointError
 from lorax.system.signals import StopRequest
 from lorax.system.watchdog import STUCK_STATUS
@@ -57,7 +59,7 @@ def test_every_dtype_comes_back_bit_for_bit(store):
 
 
 def test_a_checkpoint_of_another_version_is_left_as_it_is(store, monkeypatch):
-    monkeypatch.setattr("lorax.checkpoint_files._FORMAT", 1)
+    monkeypatch.setattr("lorax.recovery.files._FORMAT", 1)
     store.save(1, arrays(), {}, wait=True)
     monkeypatch.undo()
     for ask in (store.restore, store.newest_record):
@@ -105,7 +107,7 @@ def test_older_ones_stay_while_the_newest_cannot_be_verified(store, monkeypatch)
     def unreadable(folder):
         raise CheckpointError(f"{folder} is rotten")
 
-    monkeypatch.setattr("lorax.checkpoint.read_checkpoint", unreadable)
+    monkeypatch.setattr("lorax.recovery.store.read_checkpoint", unreadable)
     with pytest.raises(CheckpointError, match="rotten"):
         store.save(3, arrays(3), {}, wait=True)
     assert store.steps() == [1, 2, 3]
@@ -125,7 +127,7 @@ def test_an_error_of_the_thread_is_raised_by_the_next_call(store, monkeypatch, e
         released.wait(30)
         raise error
 
-    monkeypatch.setattr("lorax.checkpoint.write_checkpoint", fail)
+    monkeypatch.setattr("lorax.recovery.store.write_checkpoint", fail)
     store.save(1, arrays(), {})
     released.set()
     store._thread.join()
@@ -226,21 +228,21 @@ def test_another_run_is_refused_with_all_that_differs():
     saved = {"settings": {"lora.r": 8, "train.seed": 1}, "devices": 1, "tokenizer": "a"}
     now = {"settings": {"lora.r": 4, "train.seed": 1}, "devices": 2, "tokenizer": "b"}
     with pytest.raises(ValueError) as error:
-        refuse_other_run(saved, now, "outputs/run")
+        refuse_other_run(saved, now, "outputs/run", settings_of)
     for part in ("outputs/run", "lora.r was 8 and is 4", "devices changed: 1 then, 2 now"):
         assert part in str(error.value)
     assert "the tokenizer changed" in str(error.value)
-    refuse_other_run(saved, saved, "outputs/run")
+    refuse_other_run(saved, saved, "outputs/run", settings_of)
     # Of an older version, which took for fixed what may differ now.
     older = saved | {"settings": saved["settings"] | {"train.skip_nonfinite_steps": 0}}
-    refuse_other_run(older, saved, "outputs/run")
+    refuse_other_run(older, saved, "outputs/run", settings_of)
     # Or one without a setting: it ran as that setting's default says.
     newer = lambda value: (
         saved | {"settings": {**saved["settings"], "model.offload_embedding": value}}
     )
-    refuse_other_run(saved, newer(False), "outputs/run")
+    refuse_other_run(saved, newer(False), "outputs/run", settings_of)
     with pytest.raises(ValueError, match=r"model\.offload_embedding was not there and is true"):
-        refuse_other_run(saved, newer(True), "outputs/run")
+        refuse_other_run(saved, newer(True), "outputs/run", settings_of)
 
 
 def test_progress_survives_json():
@@ -422,7 +424,7 @@ def test_a_file_that_may_not_be_read_raises_the_systems_own_error(store, monkeyp
 DAMAGED = """
 import sys
 from pathlib import Path
-from lorax.checkpoint import CheckpointStore
+from lorax.recovery.store import CheckpointStore
 CheckpointStore(Path(sys.argv[1]), tell=lambda _: None).restore()
 """
 
@@ -482,7 +484,7 @@ def test_what_only_has_the_name_of_a_step_gives_way_to_it(store):
 
 def test_every_folder_above_that_is_new_is_flushed(tmp_path, monkeypatch):
     flushed = []
-    monkeypatch.setattr("lorax.checkpoint.sync", flushed.append)
+    monkeypatch.setattr("lorax.recovery.store.sync", flushed.append)
     with contextlib.closing(CheckpointStore(tmp_path / "a" / "b" / "c" / "checkpoints")) as store:
         store.open()
     wanted = [store.directory, *store.directory.parents]

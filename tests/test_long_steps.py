@@ -19,7 +19,7 @@ from lorax.loss import causal_lm_loss
 from lorax.models.config import DecoderConfig
 from lorax.models.llama import CausalLM
 from lorax.preparation import plan_training
-from lorax.state_tree import flatten_tree
+from lorax.recovery.tree import flatten_tree
 from lorax.step import TrainState
 from lorax.system.signals import RunStopped, StopRequest
 from lorax.train import Trainer

@@ -14,7 +14,6 @@ from rich.console import Console
 from safetensors.numpy import load_file, save_file
 
 import lorax
-from lorax.checkpoint import CheckpointStore
 from lorax.cli import main
 from lorax.config.data import DataConfig
 from lorax.config.model import ModelConfig
@@ -24,6 +23,7 @@ from lorax.data.dataset import EncodedDataset
 from lorax.interop.huggingface import load_model
 from lorax.interop.peft import load_adapter, save_adapter
 from lorax.models.recompute import Recomputation
+from lorax.recovery.store import CheckpointStore
 from lorax.run import run_training
 from lorax.run_inputs import make_planner
 from lorax.train import Trainer
@@ -245,7 +245,7 @@ def test_memory_that_runs_out_before_the_first_step_is_explained_too(run, monkey
 
 def test_a_checkpoint_that_cannot_be_written_is_a_failure_and_no_bad_input(run, monkeypatch):
     full = SimpleNamespace(free=0)
-    monkeypatch.setattr("lorax.checkpoint.shutil.disk_usage", lambda _: full)
+    monkeypatch.setattr("lorax.recovery.store.shutil.disk_usage", lambda _: full)
     code, printed = run("train")
     assert code == 1 and "0 MiB are free" in printed
 

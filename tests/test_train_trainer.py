@@ -20,7 +20,6 @@ from flax import nnx
 from rich.console import Console
 
 import lorax
-from lorax.checkpoint_files import read_checkpoint
 from lorax.config.run import RunConfig
 from lorax.data.dataset import EncodedDataset
 from lorax.evaluate import Evaluator
@@ -33,6 +32,7 @@ from lorax.models.llama import CausalLM
 from lorax.nonfinite import report_rows
 from lorax.optimizer import make_schedule
 from lorax.recorder import Recorder
+from lorax.recovery.files import read_checkpoint
 from lorax.system.clock import Phases
 from lorax.system.signals import RunStopped
 from lorax.train import Trainer

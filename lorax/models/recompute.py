@@ -59,6 +59,11 @@ class Recomputation:
         model.gradient_checkpointing, model.kept_layers = self.policy, self.kept_layers
 
 
+def settings_of(text: str) -> str:
+    """Returns the settings that ask for the `Recomputation` of which `text` is the string."""
+    return Recomputation.read(text).as_settings
+
+
 # Elementwise work, and what only moves elements: one pass over memory, fused with its neighbours.
 _CHEAP = frozenset(
     "abs add broadcast_in_dim concatenate convert_element_type copy cos custom_jvp_call div eq exp"

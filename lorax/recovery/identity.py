@@ -1,10 +1,8 @@
-"""What makes two runs the same run, and where a run stands."""
+"""What makes two runs the same run."""
 
-import dataclasses
 import hashlib
 import json
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,6 @@ import numpy as np
 
 from lorax.config.run import RunConfig
 from lorax.data.dataset import EncodedDataset
-from lorax.models.recompute import Recomputation
 
 HARMLESS_KEYS = frozenset(
     {
@@ -45,76 +42,11 @@ HARMLESS_KEYS = frozenset(
 """Settings that may differ when a run is resumed."""
 
 
-@dataclasses.dataclass
-class Progress:
-    """Where a run stands, besides its weights and its optimizer's state.
-
-    The order of the data and the dropout masks are functions of the seed and the step, so the step
-    is all that they need.
-
-    Attributes:
-        step: Optimizer steps done.
-        train_loss: Loss of the last step.
-        recent_losses: Of the last fifty steps, which a loss is compared with.
-        eval_loss: Last held-out loss.
-        eval_loss_before: Held-out loss before the first step.
-        settled: Last step after which all that was due has been evaluated and saved.
-        evaluations_without_gain: Since the best held-out loss.
-        best_loss: Lowest held-out loss.
-        best_step: Its step.
-        stopped_early: Whether the patience ran out.
-        skipped: Steps left out because they were not finite.
-        weights: Steps whose weights are on the disk.
-        notes: What the caller wants back.
-    """
-
-    step: int = 0
-    train_loss: float | None = None
-    recent_losses: list[float] = dataclasses.field(default_factory=list)
-    eval_loss: float | None = None
-    eval_loss_before: float | None = None
-    settled: int = 0
-    evaluations_without_gain: int = 0
-    best_loss: float | None = None
-    best_step: int | None = None
-    stopped_early: bool = False
-    skipped: int = 0
-    weights: list[int] = dataclasses.field(default_factory=list)
-    notes: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-    def note(self, step: int, loss: float) -> None:
-        """Notes that a step is done, and its loss."""
-        self.step, self.train_loss = step, loss
-        if math.isfinite(loss):
-            self.recent_losses = [*self.recent_losses, loss][-50:]
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainResult:
-    """What a run came to.
-
-    Attributes:
-        steps: Optimizer steps done.
-        train_loss: Loss of the last step.
-        eval_loss_before: Held-out loss of the model as it came, if there are held-out rows.
-        eval_loss: Held-out loss of the weights that the trainer's model now has.
-        best_step: Step of those weights, where the best were loaded.
-        stopped_early: Whether the patience ran out.
-    """
-
-    steps: int
-    train_loss: float
-    eval_loss_before: float | None
-    eval_loss: float | None
-    best_step: int | None
-    stopped_early: bool
-
-
 def identify_run(
     config: RunConfig,
     data: Mapping[str, EncodedDataset],
     devices: int,
-    recomputation: Recomputation,
+    recomputation: str,
     files: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Returns what must be equal for a run to go on as if it had never stopped.
@@ -129,7 +61,7 @@ def identify_run(
     return {
         "settings": fixed_settings(config),
         "devices": devices,
-        "gradient checkpointing": str(recomputation),
+        "gradient checkpointing": recomputation,
         **{f"{name} data": fingerprint_data(rows) for name, rows in data.items()},
         **(files or {}),
     }
@@ -152,8 +84,20 @@ def name_datasets(
     return {"training": train} | ({} if held_out is None else {"held-out": held_out})
 
 
-def refuse_other_run(saved: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:
-    """Raises `ValueError` naming every setting and every other thing that differs."""
+def refuse_other_run(
+    saved: Mapping[str, Any],
+    now: Mapping[str, Any],
+    where: str,
+    settings_of: Callable[[str], str],
+) -> None:
+    """Raises `ValueError` naming every setting and every other thing that differs.
+
+    Args:
+        saved: From `identify_run`, then.
+        now: From `identify_run`.
+        where: The run's folder.
+        settings_of: Returns the settings that ask for a recomputation.
+    """
     before, after = _fixed(saved["settings"]), _fixed(now["settings"])
     differing = [
         f"{key} was {_show(before, key)} and is {_show(after, key)}"
@@ -166,7 +110,7 @@ def refuse_other_run(saved: Mapping[str, Any], now: Mapping[str, Any], where: st
             plain = name in ("devices", "gradient checkpointing")
             got = f": {saved.get(name)} then, {now.get(name)} now" if plain else ""
             if name == "gradient checkpointing" and isinstance(was := saved.get(name), str):
-                got += f" (go on with {Recomputation.read(was).as_settings})"
+                got += f" (go on with {settings_of(was)})"
             differing.append(f"the {name} changed{got}")
     if differing:
         raise ValueError(

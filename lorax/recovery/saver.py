@@ -7,18 +7,17 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from safetensors import SafetensorError
 
-from lorax.checkpoint import CheckpointStore
 from lorax.config.run import SaveConfig
-from lorax.resume import Progress, refuse_other_run
-from lorax.state_tree import fill_tree, flatten_tree
-from lorax.step import TrainState
+from lorax.recovery.identity import refuse_other_run
+from lorax.recovery.progress import Progress
+from lorax.recovery.snapshots import WeightStore
+from lorax.recovery.store import CheckpointStore
+from lorax.recovery.tree import fill_tree, flatten_tree
 from lorax.system.files import CheckpointError
 from lorax.system.versions import library_versions
 from lorax.system.wording import describe
-from lorax.weights import WeightStore
 
 
 class Saver:
@@ -29,7 +28,10 @@ class Saver:
         weights: The store of weights, of which checkpoints note what is there.
         checkpoints: Where the checkpoints are.
         identity: From `identify_run`.
+        settings_of: As for `refuse_other_run`.
         tell: Is told, in words, what a user should know.
+
+    A state is a tree that has `step` and `trainable`.
     """
 
     def __init__(
@@ -38,15 +40,16 @@ class Saver:
         weights: WeightStore,
         checkpoints: CheckpointStore,
         identity: Mapping[str, Any],
+        settings_of: Callable[[str], str],
         tell: Callable[[str], object],
     ):
         self.config, self.weights, self.checkpoints = config, weights, checkpoints
-        self.identity, self._tell = identity, tell
+        self.identity, self._settings_of, self._tell = identity, settings_of, tell
         self.progress = Progress()
         self.best: Any = None  # trained weights with the lowest held-out loss, on the host
         self._told: tuple[int, float] | None = None
 
-    def resume(self, state: TrainState) -> TrainState:
+    def resume[State](self, state: State) -> State:
         """Returns the state of the newest whole checkpoint; `state` if there was never one.
 
         Raises:
@@ -59,13 +62,13 @@ class Saver:
             self.checkpoints.close()
             raise
 
-    def _resume(self, state: TrainState) -> TrainState:
+    def _resume(self, state: Any) -> Any:
         found = self.checkpoints.restore()
         if found is None:
             self._tell("no checkpoint yet: the run starts from the beginning")
             return state
         where = str(self.checkpoints.directory.parent)
-        refuse_other_run(found.record["identity"], self.identity, where)
+        refuse_other_run(found.record["identity"], self.identity, where, self._settings_of)
         self.progress = progress = Progress(**found.record["progress"])
         like: dict[str, Any] = {"state": state}
         if any(path.startswith("best.") for path in found.arrays):
@@ -81,15 +84,12 @@ class Saver:
         self._tell(f"resumed after step {found.step}")
         return restored["state"]
 
-    def save(self, state: TrainState, *, wait: bool = False) -> bool:
+    def save(self, state: Any, *, wait: bool = False) -> bool:
         """Saves a checkpoint of what was reached; says whether that went, or goes, without error.
 
         See `CheckpointStore.save`.
         """
         progress = self.progress
-        # A run that is resumed tries again what was not finite. No array of the device's: it would
-        # wait for the step that runs.
-        state = dataclasses.replace(state, halted=np.zeros((), bool))
         tree: dict[str, Any] = {"state": state}
         if int(state.step) != progress.step:
             raise CheckpointError(
@@ -127,7 +127,7 @@ class Saver:
         self._guard(self.checkpoints.wait)
         self.check()
 
-    def rescue(self, reach: Callable[[], TrainState], error: BaseException) -> None:
+    def rescue(self, reach: Callable[[], Any], error: BaseException) -> None:
         """Saves what was reached before an error is passed on; `reach` brings it up to date."""
         try:
             state = reach()

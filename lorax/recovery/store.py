@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lorax.checkpoint_files import (
+from lorax.recovery.files import (
     MANIFEST_FILE,
     Checkpoint,
     OtherFormatError,

@@ -1,0 +1,1 @@
+"""What lies on the disk so that no run is lost: checkpoints, snapshots, identity."""
