@@ -13,10 +13,10 @@ from jax.sharding import Mesh
 from lorax.data.batches import BatchPlan
 from lorax.data.dataset import EncodedDataset
 from lorax.data.prefetch import prefetch
-from lorax.determinism import compiler_options
+from lorax.devices.determinism import compiler_options
+from lorax.devices.placement import batch_placer
 from lorax.generate import generate
 from lorax.loss import LossFunction, causal_lm_loss
-from lorax.sharding import batch_placer
 
 
 class TextDecoder(Protocol):

@@ -9,7 +9,7 @@ from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 from jaxtyping import Array, Float
 
-from lorax.sharding import ROW_AXES
+from lorax.devices.mesh import ROW_AXES
 from lorax.targets import Target
 from lorax_kernels import (
     Kernels,

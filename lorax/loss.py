@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from lorax.sharding import ROW_AXES
+from lorax.devices.mesh import ROW_AXES
 from lorax_kernels import (
     IGNORED,
     Kernels,

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from lorax.config.run import RunConfig
+from lorax.devices.host_memory import HostArray, embedding_obstacle, embedding_on_host
 from lorax.kernel_choice import family_of
 from lorax.lora import lora_layers, split_trainable
 from lorax.loss import logit_chunks
@@ -20,7 +21,6 @@ from lorax.models.config import DecoderConfig
 from lorax.models.llama import CausalLM
 from lorax.models.recompute import REPEATING, GradientCheckpointing, Recomputation
 from lorax.optimizer import make_optimizer
-from lorax.sharding import HostArray, embedding_obstacle, embedding_on_host
 from lorax.system.hardware import GIB
 from lorax_kernels import padded_rank
 

@@ -13,20 +13,21 @@ import jax
 import numpy as np
 from flax import nnx
 
-from lorax.compilation_cache import kept_elsewhere
 from lorax.config.run import EvalConfig, RunConfig
 from lorax.config.train import TrainConfig
 from lorax.data.batches import BatchPlan
 from lorax.data.dataset import EncodedDataset
 from lorax.data.prefetch import prefetch
+from lorax.devices.mesh import make_mesh
+from lorax.devices.placement import batch_placer
+from lorax.devices.step_cache import ProgramCache
+from lorax.devices.xla_cache import kept_elsewhere
 from lorax.lora import fingerprint_adapters
 from lorax.loss import LossFunction, causal_lm_loss
 from lorax.models.attention import DocumentLayout
 from lorax.models.llama import CausalLM
 from lorax.models.recompute import Recomputation
 from lorax.optimizer import make_optimizer
-from lorax.program_cache import ProgramCache
-from lorax.sharding import batch_placer, make_mesh
 from lorax.step import METRICS, TrainState, TrainStep, make_abstract_step
 from lorax.system.threads import start_beside
 

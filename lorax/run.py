@@ -15,8 +15,10 @@ from rich.console import Console
 
 from lorax.adapter_base import with_recorded_revision
 from lorax.card import title_of, write_card
-from lorax.compilation_cache import use_compilation_cache
 from lorax.config.run import RunConfig
+from lorax.devices.mesh import make_mesh
+from lorax.devices.step_cache import ProgramCache, open_program_cache
+from lorax.devices.xla_cache import use_compilation_cache
 from lorax.evaluate import answer_rows, exact_match
 from lorax.export import export_model
 from lorax.export_files import companion_files
@@ -25,7 +27,6 @@ from lorax.metrics import METRICS_FILE, RunLog, check_reporters, read_metrics
 from lorax.models.recompute import Recomputation, settings_of
 from lorax.overview import report_data, report_model, report_notes, shows_text
 from lorax.preparation import compile_ahead
-from lorax.program_cache import ProgramCache, open_program_cache
 from lorax.recorder import Recorder
 from lorax.recovery.identity import (
     fingerprint_folder,
@@ -63,7 +64,6 @@ from lorax.run_inputs import (
     load_inputs,
     saved_identity,
 )
-from lorax.sharding import make_mesh
 from lorax.step_events import Event
 from lorax.stopping import OutOfMemoryError
 from lorax.system.clock import Phases

@@ -19,6 +19,8 @@ from lorax.data.chat.tokenizer import load_tokenizer
 from lorax.data.dataset import EncodedDataset
 from lorax.data.encode import load_encoded_dataset
 from lorax.data.reading.rows import SourceError
+from lorax.devices.host_memory import HostArray, embedding_obstacle
+from lorax.devices.mesh import make_mesh
 from lorax.interop.checkpoint import resolve_base
 from lorax.interop.huggingface import check_checkpoint, load_hf_config, load_model
 from lorax.interop.peft import check_adapter, load_adapter, trains_base_weights
@@ -31,7 +33,6 @@ from lorax.optimizer import make_schedule
 from lorax.plan import POLICIES, Planner
 from lorax.preparation import count_steps, plan_training
 from lorax.recovery.store import CHECKPOINT_FOLDER, CheckpointStore
-from lorax.sharding import HostArray, embedding_obstacle, make_mesh
 from lorax.stop_tokens import stop_token_ids
 from lorax.system.hardware import GIB, device_gib
 from lorax.system.threads import await_tracing

@@ -14,6 +14,8 @@ from flax import nnx
 
 from lorax.config.run import RunConfig
 from lorax.data.dataset import EncodedDataset
+from lorax.devices.mesh import make_mesh
+from lorax.devices.placement import batch_placer, place_parameters
 from lorax.evaluate import Evaluator
 from lorax.interop.checkpoint import resolve_base
 from lorax.interop.huggingface import save_model
@@ -44,7 +46,6 @@ from lorax.recovery.progress import Progress, TrainResult
 from lorax.recovery.saver import Saver
 from lorax.recovery.snapshots import WeightStore
 from lorax.recovery.store import CHECKPOINT_FOLDER, CheckpointStore
-from lorax.sharding import batch_placer, make_mesh, place_parameters
 from lorax.step import TrainState, TrainStep, make_train_step
 from lorax.step_events import Event, StepEvents
 from lorax.system.files import CheckpointError, refuse_occupied

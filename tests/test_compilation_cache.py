@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from lorax.compilation_cache import default_directory, use_compilation_cache
+from lorax.devices.xla_cache import default_directory, use_compilation_cache
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +67,7 @@ def test_what_jax_was_told_stays(tmp_path):
 
 PROGRAM = """
 import sys, jax, jax.numpy as jnp
-from lorax.compilation_cache import kept_elsewhere, use_compilation_cache
+from lorax.devices.xla_cache import kept_elsewhere, use_compilation_cache
 use_compilation_cache(sys.argv[1])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 hits = []

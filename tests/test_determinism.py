@@ -10,9 +10,10 @@ from flax import nnx
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from rich.console import Console
 
-from lorax import determinism, train
+from lorax import train
 from lorax.config.run import load_config
-from lorax.determinism import compiler_options, repeatable_attention
+from lorax.devices import determinism
+from lorax.devices.determinism import compiler_options, repeatable_attention
 from lorax.run import run_training
 from lorax.step import make_train_step
 

@@ -14,6 +14,9 @@ from flax import nnx
 from rich.console import Console
 
 import lorax
+from lorax.devices.host_memory import HostArray, embedding_on_host
+from lorax.devices.mesh import make_mesh
+from lorax.devices.placement import place_batch
 from lorax.interop.huggingface import load_model, save_model
 from lorax.models.config import DecoderConfig
 from lorax.models.llama import init_model
@@ -21,7 +24,6 @@ from lorax.nonfinite import find_micro_batches
 from lorax.preparation import compile_ahead
 from lorax.run import run_training
 from lorax.run_inputs import build_model, check_targets, load_inputs, make_planner
-from lorax.sharding import HostArray, embedding_on_host, make_mesh, place_batch
 
 ROOT = Path(__file__).parents[1]
 SITE = Path(os.environ.get("LORAX_AOT_SITE", ROOT / ".aot"))

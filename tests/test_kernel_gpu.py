@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from lorax.config.adapter import LoraConfig
-from lorax.determinism import compiler_options
+from lorax.devices.determinism import compiler_options
 from lorax.lora import apply_lora, set_kernels
 from lorax.models.attention import DocumentLayout
 from lorax.models.config import DecoderConfig

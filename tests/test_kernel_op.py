@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lorax.sharding import DATA_AXIS, make_mesh
+from lorax.devices.mesh import DATA_AXIS, make_mesh
 from lorax_kernels import (
     LoraWeights,
     lora_linear,

@@ -18,12 +18,13 @@ import pytest
 from flax import nnx
 
 import lorax
-from lorax import preparation, program_cache
+from lorax import preparation
 from lorax.data.dataset import EncodedDataset
+from lorax.devices import step_cache
+from lorax.devices.step_cache import ProgramCache, open_program_cache
 from lorax.models.attention import DocumentLayout
 from lorax.models.recompute import Recomputation
 from lorax.preparation import compile_ahead
-from lorax.program_cache import ProgramCache, open_program_cache
 from lorax.run_inputs import load_inputs, model_shapes
 from lorax.step import TrainStep
 from lorax.system.threads import finish_beside
@@ -206,42 +207,42 @@ def test_another_model_or_adapter_in_the_same_folder_is_another_step(prepared, t
 )
 def test_other_surroundings_are_another_step(prepared, monkeypatch, what):
     prepare, folder = prepared
-    before, usual = place_of(*prepare(), folder), program_cache._surroundings()
+    before, usual = place_of(*prepare(), folder), step_cache._surroundings()
     assert what in usual
-    monkeypatch.setattr(program_cache, "_surroundings", lambda: usual | {what: "other"})
+    monkeypatch.setattr(step_cache, "_surroundings", lambda: usual | {what: "other"})
     assert place_of(*prepare(), folder) != before
 
 
 def test_surroundings_are_those_of_the_moment(monkeypatch):
-    usual = program_cache._surroundings()
-    assert program_cache._surroundings() == usual
+    usual = step_cache._surroundings()
+    assert step_cache._surroundings() == usual
     with monkeypatch.context() as patch:
         patch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", "") + " --xla_cpu_enable_fast_math")
-        assert program_cache._surroundings() != usual
+        assert step_cache._surroundings() != usual
     with monkeypatch.context() as patch:
         newer = [SimpleNamespace(name="nvidia-cudnn-cu13", version="99")]
         patch.setattr("importlib.metadata.distributions", lambda: newer)
-        assert program_cache._surroundings() != usual
+        assert step_cache._surroundings() != usual
     precision = jax.config.jax_default_matmul_precision
     try:
         jax.config.update("jax_default_matmul_precision", "tensorfloat32")
-        assert program_cache._surroundings() != usual
+        assert step_cache._surroundings() != usual
     finally:
         jax.config.update("jax_default_matmul_precision", precision)
     devices = [SimpleNamespace(client=SimpleNamespace(platform_version="cuda 99"), device_kind="x")]
-    monkeypatch.setattr(program_cache.jax, "devices", lambda: devices)
-    assert program_cache._surroundings()["runtime"] == "cuda 99"
+    monkeypatch.setattr(step_cache.jax, "devices", lambda: devices)
+    assert step_cache._surroundings()["runtime"] == "cuda 99"
 
 
 def test_steps_of_another_cpu_are_not_taken():
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_max_isa=SSE4_2"
-    older = "from lorax import program_cache; print(program_cache._surroundings()['target'])"
+    older = "from lorax.devices import step_cache as c; print(c._surroundings()['target'])"
     done = subprocess.run(
         [sys.executable, "-c", older],
         cwd=ROOT, capture_output=True, text=True, check=True, env=os.environ | {"XLA_FLAGS": flags},
     )  # fmt: skip
     same = "max_isa=SSE4_2" in os.environ.get("XLA_FLAGS", "")
-    assert (done.stdout.strip() == program_cache._surroundings()["target"]) == same
+    assert (done.stdout.strip() == step_cache._surroundings()["target"]) == same
 
 
 def test_the_cache_is_the_users_own(tmp_path, monkeypatch):
@@ -258,11 +259,23 @@ def test_the_cache_is_the_users_own(tmp_path, monkeypatch):
 def test_the_code_of_both_packages_counts(tmp_path):
     for name, text in (("a.py", "x = 1"), ("b.py", "y = 2")):
         (tmp_path / name).write_text(text)
-    before = program_cache._fingerprint(tmp_path.glob("*.py"))
+    before = step_cache._fingerprint([tmp_path])
     (tmp_path / "a.py").write_text("x = 2")
-    assert program_cache._fingerprint(tmp_path.glob("*.py")) != before
-    described = json.dumps(program_cache._surroundings())
+    assert step_cache._fingerprint([tmp_path]) != before
+    described = json.dumps(step_cache._surroundings())
     assert jax.__version__ in described and "jax_default_matmul_precision" in described
+
+
+def test_the_code_is_the_same_wherever_it_lies(tmp_path):
+    here, there = tmp_path / "z" / "package", tmp_path / "a" / "elsewhere" / "package"
+    for package in (here, there):
+        (package / "inner").mkdir(parents=True)
+        (package / "x.py").write_text("x = 1")
+        (package / "inner" / "y.py").write_text("y = 2")
+    before = step_cache._fingerprint([here])
+    assert step_cache._fingerprint([there]) == before
+    (there / "inner" / "y.py").rename(there / "y.py")
+    assert step_cache._fingerprint([there]) != before
 
 
 @pytest.mark.parametrize(
@@ -308,7 +321,7 @@ def test_a_folder_that_takes_nothing_is_told(prepared, compiles_at_once):
 
 
 def test_the_programs_not_used_for_longest_go_first(prepared, compiles_at_once, monkeypatch):
-    monkeypatch.setattr(program_cache, "_MOST", 2)
+    monkeypatch.setattr(step_cache, "_MOST", 2)
     prepare, folder = prepared
     for age, name in enumerate(["step-a.program", "step-b.program"]):
         (folder / name).write_bytes(b"x")
@@ -353,7 +366,7 @@ def test_a_full_disk_is_told_in_words(tmp_path, monkeypatch):
 
     said = []
     cache = ProgramCache(tmp_path, said.append)
-    monkeypatch.setattr("lorax.program_cache.serialize", lambda _: (b"", *structures))
+    monkeypatch.setattr("lorax.devices.step_cache.serialize", lambda _: (b"", *structures))
     structures = [jax.tree.structure(((), {})), jax.tree.structure(())]
     monkeypatch.setattr(ProgramCache, "_path", lambda *_: tmp_path / "step-0.program")
     monkeypatch.setattr("pathlib.Path.write_bytes", full)

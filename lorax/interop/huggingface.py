@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
+from lorax.devices.host_memory import HostArray
 from lorax.interop.checkpoint import (
     CONFIG_FILE,
     find_tensors,
@@ -26,7 +27,6 @@ from lorax.models.attention import AttentionImplementation
 from lorax.models.config import DecoderConfig, stored_dtype
 from lorax.models.llama import CausalLM
 from lorax.models.recompute import GradientCheckpointing
-from lorax.sharding import HostArray
 from lorax.system.files import CheckpointError
 
 type ParameterPath = tuple[Any, ...]

@@ -13,7 +13,7 @@ type AttentionImplementation = Literal["auto", "xla", "cudnn"]
 type LayerCache = tuple[Float[Array, "b s groups d"], Float[Array, "b s groups d"]]
 
 DATA_AXIS = "data"
-"""The mesh axis that rows are spread over, as in `lorax.sharding`."""
+"""The mesh axis that rows are spread over, as in `lorax.devices.placement`."""
 
 _TILE = 128
 

@@ -4,8 +4,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from lorax.devices.mesh import ROW_AXES
 from lorax.models.linear import Execution
-from lorax.sharding import ROW_AXES
 from lorax_kernels import Kernels, rms_norm, rms_norm_fork
 
 

@@ -20,7 +20,7 @@ import jax
 from jax.experimental.serialize_executable import deserialize_and_load, serialize
 
 import lorax_kernels
-from lorax.compilation_cache import default_directory, make_private
+from lorax.devices.xla_cache import default_directory, make_private
 from lorax.system.threads import start_beside
 from lorax.system.versions import library_versions
 from lorax.system.wording import describe
@@ -161,13 +161,14 @@ def _target() -> str:
 
 @functools.cache
 def _code() -> str:
-    roots = Path(__file__).parent, Path(lorax_kernels.__file__).parent
-    return _fingerprint(p for r in roots for p in r.rglob("*") if p.suffix in (".py", ".json"))
+    return _fingerprint((Path(__file__).parents[1], Path(lorax_kernels.__file__).parent))
 
 
-def _fingerprint(files: Iterable[Path]) -> str:
+def _fingerprint(packages: Iterable[Path]) -> str:
+    """Returns what tells the code of some packages from other code, wherever their folders lie."""
     digest = hashlib.sha256()
-    for path in sorted(files):
-        content = path.read_bytes()
-        digest.update(f"{path.name} {len(content)} ".encode() + content)
+    for package in packages:
+        for path in sorted(p for p in package.rglob("*") if p.suffix in (".py", ".json")):
+            name, content = path.relative_to(package.parent).as_posix(), path.read_bytes()
+            digest.update(f"{name} {len(content)} ".encode() + content)
     return digest.hexdigest()
