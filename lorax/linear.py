@@ -10,6 +10,7 @@ from flax.nnx.nn.dtypes import promote_dtype
 from jaxtyping import Array, Float
 
 from lorax.devices.mesh import ROW_AXES
+from lorax.layers.linear import Frozen
 from lorax.targets import Target
 from lorax_kernels import (
     Kernels,
@@ -19,10 +20,6 @@ from lorax_kernels import (
     lora_mlp,
     lora_swiglu,
 )
-
-
-class Frozen(nnx.Variable):
-    """A weight that training never changes. `nnx.Param` is what trains."""
 
 
 class DropoutKey(nnx.Variable):

@@ -11,7 +11,8 @@ from flax import nnx
 from jaxtyping import Array, Key
 
 from lorax.config.adapter import LoraConfig
-from lorax.linear import DropoutKey, Frozen, LoraLinear, is_adaptable, obstacle
+from lorax.layers.linear import Frozen
+from lorax.linear import DropoutKey, LoraLinear, is_adaptable, obstacle
 from lorax.targets import (
     Target,
     TargetError,

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lorax.linear import Frozen, LoraLinear
+from lorax.layers.linear import Frozen
+from lorax.linear import LoraLinear
 from lorax.lora import lora_layers, module_references, set_child
 
 

@@ -16,8 +16,8 @@ from lorax.data.chat.tokenizer import Tokenizer
 from lorax.data.dataset import EncodedDataset, EncodeReport
 from lorax.data.preview import render_example
 from lorax.kernel_choice import kernel_choices
+from lorax.layers.attention import cudnn_obstacle, resolve_implementation
 from lorax.lora import lora_layers
-from lorax.models.attention import cudnn_obstacle, resolve_implementation
 from lorax.models.llama import CausalLM
 from lorax.models.recompute import Recomputation
 from lorax.plan import DEVICES, POLICIES, Planner

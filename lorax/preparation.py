@@ -22,9 +22,9 @@ from lorax.devices.mesh import make_mesh
 from lorax.devices.placement import batch_placer
 from lorax.devices.step_cache import ProgramCache
 from lorax.devices.xla_cache import kept_elsewhere
+from lorax.layers.documents import DocumentLayout
 from lorax.lora import fingerprint_adapters
 from lorax.loss import LossFunction, causal_lm_loss
-from lorax.models.attention import DocumentLayout
 from lorax.models.llama import CausalLM
 from lorax.models.recompute import Recomputation
 from lorax.optimizer import make_optimizer

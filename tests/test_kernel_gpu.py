@@ -12,8 +12,8 @@ from flax import nnx
 
 from lorax.config.adapter import LoraConfig
 from lorax.devices.determinism import compiler_options
+from lorax.layers.documents import DocumentLayout
 from lorax.lora import apply_lora, set_kernels
-from lorax.models.attention import DocumentLayout
 from lorax.models.config import DecoderConfig
 from lorax.models.llama import CausalLM
 from lorax.models.recompute import save_lora_h

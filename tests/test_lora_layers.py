@@ -12,9 +12,10 @@ from flax import nnx
 import lorax
 from lorax import LoraConfig, apply_lora, merge_lora, unmerge_lora
 from lorax.devices.mesh import make_mesh
-from lorax.linear import Frozen, LoraLinear
+from lorax.layers.linear import Frozen
+from lorax.layers.together import apply_added, apply_mlp
+from lorax.linear import LoraLinear
 from lorax.lora import lora_layers, set_dropout_key, split_trainable
-from lorax.models.linear import apply_added, apply_mlp
 from lorax_kernels import lora_linear
 
 

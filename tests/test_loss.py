@@ -12,7 +12,7 @@ from flax import nnx
 
 import lorax.loss
 from lorax.config.adapter import LoraConfig
-from lorax.linear import Frozen
+from lorax.layers.linear import Frozen
 from lorax.lora import apply_lora, set_dropout_key
 from lorax.loss import linear_cross_entropy
 from lorax_kernels import IGNORED, token_nll

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from lorax.models import attention
-from lorax.models.attention import (
+from lorax.layers import attention
+from lorax.layers import documents as layers_documents
+from lorax.layers.attention import attend, resolve_implementation
+from lorax.layers.documents import (
     DocumentLayout,
     Documents,
-    attend,
     document_lengths,
     find_documents,
-    resolve_implementation,
     too_many_documents,
 )
 from tests.bounds import distance, rounding
@@ -145,7 +145,7 @@ def test_packed_rows_are_handed_to_cudnn_in_windows_by_device(
         kernels.append(q.shape)
         return masked_kernel(q, *rest, **options)
 
-    monkeypatch.setattr(attention, "_packed_kernel", kernel)
+    monkeypatch.setattr(layers_documents, "_packed_kernel", kernel)
     monkeypatch.setattr(attention, "cudnn_obstacle", lambda *a, **k: None)
     segments = np.concatenate([SEGMENTS, SEGMENTS[::-1], SEGMENTS[:2]])
     q, k, v = draw(rows=8)

@@ -10,8 +10,8 @@ import torch
 import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from lorax.layers.rope import RopeConfig, inverse_frequencies
 from lorax.models.config import DecoderConfig, stored_dtype
-from lorax.models.rope import RopeConfig, inverse_frequencies
 from lorax.system.json_fields import JsonFields
 
 SMALL: dict[str, Any] = dict(

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lorax.models import attention, llama
-from lorax.models.attention import DocumentLayout
+from lorax.layers import attention
+from lorax.layers import documents as layers_documents
+from lorax.layers.documents import DocumentLayout
+from lorax.models import llama
 from lorax.models.config import DecoderConfig
 from lorax.models.llama import CausalLM
 from tests.bounds import EXACT, distance, in_float64
@@ -236,7 +238,7 @@ def test_cache_misuse_is_refused():
 
 def test_rows_with_more_documents_than_promised_become_nan(monkeypatch):
     monkeypatch.setattr(attention, "cudnn_obstacle", lambda *a, **k: None)
-    monkeypatch.setattr(attention, "_packed_kernel", lambda q, *a, **k: q)
+    monkeypatch.setattr(layers_documents, "_packed_kernel", lambda q, *a, **k: q)
     model, inputs = make(), pack(draw_documents(), 16)
     model.document_layout = DocumentLayout(16, 2)
     bad = jnp.isnan(model.hidden_states(*inputs)).all(axis=(1, 2))

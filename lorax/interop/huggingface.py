@@ -23,7 +23,7 @@ from lorax.interop.checkpoint import (
     write_checkpoint,
 )
 from lorax.interop.files import READABLE_DTYPES, TensorEntry, open_tensors, read_ahead
-from lorax.models.attention import AttentionImplementation
+from lorax.layers.attention import AttentionImplementation
 from lorax.models.config import DecoderConfig, stored_dtype
 from lorax.models.llama import CausalLM
 from lorax.models.recompute import GradientCheckpointing
@@ -146,7 +146,7 @@ def load_model(
         revision: Branch, tag or commit on the hub.
         dtype: Of activations and products.
         param_dtype: Of the weights; None is `dtype`.
-        attn_impl: See `lorax.models.attention.resolve_implementation`.
+        attn_impl: See `lorax.layers.attention.resolve_implementation`.
         gradient_checkpointing: See `CausalLM`.
         kept_layers: See `CausalLM`.
         offload_embedding: Leaves the input embedding in the host's memory, as a `HostArray`; not

@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from lorax.layers.rope import RopeConfig
 from lorax.models.config_fields import FIXED_FIELDS, HARMLESS_FIELDS, neutral_kind
-from lorax.models.rope import RopeConfig
 from lorax.models.windows import SLIDING, read_windows, write_windows
 from lorax.system.json_fields import JsonFields
 from lorax.system.wording import show

@@ -1,4 +1,4 @@
-"""Llama, Mistral, Qwen2 and Qwen3: one decoder, top to bottom, under Hugging Face's names."""
+"""The layer of Llama, Mistral and Qwen: attention and feed-forward."""
 
 import dataclasses
 from typing import Any, overload
@@ -9,30 +9,30 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from lorax.models.attention import (
+from lorax.layers.attention import (
     AttentionImplementation,
-    DocumentLayout,
-    Documents,
+    Context,
     KVCache,
     LayerCache,
+    Rotary,
     attend,
     attend_cache,
-    document_lengths,
-    find_documents,
     resolve_implementation,
     store,
+)
+from lorax.layers.documents import (
+    DocumentLayout,
+    Documents,
+    document_lengths,
+    find_documents,
     too_many_documents,
 )
+from lorax.layers.linear import INITIAL_DEVIATION, Execution, make_linear
+from lorax.layers.mlp import MLP
+from lorax.layers.norm import RMSNorm
+from lorax.layers.rope import rotary_tables, rotate
+from lorax.layers.together import apply_added, apply_together
 from lorax.models.config import DecoderConfig
-from lorax.models.linear import (
-    INITIAL_DEVIATION,
-    Execution,
-    apply_added,
-    apply_mlp,
-    apply_together,
-    make_linear,
-)
-from lorax.models.norm import RMSNorm
 from lorax.models.offload import run_in_order
 from lorax.models.recompute import (
     REPEATING,
@@ -42,28 +42,7 @@ from lorax.models.recompute import (
     checkpointed,
     kept,
 )
-from lorax.models.rope import rotary_tables, rotate
 from lorax_kernels import Kernels
-
-type Rotary = tuple[Float[Array, "b t half"], Float[Array, "b t half"]]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Context:
-    """What every layer reads besides its input.
-
-    Attributes:
-        rotary: cos and sin of each token.
-        positions: Position of each token in its document.
-        documents: Documents of packed rows, or None.
-        repeated: Whether the backward pass makes the layer again.
-    """
-
-    rotary: Rotary
-    positions: Int[Array, "b t"]
-    documents: Documents | None
-    repeated: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 class Attention(nnx.Module):
@@ -109,32 +88,14 @@ class Attention(nnx.Module):
         return apply_added(self.o_proj, y.reshape(*x.shape[:2], -1), residual), cache
 
 
-class MLP(nnx.Module):
-    """SwiGLU: ``down(silu(gate(x)) · up(x))``.
-
-    Source: Shazeer 2020, eq. 6, https://arxiv.org/abs/2002.05202
-    """
-
-    def __init__(self, config: DecoderConfig, execution: Execution, rngs: nnx.Rngs):
-        width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = make_linear(width, inner, bias, execution, rngs)
-        self.up_proj = make_linear(width, inner, bias, execution, rngs)
-        self.down_proj = make_linear(inner, width, bias, execution, rngs)
-
-    def __call__(
-        self, x: Float[Array, "b t d"], residual: Float[Array, "b t d"], repeated: bool
-    ) -> Float[Array, "b t d"]:
-        """Returns `residual` plus the output; `repeated`: the backward pass makes it again."""
-        return apply_mlp(self.gate_proj, self.up_proj, self.down_proj, x, residual, repeated)
-
-
 class DecoderLayer(nnx.Module):
     """``h = x + attention(norm(x)); h + mlp(norm(h))``."""
 
     def __init__(self, config: DecoderConfig, index: int, execution: Execution, rngs: nnx.Rngs):
         width, epsilon = config.hidden_size, config.rms_norm_eps
         self.self_attn = Attention(config, index, execution, rngs)
-        self.mlp = MLP(config, execution, rngs)
+        inner, bias = config.intermediate_size, config.mlp_bias
+        self.mlp = MLP(width, inner, bias, execution, rngs)
         self.input_layernorm = RMSNorm(width, epsilon, execution)
         self.post_attention_layernorm = RMSNorm(width, epsilon, execution)
 
@@ -192,7 +153,7 @@ class CausalLM(nnx.Module):
         config: The architecture.
         dtype: Of activations and products.
         param_dtype: Of the weights that are made here.
-        attn_impl: What runs attention: see `lorax.models.attention.resolve_implementation`.
+        attn_impl: What runs attention: see `lorax.layers.attention.resolve_implementation`.
         gradient_checkpointing: What the backward pass computes again instead of keeping: "none";
             "selective" elementwise work, never a product or attention (the norms' outputs and the
             MLP's inner activation); "full" each layer, of which only the input is kept, and x·A;

@@ -5,7 +5,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from lorax.devices.mesh import ROW_AXES
-from lorax.models.linear import Execution
+from lorax.layers.linear import Execution
 from lorax_kernels import Kernels, rms_norm, rms_norm_fork
 
 

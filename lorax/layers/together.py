@@ -1,45 +1,9 @@
-"""Linear layers of a decoder: how they are made, and how several that read one input are called."""
+"""Layers that read one input, called in one operation where one of them knows how."""
 
-import dataclasses
 from typing import Any
 
 import jax
-from flax import nnx
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float
-
-from lorax.models.attention import AttentionImplementation
-
-INITIAL_DEVIATION = 0.02
-
-
-@dataclasses.dataclass(frozen=True)
-class Execution:
-    """How a model computes.
-
-    Attributes:
-        dtype: Of activations and products; norms, angles and the softmax are float32.
-        param_dtype: Of the stored weights.
-        attn_impl: What runs attention.
-    """
-
-    dtype: DTypeLike
-    param_dtype: DTypeLike
-    attn_impl: AttentionImplementation
-
-
-def make_linear(inputs: int, outputs: int, bias: bool, execution: Execution, rngs: nnx.Rngs) -> Any:
-    """Returns a layer with normal weights and zero biases."""
-    # Any, because it may be replaced by whatever is called like an nnx.Linear.
-    return nnx.Linear(
-        inputs,
-        outputs,
-        use_bias=bias,
-        dtype=execution.dtype,
-        param_dtype=execution.param_dtype,
-        kernel_init=nnx.initializers.normal(INITIAL_DEVIATION),
-        rngs=rngs,
-    )
 
 
 def apply_together(layers: tuple[Any, ...], x: Float[Array, "b t d"]) -> list[Array]:

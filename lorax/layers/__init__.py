@@ -1,0 +1,1 @@
+"""Layers that decoders are built of: linear, attention, rotary positions, norm, MLP."""
