@@ -18,7 +18,7 @@ from lorax.interop.huggingface import find_stored_dtype, load_hf_config, load_mo
 from lorax.interop.peft import load_adapter
 from lorax.interop.peft_config import CONFIG_FILE as ADAPTER_FILE
 from lorax.interop.peft_config import read_adapter_config
-from lorax.models.config import DecoderConfig
+from lorax.models.architecture import DecoderConfig
 from lorax.prompts import choose_form, encode_as
 from lorax.run_folder import CONFIG_FILE as RUN_FILE
 from lorax.run_folder import EXPORT_FOLDERS, SavedRun, list_folder, read_run, run_of

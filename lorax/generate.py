@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from lorax.models.llama import CausalLM
+from lorax.models.decoder import CausalLM
 
 _UNUSED = -1  # marks slots of the output that no token was written to
 _LONGEST = 2**31 - 1

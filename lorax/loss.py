@@ -158,7 +158,7 @@ def causal_lm_loss(model: Any, batch: Batch) -> tuple[Float[Array, ""], Int[Arra
     """Returns (Σ nll, supervised tokens) of a micro-batch under one of `lorax.models`.
 
     Args:
-        model: A `lorax.models.llama.CausalLM`.
+        model: A `lorax.models.decoder.CausalLM`.
         batch: ``input_ids``, ``labels`` (already shifted: the label at t is token t + 1, or
             `IGNORED`), ``positions`` and, when packed, ``segment_ids``, each rows × sequence; and
             ``inputs_embeds``, rows × sequence × d, where the model's embedding is not to be read.

@@ -9,7 +9,7 @@ from lorax.metrics import ModelSize
 
 
 def model_size(model: Any) -> ModelSize:
-    """Counts the weight matrices of a `lorax.models.llama.CausalLM`, for its FLOPs per token."""
+    """Counts the weight matrices of a `lorax.models.decoder.CausalLM`, for its FLOPs per token."""
     trained = frozen = 0
     for module in named_modules(model).values():
         for name, value in vars(module).items():

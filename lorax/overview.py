@@ -18,8 +18,8 @@ from lorax.data.preview import render_example
 from lorax.kernel_choice import kernel_choices
 from lorax.layers.attention import cudnn_obstacle, resolve_implementation
 from lorax.lora import lora_layers
-from lorax.models.llama import CausalLM
-from lorax.models.recompute import Recomputation
+from lorax.models.decoder import CausalLM
+from lorax.models.stack.recompute import Recomputation
 from lorax.plan import DEVICES, POLICIES, Planner
 from lorax.report import ModuleRow, print_example, print_modules
 from lorax.system.hardware import GIB, USABLE

@@ -1,8 +1,9 @@
 """What a training step will need, from shapes alone: bytes by purpose, and what fits a device.
 
 The model counts what the backward pass finds in memory, per token and layer, for each policy of
-`lorax.models.recompute`, the working set of the layer or of the loss that stands at the peak, and
-the arithmetic. Its rates are those measured on one H200 (docs/measurements/step_h200.jsonl).
+`lorax.models.stack.recompute`, the working set of the layer or of the loss that stands at the
+peak, and the arithmetic. Its rates are those measured on one H200
+(docs/measurements/step_h200.jsonl).
 """
 
 import dataclasses
@@ -17,9 +18,9 @@ from lorax.devices.host_memory import HostArray, embedding_obstacle, embedding_o
 from lorax.kernel_choice import family_of
 from lorax.lora import lora_layers, split_trainable
 from lorax.loss import logit_chunks
-from lorax.models.config import DecoderConfig
-from lorax.models.llama import CausalLM
-from lorax.models.recompute import REPEATING, GradientCheckpointing, Recomputation
+from lorax.models.architecture import DecoderConfig
+from lorax.models.decoder import CausalLM
+from lorax.models.stack.recompute import REPEATING, GradientCheckpointing, Recomputation
 from lorax.optimizer import make_optimizer
 from lorax.system.hardware import GIB
 from lorax_kernels import padded_rank
@@ -109,7 +110,7 @@ class Planner:
             policy: What is made again in the backward pass.
             rows: Of the micro-batch, on one device.
             length: Tokens of a row.
-            kept_layers: See `lorax.models.recompute.Recomputation`.
+            kept_layers: See `lorax.models.stack.recompute.Recomputation`.
         """
         c, a = self.element, self.architecture
         tokens = rows * length

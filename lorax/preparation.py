@@ -25,8 +25,8 @@ from lorax.devices.xla_cache import kept_elsewhere
 from lorax.layers.documents import DocumentLayout
 from lorax.lora import fingerprint_adapters
 from lorax.loss import LossFunction, causal_lm_loss
-from lorax.models.llama import CausalLM
-from lorax.models.recompute import Recomputation
+from lorax.models.decoder import CausalLM
+from lorax.models.stack.recompute import Recomputation
 from lorax.optimizer import make_optimizer
 from lorax.step import METRICS, TrainState, TrainStep, make_abstract_step
 from lorax.system.threads import start_beside

@@ -24,7 +24,7 @@ from lorax.export import export_model
 from lorax.export_files import companion_files
 from lorax.interop.checkpoint import resolve_base
 from lorax.metrics import METRICS_FILE, RunLog, check_reporters, read_metrics
-from lorax.models.recompute import Recomputation, settings_of
+from lorax.models.stack.recompute import Recomputation, settings_of
 from lorax.overview import report_data, report_model, report_notes, shows_text
 from lorax.preparation import compile_ahead
 from lorax.recorder import Recorder

@@ -27,8 +27,8 @@ from lorax.interop.peft import check_adapter, load_adapter, trains_base_weights
 from lorax.interop.peft_config import adapter_notes, read_adapter_config
 from lorax.kernel_choice import check_kernels
 from lorax.lora import apply_lora, set_kernels
-from lorax.models.llama import CausalLM
-from lorax.models.recompute import Recomputation
+from lorax.models.decoder import CausalLM
+from lorax.models.stack.recompute import Recomputation
 from lorax.optimizer import make_schedule
 from lorax.plan import POLICIES, Planner
 from lorax.preparation import count_steps, plan_training

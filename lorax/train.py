@@ -25,7 +25,7 @@ from lorax.lora import fingerprint_adapters
 from lorax.loss import LossFunction, causal_lm_loss
 from lorax.metrics import Throughput
 from lorax.model_size import model_size
-from lorax.models.recompute import Recomputation, settings_of
+from lorax.models.stack.recompute import Recomputation, settings_of
 from lorax.nonfinite import find_micro_batches, report_rows
 from lorax.optimizer import make_optimizer, make_schedule
 from lorax.preparation import (

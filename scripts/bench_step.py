@@ -37,9 +37,9 @@ from lorax.devices.host_memory import HostArray, embedding_on_host
 from lorax.devices.mesh import make_mesh
 from lorax.devices.placement import place_batch
 from lorax.lora import apply_lora, set_kernels
-from lorax.models.config import DecoderConfig
-from lorax.models.llama import CausalLM
-from lorax.models.recompute import REPEATING, Recomputation, check_policy
+from lorax.models.architecture import DecoderConfig
+from lorax.models.decoder import CausalLM
+from lorax.models.stack.recompute import REPEATING, Recomputation, check_policy
 from lorax.optimizer import make_optimizer
 from lorax.step import compile_lowered, make_train_step
 from lorax.system.hardware import memory_gib

@@ -40,7 +40,7 @@ from measured_rows import append_rows, origin
 import lorax.step
 from lorax import Trainer, load_config
 from lorax.config.train import TrainConfig
-from lorax.models.recompute import Recomputation
+from lorax.models.stack.recompute import Recomputation
 from lorax.optimizer import make_optimizer
 from lorax.recovery.files import read_checkpoint
 

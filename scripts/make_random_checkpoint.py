@@ -16,7 +16,7 @@ import numpy as np
 
 from lorax.interop.checkpoint import TOKENIZER_FILES, write_checkpoint
 from lorax.interop.huggingface import tensor_table
-from lorax.models.config import DecoderConfig
+from lorax.models.architecture import DecoderConfig
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],

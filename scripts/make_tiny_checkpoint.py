@@ -19,8 +19,8 @@ from transformers import PreTrainedTokenizerFast
 
 from lorax.cli import main as lorax_main
 from lorax.interop.huggingface import save_model
-from lorax.models.config import DecoderConfig
-from lorax.models.llama import init_model
+from lorax.models.architecture import DecoderConfig
+from lorax.models.decoder import init_model
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "examples" / "tiny" / "data"

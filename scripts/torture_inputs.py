@@ -44,8 +44,8 @@ def make_models(folder: Path) -> None:
     import lorax
     from lorax.interop.huggingface import save_model
     from lorax.interop.peft import save_adapter
-    from lorax.models.config import DecoderConfig
-    from lorax.models.llama import CausalLM
+    from lorax.models.architecture import DecoderConfig
+    from lorax.models.decoder import CausalLM
 
     model = CausalLM(DecoderConfig.from_hf(CONFIG, "tiny"), rngs=nnx.Rngs(0))
     save_model(model, folder / "model", dtype=jnp.dtype("float32"))

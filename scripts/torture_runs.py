@@ -44,8 +44,8 @@ def make_trainer(folder: Path, *, resume: bool = False, **changes: Any):
     from lorax.config.run import RunConfig
     from lorax.data.dataset import EncodedDataset
     from lorax.loss import causal_lm_loss
-    from lorax.models.config import DecoderConfig
-    from lorax.models.llama import CausalLM
+    from lorax.models.architecture import DecoderConfig
+    from lorax.models.decoder import CausalLM
 
     settings: dict[str, Any] = {
         "model": {"name_or_path": "unnamed", "dtype": "float32"},

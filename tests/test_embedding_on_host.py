@@ -18,8 +18,8 @@ from lorax.devices.host_memory import HostArray, embedding_on_host
 from lorax.devices.mesh import make_mesh
 from lorax.devices.placement import place_batch
 from lorax.interop.huggingface import load_model, save_model
-from lorax.models.config import DecoderConfig
-from lorax.models.llama import init_model
+from lorax.models.architecture import DecoderConfig
+from lorax.models.decoder import init_model
 from lorax.nonfinite import find_micro_batches
 from lorax.preparation import compile_ahead
 from lorax.run import run_training
@@ -205,8 +205,8 @@ from flax import nnx
 from jax.experimental import topologies
 import lorax
 from lorax.config.train import TrainConfig
-from lorax.models.llama import CausalLM
-from lorax.models.config import DecoderConfig
+from lorax.models.decoder import CausalLM
+from lorax.models.architecture import DecoderConfig
 from lorax.optimizer import make_optimizer
 from lorax.step import make_train_step
 

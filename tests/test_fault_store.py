@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from lorax.metrics import is_spike
-from lorax.models.recompute import settings_of
+from lorax.models.stack.recompute import settings_of
 from lorax.recovery.files import read_checkpoint
 from lorax.recovery.identity import fingerprint_file, fingerprint_weights, refuse_other_run
 from lorax.recovery.progress import Progress

@@ -15,8 +15,8 @@ from flax import nnx
 
 from lorax.generate import Sampling, _choose, generate
 from lorax.interop.huggingface import load_model
-from lorax.models.config import DecoderConfig
-from lorax.models.llama import CausalLM
+from lorax.models.architecture import DecoderConfig
+from lorax.models.decoder import CausalLM
 from lorax.stop_tokens import (
     STOP_TOKENS_FILE,
     generation_settings,

@@ -24,8 +24,8 @@ from lorax.data.chat.tokenizer import load_tokenizer
 from lorax.interop.checkpoint import resolve_checkpoint
 from lorax.interop.files import read_ahead, read_headers, read_tensors
 from lorax.interop.huggingface import load_hf_config, load_model, save_model
-from lorax.models.config import DecoderConfig
-from lorax.models.llama import init_model
+from lorax.models.architecture import DecoderConfig
+from lorax.models.decoder import init_model
 from lorax.system.files import CheckpointError
 
 SMALL: dict[str, Any] = dict(

@@ -23,8 +23,8 @@ from lorax.interop.huggingface import (
     save_model,
     tensor_table,
 )
-from lorax.models.config import DecoderConfig
-from lorax.models.llama import CausalLM, init_model
+from lorax.models.architecture import DecoderConfig
+from lorax.models.decoder import CausalLM, init_model
 from lorax.system.files import CheckpointError
 
 SMALL: dict[str, Any] = dict(

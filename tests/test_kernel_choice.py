@@ -5,8 +5,8 @@ from flax import nnx
 
 import lorax
 from lorax.kernel_choice import check_kernels, kernel_choices
-from lorax.models.config import DecoderConfig
-from lorax.models.llama import CausalLM
+from lorax.models.architecture import DecoderConfig
+from lorax.models.decoder import CausalLM
 from lorax_kernels import tuning
 from lorax_kernels.device import interpreted
 

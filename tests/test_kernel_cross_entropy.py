@@ -12,8 +12,8 @@ import lorax.loss
 from lorax.devices.mesh import DATA_AXIS, make_mesh
 from lorax.lora import set_kernels
 from lorax.loss import causal_lm_loss, linear_cross_entropy, logit_chunks
-from lorax.models.config import DecoderConfig
-from lorax.models.llama import CausalLM
+from lorax.models.architecture import DecoderConfig
+from lorax.models.decoder import CausalLM
 from lorax_kernels import IGNORED, cross_entropy, token_nll, token_nll_and_gradient
 from lorax_kernels.device import interpreted
 from tests.jaxprs import equations, on_h200

@@ -14,9 +14,9 @@ from lorax.config.adapter import LoraConfig
 from lorax.devices.determinism import compiler_options
 from lorax.layers.documents import DocumentLayout
 from lorax.lora import apply_lora, set_kernels
-from lorax.models.config import DecoderConfig
-from lorax.models.llama import CausalLM
-from lorax.models.recompute import save_lora_h
+from lorax.models.architecture import DecoderConfig
+from lorax.models.decoder import CausalLM
+from lorax.models.stack.recompute import save_lora_h
 from lorax.step import make_train_step
 from lorax_kernels import (
     LoraWeights,

@@ -11,8 +11,8 @@ from flax import nnx
 from lorax.config.adapter import LoraConfig
 from lorax.devices.mesh import DATA_AXIS, make_mesh
 from lorax.lora import apply_lora, set_kernels
-from lorax.models.config import DecoderConfig
-from lorax.models.llama import CausalLM
+from lorax.models.architecture import DecoderConfig
+from lorax.models.decoder import CausalLM
 from lorax_kernels import rms_norm, rms_norm_fork
 from lorax_kernels.device import interpreted
 from tests.jaxprs import on_h200

@@ -11,7 +11,7 @@ import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from lorax.layers.rope import RopeConfig, inverse_frequencies
-from lorax.models.config import DecoderConfig, stored_dtype
+from lorax.models.architecture import DecoderConfig, stored_dtype
 from lorax.system.json_fields import JsonFields
 
 SMALL: dict[str, Any] = dict(

@@ -12,8 +12,8 @@ from lorax.layers import attention
 from lorax.layers import documents as layers_documents
 from lorax.layers.documents import DocumentLayout
 from lorax.models import llama
-from lorax.models.config import DecoderConfig
-from lorax.models.llama import CausalLM
+from lorax.models.architecture import DecoderConfig
+from lorax.models.decoder import CausalLM
 from tests.bounds import EXACT, distance, in_float64
 
 SMALL: dict[str, Any] = dict(

@@ -12,10 +12,10 @@ from flax import nnx
 from lorax.config.adapter import LoraConfig
 from lorax.lora import apply_lora, split_trainable
 from lorax.loss import causal_lm_loss
-from lorax.models.config import DecoderConfig
-from lorax.models.llama import CausalLM
-from lorax.models.offload import run_in_order
-from lorax.models.recompute import Recomputation
+from lorax.models.architecture import DecoderConfig
+from lorax.models.decoder import CausalLM
+from lorax.models.stack.offload import run_in_order
+from lorax.models.stack.recompute import Recomputation
 from tests.bounds import EXACT, distance, in_float64
 from tests.jaxprs import equations
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lorax.models.tracing import traced_once
+from lorax.models.stack.tracing import traced_once
 
 
 class Layer(nnx.Module):

@@ -14,9 +14,9 @@ from lorax import run_inputs as run
 from lorax.config.adapter import LoraConfig
 from lorax.config.run import load_config
 from lorax.lora import apply_lora
-from lorax.models.config import DecoderConfig
-from lorax.models.llama import CausalLM
-from lorax.models.recompute import Recomputation
+from lorax.models.architecture import DecoderConfig
+from lorax.models.decoder import CausalLM
+from lorax.models.stack.recompute import Recomputation
 from lorax.plan import FILLED, POLICIES, Planner
 from lorax.run_inputs import choose_recomputation
 from lorax.system.hardware import GIB

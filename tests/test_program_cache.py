@@ -23,7 +23,7 @@ from lorax.data.dataset import EncodedDataset
 from lorax.devices import step_cache
 from lorax.devices.step_cache import ProgramCache, open_program_cache
 from lorax.layers.documents import DocumentLayout
-from lorax.models.recompute import Recomputation
+from lorax.models.stack.recompute import Recomputation
 from lorax.preparation import compile_ahead
 from lorax.run_inputs import load_inputs, model_shapes
 from lorax.step import TrainStep

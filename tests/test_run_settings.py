@@ -22,7 +22,7 @@ from lorax.config.train import TrainConfig
 from lorax.data.dataset import EncodedDataset
 from lorax.interop.huggingface import load_model
 from lorax.interop.peft import load_adapter, save_adapter
-from lorax.models.recompute import Recomputation
+from lorax.models.stack.recompute import Recomputation
 from lorax.recovery.store import CheckpointStore
 from lorax.run import run_training
 from lorax.run_inputs import make_planner

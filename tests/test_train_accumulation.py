@@ -13,8 +13,8 @@ from lorax.data.dataset import EncodedDataset
 from lorax.devices.mesh import make_mesh
 from lorax.devices.placement import place_batch, place_parameters
 from lorax.loss import accumulate, causal_lm_loss
-from lorax.models.config import DecoderConfig
-from lorax.models.llama import CausalLM
+from lorax.models.architecture import DecoderConfig
+from lorax.models.decoder import CausalLM
 from lorax.step import make_train_step
 from lorax_kernels import IGNORED
 

@@ -27,8 +27,8 @@ from lorax.interop.huggingface import load_model, save_model
 from lorax.interop.peft import load_adapter
 from lorax.lora import lora_layers
 from lorax.loss import causal_lm_loss
-from lorax.models.config import DecoderConfig
-from lorax.models.llama import CausalLM
+from lorax.models.architecture import DecoderConfig
+from lorax.models.decoder import CausalLM
 from lorax.nonfinite import report_rows
 from lorax.optimizer import make_schedule
 from lorax.recorder import Recorder

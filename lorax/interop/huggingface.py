@@ -24,9 +24,9 @@ from lorax.interop.checkpoint import (
 )
 from lorax.interop.files import READABLE_DTYPES, TensorEntry, open_tensors, read_ahead
 from lorax.layers.attention import AttentionImplementation
-from lorax.models.config import DecoderConfig, stored_dtype
-from lorax.models.llama import CausalLM
-from lorax.models.recompute import GradientCheckpointing
+from lorax.models.architecture import DecoderConfig, stored_dtype
+from lorax.models.decoder import CausalLM
+from lorax.models.stack.recompute import GradientCheckpointing
 from lorax.system.files import CheckpointError
 
 type ParameterPath = tuple[Any, ...]

@@ -7,7 +7,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
-from lorax.models.tracing import traced_once
+from lorax.models.stack.tracing import traced_once
 
 type GradientCheckpointing = Literal["none", "selective", "full", "offload"]
 

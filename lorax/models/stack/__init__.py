@@ -1,0 +1,1 @@
+"""How the layers of a decoder run: recomputed, offloaded, traced once."""
