@@ -1,5 +1,12 @@
 """LoRA fine-tuning of language models in JAX."""
 
+from lorax.adapters.nnx.apply import apply_lora as apply_lora
+from lorax.adapters.nnx.apply import set_dropout_key as set_dropout_key
+from lorax.adapters.nnx.apply import set_kernels as set_kernels
+from lorax.adapters.nnx.merge import merge_lora as merge_lora
+from lorax.adapters.nnx.merge import unload_lora as unload_lora
+from lorax.adapters.nnx.merge import unmerge_lora as unmerge_lora
+from lorax.adapters.nnx.tree import split_trainable as split_trainable
 from lorax.config.adapter import LoraConfig as LoraConfig
 from lorax.config.data import DataConfig as DataConfig
 from lorax.config.run import RunConfig as RunConfig
@@ -13,15 +20,8 @@ from lorax.interop.huggingface import load_model as load_model
 from lorax.interop.huggingface import save_model as save_model
 from lorax.interop.peft import load_adapter as load_adapter
 from lorax.interop.peft import save_adapter as save_adapter
-from lorax.lora import apply_lora as apply_lora
-from lorax.lora import set_dropout_key as set_dropout_key
-from lorax.lora import set_kernels as set_kernels
-from lorax.lora import split_trainable as split_trainable
 from lorax.loss import accumulate as accumulate
 from lorax.loss import linear_cross_entropy as linear_cross_entropy
-from lorax.merge import merge_lora as merge_lora
-from lorax.merge import unload_lora as unload_lora
-from lorax.merge import unmerge_lora as unmerge_lora
 from lorax.run_inputs import build_model as build_model
 from lorax.step import make_train_step as make_train_step
 from lorax.step import merge_state as merge_state

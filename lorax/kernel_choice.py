@@ -5,9 +5,10 @@ from typing import Any, NamedTuple
 
 from flax import nnx
 
+from lorax.adapters.lora import LoraLinear
+from lorax.adapters.nnx.tree import lora_layers, named_modules
+from lorax.adapters.sites import is_adaptable
 from lorax.config.run import RunConfig
-from lorax.linear import LoraLinear, is_adaptable
-from lorax.lora import lora_layers, named_modules
 from lorax_kernels import explain_choice
 
 # Layers of one module that read one input, and so run as one operation.

@@ -4,7 +4,7 @@ from typing import Any
 
 from flax import nnx
 
-from lorax.lora import named_modules
+from lorax.adapters.nnx.tree import named_modules
 from lorax.metrics import ModelSize
 
 

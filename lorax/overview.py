@@ -11,13 +11,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from lorax.adapters.nnx.tree import lora_layers
 from lorax.config.run import RunConfig
 from lorax.data.chat.tokenizer import Tokenizer
 from lorax.data.dataset import EncodedDataset, EncodeReport
 from lorax.data.preview import render_example
 from lorax.kernel_choice import kernel_choices
 from lorax.layers.attention import cudnn_obstacle, resolve_implementation
-from lorax.lora import lora_layers
 from lorax.models.decoder import CausalLM
 from lorax.models.stack.recompute import Recomputation
 from lorax.plan import DEVICES, POLICIES, Planner

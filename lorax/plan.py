@@ -13,10 +13,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lorax.adapters.nnx.tree import lora_layers, split_trainable
 from lorax.config.run import RunConfig
 from lorax.devices.host_memory import HostArray, embedding_obstacle, embedding_on_host
 from lorax.kernel_choice import family_of
-from lorax.lora import lora_layers, split_trainable
 from lorax.loss import logit_chunks
 from lorax.models.architecture import DecoderConfig
 from lorax.models.decoder import CausalLM

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from lorax.adapters.nnx.apply import fingerprint_adapters
 from lorax.config.run import EvalConfig, RunConfig
 from lorax.config.train import TrainConfig
 from lorax.data.batches import BatchPlan
@@ -23,7 +24,6 @@ from lorax.devices.placement import batch_placer
 from lorax.devices.step_cache import ProgramCache
 from lorax.devices.xla_cache import kept_elsewhere
 from lorax.layers.documents import DocumentLayout
-from lorax.lora import fingerprint_adapters
 from lorax.loss import LossFunction, causal_lm_loss
 from lorax.models.decoder import CausalLM
 from lorax.models.stack.recompute import Recomputation

@@ -11,6 +11,8 @@ from flax import nnx
 
 from lorax.adapter_base import with_recorded_revision
 from lorax.adapter_tokenizer import tokenizer_files
+from lorax.adapters.nnx.apply import apply_lora, set_kernels
+from lorax.adapters.targets import TargetError
 from lorax.config.run import RunConfig
 from lorax.data.batches import BatchPlan
 from lorax.data.chat.renderer import RENDERER
@@ -26,7 +28,6 @@ from lorax.interop.huggingface import check_checkpoint, load_hf_config, load_mod
 from lorax.interop.peft import check_adapter, load_adapter, trains_base_weights
 from lorax.interop.peft_config import adapter_notes, read_adapter_config
 from lorax.kernel_choice import check_kernels
-from lorax.lora import apply_lora, set_kernels
 from lorax.models.decoder import CausalLM
 from lorax.models.stack.recompute import Recomputation
 from lorax.optimizer import make_schedule
@@ -36,7 +37,6 @@ from lorax.recovery.store import CHECKPOINT_FOLDER, CheckpointStore
 from lorax.stop_tokens import stop_token_ids
 from lorax.system.hardware import GIB, device_gib
 from lorax.system.threads import await_tracing
-from lorax.targets import TargetError
 
 CHATS = ("auto", "messages", "sharegpt", "alpaca")
 """Formats of data whose rows a chat template renders, or may render."""

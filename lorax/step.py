@@ -13,9 +13,10 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from lorax.adapters.nnx.apply import set_dropout_key
+from lorax.adapters.nnx.tree import named_modules, split_trainable
 from lorax.devices.determinism import compiler_options, repeatable_attention
 from lorax.devices.placement import place_parameters, placed_shapes
-from lorax.lora import named_modules, set_dropout_key, split_trainable
 from lorax.loss import Batch, LossFunction, accumulate, causal_lm_loss
 from lorax.stacking import stack_alike
 from lorax.system.threads import TRACING, start_beside

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
+from lorax.adapters.nnx.apply import fingerprint_adapters
 from lorax.config.run import RunConfig
 from lorax.data.dataset import EncodedDataset
 from lorax.devices.mesh import make_mesh
@@ -21,7 +22,6 @@ from lorax.interop.checkpoint import resolve_base
 from lorax.interop.huggingface import save_model
 from lorax.interop.peft import save_adapter
 from lorax.long_steps import LongSteps, StepDroppedError
-from lorax.lora import fingerprint_adapters
 from lorax.loss import LossFunction, causal_lm_loss
 from lorax.metrics import Throughput
 from lorax.model_size import model_size

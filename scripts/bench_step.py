@@ -31,12 +31,12 @@ from flax import nnx
 from make_random_checkpoint import SHAPES
 from measured_rows import append_rows, origin
 
+from lorax.adapters.nnx.apply import apply_lora, set_kernels
 from lorax.config.adapter import LoraConfig
 from lorax.config.train import TrainConfig
 from lorax.devices.host_memory import HostArray, embedding_on_host
 from lorax.devices.mesh import make_mesh
 from lorax.devices.placement import place_batch
-from lorax.lora import apply_lora, set_kernels
 from lorax.models.architecture import DecoderConfig
 from lorax.models.decoder import CausalLM
 from lorax.models.stack.recompute import REPEATING, Recomputation, check_policy

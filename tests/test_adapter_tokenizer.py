@@ -10,11 +10,11 @@ import pytest
 import transformers
 from flax import nnx
 
+from lorax.adapters.nnx.apply import apply_lora
 from lorax.cli import main
 from lorax.config.adapter import LoraConfig
 from lorax.interop.huggingface import load_model
 from lorax.interop.peft import save_adapter
-from lorax.lora import apply_lora
 
 MODEL = Path(__file__).parents[1] / "examples" / "tiny" / "model"
 TEMPLATE = (

@@ -14,13 +14,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import lorax.export
+from lorax.adapters.nnx.apply import set_kernels
+from lorax.adapters.nnx.tree import lora_layers
 from lorax.cli import main
 from lorax.config.run import load_config
 from lorax.data.chat.tokenizer import load_tokenizer
 from lorax.export import LOGIT_BOUNDS, ExportError, logit_distance, verify_adapter
 from lorax.interop.huggingface import load_model
 from lorax.interop.peft import load_adapter
-from lorax.lora import lora_layers, set_kernels
 
 TINY = Path(__file__).parents[1] / "examples" / "tiny"
 MODEL = TINY / "model"

@@ -23,10 +23,10 @@ from transformers import (
 )
 
 import lorax
+from lorax.adapters.nnx.merge import merge_lora
+from lorax.adapters.nnx.tree import lora_layers
 from lorax.interop.huggingface import load_model, save_model
 from lorax.interop.peft import adapter_tensors, load_adapter, save_adapter
-from lorax.lora import lora_layers
-from lorax.merge import merge_lora
 from tests.bounds import rounding
 
 SHAPE = {

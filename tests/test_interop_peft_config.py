@@ -474,7 +474,9 @@ def test_modules_to_save_takes_what_peft_takes(base, loaded_base, tmp_path, entr
 )
 def test_what_peft_would_train_twice_is_refused(loaded_base, settings, message):
     config = lorax.LoraConfig(**{"target_modules": ["q_proj"], **settings})
-    with pytest.raises(lorax.targets.TargetError, match=f"lora.modules_to_save: .*{message}"):
+    with pytest.raises(
+        lorax.adapters.targets.TargetError, match=f"lora.modules_to_save: .*{message}"
+    ):
         lorax.apply_lora(loaded_base, config, rngs=nnx.Rngs(0))
 
 

@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 
 import lorax.loss
+from lorax.adapters.nnx.apply import set_kernels
 from lorax.devices.mesh import DATA_AXIS, make_mesh
-from lorax.lora import set_kernels
 from lorax.loss import causal_lm_loss, linear_cross_entropy, logit_chunks
 from lorax.models.architecture import DecoderConfig
 from lorax.models.decoder import CausalLM

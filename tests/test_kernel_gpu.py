@@ -10,10 +10,10 @@ import optax
 import pytest
 from flax import nnx
 
+from lorax.adapters.nnx.apply import apply_lora, set_kernels
 from lorax.config.adapter import LoraConfig
 from lorax.devices.determinism import compiler_options
 from lorax.layers.documents import DocumentLayout
-from lorax.lora import apply_lora, set_kernels
 from lorax.models.architecture import DecoderConfig
 from lorax.models.decoder import CausalLM
 from lorax.models.stack.recompute import save_lora_h

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from lorax.adapters.nnx.apply import apply_lora, set_kernels
 from lorax.config.adapter import LoraConfig
 from lorax.devices.mesh import DATA_AXIS, make_mesh
-from lorax.lora import apply_lora, set_kernels
 from lorax.models.architecture import DecoderConfig
 from lorax.models.decoder import CausalLM
 from lorax_kernels import rms_norm, rms_norm_fork

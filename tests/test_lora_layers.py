@@ -11,11 +11,12 @@ from flax import nnx
 
 import lorax
 from lorax import LoraConfig, apply_lora, merge_lora, unmerge_lora
+from lorax.adapters.lora import LoraLinear
+from lorax.adapters.nnx.apply import set_dropout_key
+from lorax.adapters.nnx.tree import lora_layers, split_trainable
 from lorax.devices.mesh import make_mesh
 from lorax.layers.linear import Frozen
 from lorax.layers.together import apply_added, apply_mlp
-from lorax.linear import LoraLinear
-from lorax.lora import lora_layers, set_dropout_key, split_trainable
 from lorax_kernels import lora_linear
 
 
@@ -277,7 +278,7 @@ def test_a_free_choice_of_kernels_is_xla_unless_training(net, x, monkeypatch):
         asked.append(kernels)
         return lora_linear(x, *operands, kernels="xla", **options)
 
-    monkeypatch.setattr("lorax.linear.lora_linear", record)
+    monkeypatch.setattr("lorax.adapters.lora.lora_linear", record)
     adapted = adapt(net)
     for kernels, training, wanted in (
         ("auto", True, "auto"),

@@ -9,10 +9,10 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lorax import patterns, targets
+from lorax.adapters import patterns, targets
+from lorax.adapters.nnx.apply import targets_of
+from lorax.adapters.targets import TargetError, match_targets
 from lorax.config.adapter import LoraConfig
-from lorax.lora import targets_of
-from lorax.targets import TargetError, match_targets
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]

@@ -11,9 +11,9 @@ import torch
 from flax import nnx
 
 import lorax.loss
+from lorax.adapters.nnx.apply import apply_lora, set_dropout_key
 from lorax.config.adapter import LoraConfig
 from lorax.layers.linear import Frozen
-from lorax.lora import apply_lora, set_dropout_key
 from lorax.loss import linear_cross_entropy
 from lorax_kernels import IGNORED, token_nll
 from tests.jaxprs import equations

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from lorax.adapters.nnx.apply import apply_lora
+from lorax.adapters.nnx.tree import split_trainable
 from lorax.config.adapter import LoraConfig
-from lorax.lora import apply_lora, split_trainable
 from lorax.loss import causal_lm_loss
 from lorax.models.architecture import DecoderConfig
 from lorax.models.decoder import CausalLM

@@ -11,7 +11,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 import lorax
-from lorax.lora import lora_layers
+from lorax.adapters.nnx.tree import lora_layers
 from lorax.overview import module_rows
 from lorax.report import print_modules
 from lorax.run_inputs import check_targets

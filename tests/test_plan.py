@@ -11,9 +11,9 @@ import pytest
 from flax import nnx
 
 from lorax import run_inputs as run
+from lorax.adapters.nnx.apply import apply_lora
 from lorax.config.adapter import LoraConfig
 from lorax.config.run import load_config
-from lorax.lora import apply_lora
 from lorax.models.architecture import DecoderConfig
 from lorax.models.decoder import CausalLM
 from lorax.models.stack.recompute import Recomputation

@@ -11,15 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from lorax.adapters.lora import LoraLinear
+from lorax.adapters.nnx.apply import apply_lora
+from lorax.adapters.nnx.tree import lora_layers, named_modules, tied_modules
+from lorax.adapters.targets import TargetError, match_targets
 from lorax.config.adapter import LoraConfig
 from lorax.interop.files import TensorEntry, read_headers, read_tensor, save_tensors
 from lorax.interop.huggingface import hf_name
 from lorax.interop.peft_config import CONFIG_FILE, AdapterError, read_adapter_config
-from lorax.linear import LoraLinear
-from lorax.lora import apply_lora, lora_layers, named_modules, tied_modules
 from lorax.system.files import write_directory
 from lorax.system.wording import clip
-from lorax.targets import TargetError, match_targets
 
 PREFIX = "base_model.model."
 TENSOR_FILE = "adapter_model.safetensors"

@@ -5,8 +5,8 @@ import difflib
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
+from lorax.adapters.patterns import SECONDS, Pattern, find_slow
 from lorax.config.adapter import LoraConfig
-from lorax.patterns import SECONDS, Pattern, find_slow
 from lorax.system.wording import clip, show
 
 _REGEX_HINT = (

@@ -1,4 +1,4 @@
-"""The adapted linear layer: one alone, or several that read one input in one operation."""
+"""LoRA: the adapted linear layer, alone or with others that read one input."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from flax.nnx.nn.dtypes import promote_dtype
 from jaxtyping import Array, Float
 
+from lorax.adapters.sites import is_adaptable
+from lorax.adapters.targets import Target
 from lorax.devices.mesh import ROW_AXES
 from lorax.layers.linear import Frozen
-from lorax.targets import Target
 from lorax_kernels import (
     Kernels,
     LoraWeights,
@@ -220,21 +220,3 @@ def _finish(layer: Any, y: Array) -> Array:
         y += layer.bias[...].astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
     wanted = layer.preferred_element_type
     return y if wanted is None else y.astype(wanted)
-
-
-def is_adaptable(module: nnx.Module) -> bool:
-    """Says whether `module` is a plain linear layer, with nothing of its own in `__call__`."""
-    return isinstance(module, nnx.Linear) and obstacle(module) is None
-
-
-def obstacle(linear: nnx.Linear) -> str | None:
-    """Returns what an adapted layer would not carry over from `linear`, or None."""
-    if type(linear).__call__ is not nnx.Linear.__call__:
-        return "it has a __call__ of its own"
-    if linear.dot_general is not jax.lax.dot_general or linear.promote_dtype is not promote_dtype:
-        return "it has a dot_general or promote_dtype of its own"
-    if linear.precision is not None:
-        return f"it sets precision={linear.precision}; set jax_default_matmul_precision instead"
-    if linear.kernel.ndim != 2:
-        return f"its kernel has shape {linear.kernel.shape}, of several layers at once"
-    return None

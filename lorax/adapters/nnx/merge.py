@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lorax.adapters.lora import LoraLinear
+from lorax.adapters.nnx.tree import lora_layers, module_references, set_child
 from lorax.layers.linear import Frozen
-from lorax.linear import LoraLinear
-from lorax.lora import lora_layers, module_references, set_child
 
 
 def merge_lora[M: nnx.Module](model: M, *, keep_adapters: bool = False) -> M:

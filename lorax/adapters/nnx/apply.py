@@ -1,4 +1,4 @@
-"""LoRA on any Flax NNX model: adapted layers, what trains and what is frozen, merge and unmerge."""
+"""LoRA on a model: freeze, adapt, choose kernels and dropout."""
 
 import hashlib
 import warnings
@@ -10,10 +10,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Key
 
-from lorax.config.adapter import LoraConfig
-from lorax.layers.linear import Frozen
-from lorax.linear import DropoutKey, LoraLinear, is_adaptable, obstacle
-from lorax.targets import (
+from lorax.adapters.lora import DropoutKey, LoraLinear
+from lorax.adapters.nnx.tree import (
+    lora_layers,
+    module_references,
+    named_modules,
+    set_child,
+    tied_modules,
+)
+from lorax.adapters.sites import is_adaptable, obstacle
+from lorax.adapters.targets import (
     Target,
     TargetError,
     is_all_linear,
@@ -23,6 +29,8 @@ from lorax.targets import (
     match_targets,
     refuse_patterns,
 )
+from lorax.config.adapter import LoraConfig
+from lorax.layers.linear import Frozen
 from lorax_kernels import Kernels, check_kernels_name
 
 
@@ -146,46 +154,6 @@ def _refuse_odd_layers(model, modules: dict[str, nnx.Module], config: LoraConfig
             )
 
 
-def tied_modules(model: nnx.Module) -> dict[str, str]:
-    """Returns the names that the checkpoint format knows for modules that share another's weight.
-
-    With tied embeddings that is ``{"lm_head": "model.embed_tokens"}``: there is one matrix, so
-    training it whole under either name trains both uses.
-    """
-    return getattr(model, "tied_modules", {})
-
-
-def named_modules(model: nnx.Module) -> dict[str, nnx.Module]:
-    """Returns every module of the tree under its dotted name, layers in numeric order.
-
-    A module held in several places has the name that sorts first: NNX keeps no other order.
-    """
-    names: dict[str, nnx.Module] = {}
-    seen = {id(model)}
-
-    def visit(parent: nnx.Module, prefix: str) -> None:
-        numeric = lambda item: (not item[0].isdigit(), item[0].zfill(9))
-        for key, child in sorted(vars(parent).items(), key=numeric):
-            if isinstance(child, nnx.Module) and id(child) not in seen:
-                seen.add(id(child))
-                names[prefix + key] = child
-                visit(child, f"{prefix}{key}.")
-
-    visit(model, "")
-    return names
-
-
-def lora_layers(model: nnx.Module) -> dict[str, LoraLinear]:
-    """Returns the adapted layers under their dotted names."""
-    return {n: m for n, m in named_modules(model).items() if isinstance(m, LoraLinear)}
-
-
-def split_trainable(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
-    """Splits `model` into (structure, what trains, the rest); `nnx.merge` puts them together."""
-    graph, trainable, rest = nnx.split(model, nnx.Param, ...)
-    return graph, trainable, rest
-
-
 def set_dropout_key(model: nnx.Module, key: Key[Array, ""]) -> None:
     """Gives every adapted layer its own dropout mask, a pure function of `key`, in place.
 
@@ -237,24 +205,6 @@ def _freeze(modules: Iterable[nnx.Module], keep: set[int]) -> None:
                     else Frozen(value.get_value())
                 )
             set_child(module, name, replaced[id(value)])
-
-
-def module_references(root: nnx.Module) -> dict[int, list[tuple[nnx.Module, str]]]:
-    """Maps each module's id to every (parent, attribute) that holds it."""
-    references: dict[int, list[tuple[nnx.Module, str]]] = {}
-    for parent in (root, *named_modules(root).values()):
-        for key, child in vars(parent).items():
-            if isinstance(child, nnx.Module):
-                references.setdefault(id(child), []).append((parent, key))
-    return references
-
-
-def set_child(parent: nnx.Module, key: str, child: nnx.Module | nnx.Variable) -> None:
-    """Puts `child` where `parent` holds the attribute or list entry `key`."""
-    if isinstance(parent, nnx.List):
-        parent[int(key)] = child
-    else:
-        setattr(parent, key, child)
 
 
 def fingerprint_adapters(model: nnx.Module) -> str:

@@ -1,0 +1,1 @@
+"""LoRA: which layers it adapts and what it computes."""

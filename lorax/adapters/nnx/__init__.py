@@ -1,0 +1,1 @@
+"""Adapters on Flax NNX models: applied, merged and taken off."""
