@@ -14,12 +14,12 @@ from lorax.config.run import load_config as load_config
 from lorax.config.train import TrainConfig as TrainConfig
 from lorax.data.chat.tokenizer import load_tokenizer as load_tokenizer
 from lorax.data.encode import load_encoded_dataset as load_encoded_dataset
-from lorax.export import export_model as export_model
 from lorax.generate import generate as generate
-from lorax.interop.huggingface import load_model as load_model
-from lorax.interop.huggingface import save_model as save_model
+from lorax.interop.export import export_model as export_model
+from lorax.interop.load import load_model as load_model
 from lorax.interop.peft import load_adapter as load_adapter
 from lorax.interop.peft import save_adapter as save_adapter
+from lorax.interop.save import save_model as save_model
 from lorax.loss import accumulate as accumulate
 from lorax.loss import linear_cross_entropy as linear_cross_entropy
 from lorax.run_inputs import build_model as build_model

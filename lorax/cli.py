@@ -12,11 +12,11 @@ from typing import Any, NoReturn, override
 
 from rich.console import Console
 
-from lorax.adapter_base import with_recorded_revision
 from lorax.cli_export import add_export
 from lorax.cli_generate import add_generate
 from lorax.config.run import RunConfig, load_config
 from lorax.data.chat.tokenizer import WITHOUT_TORCH
+from lorax.interop.adapter_base import with_recorded_revision
 from lorax.long_steps import ABANDONED
 from lorax.overview import module_rows, report_data, report_kernels, report_notes, report_plan
 from lorax.recovery.store import SaveError

@@ -9,21 +9,21 @@ from pathlib import Path
 import jax.numpy as jnp
 from rich.console import Console
 
-from lorax.adapter_base import BaseModel, choose_base, recorded_base
-from lorax.adapter_tokenizer import find_tokenizer
 from lorax.cli_common import DTYPES, note
 from lorax.generate import generate, option_problems
-from lorax.interop.checkpoint import CONFIG_FILE, expand, resolve_checkpoint
-from lorax.interop.huggingface import find_stored_dtype, load_hf_config, load_model
+from lorax.interop.adapter_base import BaseModel, choose_base, recorded_base
+from lorax.interop.adapter_tokenizer import find_tokenizer
+from lorax.interop.folder import CONFIG_FILE, expand, resolve_checkpoint
+from lorax.interop.load import find_stored_dtype, load_hf_config, load_model
 from lorax.interop.peft import load_adapter
 from lorax.interop.peft_config import CONFIG_FILE as ADAPTER_FILE
 from lorax.interop.peft_config import read_adapter_config
+from lorax.interop.stop_tokens import stop_token_ids
 from lorax.models.architecture import DecoderConfig
 from lorax.prompts import choose_form, encode_as
 from lorax.run_folder import CONFIG_FILE as RUN_FILE
 from lorax.run_folder import EXPORT_FOLDERS, SavedRun, list_folder, read_run, run_of
 from lorax.run_inputs import input_notes
-from lorax.stop_tokens import stop_token_ids
 
 NEW_TOKENS = 256
 """How many are written at most if nothing is said, and the context has room."""

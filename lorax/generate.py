@@ -80,7 +80,7 @@ def generate(
             dropout.
         prompts: Token ids, none empty.
         max_new_tokens: The most tokens added to a prompt.
-        stop_ids: Tokens that end a row; see `lorax.stop_tokens`. May be empty.
+        stop_ids: Tokens that end a row; see `lorax.interop.stop_tokens`. May be empty.
         pad_id: Any id of the vocabulary; what stands there does not matter.
         temperature: See `Sampling`.
         top_k: See `Sampling`.

@@ -13,16 +13,16 @@ import jax.numpy as jnp
 from flax import nnx
 from rich.console import Console
 
-from lorax.adapter_base import with_recorded_revision
 from lorax.card import title_of, write_card
 from lorax.config.run import RunConfig
 from lorax.devices.mesh import make_mesh
 from lorax.devices.step_cache import ProgramCache, open_program_cache
 from lorax.devices.xla_cache import use_compilation_cache
 from lorax.evaluate import answer_rows, exact_match
-from lorax.export import export_model
-from lorax.export_files import companion_files
-from lorax.interop.checkpoint import resolve_base
+from lorax.interop.adapter_base import with_recorded_revision
+from lorax.interop.export import export_model
+from lorax.interop.export_files import companion_files
+from lorax.interop.folder import resolve_base
 from lorax.metrics import METRICS_FILE, RunLog, check_reporters, read_metrics
 from lorax.models.stack.recompute import Recomputation, settings_of
 from lorax.overview import report_data, report_model, report_notes, shows_text

@@ -10,8 +10,8 @@ from typing import Any, Literal
 from lorax.config.run import RunConfig, dump_config, load_config
 from lorax.data.reading.formats import ROW_KINDS, RowKind
 from lorax.interop.peft_config import CONFIG_FILE as ADAPTER_FILE
+from lorax.interop.stop_tokens import STOP_TOKENS_FILE, read_stop_tokens, write_stop_tokens
 from lorax.recovery.store import CHECKPOINT_FOLDER, MARKER_FILE
-from lorax.stop_tokens import STOP_TOKENS_FILE, read_stop_tokens, write_stop_tokens
 from lorax.system.files import CheckpointError, read_json, refuse_occupied
 from lorax.system.special_files import refuse_special_files
 from lorax.system.wording import clip, explain, show

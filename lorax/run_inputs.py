@@ -9,8 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lorax.adapter_base import with_recorded_revision
-from lorax.adapter_tokenizer import tokenizer_files
 from lorax.adapters.nnx.apply import apply_lora, set_kernels
 from lorax.adapters.targets import TargetError
 from lorax.config.run import RunConfig
@@ -23,10 +21,13 @@ from lorax.data.encode import load_encoded_dataset
 from lorax.data.reading.rows import SourceError
 from lorax.devices.host_memory import HostArray, embedding_obstacle
 from lorax.devices.mesh import make_mesh
-from lorax.interop.checkpoint import resolve_base
-from lorax.interop.huggingface import check_checkpoint, load_hf_config, load_model
+from lorax.interop.adapter_base import with_recorded_revision
+from lorax.interop.adapter_tokenizer import tokenizer_files
+from lorax.interop.folder import resolve_base
+from lorax.interop.load import check_checkpoint, load_hf_config, load_model
 from lorax.interop.peft import check_adapter, load_adapter, trains_base_weights
 from lorax.interop.peft_config import adapter_notes, read_adapter_config
+from lorax.interop.stop_tokens import stop_token_ids
 from lorax.kernel_choice import check_kernels
 from lorax.models.decoder import CausalLM
 from lorax.models.stack.recompute import Recomputation
@@ -34,7 +35,6 @@ from lorax.optimizer import make_schedule
 from lorax.plan import POLICIES, Planner
 from lorax.preparation import count_steps, plan_training
 from lorax.recovery.store import CHECKPOINT_FOLDER, CheckpointStore
-from lorax.stop_tokens import stop_token_ids
 from lorax.system.hardware import GIB, device_gib
 from lorax.system.threads import await_tracing
 

@@ -18,9 +18,9 @@ from lorax.data.dataset import EncodedDataset
 from lorax.devices.mesh import make_mesh
 from lorax.devices.placement import batch_placer, place_parameters
 from lorax.evaluate import Evaluator
-from lorax.interop.checkpoint import resolve_base
-from lorax.interop.huggingface import save_model
+from lorax.interop.folder import resolve_base
 from lorax.interop.peft import save_adapter
+from lorax.interop.save import save_model
 from lorax.long_steps import LongSteps, StepDroppedError
 from lorax.loss import LossFunction, causal_lm_loss
 from lorax.metrics import Throughput

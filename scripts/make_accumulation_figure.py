@@ -26,7 +26,7 @@ from lorax.data.batches import BatchPlan
 from lorax.data.chat.tokenizer import load_tokenizer
 from lorax.data.dataset import EncodedDataset
 from lorax.data.encode import load_encoded_dataset
-from lorax.interop.huggingface import load_model
+from lorax.interop.load import load_model
 from lorax.loss import causal_lm_loss
 from lorax.optimizer import make_optimizer
 from lorax.step import TrainState, make_train_step

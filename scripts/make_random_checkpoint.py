@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax.interop.checkpoint import TOKENIZER_FILES, write_checkpoint
-from lorax.interop.huggingface import tensor_table
+from lorax.interop.folder import TOKENIZER_FILES, write_checkpoint
+from lorax.interop.tensors import tensor_table
 from lorax.models.architecture import DecoderConfig
 
 LLAMA = {

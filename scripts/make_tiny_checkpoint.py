@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from lorax.cli import main as lorax_main
-from lorax.interop.huggingface import save_model
+from lorax.interop.save import save_model
 from lorax.models.architecture import DecoderConfig
 from lorax.models.decoder import init_model
 

@@ -42,8 +42,8 @@ def make_models(folder: Path) -> None:
     from flax import nnx
 
     import lorax
-    from lorax.interop.huggingface import save_model
     from lorax.interop.peft import save_adapter
+    from lorax.interop.save import save_model
     from lorax.models.architecture import DecoderConfig
     from lorax.models.decoder import CausalLM
 
@@ -59,7 +59,7 @@ def read_model(folder: Path) -> Callable[[], object]:
     """Returns what reads a damaged model."""
     import jax.numpy as jnp
 
-    from lorax.interop.huggingface import load_model
+    from lorax.interop.load import load_model
 
     # What is compiled once for a sound model is no cost of a damaged one.
     load_model(folder.parent / "good" / "model", dtype=jnp.float32)
@@ -78,7 +78,7 @@ def read_adapter(folder: Path) -> Callable[[], object]:
     """Returns what reads a damaged adapter."""
     import jax.numpy as jnp
 
-    from lorax.interop.huggingface import load_model
+    from lorax.interop.load import load_model
     from lorax.interop.peft import load_adapter
 
     good = folder.parent / "good"

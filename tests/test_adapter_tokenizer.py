@@ -13,7 +13,7 @@ from flax import nnx
 from lorax.adapters.nnx.apply import apply_lora
 from lorax.cli import main
 from lorax.config.adapter import LoraConfig
-from lorax.interop.huggingface import load_model
+from lorax.interop.load import load_model
 from lorax.interop.peft import save_adapter
 
 MODEL = Path(__file__).parents[1] / "examples" / "tiny" / "model"

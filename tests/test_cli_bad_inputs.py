@@ -19,9 +19,9 @@ from safetensors.numpy import save_file
 
 import lorax
 from lorax.cli import main
-from lorax.interop.files import read_tensors
-from lorax.interop.huggingface import find_stored_dtype, load_model
+from lorax.interop.load import find_stored_dtype, load_model
 from lorax.interop.peft import save_adapter
+from lorax.interop.safetensors import read_tensors
 
 TINY = Path(__file__).parents[1] / "examples" / "tiny" / "model"
 Q0 = "model.layers.0.self_attn.q_proj.weight"

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-import lorax.export
+import lorax.interop.export
 from lorax.adapters.nnx.apply import set_kernels
 from lorax.adapters.nnx.tree import lora_layers
 from lorax.cli import main
 from lorax.config.run import load_config
 from lorax.data.chat.tokenizer import load_tokenizer
-from lorax.export import LOGIT_BOUNDS, ExportError, logit_distance, verify_adapter
-from lorax.interop.huggingface import load_model
+from lorax.interop.export import LOGIT_BOUNDS, ExportError, logit_distance, verify_adapter
+from lorax.interop.load import load_model
 from lorax.interop.peft import load_adapter
 
 TINY = Path(__file__).parents[1] / "examples" / "tiny"
@@ -315,7 +315,7 @@ def test_an_adapter_is_exported_onto_the_base_that_is_given(trained, here, lorax
 
 @pytest.mark.slow
 def test_an_export_that_was_damaged_on_its_way_is_caught(trained, here, monkeypatch, lorax_refuses):
-    intact = lorax.export.save_adapter
+    intact = lorax.interop.export.save_adapter
 
     def damaged(model, directory, **settings):
         folder = intact(model, directory, **settings)
@@ -324,7 +324,7 @@ def test_an_export_that_was_damaged_on_its_way_is_caught(trained, here, monkeypa
         save_file(tensors | {name: tensors[name] * np.float32(1.0001)}, folder / TENSORS)
         return folder
 
-    monkeypatch.setattr(lorax.export, "save_adapter", damaged)
+    monkeypatch.setattr(lorax.interop.export, "save_adapter", damaged)
     message = lorax_refuses("export", trained, "--format", "peft", "--out", "out")
     assert message.startswith("lorax export: error: out/adapter_model.safetensors: base_model.")
     assert "differs from the trained model after the export" in message

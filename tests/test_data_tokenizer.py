@@ -24,8 +24,8 @@ from lorax.config.data import DataConfig
 from lorax.data.chat.tokenizer import load_tokenizer, tokenize_texts
 from lorax.data.encode import load_encoded_dataset
 from lorax.data.reading.rows import DataError
-from lorax.export_files import companion_files
-from lorax.interop.checkpoint import write_checkpoint
+from lorax.interop.export_files import companion_files
+from lorax.interop.folder import write_checkpoint
 from tests.real import asset
 
 ROOT = Path(__file__).parents[1]

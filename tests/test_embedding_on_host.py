@@ -17,7 +17,8 @@ import lorax
 from lorax.devices.host_memory import HostArray, embedding_on_host
 from lorax.devices.mesh import make_mesh
 from lorax.devices.placement import place_batch
-from lorax.interop.huggingface import load_model, save_model
+from lorax.interop.load import load_model
+from lorax.interop.save import save_model
 from lorax.models.architecture import DecoderConfig
 from lorax.models.decoder import init_model
 from lorax.nonfinite import find_micro_batches

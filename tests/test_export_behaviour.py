@@ -12,9 +12,9 @@ import torch
 import transformers
 
 from lorax.cli import main
-from lorax.export_files import companion_files
 from lorax.generate import generate
-from lorax.interop import checkpoint
+from lorax.interop import folder as interop_folder
+from lorax.interop.export_files import companion_files
 
 TINY = Path(__file__).parents[1] / "examples" / "tiny"
 TEMPLATE = (
@@ -176,7 +176,7 @@ def test_of_a_bases_chat_templates_an_export_has_the_one_that_transformers_takes
         (base / "chat_template.json").write_text(json.dumps({"chat_template": old}))
     taken = transformers.AutoTokenizer.from_pretrained(base)
     files = companion_files(base, chat_template=None, stop_ids=None, card=None, tokenizer=taken)
-    checkpoint.write_checkpoint([], {}, export, source_directory=base, files=files)
+    interop_folder.write_checkpoint([], {}, export, source_directory=base, files=files)
     shutil.copy(base / "config.json", export)
     assert transformers.AutoTokenizer.from_pretrained(export).chat_template == taken.chat_template
     if taken.chat_template is not None:
@@ -233,7 +233,7 @@ def hub(base, monkeypatch):
         asked.append((name, revision))
         return str(base)
 
-    monkeypatch.setattr(checkpoint.huggingface_hub, "snapshot_download", snapshot)
+    monkeypatch.setattr(interop_folder.huggingface_hub, "snapshot_download", snapshot)
     return asked
 
 

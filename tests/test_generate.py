@@ -14,15 +14,15 @@ import transformers
 from flax import nnx
 
 from lorax.generate import Sampling, _choose, generate
-from lorax.interop.huggingface import load_model
-from lorax.models.architecture import DecoderConfig
-from lorax.models.decoder import CausalLM
-from lorax.stop_tokens import (
+from lorax.interop.load import load_model
+from lorax.interop.stop_tokens import (
     STOP_TOKENS_FILE,
     generation_settings,
     read_stop_tokens,
     stop_token_ids,
 )
+from lorax.models.architecture import DecoderConfig
+from lorax.models.decoder import CausalLM
 
 SMALL: dict[str, Any] = dict(
     vocab_size=61,

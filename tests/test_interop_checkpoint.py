@@ -21,9 +21,10 @@ from huggingface_hub.utils import hf_raise_for_status
 from safetensors.numpy import load_file, save_file
 
 from lorax.data.chat.tokenizer import load_tokenizer
-from lorax.interop.checkpoint import resolve_checkpoint
-from lorax.interop.files import read_ahead, read_headers, read_tensors
-from lorax.interop.huggingface import load_hf_config, load_model, save_model
+from lorax.interop.folder import resolve_checkpoint
+from lorax.interop.load import load_hf_config, load_model
+from lorax.interop.safetensors import read_ahead, read_headers, read_tensors
+from lorax.interop.save import save_model
 from lorax.models.architecture import DecoderConfig
 from lorax.models.decoder import init_model
 from lorax.system.files import CheckpointError

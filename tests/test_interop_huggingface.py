@@ -14,15 +14,11 @@ import transformers
 from flax import nnx
 from safetensors import safe_open
 
-from lorax.interop.checkpoint import find_tensors, write_checkpoint
-from lorax.interop.files import read_tensors
-from lorax.interop.huggingface import (
-    hf_name,
-    load_model,
-    model_tensors,
-    save_model,
-    tensor_table,
-)
+from lorax.interop.folder import find_tensors, write_checkpoint
+from lorax.interop.load import load_model
+from lorax.interop.safetensors import read_tensors
+from lorax.interop.save import model_tensors, save_model
+from lorax.interop.tensors import hf_name, tensor_table
 from lorax.models.architecture import DecoderConfig
 from lorax.models.decoder import CausalLM, init_model
 from lorax.system.files import CheckpointError

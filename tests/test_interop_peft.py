@@ -25,8 +25,9 @@ from transformers import (
 import lorax
 from lorax.adapters.nnx.merge import merge_lora
 from lorax.adapters.nnx.tree import lora_layers
-from lorax.interop.huggingface import load_model, save_model
+from lorax.interop.load import load_model
 from lorax.interop.peft import adapter_tensors, load_adapter, save_adapter
+from lorax.interop.save import save_model
 from tests.bounds import rounding
 
 SHAPE = {

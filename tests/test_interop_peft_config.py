@@ -28,7 +28,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import lorax
-from lorax.interop.huggingface import load_model
+from lorax.interop.load import load_model
 from lorax.interop.peft import check_adapter, load_adapter, save_adapter
 from lorax.interop.peft_config import (
     AdapterError,

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from lorax.interop.huggingface import load_model
+from lorax.interop.load import load_model
 
 ROWS, LENGTH = 2, 24
 

@@ -176,7 +176,7 @@ def test_a_damaged_record_is_refused(ask, here, kinds):
 
 def test_a_tokenizer_without_a_template_names_the_remedy(ask, monkeypatch):
     load = lambda name: setattr(t := load_tokenizer(name), "chat_template", None) or t
-    monkeypatch.setattr("lorax.adapter_tokenizer.load_tokenizer", load)
+    monkeypatch.setattr("lorax.interop.adapter_tokenizer.load_tokenizer", load)
     ids, said = ask()
     assert said.endswith("so the prompt is continued as it is, as with --raw\n")
     refused = ask(kinds=["tokens"])

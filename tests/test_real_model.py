@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorax.cli import main
-from lorax.interop.huggingface import load_model
+from lorax.interop.load import load_model
 from lorax.interop.peft import load_adapter
 from tests.real import MODEL, asset
 

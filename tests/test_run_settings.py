@@ -20,7 +20,7 @@ from lorax.config.model import ModelConfig
 from lorax.config.run import EvalConfig, RunConfig, SaveConfig, load_config
 from lorax.config.train import TrainConfig
 from lorax.data.dataset import EncodedDataset
-from lorax.interop.huggingface import load_model
+from lorax.interop.load import load_model
 from lorax.interop.peft import load_adapter, save_adapter
 from lorax.models.stack.recompute import Recomputation
 from lorax.recovery.store import CheckpointStore

@@ -18,7 +18,7 @@ from transformers import (
 import lorax
 from lorax.adapters.nnx.tree import lora_layers
 from lorax.config.train import TrainConfig
-from lorax.interop.huggingface import load_model
+from lorax.interop.load import load_model
 from lorax.interop.peft import save_adapter
 from lorax.loss import causal_lm_loss
 from lorax.optimizer import make_optimizer

@@ -24,8 +24,9 @@ from lorax.adapters.nnx.tree import lora_layers
 from lorax.config.run import RunConfig
 from lorax.data.dataset import EncodedDataset
 from lorax.evaluate import Evaluator
-from lorax.interop.huggingface import load_model, save_model
+from lorax.interop.load import load_model
 from lorax.interop.peft import load_adapter
+from lorax.interop.save import save_model
 from lorax.loss import causal_lm_loss
 from lorax.models.architecture import DecoderConfig
 from lorax.models.decoder import CausalLM

@@ -16,9 +16,9 @@ from lorax.adapters.nnx.apply import apply_lora
 from lorax.adapters.nnx.tree import lora_layers, named_modules, tied_modules
 from lorax.adapters.targets import TargetError, match_targets
 from lorax.config.adapter import LoraConfig
-from lorax.interop.files import TensorEntry, read_headers, read_tensor, save_tensors
-from lorax.interop.huggingface import hf_name
 from lorax.interop.peft_config import CONFIG_FILE, AdapterError, read_adapter_config
+from lorax.interop.safetensors import TensorEntry, read_headers, read_tensor, save_tensors
+from lorax.interop.tensors import hf_name
 from lorax.system.files import write_directory
 from lorax.system.wording import clip
 

@@ -241,8 +241,8 @@ def _of_tokenizer(case: Case, folder: Path) -> str | None:
 
 def _of_model_config(case: Case, folder: Path) -> str | None:
     """The same is computed, or what is computed differs as the changed fields say."""
-    from lorax.interop.huggingface import load_hf_config
-    from lorax.stop_tokens import stop_token_ids
+    from lorax.interop.load import load_hf_config
+    from lorax.interop.stop_tokens import stop_token_ids
 
     config = json.loads((folder / "model/config.json").read_text())
     garden = Path(os.environ["FUZZ_GARDEN"])

@@ -14,10 +14,11 @@ from jax.typing import DTypeLike
 from lorax.adapters.nnx.apply import set_kernels
 from lorax.adapters.nnx.merge import merge_lora, unload_lora
 from lorax.adapters.nnx.tree import lora_layers
-from lorax.export_files import companion_files
-from lorax.interop.files import read_headers, read_tensor
-from lorax.interop.huggingface import load_model, model_tensors, save_model
+from lorax.interop.export_files import companion_files
+from lorax.interop.load import load_model
 from lorax.interop.peft import TENSOR_FILE, adapter_tensors, load_adapter, save_adapter
+from lorax.interop.safetensors import read_headers, read_tensor
+from lorax.interop.save import model_tensors, save_model
 from lorax.system.files import refuse_occupied
 
 type ExportFormat = Literal["peft", "peft-portable", "merged"]

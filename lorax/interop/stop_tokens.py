@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lorax.interop.checkpoint import CONFIG_FILE, GENERATION_FILE
+from lorax.interop.folder import CONFIG_FILE, GENERATION_FILE
 from lorax.system.files import CheckpointError, read_json
 
 STOP_TOKENS_FILE = "stop_tokens.json"

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from lorax.data.chat.tokenizer_files import NAMED_TOKENS
-from lorax.interop.checkpoint import GENERATION_FILE, TOKENIZER_FILES
-from lorax.stop_tokens import generation_settings
+from lorax.interop.folder import GENERATION_FILE, TOKENIZER_FILES
+from lorax.interop.stop_tokens import generation_settings
 from lorax.system.files import MAX_INDEX_BYTES, read_json
 
 TEMPLATE_FILE, TOKENIZER_SETTINGS = "chat_template.jinja", "tokenizer_config.json"

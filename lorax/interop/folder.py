@@ -13,7 +13,7 @@ import huggingface_hub
 import numpy as np
 
 from lorax.config.model import ModelConfig
-from lorax.interop.files import TensorEntry, read_headers, save_tensors
+from lorax.interop.safetensors import TensorEntry, read_headers, save_tensors
 from lorax.system.files import (
     MAX_INDEX_BYTES,
     CheckpointError,

@@ -1,4 +1,4 @@
-"""JSON and safetensors files, read with suspicion and written whole or not at all."""
+"""Safetensors files: headers, tensors one by one or ahead, and a file written."""
 
 import contextlib
 import dataclasses

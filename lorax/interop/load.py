@@ -1,12 +1,9 @@
-"""Hugging Face checkpoints: safetensors to model and back, one tensor at a time."""
+"""Hugging Face checkpoints to models, one tensor at a time."""
 
-import dataclasses
-import functools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,86 +12,19 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from lorax.devices.host_memory import HostArray
-from lorax.interop.checkpoint import (
-    CONFIG_FILE,
-    find_tensors,
-    read_config,
-    resolve_checkpoint,
-    write_checkpoint,
-)
-from lorax.interop.files import READABLE_DTYPES, TensorEntry, open_tensors, read_ahead
+from lorax.interop.folder import CONFIG_FILE, find_tensors, read_config, resolve_checkpoint
+from lorax.interop.safetensors import READABLE_DTYPES, TensorEntry, open_tensors, read_ahead
+from lorax.interop.tensors import TensorSpec, convert, listed, tensor_table
 from lorax.layers.attention import AttentionImplementation
 from lorax.models.architecture import DecoderConfig, stored_dtype
 from lorax.models.decoder import CausalLM
 from lorax.models.stack.recompute import GradientCheckpointing
 from lorax.system.files import CheckpointError
 
-type ParameterPath = tuple[Any, ...]
-type Value = jax.Array | Callable[[], jax.Array]
-
-# Last part of our path: last part of the tensor's name, and whether it is transposed there.
-# `nnx.Linear` stores (in, out), torch (out, in).
-_LEAVES = {
-    "kernel": ("weight", True),
-    "embedding": ("weight", False),
-    "weight": ("weight", False),
-    "scale": ("weight", False),
-    "bias": ("bias", False),
-}
-
 _IGNORED_TENSORS = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
 """Buffers that older checkpoints carry; the frequencies follow from config.json."""
 
 TIED_HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-
-
-@dataclasses.dataclass(frozen=True)
-class TensorSpec:
-    """One tensor of a checkpoint, and where it lives in the model.
-
-    Attributes:
-        path: Path of the parameter in `nnx.state(model)`.
-        transpose: Whether the file holds the transpose.
-        shape: Shape in the file.
-    """
-
-    path: ParameterPath
-    transpose: bool
-    shape: tuple[int, ...]
-
-
-def hf_name(path: ParameterPath) -> tuple[str, bool]:
-    """Returns the checkpoint's name of a parameter, and whether it is transposed there.
-
-    This is the only translation of names, used in both directions: modules are named as in
-    Hugging Face's models, so only the last part differs.
-
-    Args:
-        path: For example ``("model", "layers", 0, "mlp", "up_proj", "kernel")``.
-
-    Raises:
-        ValueError: If the last part is no weight that checkpoints have.
-    """
-    *modules, leaf = (str(part) for part in path)
-    if leaf not in _LEAVES:
-        raise ValueError(
-            f"{'.'.join([*modules, leaf])} has no place in a Hugging Face checkpoint, which holds "
-            f"{', '.join(_LEAVES)}; merge adapters first"
-        )
-    name, transpose = _LEAVES[leaf]
-    return ".".join([*modules, name]), transpose
-
-
-@functools.lru_cache(maxsize=8)
-def tensor_table(config: DecoderConfig) -> Mapping[str, TensorSpec]:
-    """Returns every tensor of a checkpoint of this architecture, in the order of the layers."""
-    model = nnx.eval_shape(lambda: CausalLM(config, rngs=nnx.Rngs(0)))
-    table = {}
-    for path, variable in nnx.to_flat_state(nnx.state(model)):
-        name, transpose = hf_name(path)
-        shape = tuple(variable.get_value().shape)
-        table[name] = TensorSpec(path, transpose, shape[::-1] if transpose else shape)
-    return table
 
 
 def load_hf_config(path_or_id: str | Path, *, revision: str | None = None) -> DecoderConfig:
@@ -211,14 +141,14 @@ def _check_entries(
         hint = ""
         if TIED_HEAD in missing and EMBEDDING in entries:
             hint = "; config.json says tie_word_embeddings: false, is that right?"
-        raise CheckpointError(f"{directory} lacks {_listed(missing)}{hint}")
+        raise CheckpointError(f"{directory} lacks {listed(missing)}{hint}")
     if config.tie_word_embeddings and TIED_HEAD in entries:
         _check_tied_head(entries[TIED_HEAD], entries[EMBEDDING])
         del entries[TIED_HEAD]
     extra = [n for n in entries if n not in table and not _IGNORED_TENSORS.fullmatch(n)]
     if extra:
         raise CheckpointError(
-            f"{entries[extra[0]].file} holds {_listed(extra)}, which a {config.model_type} model "
+            f"{entries[extra[0]].file} holds {listed(extra)}, which a {config.model_type} model "
             "of this config.json does not have"
         )
     for name, spec in table.items():
@@ -227,11 +157,6 @@ def _check_entries(
                 f"{entries[name].file}: {name} has shape {entries[name].shape}; config.json needs "
                 f"{spec.shape}"
             )
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more tensors" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
 
 
 def _check_tied_head(head: TensorEntry, embedding: TensorEntry) -> None:
@@ -250,20 +175,13 @@ def _check_tied_head(head: TensorEntry, embedding: TensorEntry) -> None:
         )
 
 
-@functools.partial(jax.jit, static_argnames=("transpose", "dtype"))
-def _place(value: jax.Array, transpose: bool, dtype: jnp.dtype):
-    """Returns the parameter, and whether it was finite before and after the cast."""
-    cast = (value.T if transpose else value).astype(dtype)
-    return cast, jnp.isfinite(value).all(), jnp.isfinite(cast).all()
-
-
 def _load_values(
     table: Mapping[str, TensorSpec], entries: dict[str, TensorEntry], dtype: jnp.dtype
 ) -> Iterator[tuple[str, jax.Array]]:
     finite: dict[str, tuple[jax.Array, jax.Array]] = {}
     previous = None
     for name, host in read_ahead({name: entries[name] for name in table}):
-        value, before, after = _place(host, table[name].transpose, dtype)
+        value, before, after = convert(host, table[name].transpose, dtype)
         finite[name] = before, after
         # Waiting for the tensor before bounds the host's copies, without idling.
         jax.block_until_ready(previous)
@@ -276,88 +194,3 @@ def _load_values(
             raise CheckpointError(f"{where} holds values that are not finite")
         if not after:
             raise CheckpointError(f"{where} overflows {dtype.name}; load it as bfloat16 or float32")
-
-
-def model_tensors(
-    model: CausalLM,
-    *,
-    dtype: DTypeLike = jnp.bfloat16,
-    overrides: Mapping[str, Value] | None = None,
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields (name, host array) of every tensor of a checkpoint, one at a time.
-
-    Args:
-        model: The model; adapters are not merged here.
-        dtype: Of the arrays.
-        overrides: By tensor name, values to write instead of the model's own, as they would
-            stand in the model (kernels are (in, out)), or functions that make them when needed.
-
-    Raises:
-        ValueError: If the model lacks a parameter that no override gives, an override names no
-            tensor, or a value has another shape.
-    """
-    overrides, table = overrides or {}, tensor_table(model.config)
-    unknown = [name for name in overrides if name not in table]
-    if unknown:
-        raise ValueError(f"overrides name {_listed(unknown)}, which this model does not have")
-    parameters = dict(nnx.to_flat_state(nnx.state(model)))
-    unmerged = [path[:-1] for path in parameters if path[-1] == "lora_a"]
-    for path in unmerged:
-        if hf_name((*path, "kernel"))[0] not in overrides:
-            raise ValueError(f"{'.'.join(map(str, path))} carries adapters: merge_lora them first")
-    for name, spec in table.items():
-        if name in overrides:
-            value = overrides[name]
-            value = value() if callable(value) else value
-        elif spec.path in parameters:
-            value = parameters[spec.path].get_value()
-        else:
-            where = ".".join(map(str, spec.path))
-            raise ValueError(f"the model has no {where}; merge its adapters before saving")
-        shape = value.shape[::-1] if spec.transpose else value.shape
-        if shape != spec.shape:
-            raise ValueError(f"{name} would have shape {shape}; config.json needs {spec.shape}")
-        # safetensors writes the memory order of an array and ignores its strides.
-        yield name, np.ascontiguousarray(_place(value, spec.transpose, jnp.dtype(dtype))[0])
-
-
-def save_model(
-    model: CausalLM,
-    directory: str | Path,
-    *,
-    dtype: DTypeLike = jnp.bfloat16,
-    max_shard_bytes: int = 5 * 2**30,
-    source_directory: str | Path | None = None,
-    overrides: Mapping[str, Value] | None = None,
-    files: Mapping[str, str | Path | None] | None = None,
-) -> Path:
-    """Writes a checkpoint that transformers, vLLM and `load_model` read; whole or not at all.
-
-    Args:
-        model: The model, without adapters (or with every adapted kernel in `overrides`).
-        directory: A path that does not exist, or an empty folder.
-        dtype: Of the tensors written.
-        max_shard_bytes: Size above which the weights are split over files.
-        source_directory: Folder of the original checkpoint, whose tokenizer, chat template and
-            generation settings are copied.
-        overrides: See `model_tensors`.
-        files: Texts by the name of their file, to stand there instead of what is copied; a path is
-            copied, and None leaves a file out.
-
-    Returns:
-        The folder.
-
-    Raises:
-        ValueError: If `directory` holds something, or `model_tensors` refuses the model.
-    """
-    name = jnp.dtype(dtype).name
-    # transformers 5 reads dtype, 4 reads torch_dtype.
-    config = model.config.to_hf() | {"dtype": name, "torch_dtype": name}
-    return write_checkpoint(
-        model_tensors(model, dtype=dtype, overrides=overrides),
-        config,
-        directory,
-        max_shard_bytes=max_shard_bytes,
-        source_directory=source_directory,
-        files=files,
-    )

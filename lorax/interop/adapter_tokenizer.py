@@ -7,7 +7,7 @@ from typing import Any
 
 from lorax.data.chat.template import read_template
 from lorax.data.chat.tokenizer import load_tokenizer
-from lorax.interop.checkpoint import TOKENIZER_FILES
+from lorax.interop.folder import TOKENIZER_FILES
 from lorax.system.files import MAX_INDEX_BYTES, read_json
 
 _VOCABULARIES = {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"}
