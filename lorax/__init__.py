@@ -14,7 +14,7 @@ from lorax.config.run import load_config as load_config
 from lorax.config.train import TrainConfig as TrainConfig
 from lorax.data.chat.tokenizer import load_tokenizer as load_tokenizer
 from lorax.data.encode import load_encoded_dataset as load_encoded_dataset
-from lorax.generate import generate as generate
+from lorax.generation.generate import generate as generate
 from lorax.interop.export import export_model as export_model
 from lorax.interop.load import load_model as load_model
 from lorax.interop.peft import load_adapter as load_adapter

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from lorax.cli_common import DTYPES, note
-from lorax.generate import generate, option_problems
+from lorax.generation.generate import generate
+from lorax.generation.sampling import option_problems
 from lorax.interop.adapter_base import BaseModel, choose_base, recorded_base
 from lorax.interop.adapter_tokenizer import find_tokenizer
 from lorax.interop.folder import CONFIG_FILE, expand, resolve_checkpoint

@@ -18,7 +18,7 @@ from lorax.config.run import RunConfig
 from lorax.devices.mesh import make_mesh
 from lorax.devices.step_cache import ProgramCache, open_program_cache
 from lorax.devices.xla_cache import use_compilation_cache
-from lorax.evaluate import answer_rows, exact_match
+from lorax.generation.answers import answer_rows, exact_match
 from lorax.interop.adapter_base import with_recorded_revision
 from lorax.interop.export import export_model
 from lorax.interop.export_files import companion_files

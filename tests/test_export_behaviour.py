@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from lorax.cli import main
-from lorax.generate import generate
+from lorax.generation.generate import generate
 from lorax.interop import folder as interop_folder
 from lorax.interop.export_files import companion_files
 

@@ -13,7 +13,8 @@ import torch
 import transformers
 from flax import nnx
 
-from lorax.generate import Sampling, _choose, generate
+from lorax.generation.generate import generate
+from lorax.generation.sampling import Sampling, choose_tokens
 from lorax.interop.load import load_model
 from lorax.interop.stop_tokens import (
     STOP_TOKENS_FILE,
@@ -167,13 +168,13 @@ def test_top_k_1_and_a_tiny_top_p_are_greedy(model):
 def test_sampling_keeps_to_the_most_likely_tokens(options, allowed):
     logits = jnp.log(jnp.array([0.2, 0.3, 0.1, 0.4]))
     logits = jnp.broadcast_to(logits[None], (400, 4))
-    drawn = _choose(logits, jax.random.key(0), jnp.int32(0), Sampling(1.0, **options))
+    drawn = choose_tokens(logits, jax.random.key(0), jnp.int32(0), Sampling(1.0, **options))
     assert set(np.asarray(drawn).tolist()) == allowed
 
 
 def test_samples_follow_the_distribution():
     logits = jnp.log(jnp.array([0.2, 0.3, 0.1, 0.4]))
-    drawn = _choose(
+    drawn = choose_tokens(
         jnp.broadcast_to(logits[None] * 2, (4000, 4)),
         jax.random.key(0),
         jnp.int32(0),
@@ -292,6 +293,6 @@ def test_a_temperature_near_zero_takes_the_most_likely_token(model, temperature)
 
 def test_a_temperature_beyond_float32_draws_evenly():
     logits = jnp.broadcast_to(jnp.array([[0.0, 50.0, 100.0, -100.0]]), (4000, 4))
-    drawn = _choose(logits, jax.random.key(0), jnp.int32(0), Sampling(1e300))
+    drawn = choose_tokens(logits, jax.random.key(0), jnp.int32(0), Sampling(1e300))
     counts = np.bincount(np.asarray(drawn), minlength=4)
     assert ((counts - 1000) ** 2 / 1000).sum() < 16.3  # 99.9 % of draws, three degrees of freedom
