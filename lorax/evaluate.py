@@ -12,7 +12,8 @@ from lorax.data.batches import BatchPlan
 from lorax.data.prefetch import prefetch
 from lorax.devices.determinism import compiler_options
 from lorax.devices.placement import batch_placer
-from lorax.loss import LossFunction, causal_lm_loss
+from lorax.objectives.objective import LossFunction
+from lorax.objectives.sft import causal_lm_loss
 
 
 class Evaluator:

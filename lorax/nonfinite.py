@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from lorax.loss import LossFunction
+from lorax.objectives.objective import LossFunction
 from lorax.system.wording import describe
 
 

@@ -24,9 +24,10 @@ from lorax.devices.placement import batch_placer
 from lorax.devices.step_cache import ProgramCache
 from lorax.devices.xla_cache import kept_elsewhere
 from lorax.layers.documents import DocumentLayout
-from lorax.loss import LossFunction, causal_lm_loss
 from lorax.models.decoder import CausalLM
 from lorax.models.stack.recompute import Recomputation
+from lorax.objectives.objective import LossFunction
+from lorax.objectives.sft import causal_lm_loss
 from lorax.optimizer import make_optimizer
 from lorax.step import METRICS, TrainState, TrainStep, make_abstract_step
 from lorax.system.threads import start_beside

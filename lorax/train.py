@@ -22,11 +22,12 @@ from lorax.interop.folder import resolve_base
 from lorax.interop.peft import save_adapter
 from lorax.interop.save import save_model
 from lorax.long_steps import LongSteps, StepDroppedError
-from lorax.loss import LossFunction, causal_lm_loss
 from lorax.metrics import Throughput
 from lorax.model_size import model_size
 from lorax.models.stack.recompute import Recomputation, settings_of
 from lorax.nonfinite import find_micro_batches, report_rows
+from lorax.objectives.objective import LossFunction
+from lorax.objectives.sft import causal_lm_loss
 from lorax.optimizer import make_optimizer, make_schedule
 from lorax.preparation import (
     CompiledStep,

@@ -27,7 +27,7 @@ from lorax.data.chat.tokenizer import load_tokenizer
 from lorax.data.dataset import EncodedDataset
 from lorax.data.encode import load_encoded_dataset
 from lorax.interop.load import load_model
-from lorax.loss import causal_lm_loss
+from lorax.objectives.sft import causal_lm_loss
 from lorax.optimizer import make_optimizer
 from lorax.step import TrainState, make_train_step
 from lorax.system.versions import library_versions

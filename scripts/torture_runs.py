@@ -43,9 +43,9 @@ def make_trainer(folder: Path, *, resume: bool = False, **changes: Any):
     import lorax
     from lorax.config.run import RunConfig
     from lorax.data.dataset import EncodedDataset
-    from lorax.loss import causal_lm_loss
     from lorax.models.architecture import DecoderConfig
     from lorax.models.decoder import CausalLM
+    from lorax.objectives.sft import causal_lm_loss
 
     settings: dict[str, Any] = {
         "model": {"name_or_path": "unnamed", "dtype": "float32"},
@@ -232,7 +232,7 @@ def poison(count: int, folder: Path) -> tuple[int, int]:
     """N1: NaN, infinity and overflow end the run at their step, with the weights before it."""
     import jax.numpy as jnp
 
-    from lorax.loss import causal_lm_loss
+    from lorax.objectives.sft import causal_lm_loss
 
     poisons = [float("nan"), float("inf"), -float("inf"), 3e38]
     passed = 0

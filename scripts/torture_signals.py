@@ -45,7 +45,7 @@ def make_endless(model, batch):
     import jax
     import jax.numpy as jnp
 
-    from lorax.loss import causal_lm_loss
+    from lorax.objectives.sft import causal_lm_loss
 
     total, count = causal_lm_loss(model, batch)
     marked = (batch["input_ids"] == 63).any()

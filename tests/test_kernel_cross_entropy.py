@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-import lorax.loss
+import lorax.objectives.linear_loss
 from lorax.adapters.nnx.apply import set_kernels
 from lorax.devices.mesh import DATA_AXIS, make_mesh
-from lorax.loss import causal_lm_loss, linear_cross_entropy, logit_chunks
 from lorax.models.architecture import DecoderConfig
 from lorax.models.decoder import CausalLM
+from lorax.objectives.linear_loss import linear_cross_entropy, logit_chunks
+from lorax.objectives.sft import causal_lm_loss
 from lorax_kernels import IGNORED, cross_entropy, token_nll, token_nll_and_gradient
 from lorax_kernels.device import interpreted
 from tests.jaxprs import equations, on_h200
@@ -105,7 +106,7 @@ def test_where_the_kernel_runs_and_that_its_chunks_are_twice_as_long(kernels, dt
     head = nnx.Linear(64, 500, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
     hidden, labels = jnp.ones((2, 40, 64), dtype), jnp.zeros((2, 40), jnp.int32)
     with on_h200(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lorax.loss, "LOGIT_CHUNK_BYTES", 4 * 2 * 500 * 10)
+        patch.setattr(lorax.objectives.linear_loss, "LOGIT_CHUNK_BYTES", 4 * 2 * 500 * 10)
         loss = lambda h: linear_cross_entropy(head, h, labels, kernels=kernels)
         found = list(equations(jax.make_jaxpr(jax.grad(loss))(hidden).jaxpr))
     assert ("pallas_call" in {e.primitive.name for e in found}) == runs
@@ -127,7 +128,7 @@ def test_inside_a_shard_map_the_rows_are_those_of_one_shard():
 
 
 def test_where_a_mesh_does_not_divide_the_rows_xla_works_in_chunks_of_its_own(monkeypatch):
-    monkeypatch.setattr(lorax.loss, "LOGIT_CHUNK_BYTES", 4 * 3 * 500 * 10)
+    monkeypatch.setattr(lorax.objectives.linear_loss, "LOGIT_CHUNK_BYTES", 4 * 3 * 500 * 10)
     head = nnx.Linear(64, 500, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     hidden, labels = jnp.ones((3, 40, 64), "bfloat16"), jnp.zeros((3, 40), jnp.int32)
     with jax.set_mesh(make_mesh(2)), interpreted(3):
@@ -174,9 +175,9 @@ def test_chunks_keep_to_the_budget():
     for in_place, size in ((False, 4), (True, 2)):
         number, length = logit_chunks(4, 2048, 128256, in_place)
         assert number * length >= 2048
-        assert size * 4 * length * 128256 <= lorax.loss.LOGIT_CHUNK_BYTES
+        assert size * 4 * length * 128256 <= lorax.objectives.linear_loss.LOGIT_CHUNK_BYTES
         longer = -(-2048 // (number - 1))  # as few as that
-        assert size * 4 * longer * 128256 > lorax.loss.LOGIT_CHUNK_BYTES
+        assert size * 4 * longer * 128256 > lorax.objectives.linear_loss.LOGIT_CHUNK_BYTES
 
 
 def test_no_row_is_no_error():

@@ -15,9 +15,9 @@ import lorax
 from lorax import long_steps
 from lorax.config.run import RunConfig
 from lorax.data.dataset import EncodedDataset
-from lorax.loss import causal_lm_loss
 from lorax.models.architecture import DecoderConfig
 from lorax.models.decoder import CausalLM
+from lorax.objectives.sft import causal_lm_loss
 from lorax.preparation import plan_training
 from lorax.recovery.tree import flatten_tree
 from lorax.step import TrainState

@@ -10,11 +10,11 @@ import pytest
 import torch
 from flax import nnx
 
-import lorax.loss
+import lorax.objectives.linear_loss
 from lorax.adapters.nnx.apply import apply_lora, set_dropout_key
 from lorax.config.adapter import LoraConfig
 from lorax.layers.linear import Frozen
-from lorax.loss import linear_cross_entropy
+from lorax.objectives.linear_loss import linear_cross_entropy
 from lorax_kernels import IGNORED, token_nll
 from tests.jaxprs import equations
 
@@ -77,7 +77,9 @@ def loss_and_gradients(head, hidden, labels, **options):
     [*itertools.product((None, 5.0), (0.0, 0.1), (LENGTH,)), (None, 0.0, 5), (5.0, 0.1, 1)],
 )
 def test_loss_and_gradients_are_those_of_pytorch(inputs, monkeypatch, soft_cap, z_loss, chunk):
-    monkeypatch.setattr(lorax.loss, "LOGIT_CHUNK_BYTES", 4 * VOCABULARY * ROWS * chunk)
+    monkeypatch.setattr(
+        lorax.objectives.linear_loss, "LOGIT_CHUNK_BYTES", 4 * VOCABULARY * ROWS * chunk
+    )
     (hidden, labels), head = inputs, Model(jnp.float64).lm_head
     want, (of_weight, of_bias, of_hidden) = torch_loss(head, hidden, labels, soft_cap, z_loss)
     loss, (of_head, got_hidden) = loss_and_gradients(
@@ -96,7 +98,9 @@ def test_loss_and_gradients_are_those_of_pytorch(inputs, monkeypatch, soft_cap, 
 
 
 def test_a_head_with_an_adapter_trains_the_adapter_alone(inputs, monkeypatch):
-    monkeypatch.setattr(lorax.loss, "LOGIT_CHUNK_BYTES", 4 * VOCABULARY * ROWS * 4)
+    monkeypatch.setattr(
+        lorax.objectives.linear_loss, "LOGIT_CHUNK_BYTES", 4 * VOCABULARY * ROWS * 4
+    )
     hidden, labels = inputs
     settings = LoraConfig(r=2, target_modules=["lm_head"])
     head = apply_lora(Model(jnp.float64), settings, rngs=nnx.Rngs(1)).lm_head
@@ -125,7 +129,9 @@ def test_a_label_that_is_no_token_makes_the_loss_nan(inputs):
 
 
 def test_a_frozen_head_is_multiplied_twice_and_its_logits_never_stand_in_memory(monkeypatch):
-    monkeypatch.setattr(lorax.loss, "LOGIT_CHUNK_BYTES", 4 * VOCABULARY * ROWS * 4)
+    monkeypatch.setattr(
+        lorax.objectives.linear_loss, "LOGIT_CHUNK_BYTES", 4 * VOCABULARY * ROWS * 4
+    )
     head = Model(jnp.float32).lm_head
     head.kernel, head.bias = Frozen(head.kernel[...]), Frozen(head.bias[...])
     hidden, labels = jnp.ones((ROWS, LENGTH, WIDTH)), jnp.zeros((ROWS, LENGTH), jnp.int32)
@@ -153,7 +159,7 @@ def test_the_sum_over_chunks_of_a_half_precision_head_is_float32(monkeypatch):
     labels = jnp.asarray(draw.integers(0, VOCABULARY, (1, 512)), jnp.int32)
     head = Model(jnp.bfloat16).lm_head
     _, (want, _, _) = torch_loss(head, hidden, labels, None, 0.0)
-    monkeypatch.setattr(lorax.loss, "LOGIT_CHUNK_BYTES", 4 * VOCABULARY)
+    monkeypatch.setattr(lorax.objectives.linear_loss, "LOGIT_CHUNK_BYTES", 4 * VOCABULARY)
     got = np.float64(loss_and_gradients(head, hidden, labels)[1][0]["kernel"][...])
     assert np.linalg.norm(got - want) <= 4e-3 * np.linalg.norm(want)  # added in bfloat16: 2e-2
 
@@ -167,7 +173,7 @@ def test_narrow_labels_mean_what_wide_ones_mean():
 
 
 def test_dropout_in_the_head_draws_another_mask_in_every_chunk(monkeypatch):
-    monkeypatch.setattr(lorax.loss, "LOGIT_CHUNK_BYTES", 4 * VOCABULARY * 8)
+    monkeypatch.setattr(lorax.objectives.linear_loss, "LOGIT_CHUNK_BYTES", 4 * VOCABULARY * 8)
     settings = LoraConfig(r=2, target_modules=["lm_head"], lora_dropout=0.5)
     model = apply_lora(Model(jnp.float32), settings, rngs=nnx.Rngs(1))
     set_dropout_key(model, jax.random.key(0))

@@ -12,11 +12,11 @@ from flax import nnx
 from lorax.adapters.nnx.apply import apply_lora
 from lorax.adapters.nnx.tree import split_trainable
 from lorax.config.adapter import LoraConfig
-from lorax.loss import causal_lm_loss
 from lorax.models.architecture import DecoderConfig
 from lorax.models.decoder import CausalLM
 from lorax.models.stack.offload import run_in_order
 from lorax.models.stack.recompute import Recomputation
+from lorax.objectives.sft import causal_lm_loss
 from tests.bounds import EXACT, distance, in_float64
 from tests.jaxprs import equations
 

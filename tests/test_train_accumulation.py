@@ -12,9 +12,10 @@ from lorax.data.batches import BatchPlan
 from lorax.data.dataset import EncodedDataset
 from lorax.devices.mesh import make_mesh
 from lorax.devices.placement import place_batch, place_parameters
-from lorax.loss import accumulate, causal_lm_loss
+from lorax.loss import accumulate
 from lorax.models.architecture import DecoderConfig
 from lorax.models.decoder import CausalLM
+from lorax.objectives.sft import causal_lm_loss
 from lorax.step import make_train_step
 from lorax_kernels import IGNORED
 
@@ -207,7 +208,7 @@ def test_a_count_may_be_a_plain_number():
 
 def test_chunked_logits_give_the_same_loss_and_gradient(model, dataset, exact, monkeypatch):
     batch, whole = batch_of(dataset, 1), exact
-    monkeypatch.setattr("lorax.loss.LOGIT_CHUNK_BYTES", 4 * 97 * ROWS * 8)
+    monkeypatch.setattr("lorax.objectives.linear_loss.LOGIT_CHUNK_BYTES", 4 * 97 * ROWS * 8)
     chunked = gradients(model, batch)
     assert chunked[0] == pytest.approx(whole[0], rel=1e-6)
     assert worst(chunked[2], whole[2]) <= 1e-5

@@ -20,7 +20,7 @@ from lorax.adapters.nnx.tree import lora_layers
 from lorax.config.train import TrainConfig
 from lorax.interop.load import load_model
 from lorax.interop.peft import save_adapter
-from lorax.loss import causal_lm_loss
+from lorax.objectives.sft import causal_lm_loss
 from lorax.optimizer import make_optimizer
 from lorax.step import make_train_step
 from lorax_kernels import IGNORED

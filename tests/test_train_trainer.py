@@ -27,10 +27,10 @@ from lorax.evaluate import Evaluator
 from lorax.interop.load import load_model
 from lorax.interop.peft import load_adapter
 from lorax.interop.save import save_model
-from lorax.loss import causal_lm_loss
 from lorax.models.architecture import DecoderConfig
 from lorax.models.decoder import CausalLM
 from lorax.nonfinite import report_rows
+from lorax.objectives.sft import causal_lm_loss
 from lorax.optimizer import make_schedule
 from lorax.recorder import Recorder
 from lorax.recovery.files import read_checkpoint
