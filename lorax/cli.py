@@ -17,7 +17,6 @@ from lorax.cli_generate import add_generate
 from lorax.config.run import RunConfig, load_config
 from lorax.data.chat.tokenizer import WITHOUT_TORCH
 from lorax.interop.adapter_base import with_recorded_revision
-from lorax.long_steps import ABANDONED
 from lorax.overview import module_rows, report_data, report_kernels, report_notes, report_plan
 from lorax.recovery.store import SaveError
 from lorax.report import print_config, print_modules
@@ -38,6 +37,7 @@ from lorax.system.streams import Outlet
 from lorax.system.threads import works_beside
 from lorax.system.versions import find_version
 from lorax.system.wording import LONGEST, clip_words, describe
+from lorax.training.long_steps import ABANDONED
 
 WIDTH_IN_LOGS = 100
 

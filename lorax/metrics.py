@@ -1,16 +1,11 @@
 """What a run measures: a JSON line per step, tokens per second, model FLOPs, memory, versions."""
 
-import dataclasses
 import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
-
-import jax
-
-from lorax.system.hardware import Device, peak_bf16_tflops
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -188,100 +183,3 @@ def _to_scalar(name: str, value: Any) -> bool | int | float | str | None:
 
 def _is_finite(value: bool | int | float | str | None) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelSize:
-    """What the FLOPs of a model depend on.
-
-    Attributes:
-        frozen_parameters: Entries of frozen weight matrices, without an embedding table that is
-            only looked up (a tied one is the head's matrix and counts).
-        trained_parameters: Entries of trained weight matrices: the adapter's, or all.
-        layers: Number of layers.
-        attention_width: Heads times head dimension.
-    """
-
-    frozen_parameters: int
-    trained_parameters: int
-    layers: int
-    attention_width: int
-
-    def flops_per_token(self, context_tokens: float) -> float:
-        """Returns ``4·N_frozen + 6·N_trained + 12·L·H·T``, forward and backward pass.
-
-        A trained matrix takes 2 FLOPs per entry forward, 2 for the gradient of its input and 2 for
-        its own; a frozen one has no gradient of its own. Attention has no weights, so it costs the
-        same in both; like in the source, nothing is taken off for its causal half, and what is
-        recomputed does not count.
-
-        Args:
-            context_tokens: T, the length of the documents.
-
-        Source: Chowdhery et al. 2022, "PaLM", appendix B, https://arxiv.org/abs/2204.02311
-        """
-        matrices = 4 * self.frozen_parameters + 6 * self.trained_parameters
-        return matrices + 12 * self.layers * self.attention_width * context_tokens
-
-
-class Throughput:
-    """Tokens per second and model FLOPs utilisation of a run, without the steps that compile."""
-
-    def __init__(self, size: ModelSize, devices: Sequence[Device] | None = None):
-        """Takes the devices of the run; all of this process's backend when not given."""
-        devices = jax.devices() if devices is None else devices
-        peaks = [peak_bf16_tflops(device.device_kind) for device in devices]
-        self.size, self.devices = size, devices
-        self.peak_flops = None if None in peaks else 1e12 * sum(filter(None, peaks))
-        self._steps = 0
-        self._tokens = 0
-        self._seconds = 0.0
-        self._flops = 0.0
-
-    def add(
-        self, tokens: int, seconds: float, *, context_tokens: float, compiled: bool = False
-    ) -> dict[str, float | None]:
-        """Counts one step; the first one, and those that are `compiled`, do not enter the mean.
-
-        Args:
-            tokens: Tokens of the step on all devices, without padding.
-            seconds: How long the step took, its result waited for.
-            context_tokens: Mean length of the documents of the step.
-            compiled: Whether the step was compiled within `seconds`.
-
-        Returns:
-            The step's own `tokens_per_s` and `mfu` (None where the device's peak is unknown).
-        """
-        if seconds <= 0:
-            raise ValueError(f"a step needs seconds > 0, got {seconds}")
-        flops = tokens * self.size.flops_per_token(context_tokens)
-        if self._steps > 0 and not compiled:
-            self._tokens += tokens
-            self._seconds += seconds
-            self._flops += flops
-        self._steps += 1
-        return {"tokens_per_s": tokens / seconds, "mfu": self._mfu(flops, seconds)}
-
-    def mean(self) -> dict[str, float | None]:
-        """Returns `tokens_per_s` and `mfu` of all counted steps; None before there is one."""
-        if self._seconds == 0.0:
-            return {"tokens_per_s": None, "mfu": None}
-        speed = self._tokens / self._seconds
-        return {"tokens_per_s": speed, "mfu": self._mfu(self._flops, self._seconds)}
-
-    def _mfu(self, flops: float, seconds: float) -> float | None:
-        return None if self.peak_flops is None else flops / (seconds * self.peak_flops)
-
-
-def is_spike(loss: float, before: Sequence[float]) -> bool:
-    """Says whether a loss stands out: six standard deviations and a tenth above the mean.
-
-    Args:
-        loss: Of a step.
-        before: Of the steps before it; of fewer than twenty nothing is said.
-    """
-    if not math.isfinite(loss) or len(before) < 20:
-        return False
-    mean = sum(before) / len(before)
-    deviation = math.sqrt(sum((x - mean) ** 2 for x in before) / len(before))
-    return loss > mean + 6 * deviation and loss > 1.1 * mean

@@ -21,8 +21,8 @@ from lorax.models.architecture import DecoderConfig
 from lorax.models.decoder import CausalLM
 from lorax.models.stack.recompute import REPEATING, GradientCheckpointing, Recomputation
 from lorax.objectives.linear_loss import logit_chunks
-from lorax.optimizer import make_optimizer
 from lorax.system.hardware import GIB
+from lorax.training.optim.optimizer import make_optimizer
 from lorax_kernels import padded_rank
 
 POLICIES: tuple[GradientCheckpointing, ...] = ("none", "selective", "full", "offload")

@@ -8,9 +8,9 @@ from rich.console import Console
 
 from lorax.metrics import RunLog
 from lorax.report import StepLine
-from lorax.step_events import Event
 from lorax.system.clock import Phases
 from lorax.system.wording import describe
+from lorax.training.events import Event
 
 
 class Recorder:

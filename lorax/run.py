@@ -26,7 +26,6 @@ from lorax.interop.folder import resolve_base
 from lorax.metrics import METRICS_FILE, RunLog, check_reporters, read_metrics
 from lorax.models.stack.recompute import Recomputation, settings_of
 from lorax.overview import report_data, report_model, report_notes, shows_text
-from lorax.preparation import compile_ahead
 from lorax.recorder import Recorder
 from lorax.recovery.identity import (
     fingerprint_folder,
@@ -64,14 +63,15 @@ from lorax.run_inputs import (
     load_inputs,
     saved_identity,
 )
-from lorax.step_events import Event
 from lorax.stopping import OutOfMemoryError
 from lorax.system.clock import Phases
 from lorax.system.files import read_json, sync
 from lorax.system.hardware import memory_gib
 from lorax.system.threads import finish_beside, start_beside
 from lorax.system.versions import library_versions
-from lorax.train import Listener, Trainer
+from lorax.training.ahead import compile_ahead
+from lorax.training.events import Event
+from lorax.training.trainer import Listener, Trainer
 
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 

@@ -31,12 +31,12 @@ from lorax.interop.stop_tokens import stop_token_ids
 from lorax.kernel_choice import check_kernels
 from lorax.models.decoder import CausalLM
 from lorax.models.stack.recompute import Recomputation
-from lorax.optimizer import make_schedule
 from lorax.plan import POLICIES, Planner
-from lorax.preparation import count_steps, plan_training
 from lorax.recovery.store import CHECKPOINT_FOLDER, CheckpointStore
 from lorax.system.hardware import GIB, device_gib
 from lorax.system.threads import await_tracing
+from lorax.training.calendar import count_steps, plan_training
+from lorax.training.optim.schedules import make_schedule
 
 CHATS = ("auto", "messages", "sharegpt", "alpaca")
 """Formats of data whose rows a chat template renders, or may render."""

@@ -40,9 +40,9 @@ from lorax.devices.placement import place_batch
 from lorax.models.architecture import DecoderConfig
 from lorax.models.decoder import CausalLM
 from lorax.models.stack.recompute import REPEATING, Recomputation, check_policy
-from lorax.optimizer import make_optimizer
-from lorax.step import compile_lowered, make_train_step
 from lorax.system.hardware import memory_gib
+from lorax.training.optim.optimizer import make_optimizer
+from lorax.training.step import compile_lowered, make_train_step
 from lorax_kernels import xla_options
 
 

@@ -37,12 +37,12 @@ from bench_step import (
 )
 from measured_rows import append_rows, origin
 
-import lorax.step
+import lorax.training.step
 from lorax import Trainer, load_config
 from lorax.config.train import TrainConfig
 from lorax.models.stack.recompute import Recomputation
-from lorax.optimizer import make_optimizer
 from lorax.recovery.files import read_checkpoint
+from lorax.training.optim.optimizer import make_optimizer
 
 SELECTIVE = Recomputation("selective")
 
@@ -62,20 +62,20 @@ def digest(tree: Any) -> jax.Array:
 
 def compile_unguarded(model, batch):
     """Returns a step that applies every update, as if all numbers were finite."""
-    plain = lorax.step.jnp
+    plain = lorax.training.step.jnp
     names = {name: getattr(plain, name) for name in dir(plain) if not name.startswith("__")}
     unguarded: Any = SimpleNamespace(**names | {"where": lambda _, new, __: new})
-    lorax.step.jnp = unguarded
+    lorax.training.step.jnp = unguarded
     try:
         return compile_variant(model, Variant("auto", SELECTIVE), batch)
     finally:
-        lorax.step.jnp = plain
+        lorax.training.step.jnp = plain
 
 
 def compile_repeatable(model, batch) -> Compiled:
     """Returns the step that is to come to the same bits every time."""
     optimizer = make_optimizer(TrainConfig(learning_rate=2e-4), 1_000_000)
-    step, state = lorax.step.make_train_step(model, optimizer, full_determinism=True)
+    step, state = lorax.training.step.make_train_step(model, optimizer, full_determinism=True)
     begin = time.perf_counter()
     compiled = step.compile(state, batch).compiled
     return Compiled(compiled, step.frozen, state, time.perf_counter() - begin)

@@ -28,9 +28,9 @@ from lorax.data.dataset import EncodedDataset
 from lorax.data.encode import load_encoded_dataset
 from lorax.interop.load import load_model
 from lorax.objectives.sft import causal_lm_loss
-from lorax.optimizer import make_optimizer
-from lorax.step import TrainState, make_train_step
 from lorax.system.versions import library_versions
+from lorax.training.optim.optimizer import make_optimizer
+from lorax.training.step import TrainState, make_train_step
 
 ROOT = Path(__file__).parents[1]
 MODEL, DATA = ROOT / "examples/tiny/model", ROOT / "examples/tiny/data/train.jsonl"

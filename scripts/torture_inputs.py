@@ -362,11 +362,11 @@ def run_and_record(folder: Path, command: str, settings: list[str]) -> None:
     output = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    import lorax.train
+    import lorax.training.trainer
     from lorax.cli import main
 
     crash = mock.patch.object(
-        lorax.train.Trainer, "_settle", side_effect=RuntimeError("unforeseen")
+        lorax.training.trainer.Trainer, "_settle", side_effect=RuntimeError("unforeseen")
     )
     with crash if settings == ["CRASH"] else contextlib.nullcontext():
         try:

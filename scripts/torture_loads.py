@@ -163,8 +163,8 @@ def weigh_checks(count: int, folder: Path) -> tuple[int, int, dict[str, float]]:
     """L3: a step's checks take < 1 % of 8B's on a GPU; saving 500 MB holds a run up for < 1 s."""
     import numpy as np
 
-    from lorax.metrics import is_spike
     from lorax.recovery.store import CheckpointStore
+    from lorax.training.events import is_spike
 
     measured = [json.loads(line) for line in (ROOT / "docs" / MEASURED).read_text().splitlines()]
     (step_ms, *_) = [row["step_ms"] for row in measured if row.get("compiled") == "default"][-1:]

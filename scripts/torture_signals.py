@@ -59,7 +59,7 @@ def terminate(count: int, folder: Path) -> tuple[int, int]:
     """P1: SIGTERM during steps, short ones and endless ones: saved, status 75, within 10 s."""
 
     def make(run: Path, is_endless: bool, **options: Any):
-        from lorax import long_steps
+        from lorax.training import long_steps
 
         options = {"train__max_steps": 200} | options
         if is_endless:

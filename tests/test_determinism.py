@@ -10,12 +10,12 @@ from flax import nnx
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from rich.console import Console
 
-from lorax import train
 from lorax.config.run import load_config
 from lorax.devices import determinism
 from lorax.devices.determinism import compiler_options, repeatable_attention
 from lorax.run import run_training
-from lorax.step import make_train_step
+from lorax.training import trainer
+from lorax.training.step import make_train_step
 
 BACKWARD = "fmhaSoftmaxBackward"
 
@@ -99,13 +99,13 @@ def test_the_setting_reaches_the_step_and_the_evaluation(tmp_path, monkeypatch):
     seen = {}
 
     def note(name):
-        original = getattr(train, name)
+        original = getattr(trainer, name)
 
         def noting(*arguments, **options):
             seen[name] = options["full_determinism"]
             return original(*arguments, **options)
 
-        monkeypatch.setattr(train, name, noting)
+        monkeypatch.setattr(trainer, name, noting)
 
     note("make_train_step")
     note("Evaluator")

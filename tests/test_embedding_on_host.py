@@ -21,10 +21,10 @@ from lorax.interop.load import load_model
 from lorax.interop.save import save_model
 from lorax.models.architecture import DecoderConfig
 from lorax.models.decoder import init_model
-from lorax.nonfinite import find_micro_batches
-from lorax.preparation import compile_ahead
 from lorax.run import run_training
 from lorax.run_inputs import build_model, check_targets, load_inputs, make_planner
+from lorax.training.ahead import compile_ahead
+from lorax.training.nonfinite import find_micro_batches
 
 ROOT = Path(__file__).parents[1]
 SITE = Path(os.environ.get("LORAX_AOT_SITE", ROOT / ".aot"))
@@ -208,8 +208,8 @@ import lorax
 from lorax.config.train import TrainConfig
 from lorax.models.decoder import CausalLM
 from lorax.models.architecture import DecoderConfig
-from lorax.optimizer import make_optimizer
-from lorax.step import make_train_step
+from lorax.training.optim.optimizer import make_optimizer
+from lorax.training.step import make_train_step
 
 target = Path("tests/golden/h200_target_config.txtpb").read_text()
 topology = topologies.get_topology_desc(platform="cuda", target_config=target, topology="1x1x1")

@@ -18,7 +18,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from lorax.metrics import is_spike
 from lorax.models.stack.recompute import settings_of
 from lorax.recovery.files import read_checkpoint
 from lorax.recovery.identity import fingerprint_file, fingerprint_weights, refuse_other_run
@@ -28,6 +27,7 @@ from lorax.recovery.tree import fill_tree, flatten_tree
 from lorax.system.files import CheckpointError
 from lorax.system.signals import StopRequest
 from lorax.system.watchdog import STUCK_STATUS
+from lorax.training.events import is_spike
 
 DTYPES = ["float32", "bfloat16", "float16", "int32", "bool", "uint32"]
 

@@ -17,7 +17,7 @@ from lorax.layers.documents import DocumentLayout
 from lorax.models.architecture import DecoderConfig
 from lorax.models.decoder import CausalLM
 from lorax.models.stack.recompute import save_lora_h
-from lorax.step import make_train_step
+from lorax.training.step import make_train_step
 from lorax_kernels import (
     LoraWeights,
     lora_linear,

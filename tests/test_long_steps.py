@@ -12,17 +12,17 @@ import pytest
 from flax import nnx
 
 import lorax
-from lorax import long_steps
 from lorax.config.run import RunConfig
 from lorax.data.dataset import EncodedDataset
 from lorax.models.architecture import DecoderConfig
 from lorax.models.decoder import CausalLM
 from lorax.objectives.sft import causal_lm_loss
-from lorax.preparation import plan_training
 from lorax.recovery.tree import flatten_tree
-from lorax.step import TrainState
 from lorax.system.signals import RunStopped, StopRequest
-from lorax.train import Trainer
+from lorax.training import long_steps
+from lorax.training.calendar import plan_training
+from lorax.training.step import TrainState
+from lorax.training.trainer import Trainer
 
 ARCHITECTURE = DecoderConfig.from_hf(
     {

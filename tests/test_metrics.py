@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 import lorax.metrics
-from lorax.metrics import ModelSize, RunLog, Throughput
+from lorax.metrics import RunLog
 from lorax.system.hardware import MemoryUse, memory_gib, peak_bf16_tflops
 from lorax.system.versions import library_versions
+from lorax.training.events import ModelSize, Throughput
 
 SIZE = ModelSize(frozen_parameters=1000, trained_parameters=10, layers=2, attention_width=8)
 

@@ -12,7 +12,9 @@ from transformers import get_scheduler
 from transformers.optimization import Adafactor
 
 from lorax.config.train import LrSchedulerKwargs, TrainConfig
-from lorax.optimizer import make_optimizer, make_schedule, scale_by_adam
+from lorax.training.optim.adam import scale_by_adam
+from lorax.training.optim.optimizer import make_optimizer
+from lorax.training.optim.schedules import make_schedule
 from tests.bounds import assert_equal_after_steps
 
 HUGGING_FACE_NAMES = {

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from lorax import cli, long_steps
+from lorax import cli
 from lorax.system.streams import Outlet
+from lorax.training import long_steps
 
 ROOT = Path(__file__).parents[1]
 

@@ -9,9 +9,9 @@ import pytest
 from flax import nnx
 
 import lorax
-from lorax.preparation import compile_ahead
 from lorax.run_inputs import choose_recomputation, load_inputs, model_shapes
 from lorax.system.clock import Phases, process_age
+from lorax.training.ahead import compile_ahead
 
 ROOT = Path(__file__).parents[1]
 

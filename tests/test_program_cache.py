@@ -18,16 +18,16 @@ import pytest
 from flax import nnx
 
 import lorax
-from lorax import preparation
 from lorax.data.dataset import EncodedDataset
 from lorax.devices import step_cache
 from lorax.devices.step_cache import ProgramCache, open_program_cache
 from lorax.layers.documents import DocumentLayout
 from lorax.models.stack.recompute import Recomputation
-from lorax.preparation import compile_ahead
 from lorax.run_inputs import load_inputs, model_shapes
-from lorax.step import TrainStep
 from lorax.system.threads import finish_beside
+from lorax.training import calendar
+from lorax.training.ahead import compile_ahead
+from lorax.training.step import TrainStep
 
 ROOT = Path(__file__).parents[1]
 
@@ -179,7 +179,7 @@ def test_what_the_settings_do_not_say_counts_too(prepared, monkeypatch):
     assert len({usual, full, kept}) == 3
     rows = [inputs.train.row(i) for i in range(200)]  # fewer steps, so another schedule
     fewer = dataclasses.replace(inputs, train=EncodedDataset.from_rows(rows))
-    monkeypatch.setattr(preparation, "_common_layout", lambda _: DocumentLayout(256, 64))
+    monkeypatch.setattr(calendar, "_common_layout", lambda _: DocumentLayout(256, 64))
     same_layout = place_of(config, inputs, folder)
     assert same_layout != usual
     assert place_of(config, fewer, folder) != same_layout

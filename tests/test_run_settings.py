@@ -26,7 +26,7 @@ from lorax.models.stack.recompute import Recomputation
 from lorax.recovery.store import CheckpointStore
 from lorax.run import run_training
 from lorax.run_inputs import make_planner
-from lorax.train import Trainer
+from lorax.training.trainer import Trainer
 
 TINY = Path(__file__).parents[1] / "examples" / "tiny"
 TEMPLATE = (

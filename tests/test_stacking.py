@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax.stacking import stack_alike, unstack
+from lorax.training.optim.stacking import stack_alike, unstack
 
 
 def test_large_leaves_stay_alone_and_are_not_copied():

@@ -12,11 +12,11 @@ from lorax.data.batches import BatchPlan
 from lorax.data.dataset import EncodedDataset
 from lorax.devices.mesh import make_mesh
 from lorax.devices.placement import place_batch, place_parameters
-from lorax.loss import accumulate
 from lorax.models.architecture import DecoderConfig
 from lorax.models.decoder import CausalLM
 from lorax.objectives.sft import causal_lm_loss
-from lorax.step import make_train_step
+from lorax.training.accumulate import accumulate
+from lorax.training.step import make_train_step
 from lorax_kernels import IGNORED
 
 CONFIG = DecoderConfig.from_hf(

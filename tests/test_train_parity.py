@@ -21,8 +21,8 @@ from lorax.config.train import TrainConfig
 from lorax.interop.load import load_model
 from lorax.interop.peft import save_adapter
 from lorax.objectives.sft import causal_lm_loss
-from lorax.optimizer import make_optimizer
-from lorax.step import make_train_step
+from lorax.training.optim.optimizer import make_optimizer
+from lorax.training.step import make_train_step
 from lorax_kernels import IGNORED
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")

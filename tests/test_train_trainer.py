@@ -23,20 +23,20 @@ import lorax
 from lorax.adapters.nnx.tree import lora_layers
 from lorax.config.run import RunConfig
 from lorax.data.dataset import EncodedDataset
-from lorax.evaluate import Evaluator
 from lorax.interop.load import load_model
 from lorax.interop.peft import load_adapter
 from lorax.interop.save import save_model
 from lorax.models.architecture import DecoderConfig
 from lorax.models.decoder import CausalLM
-from lorax.nonfinite import report_rows
 from lorax.objectives.sft import causal_lm_loss
-from lorax.optimizer import make_schedule
 from lorax.recorder import Recorder
 from lorax.recovery.files import read_checkpoint
 from lorax.system.clock import Phases
 from lorax.system.signals import RunStopped
-from lorax.train import Trainer
+from lorax.training.evaluate import Evaluator
+from lorax.training.nonfinite import report_rows
+from lorax.training.optim.schedules import make_schedule
+from lorax.training.trainer import Trainer
 
 VOCAB = 64
 ARCHITECTURE = DecoderConfig.from_hf(

@@ -1,4 +1,4 @@
-"""What a model scores on held-out rows: token-weighted loss and exact answers."""
+"""Held-out loss, weighted by tokens."""
 
 import math
 from collections.abc import Callable

@@ -7,8 +7,8 @@ from typing import Any
 
 import jax
 
-from lorax.step import TrainState
 from lorax.system.signals import StopAskedError, StopRequest
+from lorax.training.step import TrainState
 
 PATIENCE_SECONDS = 2.0
 """How long the step that runs is waited for after a signal; the rest of ten is for saving."""

@@ -17,22 +17,24 @@ from lorax.config.run import RunConfig
 from lorax.data.dataset import EncodedDataset
 from lorax.devices.mesh import make_mesh
 from lorax.devices.placement import batch_placer, place_parameters
-from lorax.evaluate import Evaluator
 from lorax.interop.folder import resolve_base
 from lorax.interop.peft import save_adapter
 from lorax.interop.save import save_model
-from lorax.long_steps import LongSteps, StepDroppedError
-from lorax.metrics import Throughput
-from lorax.model_size import model_size
 from lorax.models.stack.recompute import Recomputation, settings_of
-from lorax.nonfinite import find_micro_batches, report_rows
 from lorax.objectives.objective import LossFunction
 from lorax.objectives.sft import causal_lm_loss
-from lorax.optimizer import make_optimizer, make_schedule
-from lorax.preparation import (
-    CompiledStep,
+from lorax.recovery.identity import fingerprint_weights, identify_run, name_datasets
+from lorax.recovery.progress import Progress, TrainResult
+from lorax.recovery.saver import Saver
+from lorax.recovery.snapshots import WeightStore
+from lorax.recovery.store import CHECKPOINT_FOLDER, CheckpointStore
+from lorax.system.files import CheckpointError, refuse_occupied
+from lorax.system.signals import RunStopped, StopAskedError, StopRequest
+from lorax.system.versions import library_versions
+from lorax.system.watchdog import Watchdog
+from lorax.training.ahead import CompiledStep, compile_widths
+from lorax.training.calendar import (
     batches_after,
-    compile_widths,
     count_steps,
     ends_epoch,
     is_evaluation_due,
@@ -42,17 +44,13 @@ from lorax.preparation import (
     refuse_empty_steps,
     step_options,
 )
-from lorax.recovery.identity import fingerprint_weights, identify_run, name_datasets
-from lorax.recovery.progress import Progress, TrainResult
-from lorax.recovery.saver import Saver
-from lorax.recovery.snapshots import WeightStore
-from lorax.recovery.store import CHECKPOINT_FOLDER, CheckpointStore
-from lorax.step import TrainState, TrainStep, make_train_step
-from lorax.step_events import Event, StepEvents
-from lorax.system.files import CheckpointError, refuse_occupied
-from lorax.system.signals import RunStopped, StopAskedError, StopRequest
-from lorax.system.versions import library_versions
-from lorax.system.watchdog import Watchdog
+from lorax.training.evaluate import Evaluator
+from lorax.training.events import Event, StepEvents, Throughput, model_size
+from lorax.training.long_steps import LongSteps, StepDroppedError
+from lorax.training.nonfinite import find_micro_batches, report_rows
+from lorax.training.optim.optimizer import make_optimizer
+from lorax.training.optim.schedules import make_schedule
+from lorax.training.step import TrainState, TrainStep, make_train_step
 
 type Listener = Callable[[Event], None]
 

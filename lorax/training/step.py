@@ -17,12 +17,12 @@ from lorax.adapters.nnx.apply import set_dropout_key
 from lorax.adapters.nnx.tree import named_modules, split_trainable
 from lorax.devices.determinism import compiler_options, repeatable_attention
 from lorax.devices.placement import place_parameters, placed_shapes
-from lorax.loss import accumulate
 from lorax.objectives.objective import Batch, LossFunction
 from lorax.objectives.sft import causal_lm_loss
-from lorax.stacking import stack_alike
 from lorax.system.threads import TRACING, start_beside
 from lorax.system.wording import describe
+from lorax.training.accumulate import accumulate
+from lorax.training.optim.stacking import stack_alike
 from lorax_kernels import compile_kernels
 
 METRICS = ("applied", "grad_norm", "loss", "tokens")

@@ -1,4 +1,4 @@
-"""Token-normalised loss: sums and counts per micro-batch, divided once per optimizer step."""
+"""Exact loss and gradient of many micro-batches."""
 
 from collections.abc import Callable
 from typing import Any

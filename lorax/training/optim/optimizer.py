@@ -1,0 +1,105 @@
+"""The optimizer of a run, as an optax chain."""
+
+from collections.abc import Sequence
+from typing import cast
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import PyTree
+
+from lorax.config.train import TrainConfig
+from lorax.training.optim.adam import scale_by_adam
+from lorax.training.optim.schedules import make_schedule
+from lorax.training.optim.stacking import stack_alike, unstack
+
+_UPDATED_TOGETHER = 128
+"""Leaves of one shape that XLA may update in a few launches, making the whole stack again for each:
+the time to compile this grows with the square of their number, to half a minute for 192."""
+
+
+def make_optimizer(train: TrainConfig, total_steps: int) -> optax.GradientTransformation:
+    """Chains clipping, the optimizer's direction, decoupled weight decay and the schedule.
+
+    ``p ← p − rate(t) · (direction(clip(g)) + weight_decay · p)``; the decay leaves out biases and
+    norms, which are the arrays with fewer than two dimensions. Moments and updates are float32
+    whatever the parameters are.
+
+    Args:
+        train: The optimizer and its settings.
+        total_steps: Optimizer steps of the whole run, for the schedule.
+
+    Returns:
+        An optax transformation; its `update` needs the parameters.
+
+    Raises:
+        ValueError: As `make_schedule`.
+    """
+    matrices = lambda params: jax.tree.map(lambda leaf: leaf.ndim >= 2, params)
+    stages = [
+        _choose_direction(train),
+        optax.add_decayed_weights(train.weight_decay, mask=matrices),
+        optax.scale_by_learning_rate(make_schedule(train, total_steps)),
+    ]
+    if train.max_grad_norm > 0:
+        stages.insert(0, optax.clip_by_global_norm(train.max_grad_norm))
+    if train.optim == "adafactor":  # which looks at rows and columns of each matrix
+        return _compute_in_float32(optax.chain(*stages))
+    return _compute_in_float32(_chain(stages[:-2], stages[-2:]))
+
+
+def _choose_direction(train: TrainConfig) -> optax.GradientTransformation:
+    match train.optim:
+        case "adamw":
+            return scale_by_adam(train.adam_beta1, train.adam_beta2, train.adam_epsilon)
+        case "lion":
+            return optax.scale_by_lion(b1=train.adam_beta1, b2=train.adam_beta2)
+        case "sgd":
+            return optax.identity()
+        case "adafactor":
+            # Hugging Face factors every matrix; optax alone would leave those of a low rank whole.
+            rms = optax.scale_by_factored_rms(min_dim_size_to_factor=1)
+            return optax.chain(rms, optax.clip_by_block_rms(1.0))
+
+
+def _chain(
+    stacked: Sequence[optax.GradientTransformation], apart: Sequence[optax.GradientTransformation]
+) -> optax.GradientTransformation:
+    """Chains what runs on the leaves of each shape stacked, and then what runs on each leaf.
+
+    Adapters are hundreds of small leaves of a few shapes: an update of its own for each costs more
+    in launches than in arithmetic. `stacked` must treat every element by itself, and not read the
+    parameters: where XLA finds them read in a stack, it cannot write the new ones over them.
+    """
+    first, last, n = optax.chain(*stacked), optax.chain(*apart), len(stacked)
+
+    def init(params: PyTree) -> optax.OptState:
+        return *cast(tuple, first.init(stack_alike(params))), *cast(tuple, last.init(params))
+
+    def update(
+        updates: PyTree, state: optax.OptState, params: PyTree = None
+    ) -> tuple[PyTree, optax.OptState]:
+        before = cast(tuple, state)
+        stacks, after = first.update(stack_alike(updates), before[:n])
+        if max(len(stack) for stack in jax.tree.leaves(stacks)) > _UPDATED_TOGETHER:
+            stacks = jax.lax.optimization_barrier(stacks)
+        updates = unstack(cast(dict[str, jax.Array], stacks), updates)
+        updates, rest = last.update(updates, before[n:], params)
+        return updates, (*cast(tuple, after), *cast(tuple, rest))
+
+    return optax.GradientTransformation(init, update)
+
+
+def _compute_in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    def cast(tree: PyTree) -> PyTree:
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
+
+    def init(params: PyTree) -> optax.OptState:
+        return inner.init(cast(params))
+
+    def update(
+        updates: PyTree, state: optax.OptState, params: PyTree = None
+    ) -> tuple[PyTree, optax.OptState]:
+        return inner.update(cast(updates), state, cast(params))
+
+    return optax.GradientTransformation(init, update)
