@@ -16,11 +16,11 @@ from lorax.config.run import RunConfig
 from lorax.data.chat.tokenizer import Tokenizer
 from lorax.data.dataset import EncodedDataset, EncodeReport
 from lorax.data.preview import render_example
-from lorax.kernel_choice import kernel_choices
 from lorax.layers.attention import cudnn_obstacle, resolve_implementation
 from lorax.models.decoder import CausalLM
 from lorax.models.stack.recompute import Recomputation
-from lorax.plan import DEVICES, POLICIES, Planner
+from lorax.planning.kernels import kernel_choices
+from lorax.planning.memory import DEVICES, POLICIES, Planner
 from lorax.report import ModuleRow, print_example, print_modules
 from lorax.system.hardware import GIB, USABLE
 

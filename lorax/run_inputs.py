@@ -28,10 +28,10 @@ from lorax.interop.load import check_checkpoint, load_hf_config, load_model
 from lorax.interop.peft import check_adapter, load_adapter, trains_base_weights
 from lorax.interop.peft_config import adapter_notes, read_adapter_config
 from lorax.interop.stop_tokens import stop_token_ids
-from lorax.kernel_choice import check_kernels
 from lorax.models.decoder import CausalLM
 from lorax.models.stack.recompute import Recomputation
-from lorax.plan import POLICIES, Planner
+from lorax.planning.kernels import check_kernels
+from lorax.planning.memory import POLICIES, Planner
 from lorax.recovery.store import CHECKPOINT_FOLDER, CheckpointStore
 from lorax.system.hardware import GIB, device_gib
 from lorax.system.threads import await_tracing

@@ -4,9 +4,9 @@ import pytest
 from flax import nnx
 
 import lorax
-from lorax.kernel_choice import check_kernels, kernel_choices
 from lorax.models.architecture import DecoderConfig
 from lorax.models.decoder import CausalLM
+from lorax.planning.kernels import check_kernels, kernel_choices
 from lorax_kernels import tuning
 from lorax_kernels.device import interpreted
 

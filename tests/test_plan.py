@@ -17,7 +17,7 @@ from lorax.config.run import load_config
 from lorax.models.architecture import DecoderConfig
 from lorax.models.decoder import CausalLM
 from lorax.models.stack.recompute import Recomputation
-from lorax.plan import FILLED, POLICIES, Planner
+from lorax.planning.memory import FILLED, POLICIES, Planner
 from lorax.run_inputs import choose_recomputation
 from lorax.system.hardware import GIB
 

@@ -16,11 +16,11 @@ import jax.numpy as jnp
 from lorax.adapters.nnx.tree import lora_layers, split_trainable
 from lorax.config.run import RunConfig
 from lorax.devices.host_memory import HostArray, embedding_obstacle, embedding_on_host
-from lorax.kernel_choice import family_of
 from lorax.models.architecture import DecoderConfig
 from lorax.models.decoder import CausalLM
 from lorax.models.stack.recompute import REPEATING, GradientCheckpointing, Recomputation
 from lorax.objectives.linear_loss import logit_chunks
+from lorax.planning.kernels import family_of
 from lorax.system.hardware import GIB
 from lorax.training.optim.optimizer import make_optimizer
 from lorax_kernels import padded_rank
