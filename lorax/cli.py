@@ -17,9 +17,15 @@ from lorax.cli_generate import add_generate
 from lorax.config.run import RunConfig, load_config
 from lorax.data.chat.tokenizer import WITHOUT_TORCH
 from lorax.interop.adapter_base import with_recorded_revision
-from lorax.overview import module_rows, report_data, report_kernels, report_notes, report_plan
 from lorax.recovery.store import SaveError
-from lorax.report import print_config, print_modules
+from lorax.report.overview import (
+    module_rows,
+    report_data,
+    report_kernels,
+    report_notes,
+    report_plan,
+)
+from lorax.report.screen import print_config, print_modules
 from lorax.run import run_training
 from lorax.run_folder import find_run
 from lorax.run_inputs import (

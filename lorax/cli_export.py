@@ -5,7 +5,6 @@ from pathlib import Path
 import jax.numpy as jnp
 from rich.console import Console
 
-from lorax.card import write_card
 from lorax.cli_common import DTYPES, note
 from lorax.interop.adapter_base import BaseModel, choose_base, recorded_base
 from lorax.interop.adapter_tokenizer import FoundTokenizer, find_tokenizer, tokenizer_files
@@ -15,6 +14,7 @@ from lorax.interop.load import find_stored_dtype, load_model
 from lorax.interop.peft import load_adapter
 from lorax.interop.peft_config import CONFIG_FILE
 from lorax.interop.stop_tokens import stop_token_ids
+from lorax.report.card import write_card
 from lorax.run_folder import EXPORT_FOLDERS, SavedRun, find_adapter, read_run, run_of
 from lorax.run_inputs import input_notes
 from lorax.system.files import refuse_occupied

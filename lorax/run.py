@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from flax import nnx
 from rich.console import Console
 
-from lorax.card import title_of, write_card
 from lorax.config.run import RunConfig
 from lorax.devices.mesh import make_mesh
 from lorax.devices.step_cache import ProgramCache, open_program_cache
@@ -23,10 +22,7 @@ from lorax.interop.adapter_base import with_recorded_revision
 from lorax.interop.export import export_model
 from lorax.interop.export_files import companion_files
 from lorax.interop.folder import resolve_base
-from lorax.metrics import METRICS_FILE, RunLog, check_reporters, read_metrics
 from lorax.models.stack.recompute import Recomputation, settings_of
-from lorax.overview import report_data, report_model, report_notes, shows_text
-from lorax.recorder import Recorder
 from lorax.recovery.identity import (
     fingerprint_folder,
     fixed_settings,
@@ -35,12 +31,11 @@ from lorax.recovery.identity import (
     refuse_other_run,
 )
 from lorax.recovery.store import CHECKPOINT_FOLDER, CheckpointStore, SaveError
-from lorax.report import (
-    RunSummary,
-    print_config,
-    print_summary,
-    show_progress,
-)
+from lorax.report.card import title_of, write_card
+from lorax.report.listener import Recorder
+from lorax.report.log import METRICS_FILE, RunLog, check_reporters, read_metrics
+from lorax.report.overview import report_data, report_model, report_notes, shows_text
+from lorax.report.screen import RunSummary, print_config, print_summary, show_progress
 from lorax.run_folder import (
     EXPORT_FOLDERS,
     SUMMARY_FILE,
@@ -386,7 +381,7 @@ def _export_all(config, model, inputs: Inputs, console, result, scores) -> dict[
 def _draw_curve(output: Path, title: str, console: Console) -> dict[str, str]:
     """Draws the losses of a run; what it trained is worth more than a plot that fails."""
     try:
-        from lorax.loss_curve import draw_loss_curve
+        from lorax.report.curve import draw_loss_curve
 
         draw_loss_curve(output / METRICS_FILE, output / "loss.png", title=title)
     except Exception as error:

@@ -16,7 +16,7 @@ from pathlib import Path
 from measured_rows import append_rows
 
 from lorax.config.run import load_config
-from lorax.metrics import METRICS_FILE, read_metrics
+from lorax.report.log import METRICS_FILE, read_metrics
 
 WARM_UP_STEPS = 2
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import lorax.metrics
-from lorax.metrics import RunLog
+import lorax.report.log
+from lorax.report.log import RunLog
 from lorax.system.hardware import MemoryUse, memory_gib, peak_bf16_tflops
 from lorax.system.versions import library_versions
 from lorax.training.events import ModelSize, Throughput
@@ -121,22 +121,22 @@ def test_a_resumed_run_writes_each_step_once(tmp_path, reached, evaluated, kept)
 def test_what_an_older_version_wrote_twice_is_read_once(tmp_path):
     path = tmp_path / "metrics.jsonl"
     write_lines(path, [*BEFORE, {"step": 4, "loss": 2.51}, {"step": 4, "eval_loss": 2.41}])
-    assert lorax.metrics.read_metrics(path) == [
+    assert lorax.report.log.read_metrics(path) == [
         *BEFORE[:5], {"step": 4, "loss": 2.51}, {"step": 4, "eval_loss": 2.41}
     ]  # fmt: skip
     with RunLog(tmp_path, reached=4):
-        assert read_metrics(path) == lorax.metrics.read_metrics(path)
+        assert read_metrics(path) == lorax.report.log.read_metrics(path)
 
 
 @pytest.mark.parametrize("broken", [b"{", b"\xff", b"\0\0", b"[1]", b'{"step": 9e9}', b"[" * 9999])
 def test_a_damaged_line_is_named_with_a_remedy_that_works(tmp_path, broken):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1, "loss": 2.0}\n' + broken + b'\n{"step": 2, "loss": 1.0}\n')
-    for use in (lambda: lorax.metrics.read_metrics(path), lambda: RunLog(tmp_path, reached=1)):
+    for use in (lambda: lorax.report.log.read_metrics(path), lambda: RunLog(tmp_path, reached=1)):
         with pytest.raises(ValueError, match=r"metrics.jsonl:2: .*remove that line, or move the"):
             use()
     path.write_bytes(path.read_bytes().replace(broken + b"\n", b""))
-    assert len(lorax.metrics.read_metrics(path)) == 2
+    assert len(lorax.report.log.read_metrics(path)) == 2
 
 
 def test_log_creates_nothing_outside_the_run_directory(tmp_path):

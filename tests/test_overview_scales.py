@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 import lorax
 from lorax.adapters.nnx.tree import lora_layers
-from lorax.overview import module_rows
-from lorax.report import print_modules
+from lorax.report.overview import module_rows
+from lorax.report.screen import print_modules
 from lorax.run_inputs import check_targets
 
 BASE = "examples/tiny/model"

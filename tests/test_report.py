@@ -11,9 +11,9 @@ from rich.console import Console
 from lorax.config.data import DataConfig, DataSource
 from lorax.config.model import ModelConfig
 from lorax.config.run import RunConfig, SaveConfig, load_config
-from lorax.loss_curve import _smooth, draw_loss_curve
-from lorax.metrics import read_metrics
-from lorax.report import (
+from lorax.report.curve import _smooth, draw_loss_curve
+from lorax.report.log import read_metrics
+from lorax.report.screen import (
     ModuleRow,
     RunSummary,
     StepLine,
@@ -283,7 +283,9 @@ def test_curve_without_a_loss_is_refused(tmp_path, records):
 
 def test_curve_takes_the_last_line_of_a_repeated_step(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr("lorax.loss_curve._draw_losses", lambda axes, *series: seen.extend(series))
+    monkeypatch.setattr(
+        "lorax.report.curve._draw_losses", lambda axes, *series: seen.extend(series)
+    )
     records = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.5}, {"step": 2, "loss": 2.0}]
     write_metrics(tmp_path / "metrics.jsonl", records)
     draw_loss_curve(tmp_path / "metrics.jsonl", tmp_path / "loss.png")

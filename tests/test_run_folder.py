@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from lorax.cli import main
-from lorax.metrics import read_metrics
+from lorax.report.log import read_metrics
 from lorax.run_folder import SavedRun
 
 TINY = Path(__file__).parents[1] / "examples" / "tiny"
@@ -76,7 +76,7 @@ def test_the_log_of_a_resumed_run_holds_each_step_once(run, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("no fonts [/x]")
 
-    monkeypatch.setattr("lorax.loss_curve.draw_loss_curve", fail)
+    monkeypatch.setattr("lorax.report.curve.draw_loss_curve", fail)
     code, printed = resume()
     assert code == 0 and "resumed after step 1" in printed
     lines = (here / "metrics.jsonl").read_text().splitlines()

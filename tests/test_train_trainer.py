@@ -29,8 +29,8 @@ from lorax.interop.save import save_model
 from lorax.models.architecture import DecoderConfig
 from lorax.models.decoder import CausalLM
 from lorax.objectives.sft import causal_lm_loss
-from lorax.recorder import Recorder
 from lorax.recovery.files import read_checkpoint
+from lorax.report.listener import Recorder
 from lorax.system.clock import Phases
 from lorax.system.signals import RunStopped
 from lorax.training.evaluate import Evaluator

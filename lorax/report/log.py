@@ -1,4 +1,4 @@
-"""What a run measures: a JSON line per step, tokens per second, model FLOPs, memory, versions."""
+"""The metrics of a run, a JSON line per step: written, and read."""
 
 import json
 import math

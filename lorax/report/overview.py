@@ -21,7 +21,7 @@ from lorax.models.decoder import CausalLM
 from lorax.models.stack.recompute import Recomputation
 from lorax.planning.kernels import kernel_choices
 from lorax.planning.memory import DEVICES, POLICIES, Planner
-from lorax.report import ModuleRow, print_example, print_modules
+from lorax.report.screen import ModuleRow, print_example, print_modules
 from lorax.system.hardware import GIB, USABLE
 
 

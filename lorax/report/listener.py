@@ -6,8 +6,8 @@ from typing import Literal
 
 from rich.console import Console
 
-from lorax.metrics import RunLog
-from lorax.report import StepLine
+from lorax.report.log import RunLog
+from lorax.report.screen import StepLine
 from lorax.system.clock import Phases
 from lorax.system.wording import describe
 from lorax.training.events import Event

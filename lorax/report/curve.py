@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from lorax.metrics import read_metrics
+from lorax.report.log import read_metrics
 
 
 def draw_loss_curve(
