@@ -21,7 +21,7 @@ from lorax.interop.peft import load_adapter as load_adapter
 from lorax.interop.peft import save_adapter as save_adapter
 from lorax.interop.save import save_model as save_model
 from lorax.objectives.linear_loss import linear_cross_entropy as linear_cross_entropy
-from lorax.run_inputs import build_model as build_model
+from lorax.runs.setup import build_model as build_model
 from lorax.training.accumulate import accumulate as accumulate
 from lorax.training.step import make_train_step as make_train_step
 from lorax.training.step import merge_state as merge_state

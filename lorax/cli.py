@@ -26,17 +26,11 @@ from lorax.report.overview import (
     report_plan,
 )
 from lorax.report.screen import print_config, print_modules
-from lorax.run import run_training
-from lorax.run_folder import find_run
-from lorax.run_inputs import (
-    check_plan,
-    check_targets,
-    check_weights,
-    input_notes,
-    load_inputs,
-    make_planner,
-)
-from lorax.stopping import OutOfMemoryError
+from lorax.runs.checks import check_plan, check_targets, check_weights
+from lorax.runs.folder import find_run
+from lorax.runs.memory import OutOfMemoryError, make_planner
+from lorax.runs.run import run_training
+from lorax.runs.setup import input_notes, load_inputs
 from lorax.system.clock import Phases, process_age
 from lorax.system.signals import STOPPED_STATUS, RunStopped, asking_signals, await_second
 from lorax.system.streams import Outlet

@@ -15,8 +15,8 @@ from lorax.interop.peft import load_adapter
 from lorax.interop.peft_config import CONFIG_FILE
 from lorax.interop.stop_tokens import stop_token_ids
 from lorax.report.card import write_card
-from lorax.run_folder import EXPORT_FOLDERS, SavedRun, find_adapter, read_run, run_of
-from lorax.run_inputs import input_notes
+from lorax.runs.folder import EXPORT_FOLDERS, SavedRun, find_adapter, read_run, run_of
+from lorax.runs.setup import input_notes
 from lorax.system.files import refuse_occupied
 
 

@@ -21,10 +21,10 @@ from lorax.interop.peft_config import CONFIG_FILE as ADAPTER_FILE
 from lorax.interop.peft_config import read_adapter_config
 from lorax.interop.stop_tokens import stop_token_ids
 from lorax.models.architecture import DecoderConfig
-from lorax.prompts import choose_form, encode_as
-from lorax.run_folder import CONFIG_FILE as RUN_FILE
-from lorax.run_folder import EXPORT_FOLDERS, SavedRun, list_folder, read_run, run_of
-from lorax.run_inputs import input_notes
+from lorax.runs.folder import CONFIG_FILE as RUN_FILE
+from lorax.runs.folder import EXPORT_FOLDERS, SavedRun, list_folder, read_run, run_of
+from lorax.runs.prompts import choose_form, encode_as
+from lorax.runs.setup import input_notes
 
 NEW_TOKENS = 256
 """How many are written at most if nothing is said, and the context has room."""

@@ -13,7 +13,7 @@ from rich.console import Console
 from lorax.config.run import load_config
 from lorax.devices import determinism
 from lorax.devices.determinism import compiler_options, repeatable_attention
-from lorax.run import run_training
+from lorax.runs.run import run_training
 from lorax.training import trainer
 from lorax.training.step import make_train_step
 

@@ -21,8 +21,10 @@ from lorax.interop.load import load_model
 from lorax.interop.save import save_model
 from lorax.models.architecture import DecoderConfig
 from lorax.models.decoder import init_model
-from lorax.run import run_training
-from lorax.run_inputs import build_model, check_targets, load_inputs, make_planner
+from lorax.runs.checks import check_targets
+from lorax.runs.memory import make_planner
+from lorax.runs.run import run_training
+from lorax.runs.setup import build_model, load_inputs
 from lorax.training.ahead import compile_ahead
 from lorax.training.nonfinite import find_micro_batches
 

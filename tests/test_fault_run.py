@@ -14,7 +14,7 @@ import pytest
 
 from lorax.recovery.files import read_checkpoint
 from lorax.recovery.snapshots import WeightStore
-from lorax.run_folder import find_run
+from lorax.runs.folder import find_run
 from lorax.system.files import CheckpointError
 
 ROOT = Path(__file__).parents[1]

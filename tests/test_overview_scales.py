@@ -14,7 +14,7 @@ import lorax
 from lorax.adapters.nnx.tree import lora_layers
 from lorax.report.overview import module_rows
 from lorax.report.screen import print_modules
-from lorax.run_inputs import check_targets
+from lorax.runs.checks import check_targets
 
 BASE = "examples/tiny/model"
 SETTINGS = {

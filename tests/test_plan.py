@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lorax import run_inputs as run
 from lorax.adapters.nnx.apply import apply_lora
 from lorax.config.adapter import LoraConfig
 from lorax.config.run import load_config
@@ -18,7 +17,9 @@ from lorax.models.architecture import DecoderConfig
 from lorax.models.decoder import CausalLM
 from lorax.models.stack.recompute import Recomputation
 from lorax.planning.memory import FILLED, POLICIES, Planner
-from lorax.run_inputs import choose_recomputation
+from lorax.runs import memory as runs_memory
+from lorax.runs import model as runs_model
+from lorax.runs.memory import choose_recomputation
 from lorax.system.hardware import GIB
 
 ROOT = Path(__file__).parents[1]
@@ -61,7 +62,7 @@ def make_planner(
     config = load_config(ROOT / "configs" / "llama3_8b_lora.yaml", settings_of_run)
     model = nnx.eval_shape(build)
     if host:
-        run._put_embedding_on_host(model)
+        runs_model._put_embedding_on_host(model)
     return Planner(config, architecture, model)
 
 
@@ -254,7 +255,7 @@ def test_auto_says_what_it_picked_and_why(monkeypatch):
     assert choice.policy == "none" and reason.endswith("of 100 GiB, the fastest that fits")
     with pytest.raises(ValueError, match=r"memory_gib: no policy fits: .*lower train.per_device"):
         choose(auto, "train.memory_gib=0.0001")
-    monkeypatch.setattr(run, "device_gib", lambda: 0.0001)
+    monkeypatch.setattr(runs_memory, "device_gib", lambda: 0.0001)
     choice, reason = choose(auto)
     assert choice.policy == "offload" and "no policy fits: offload takes the least, about" in reason
 

@@ -9,7 +9,9 @@ import pytest
 from flax import nnx
 
 import lorax
-from lorax.run_inputs import choose_recomputation, load_inputs, model_shapes
+from lorax.runs.memory import choose_recomputation
+from lorax.runs.model import model_shapes
+from lorax.runs.setup import load_inputs
 from lorax.system.clock import Phases, process_age
 from lorax.training.ahead import compile_ahead
 

@@ -23,7 +23,8 @@ from lorax.devices import step_cache
 from lorax.devices.step_cache import ProgramCache, open_program_cache
 from lorax.layers.documents import DocumentLayout
 from lorax.models.stack.recompute import Recomputation
-from lorax.run_inputs import load_inputs, model_shapes
+from lorax.runs.model import model_shapes
+from lorax.runs.setup import load_inputs
 from lorax.system.threads import finish_beside
 from lorax.training import calendar
 from lorax.training.ahead import compile_ahead
@@ -340,7 +341,7 @@ sys.path[:0] = [".", "kernels", "tests"]
 from pathlib import Path
 import lorax
 from test_program_cache import compile_step
-from lorax.run_inputs import load_inputs
+from lorax.runs.setup import load_inputs
 config = lorax.load_config("configs/tiny_cpu.yaml", ["train.max_steps=2", "eval.strategy=no"])
 said = []
 (step,) = compile_step(config, load_inputs(config), Path(sys.argv[1]), said).result().values()

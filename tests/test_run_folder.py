@@ -11,7 +11,7 @@ import pytest
 
 from lorax.cli import main
 from lorax.report.log import read_metrics
-from lorax.run_folder import SavedRun
+from lorax.runs.folder import SavedRun
 
 TINY = Path(__file__).parents[1] / "examples" / "tiny"
 
@@ -35,7 +35,7 @@ def stopped(tmp_path_factory):
         raise OSError("no room")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lorax.run.export_model", stop)
+        patch.setattr("lorax.runs.exports.export_model", stop)
         assert main(["train", str(folder / "run.yaml")]) == 2
     assert not (folder / "run" / "summary.json").exists()
     return folder

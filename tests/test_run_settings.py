@@ -24,8 +24,8 @@ from lorax.interop.load import load_model
 from lorax.interop.peft import load_adapter, save_adapter
 from lorax.models.stack.recompute import Recomputation
 from lorax.recovery.store import CheckpointStore
-from lorax.run import run_training
-from lorax.run_inputs import make_planner
+from lorax.runs.memory import make_planner
+from lorax.runs.run import run_training
 from lorax.training.trainer import Trainer
 
 TINY = Path(__file__).parents[1] / "examples" / "tiny"
@@ -108,7 +108,7 @@ def test_a_run_that_fails_while_it_exports_gives_its_lock_back(run, tmp_path, mo
     def refuse(*_, **__):
         raise OSError("no room")
 
-    monkeypatch.setattr("lorax.run.export_model", refuse)
+    monkeypatch.setattr("lorax.runs.exports.export_model", refuse)
     config = load_config(tmp_path / "run.yaml")
     with pytest.raises(OSError, match="no room") as kept:  # and with it, the frames
         run_training(config, Console(quiet=True))
@@ -203,7 +203,7 @@ def test_a_run_that_goes_on_makes_again_what_it_did(run, tmp_path, monkeypatch):
         raise OSError("no room")
 
     with monkeypatch.context() as patch:
-        patch.setattr("lorax.run.export_model", stop)
+        patch.setattr("lorax.runs.exports.export_model", stop)
         asked = ("train.gradient_checkpointing=full", "train.kept_layers=3")
         code, printed = run("train", *asked)
     assert code == 2 and "gradient checkpointing: full with 3 layers kept; as asked" in printed
@@ -232,7 +232,7 @@ def test_more_layers_than_there_are_cannot_be_kept(run, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("where", ["lorax.run.adapt_base", "lorax.run.Trainer"])
+@pytest.mark.parametrize("where", ["lorax.runs.run.adapt_base", "lorax.runs.run.Trainer"])
 def test_memory_that_runs_out_before_the_first_step_is_explained_too(run, monkeypatch, where):
     def exhausted(*_, **__):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
@@ -255,7 +255,7 @@ def test_a_run_that_has_not_ended_says_how_it_ends(run, tmp_path, monkeypatch, c
     def stop(*_, **__):
         raise OSError("no room")
 
-    monkeypatch.setattr("lorax.run.export_model", stop)
+    monkeypatch.setattr("lorax.runs.exports.export_model", stop)
     assert run("train")[0] == 2
     name, *options = command
     more = ["--out", str(tmp_path / "out")] if name == "export" else []

@@ -2,24 +2,19 @@
 
 import contextlib
 import dataclasses
-import errno
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
-from flax import nnx
 from rich.console import Console
 
 from lorax.config.run import RunConfig
 from lorax.devices.mesh import make_mesh
 from lorax.devices.step_cache import ProgramCache, open_program_cache
 from lorax.devices.xla_cache import use_compilation_cache
-from lorax.generation.answers import answer_rows, exact_match
 from lorax.interop.adapter_base import with_recorded_revision
-from lorax.interop.export import export_model
 from lorax.interop.export_files import companion_files
 from lorax.interop.folder import resolve_base
 from lorax.models.stack.recompute import Recomputation, settings_of
@@ -30,14 +25,14 @@ from lorax.recovery.identity import (
     name_datasets,
     refuse_other_run,
 )
-from lorax.recovery.store import CHECKPOINT_FOLDER, CheckpointStore, SaveError
-from lorax.report.card import title_of, write_card
+from lorax.report.card import title_of
 from lorax.report.listener import Recorder
 from lorax.report.log import METRICS_FILE, RunLog, check_reporters, read_metrics
 from lorax.report.overview import report_data, report_model, report_notes, shows_text
 from lorax.report.screen import RunSummary, print_config, print_summary, show_progress
-from lorax.run_folder import (
-    EXPORT_FOLDERS,
+from lorax.runs.checks import check_plan, check_targets, check_weights
+from lorax.runs.exports import draw_curve, export_all, score_model
+from lorax.runs.folder import (
     SUMMARY_FILE,
     Resume,
     date_of_run,
@@ -45,20 +40,14 @@ from lorax.run_folder import (
     keep_date,
     record_run,
 )
-from lorax.run_inputs import (
-    Inputs,
-    adapt_base,
-    check_plan,
-    check_targets,
-    check_weights,
+from lorax.runs.memory import (
     choose_recomputation,
-    explain_memory,
-    input_notes,
-    load_base,
-    load_inputs,
+    disk_explained,
+    memory_explained,
     saved_identity,
 )
-from lorax.stopping import OutOfMemoryError
+from lorax.runs.model import adapt_base, load_base
+from lorax.runs.setup import Inputs, input_notes, load_inputs
 from lorax.system.clock import Phases
 from lorax.system.files import read_json, sync
 from lorax.system.hardware import memory_gib
@@ -67,8 +56,6 @@ from lorax.system.versions import library_versions
 from lorax.training.ahead import compile_ahead
 from lorax.training.events import Event
 from lorax.training.trainer import Listener, Trainer
-
-_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 
 def run_training(
@@ -96,7 +83,7 @@ def run_training(
         RunStopped: If a signal asked the run to stop, after saving.
         SaveError: If the disk is full or cannot be written.
     """
-    with _memory_explained(config), _disk_explained(config):
+    with memory_explained(config), disk_explained(config):
         tell = lambda text: console.print(text, highlight=False, soft_wrap=True)
         config = with_recorded_revision(config, tell)
         return _run(config, console, phases or Phases(), resume)
@@ -176,7 +163,7 @@ def _run(config: RunConfig, console: Console, phases: Phases, resume: Resume) ->
     with contextlib.closing(trainer.checkpoints):
         trainer.keeps_lock = True
         if trainer.progress.step == 0:
-            before = _score(config, trainer.model, inputs, console, "before training")
+            before = score_model(config, trainer.model, inputs, console, "before training")
             trainer.progress.notes["exact match"] = before
         phases.end("first answers" if config.eval.exact_match else "trainer")
         if compiled.done():
@@ -221,11 +208,11 @@ def _train_and_export(
         with show_progress(console, trainer.total_steps) as show:
             recorder.show = show
             result = trainer.train()
-    after = _score(config, trainer.model, inputs, console, "after training")
+    after = score_model(config, trainer.model, inputs, console, "after training")
     console.rule("Export")
-    files = _export_all(config, trainer.model, inputs, console, result, (before, after))
+    files = export_all(config, trainer.model, inputs, console, result, (before, after))
     if "jsonl" in config.log.report_to:
-        files |= _draw_curve(output, title_of(config), console)
+        files |= draw_curve(output, title_of(config), console)
     files |= {"run": str(output)}
     memory, speed = memory_gib(), trainer.throughput.mean()
     summary = RunSummary(
@@ -285,107 +272,3 @@ def refuse_changes(
     # The trainer knows how the model is adapted; this is about the rest.
     saved = {k: v for k, v in identity.items() if k != "adapter settings"}
     refuse_other_run(saved, now, str(Path(config.save.output_dir)), settings_of)
-
-
-@contextlib.contextmanager
-def _memory_explained(config: RunConfig) -> Iterator[None]:
-    """Raises `OutOfMemoryError`, which says what would fit, in the place of XLA's error."""
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        recomputation, _ = choose_recomputation(config)
-        raise OutOfMemoryError(explain_memory(config, recomputation, error)) from error
-
-
-@contextlib.contextmanager
-def _disk_explained(config: RunConfig) -> Iterator[None]:
-    """Raises `SaveError`, which says what is safe, in the place of an error of a full disk."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _DISK_ERRORS:
-            raise
-        output = Path(config.save.output_dir)
-        steps = CheckpointStore(output / CHECKPOINT_FOLDER).steps()
-        safe = f"step {steps[-1]} is the newest checkpoint" if steps else "no checkpoint was saved"
-        raise SaveError(
-            f"{error.filename or output}: {error.strerror}; {safe}. When that is mended, go on "
-            "with --resume auto"
-        ) from error
-
-
-def _score(config: RunConfig, model, inputs: Inputs, console: Console, when: str) -> float | None:
-    """Lets the model answer held-out rows, if the config asks for it, and shows one answer."""
-    if not config.eval.exact_match or inputs.eval is None:
-        return None
-    evaluated = nnx.clone(model)
-    evaluated.eval()
-    answers = answer_rows(
-        evaluated,
-        inputs.eval,
-        inputs.tokenizer,
-        rows=config.eval.exact_match_rows,
-        max_new_tokens=config.eval.max_new_tokens,
-        stop_ids=inputs.stop_ids(),
-    )
-    score, shown = exact_match(answers), answers[0]
-    console.print(
-        f"{when}: exact match {score:.1%} of {len(answers)} held-out rows", highlight=False
-    )
-    if not shows_text(console):
-        return score
-    console.print(f"  asked     {shown.prompt.strip()!r}", markup=False, highlight=False)
-    console.print(f"  expected  {shown.expected.strip()!r}", markup=False, highlight=False)
-    console.print(f"  answered  {shown.generated.strip()!r}", markup=False, highlight=False)
-    return score
-
-
-def _export_all(config, model, inputs: Inputs, console, result, scores) -> dict[str, str]:
-    facts = {"optimizer steps": str(result.steps)}
-    if result.eval_loss is not None:
-        facts["held-out loss"] = f"{result.eval_loss_before:.4f} → {result.eval_loss:.4f}"
-    if scores[1] is not None:
-        facts["exact match"] = f"{scores[0]:.1%} → {scores[1]:.1%}"
-    files = {}
-    formats = list(config.save.export)
-    if config.train.method == "lora" and "peft" not in formats:
-        formats.insert(0, "peft")  # what `lorax export` makes the other formats from
-    for format in formats:
-        folder = Path(config.save.output_dir) / EXPORT_FOLDERS[format]
-        if folder.exists():  # of a run that was stopped while it exported
-            folder.rename(folder.with_name(f".{folder.name}.superseded-{time.time_ns()}"))
-        found = export_model(
-            model,
-            folder,
-            format,
-            base=inputs.base,
-            base_name=config.model.name_or_path,
-            base_revision=config.model.revision,
-            chat_template=inputs.chat_template,
-            stop_ids=inputs.stop_ids(needed=False),
-            tokenizer=inputs.tokenizer,
-            dtype=jnp.dtype(config.model.dtype),
-            card=write_card(config, format, facts),
-        )
-        console.print(f"{format}: {folder}", highlight=False, soft_wrap=True)
-        console.print(
-            f"  verified: {found.describe()}",
-            highlight=False,
-        )
-        files[format] = str(folder)
-    return files
-
-
-def _draw_curve(output: Path, title: str, console: Console) -> dict[str, str]:
-    """Draws the losses of a run; what it trained is worth more than a plot that fails."""
-    try:
-        from lorax.report.curve import draw_loss_curve
-
-        draw_loss_curve(output / METRICS_FILE, output / "loss.png", title=title)
-    except Exception as error:
-        said = f"WARNING: no loss curve: {str(error) or type(error).__name__}"
-        console.print(said, highlight=False, markup=False, soft_wrap=True)
-        return {}
-    return {"loss curve": str(output / "loss.png")}

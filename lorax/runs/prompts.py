@@ -6,7 +6,7 @@ from typing import Any
 from lorax.data.chat.masks import encode_text
 from lorax.data.chat.template import encode_prompt
 from lorax.data.reading.formats import ROW_KINDS, RowKind, alpaca_prompt
-from lorax.run_folder import SavedRun
+from lorax.runs.folder import SavedRun
 
 _NAMES: dict[RowKind, str] = {
     "chat": "chats",

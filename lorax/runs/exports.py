@@ -1,0 +1,95 @@
+"""Scores, exports and the loss curve at the end of a run."""
+
+import time
+from pathlib import Path
+
+import jax.numpy as jnp
+from flax import nnx
+from rich.console import Console
+
+from lorax.config.run import RunConfig
+from lorax.generation.answers import answer_rows, exact_match
+from lorax.interop.export import export_model
+from lorax.report.card import write_card
+from lorax.report.log import METRICS_FILE
+from lorax.report.overview import shows_text
+from lorax.runs.folder import EXPORT_FOLDERS
+from lorax.runs.setup import Inputs
+
+
+def score_model(
+    config: RunConfig, model, inputs: Inputs, console: Console, when: str
+) -> float | None:
+    """Lets the model answer held-out rows, if the config asks for it, and shows one answer."""
+    if not config.eval.exact_match or inputs.eval is None:
+        return None
+    evaluated = nnx.clone(model)
+    evaluated.eval()
+    answers = answer_rows(
+        evaluated,
+        inputs.eval,
+        inputs.tokenizer,
+        rows=config.eval.exact_match_rows,
+        max_new_tokens=config.eval.max_new_tokens,
+        stop_ids=inputs.stop_ids(),
+    )
+    score, shown = exact_match(answers), answers[0]
+    console.print(
+        f"{when}: exact match {score:.1%} of {len(answers)} held-out rows", highlight=False
+    )
+    if not shows_text(console):
+        return score
+    console.print(f"  asked     {shown.prompt.strip()!r}", markup=False, highlight=False)
+    console.print(f"  expected  {shown.expected.strip()!r}", markup=False, highlight=False)
+    console.print(f"  answered  {shown.generated.strip()!r}", markup=False, highlight=False)
+    return score
+
+
+def export_all(config, model, inputs: Inputs, console, result, scores) -> dict[str, str]:
+    """Exports in every format that is asked for, each verified; returns folders by format."""
+    facts = {"optimizer steps": str(result.steps)}
+    if result.eval_loss is not None:
+        facts["held-out loss"] = f"{result.eval_loss_before:.4f} → {result.eval_loss:.4f}"
+    if scores[1] is not None:
+        facts["exact match"] = f"{scores[0]:.1%} → {scores[1]:.1%}"
+    files = {}
+    formats = list(config.save.export)
+    if config.train.method == "lora" and "peft" not in formats:
+        formats.insert(0, "peft")  # what `lorax export` makes the other formats from
+    for format in formats:
+        folder = Path(config.save.output_dir) / EXPORT_FOLDERS[format]
+        if folder.exists():  # of a run that was stopped while it exported
+            folder.rename(folder.with_name(f".{folder.name}.superseded-{time.time_ns()}"))
+        found = export_model(
+            model,
+            folder,
+            format,
+            base=inputs.base,
+            base_name=config.model.name_or_path,
+            base_revision=config.model.revision,
+            chat_template=inputs.chat_template,
+            stop_ids=inputs.stop_ids(needed=False),
+            tokenizer=inputs.tokenizer,
+            dtype=jnp.dtype(config.model.dtype),
+            card=write_card(config, format, facts),
+        )
+        console.print(f"{format}: {folder}", highlight=False, soft_wrap=True)
+        console.print(
+            f"  verified: {found.describe()}",
+            highlight=False,
+        )
+        files[format] = str(folder)
+    return files
+
+
+def draw_curve(output: Path, title: str, console: Console) -> dict[str, str]:
+    """Draws the losses of a run; what it trained is worth more than a plot that fails."""
+    try:
+        from lorax.report.curve import draw_loss_curve
+
+        draw_loss_curve(output / METRICS_FILE, output / "loss.png", title=title)
+    except Exception as error:
+        said = f"WARNING: no loss curve: {str(error) or type(error).__name__}"
+        console.print(said, highlight=False, markup=False, soft_wrap=True)
+        return {}
+    return {"loss curve": str(output / "loss.png")}

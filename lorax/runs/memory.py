@@ -1,0 +1,145 @@
+"""What the backward pass recomputes, and what to do when memory or disk is full."""
+
+import contextlib
+import errno
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lorax.config.run import RunConfig
+from lorax.interop.folder import resolve_base
+from lorax.interop.load import load_hf_config
+from lorax.models.stack.recompute import Recomputation
+from lorax.planning.memory import POLICIES, Planner
+from lorax.recovery.store import CHECKPOINT_FOLDER, CheckpointStore, SaveError
+from lorax.runs.model import model_shapes
+from lorax.system.hardware import GIB, device_gib
+
+
+class OutOfMemoryError(RuntimeError):
+    """A step that did not fit the device, with what would."""
+
+
+def make_planner(config: RunConfig) -> Planner:
+    """Returns the planner of a run, from the checkpoint's config.json: it reads no weights."""
+    model = config.model
+    base = resolve_base(model, weights=False)
+    return Planner(config, load_hf_config(base), model_shapes(config, base))
+
+
+def choose_recomputation(config: RunConfig) -> tuple[Recomputation, str]:
+    """Returns what the backward pass will recompute, and why.
+
+    `auto` is the fastest that fits; or what it was before, where `save.output_dir` holds a run: it
+    would not go on to the same bits with anything else.
+
+    Raises:
+        ValueError: If `train.memory_gib` is too little.
+    """
+    train = config.train
+    if train.gradient_checkpointing != "auto":
+        kept = 1 if train.kept_layers is None else train.kept_layers
+        return Recomputation(train.gradient_checkpointing, kept), "as asked"
+    gib, before = train.memory_gib or device_gib(), recomputed_before(config)
+    if gib is None:
+        kind = jax.devices()[0].device_kind
+        return before or Recomputation("none"), f"{kind} does not tell its memory"
+    planner = make_planner(config)
+    shape = train.per_device_train_batch_size, config.data.max_seq_length
+    peak_of = lambda r: planner.memory(r.policy, *shape, r.kept_layers).peak / GIB
+    if before is not None:
+        reason = f"as before, about {peak_of(before):.3g} of {gib:.3g} GiB"
+        if peak_of(before) > gib and train.memory_gib:
+            raise ValueError(
+                f"train.memory_gib: {gib:g} is less than the run in {config.save.output_dir} takes "
+                f"by the estimate: {peak_of(before):.3g} for {before}; raise it, or leave it out"
+            )
+        return before, reason
+    choice = planner.fastest(*shape, gib)
+    peak = peak_of(choice)
+    if peak > gib:
+        found = f"no policy fits: {choice} takes the least, about {peak:.3g} GiB of {gib:.3g}"
+        if train.memory_gib:
+            raise ValueError(
+                f"train.memory_gib: {found}; lower train.per_device_train_batch_size or "
+                "data.max_seq_length (`lorax plan` shows what fits), or raise it"
+            )
+        return choice, f"{found}, by the estimate of `lorax plan`"
+    reason = f"about {peak:.3g} of {gib:.3g} GiB, the fastest that fits"
+    if host := planner.host_bytes(choice.policy, *shape, choice.kept_layers) / GIB:
+        reason += f", and {host:.1f} GiB of the host's memory per device"
+    return choice, reason
+
+
+def saved_identity(config: RunConfig) -> dict[str, Any] | None:
+    """Returns `identify_run` of the run in `save.output_dir`, if one is there and has saved."""
+    record = CheckpointStore(Path(config.save.output_dir) / CHECKPOINT_FOLDER).newest_record()
+    return None if record is None else record["identity"]
+
+
+def recomputed_before(config: RunConfig) -> Recomputation | None:
+    """Returns what the run in `save.output_dir` recomputes, if one is there and has saved."""
+    identity = saved_identity(config)
+    return None if identity is None else Recomputation.read(identity["gradient checkpointing"])
+
+
+def explain_memory(config: RunConfig, recomputation: Recomputation, error: Exception) -> str:
+    """Returns what to change when the device's memory did not suffice."""
+    train, length = config.train, config.data.max_seq_length
+    rows, planner = train.per_device_train_batch_size, make_planner(config)
+    gib = train.memory_gib or device_gib() or 0.0
+    line = str(error).splitlines()[0]
+    if not gib:
+        return f"out of memory: {line}. `lorax plan` says what takes less"
+    moves, kept = [], recomputation.kept_layers
+    now = planner.memory(recomputation.policy, rows, length, kept).peak
+    without = "" if train.kept_layers is None else " without train.kept_layers"
+    for other in POLICIES:
+        peak = planner.memory(other, rows, length).peak
+        if peak < now:
+            about = f"{without} (about {peak / GIB:.1f} GiB)"
+            moves.append(f"train.gradient_checkpointing: {other}{about}")
+    if spared := planner.spared_by_host:
+        moves.append(f"model.offload_embedding: true ({spared / GIB:.1f} GiB less)")
+    smallest = min(POLICIES, key=lambda policy: planner.memory(policy, 1, length).peak)
+    if (most := planner.largest_batch(smallest, length, gib)) and most < rows:
+        moves.append(f"train.per_device_train_batch_size: {most} with `{smallest}`{without}")
+    if not moves:
+        longest = planner.longest_sequence(smallest, 1, gib)
+        moves.append(f"data.max_seq_length: {longest} with one row and `{smallest}`{without}")
+    found = "; ".join(moves)
+    return f"out of memory: {line}. By the estimate of `lorax plan` these take less: {found}"
+
+
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+
+
+@contextlib.contextmanager
+def memory_explained(config: RunConfig) -> Iterator[None]:
+    """Raises `OutOfMemoryError`, which says what would fit, in the place of XLA's error."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        recomputation, _ = choose_recomputation(config)
+        raise OutOfMemoryError(explain_memory(config, recomputation, error)) from error
+
+
+@contextlib.contextmanager
+def disk_explained(config: RunConfig) -> Iterator[None]:
+    """Raises `SaveError`, which says what is safe, in the place of an error of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        output = Path(config.save.output_dir)
+        steps = CheckpointStore(output / CHECKPOINT_FOLDER).steps()
+        safe = f"step {steps[-1]} is the newest checkpoint" if steps else "no checkpoint was saved"
+        raise SaveError(
+            f"{error.filename or output}: {error.strerror}; {safe}. When that is mended, go on "
+            "with --resume auto"
+        ) from error
