@@ -2,7 +2,7 @@
 
 import sys
 
-from lorax.cli import run
+from lorax.cli.main import run
 
 if __name__ == "__main__":
     run(["export", *sys.argv[1:]])

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from lorax.cli import main as lorax_main
+from lorax.cli.main import main as lorax_main
 from lorax.interop.save import save_model
 from lorax.models.architecture import DecoderConfig
 from lorax.models.decoder import init_model

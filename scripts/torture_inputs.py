@@ -363,7 +363,7 @@ def run_and_record(folder: Path, command: str, settings: list[str]) -> None:
     os.dup2(output, 1)
     os.dup2(output, 2)
     import lorax.training.trainer
-    from lorax.cli import main
+    from lorax.cli.main import main
 
     crash = mock.patch.object(
         lorax.training.trainer.Trainer, "_settle", side_effect=RuntimeError("unforeseen")

@@ -11,7 +11,7 @@ import transformers
 from flax import nnx
 
 from lorax.adapters.nnx.apply import apply_lora
-from lorax.cli import main
+from lorax.cli.main import main
 from lorax.config.adapter import LoraConfig
 from lorax.interop.load import load_model
 from lorax.interop.peft import save_adapter
@@ -69,7 +69,7 @@ def ask(base, monkeypatch, capsys):
         given[:] = tokens[0], stop_ids
         return [[5]]
 
-    monkeypatch.setattr("lorax.cli_generate.generate", answer)
+    monkeypatch.setattr("lorax.cli.generate.generate", answer)
 
     def asking(folder):
         assert main(["generate", str(base), "--adapter", str(folder), "--prompt", "Hi"]) == 0

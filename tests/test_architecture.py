@@ -136,7 +136,7 @@ def test_nothing_runs_foreign_code(word):
 
 
 def test_a_start_imports_nothing_slow_that_it_may_not_need():
-    code = "import sys, lorax.cli; print(*sys.modules)"
+    code = "import sys, lorax.cli.main; print(*sys.modules)"
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
@@ -148,9 +148,9 @@ def test_a_start_imports_nothing_slow_that_it_may_not_need():
 def test_a_command_does_without_torch(tmp_path):
     # transformers would import it where it is installed, which takes seconds.
     code = """
-import sys, lorax.cli
+import sys, lorax.cli.main
 try:
-    lorax.cli.run(["validate", "configs/tiny_cpu.yaml", "data.train=" + sys.argv[1]])
+    lorax.cli.main.run(["validate", "configs/tiny_cpu.yaml", "data.train=" + sys.argv[1]])
 finally:
     print("torch" in sys.modules, "transformers" in sys.modules, "datasets" in sys.modules)
 """

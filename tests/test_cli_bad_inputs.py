@@ -18,7 +18,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 import lorax
-from lorax.cli import main
+from lorax.cli.main import main
 from lorax.interop.load import find_stored_dtype, load_model
 from lorax.interop.peft import save_adapter
 from lorax.interop.safetensors import read_tensors

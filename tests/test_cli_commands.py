@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 import lorax.interop.export
 from lorax.adapters.nnx.apply import set_kernels
 from lorax.adapters.nnx.tree import lora_layers
-from lorax.cli import main
+from lorax.cli.main import main
 from lorax.config.run import load_config
 from lorax.data.chat.tokenizer import load_tokenizer
 from lorax.interop.export import LOGIT_BOUNDS, ExportError, logit_distance, verify_adapter
@@ -411,9 +411,9 @@ def test_a_prompt_may_come_from_stdin(monkeypatch, lorax_prints):
 
 HEARS = """
 import gc, os, signal, sys, time
-from lorax import cli
+from lorax.cli import train
 from lorax.system.signals import RunStopped
-cli._stop_when_asked()
+train._stop_when_asked()
 sent = []
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from lorax.cli import main
+from lorax.cli.main import main
 from lorax.generation.generate import generate
 from lorax.interop import folder as interop_folder
 from lorax.interop.export_files import companion_files
@@ -113,7 +113,7 @@ def test_generate_answers_as_transformers_does(run, capsys, monkeypatch):
     answer, tokenizer = answer_of(run / "merged")
     written = []
     keep = lambda *a, **k: written.extend(generate(*a, **k)) or written[-1:]
-    monkeypatch.setattr("lorax.cli_generate.generate", keep)
+    monkeypatch.setattr("lorax.cli.generate.generate", keep)
     capsys.readouterr()
     for source in (run, run / "merged"):
         options = ["--prompt", PROMPT, "--dtype", "float32", "--max-new-tokens", str(LONGEST)]
@@ -203,7 +203,7 @@ def test_weights_saved_by_a_full_run_come_with_the_same_files(run, tmp_path):
 def test_a_run_of_an_older_version_says_what_is_not_known(run, tmp_path, capsys, monkeypatch):
     stops = []
     answer = lambda _, tokens, *, stop_ids, **k: stops.append(stop_ids) or [[5]]
-    monkeypatch.setattr("lorax.cli_generate.generate", answer)
+    monkeypatch.setattr("lorax.cli.generate.generate", answer)
     old = Path(shutil.copytree(run, tmp_path / "old"))
     (old / "stop_tokens.json").unlink()
     generate = ["generate", str(old), "--prompt", PROMPT, "--max-new-tokens", str(LONGEST)]
@@ -297,7 +297,7 @@ def test_answers_are_written_as_they_are(run, monkeypatch, capsys):
     tokenizer = transformers.AutoTokenizer.from_pretrained(run / "merged")
     ids = tokenizer(RAW, add_special_tokens=False)["input_ids"]
     assert tokenizer.decode(ids) == RAW
-    monkeypatch.setattr("lorax.cli_generate.generate", lambda _, tokens, **k: [ids] * len(tokens))
+    monkeypatch.setattr("lorax.cli.generate.generate", lambda _, tokens, **k: [ids] * len(tokens))
     assert main(["generate", str(run), "--prompt", "x"]) == 0
     assert capsys.readouterr().out == RAW + "\n"
     prompts = ["[1/1] x\ny", '"z"']
@@ -309,7 +309,7 @@ def test_answers_are_written_as_they_are(run, monkeypatch, capsys):
 def test_an_answer_that_ends_at_once_is_told(run, monkeypatch, capsys):
     said = "lorax generate: the answer to {} is empty: the model ended its answer at once\n"
     answers = [[], [5], []]
-    monkeypatch.setattr("lorax.cli_generate.generate", lambda _, p, **k: answers[: len(p)])
+    monkeypatch.setattr("lorax.cli.generate.generate", lambda _, p, **k: answers[: len(p)])
     assert main(["generate", str(run), "--prompt", "x"]) == 0
     captured = capsys.readouterr()
     assert captured.out == "\n" and captured.err == said.format("--prompt")
@@ -326,7 +326,7 @@ def test_an_answer_that_standard_output_cannot_hold_is_escaped(run, monkeypatch,
     text = "caf\u00e9 \u6f22 \U0001f44d"
     tokenizer = transformers.AutoTokenizer.from_pretrained(run / "merged")
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    monkeypatch.setattr("lorax.cli_generate.generate", lambda _, tokens, **k: [ids] * len(tokens))
+    monkeypatch.setattr("lorax.cli.generate.generate", lambda _, tokens, **k: [ids] * len(tokens))
     prompts = ["--prompt", "x", "--prompt", "\u6f22"]
     for words in (prompts[:2], prompts):
         stream = io.TextIOWrapper(io.BytesIO(), encoding)

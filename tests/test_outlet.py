@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lorax import cli
+from lorax.cli import main
 from lorax.system.streams import Outlet
 from lorax.training import long_steps
 
@@ -69,7 +69,7 @@ def test_a_process_does_not_wait_for_a_step_that_was_dropped(monkeypatch, droppe
         left.append(status)
         raise SystemExit(status)
 
-    monkeypatch.setattr(cli, "main", lambda _: 1)
+    monkeypatch.setattr(main, "main", lambda _: 1)
     monkeypatch.setattr(os, "_exit", leave)
     long_steps.ABANDONED.clear()
     if dropped:
@@ -77,7 +77,7 @@ def test_a_process_does_not_wait_for_a_step_that_was_dropped(monkeypatch, droppe
     streams = sys.stdout, sys.stderr
     try:
         with pytest.raises(SystemExit) as ended:
-            cli.run([])
+            main.run([])
     finally:
         sys.stdout, sys.stderr = streams
         long_steps.ABANDONED.clear()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lorax.cli import main
+from lorax.cli.main import main
 from lorax.config.run import load_config
 from lorax.data.chat.tokenizer import load_tokenizer
 from lorax.data.encode import load_encoded_dataset
@@ -74,7 +74,7 @@ def ask(here, monkeypatch, capsys):
     """Asks a run whose rows were of `kinds`; returns ids and what it says, or a refusal."""
     given = []
     monkeypatch.setattr(
-        "lorax.cli_generate.generate", lambda _, tokens, **k: given.extend(tokens) or [[5]]
+        "lorax.cli.generate.generate", lambda _, tokens, **k: given.extend(tokens) or [[5]]
     )
 
     def asking(*options, kinds=None, name=None):

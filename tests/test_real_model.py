@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lorax.cli import main
+from lorax.cli.main import main
 from lorax.interop.load import load_model
 from lorax.interop.peft import load_adapter
 from tests.real import MODEL, asset

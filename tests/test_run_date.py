@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lorax.cli import main
+from lorax.cli.main import main
 from lorax.config.run import load_config
 
 TINY = Path(__file__).parents[1] / "examples" / "tiny"

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lorax.cli import main
+from lorax.cli.main import main
 from lorax.report.log import read_metrics
 from lorax.runs.folder import SavedRun
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from safetensors.numpy import load_file, save_file
 
 import lorax
-from lorax.cli import main
+from lorax.cli.main import main
 from lorax.config.data import DataConfig
 from lorax.config.model import ModelConfig
 from lorax.config.run import EvalConfig, RunConfig, SaveConfig, load_config
@@ -138,7 +138,7 @@ def test_generate_uses_the_template_of_the_run(run, tmp_path, monkeypatch):
     assert run("train", f"data.chat_template={tmp_path}/own.jinja")[0] == 0
     seen = []
     monkeypatch.setattr(
-        "lorax.cli_generate.generate", lambda _, tokens, **k: seen.append(tokens) or [[5]]
+        "lorax.cli.generate.generate", lambda _, tokens, **k: seen.append(tokens) or [[5]]
     )
     assert main(["generate", str(tmp_path / "run"), "--prompt", "hello"]) == 0
     tokenizer = lorax.load_tokenizer(str(TINY / "model"))

@@ -252,7 +252,7 @@ def _shard(model: Path) -> None:
 def _train(folder: Path) -> None:
     import os
 
-    from lorax.cli import main
+    from lorax.cli.main import main
 
     before = Path.cwd()
     os.chdir(folder)

@@ -31,7 +31,7 @@ def main() -> None:
     with contextlib.redirect_stdout(io.StringIO()):
         import jax
 
-        from lorax.cli import main as command
+        from lorax.cli.main import main as command
         from lorax.data.chat.tokenizer import WITHOUT_TORCH
         from lorax.system.streams import Outlet
 

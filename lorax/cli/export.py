@@ -5,7 +5,7 @@ from pathlib import Path
 import jax.numpy as jnp
 from rich.console import Console
 
-from lorax.cli_common import DTYPES, note
+from lorax.cli.common import DTYPES, note
 from lorax.interop.adapter_base import BaseModel, choose_base, recorded_base
 from lorax.interop.adapter_tokenizer import FoundTokenizer, find_tokenizer, tokenizer_files
 from lorax.interop.export import export_model

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax.numpy as jnp
 from rich.console import Console
 
-from lorax.cli_common import DTYPES, note
+from lorax.cli.common import DTYPES, note
 from lorax.generation.generate import generate
 from lorax.generation.sampling import option_problems
 from lorax.interop.adapter_base import BaseModel, choose_base, recorded_base

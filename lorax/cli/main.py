@@ -1,38 +1,24 @@
-"""The commands: train, validate, inspect, generate, export."""
+"""The command line: `lorax train`, `validate`, `inspect`, `plan`, `generate`, `export`."""
 
 import argparse
 import gc
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NoReturn, override
+from typing import NoReturn, override
 
 from rich.console import Console
 
-from lorax.cli_export import add_export
-from lorax.cli_generate import add_generate
-from lorax.config.run import RunConfig, load_config
+from lorax.cli.check import inspect, validate
+from lorax.cli.export import add_export
+from lorax.cli.generate import add_generate
+from lorax.cli.plan import plan
+from lorax.cli.train import train
 from lorax.data.chat.tokenizer import WITHOUT_TORCH
-from lorax.interop.adapter_base import with_recorded_revision
 from lorax.recovery.store import SaveError
-from lorax.report.overview import (
-    module_rows,
-    report_data,
-    report_kernels,
-    report_notes,
-    report_plan,
-)
-from lorax.report.screen import print_config, print_modules
-from lorax.runs.checks import check_plan, check_targets, check_weights
-from lorax.runs.folder import find_run
-from lorax.runs.memory import OutOfMemoryError, make_planner
-from lorax.runs.run import run_training
-from lorax.runs.setup import input_notes, load_inputs
-from lorax.system.clock import Phases, process_age
-from lorax.system.signals import STOPPED_STATUS, RunStopped, asking_signals, await_second
+from lorax.runs.memory import OutOfMemoryError
+from lorax.system.signals import STOPPED_STATUS, RunStopped
 from lorax.system.streams import Outlet
 from lorax.system.threads import works_beside
 from lorax.system.versions import find_version
@@ -132,14 +118,14 @@ def _parser() -> argparse.ArgumentParser:
         return command
 
     for name, run, text in (
-        ("train", _train, "Fine-tune a model, export it, verify the export."),
+        ("train", train, "Fine-tune a model, export it, verify the export."),
         (
             "validate",
-            _validate,
+            validate,
             "Check a config, its data, its targets and the files of the weights.",
         ),
-        ("inspect", _inspect, "Show the adapted modules and rendered rows with their loss mask."),
-        ("plan", _plan, "Say what memory and time a step will need; reads no weights and no data."),
+        ("inspect", inspect, "Show the adapted modules and rendered rows with their loss mask."),
+        ("plan", plan, "Say what memory and time a step will need; reads no weights and no data."),
     ):
         command = add(name, run, text)
         command.add_argument("config", help="a YAML file, such as configs/tiny_cpu.yaml")
@@ -157,101 +143,3 @@ def _parser() -> argparse.ArgumentParser:
     add_generate(add)
     add_export(add)
     return parser
-
-
-def _train(parsed, console: Console) -> None:
-    phases = Phases(process_age() or 0.0)
-    phases.end("imports")
-    # While it trains, the trainer listens; before and after that there is nothing to save.
-    _stop_when_asked()
-    config = load_config(parsed.config, parsed.overrides)
-    run_training(config, console, phases, resume=parsed.resume)
-
-
-def _stop_when_asked() -> None:
-    """Has a signal raise `RunStopped`, again if something discards it."""
-
-    def stop(number: int, _: object) -> None:
-        await_second()
-        name = signal.Signals(number).name
-        what = "while it did not train; what was saved, if any, is whole"
-        raise RunStopped(f"stopped by {name} {what}")
-
-    def discarded(unraisable: Any) -> None:
-        stopped = unraisable.exc_value
-        if not isinstance(stopped, RunStopped):
-            sys.__unraisablehook__(unraisable)
-            return
-
-        def again(*_: object) -> None:
-            raise RunStopped(*stopped.args)
-
-        signal.signal(signal.SIGALRM, again)
-        signal.setitimer(signal.ITIMER_REAL, 0.01)
-
-    for each in asking_signals():
-        signal.signal(each, stop)
-    # What a callback of the garbage collector raises, and JAX has one, Python only prints.
-    sys.unraisablehook = discarded
-
-
-def _validate(parsed, console: Console) -> None:
-    config = _load_config(parsed, console)
-    find_run(Path(config.save.output_dir), "auto")  # it may be for a run that is there
-    check_weights(config)
-    inputs = load_inputs(config)
-    report_notes(console, input_notes(inputs.base, config.model.adapter))
-    adapted = check_targets(config, inputs.base)
-    rows = module_rows(adapted)
-    report_data(console, config, inputs.datasets, inputs.tokenizer, rows=0, context=inputs.context)
-    plan = check_plan(config, inputs)
-    modules = sum(row.count for row in rows)
-    trained = sum(row.parameters for row in rows)
-    if rows:
-        console.print(
-            f"lora: {modules} modules, {trained:,} parameters in A and B", highlight=False
-        )
-    console.print(
-        f"batches: {plan.steps_per_epoch:,} optimizer steps per epoch, rows of up to "
-        f"{max(plan.widths)} tokens",
-        highlight=False,
-    )
-    console.print(f"{parsed.config}: valid", highlight=False)
-
-
-def _inspect(parsed, console: Console) -> None:
-    config = _load_config(parsed, console)
-    inputs = load_inputs(config)
-    adapted = check_targets(config, inputs.base)
-    console.rule("Settings")
-    print_config(console, config)
-    report_notes(console, input_notes(inputs.base, config.model.adapter))
-    console.rule("Data")
-    report_data(
-        console,
-        config,
-        inputs.datasets,
-        inputs.tokenizer,
-        rows=parsed.rows,
-        context=inputs.context,
-    )
-    if config.train.method == "lora":
-        console.rule("Modules")
-        report_kernels(console, config, adapted)
-        print_modules(console, module_rows(adapted), None)
-
-
-def _plan(parsed, console: Console) -> None:
-    config = _load_config(parsed, console)
-    planner = make_planner(config)
-    report_notes(console, planner.architecture.notes)
-    report_plan(console, config, planner)
-
-
-def _load_config(parsed, console: Console) -> RunConfig:
-    tell = lambda text: console.print(text, highlight=False, soft_wrap=True)
-    return with_recorded_revision(load_config(parsed.config, parsed.overrides), tell)
-
-
-if __name__ == "__main__":
-    run()

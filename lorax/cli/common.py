@@ -1,0 +1,22 @@
+"""What the commands share."""
+
+import sys
+from collections.abc import Callable
+
+from rich.console import Console
+
+from lorax.config.run import RunConfig, load_config
+from lorax.interop.adapter_base import with_recorded_revision
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def note(command: str) -> Callable[[str], object]:
+    """Returns what tells a user something on standard error, which is not the command's output."""
+    return lambda text: print(f"lorax {command}: {text}", file=sys.stderr)
+
+
+def read_config(parsed, console: Console) -> RunConfig:
+    """Returns the settings, with the base revision that an adapter names."""
+    tell = lambda text: console.print(text, highlight=False, soft_wrap=True)
+    return with_recorded_revision(load_config(parsed.config, parsed.overrides), tell)
