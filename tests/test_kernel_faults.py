@@ -167,9 +167,9 @@ FAULTS = [
     (
         "the backward pass draws another mask",
         "calls.py",
-        "fused.backward(x, saved, group, _kernel_dropout(static, dys[0], operands), dys, gate_up)",
-        "fused.backward(x, saved, group, (lambda d: d and type(d)(d.seed[jnp.array([1, 0, 2])], "
-        "d.rate))(_kernel_dropout(static, dys[0], operands)), dys, gate_up)",
+        "dropout = _kernel_dropout(dys[0], group)",
+        "dropout = (lambda d: d and type(d)(d.seed[jnp.array([1, 0, 2])], d.rate))("
+        "_kernel_dropout(dys[0], group))",
         "layer_dropout",
     ),
     (
