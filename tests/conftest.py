@@ -36,40 +36,6 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
-# Files that compile many models: minutes together, so `make check` leaves them to `make test`.
-SLOW_FILES = {
-    "test_adapter_tokenizer.py",
-    "test_cli_bad_inputs.py",
-    "test_cli_commands.py",
-    "test_embedding_on_host.py",
-    "test_export_behaviour.py",
-    "test_generate.py",
-    "test_interop_huggingface.py",
-    "test_interop_peft.py",
-    "test_fault_run.py",
-    "test_fault_scorecard.py",
-    "test_kernel_compiled.py",
-    "test_kernel_faults.py",
-    "test_kernel_interpreted.py",
-    "test_kernel_op.py",
-    "test_long_steps.py",
-    "test_model_llama.py",
-    "test_model_parity.py",
-    "test_program_cache.py",
-    "test_prompts.py",
-    "test_readme.py",
-    "test_real_model.py",
-    "test_real_templates.py",
-    "test_real_tokenizers.py",
-    "test_run_date.py",
-    "test_run_folder.py",
-    "test_run_settings.py",
-    "test_train_accumulation.py",
-    "test_train_parity.py",
-    "test_train_trainer.py",
-}
-
-
 @pytest.fixture(autouse=True)
 def _kernels_are_compiled_anew(request):
     """An interpreted kernel calls back into the process that compiled it."""
@@ -97,10 +63,7 @@ def pytest_collection_finish():
 
 
 def pytest_collection_modifyitems(items):
-    """Marks the slow files, and skips what needs a GPU or float16 where there is none."""
-    for item in items:
-        if item.path.name in SLOW_FILES:
-            item.add_marker(pytest.mark.slow)
+    """Skips what needs a GPU or float16 where there is none."""
     in_float16 = [item for item in items if re.search(r"(?<!b)float16", item.name)]
     if in_float16 and not _makes_float16():
         for item in in_float16:

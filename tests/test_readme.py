@@ -14,6 +14,8 @@ from flax import nnx
 
 import lorax
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -48,7 +50,6 @@ def test_the_own_model_example_trains_and_is_short():
     assert not np.array_equal(names["model"].fc1.kernel[...], my_model.fc1.kernel[...])
 
 
-@pytest.mark.slow
 def test_the_stock_model_example_trains_and_saves(tmp_path, monkeypatch):
     code = blocks()[1]
     assert len([line for line in code.splitlines() if line.strip()]) < 20

@@ -1,0 +1,33 @@
+"""The scorecard of faults, in its short form; `scripts/torture.py` runs it whole."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+FAULTS = ["F1", "F2", "F3", "F4", "F5", "F6", "F7", "F8", "F9"]
+CASES = [*FAULTS, "R1", "R2", "P1", "N1", "K4", "D1", "D2", "S1", "S2", "S3", "L3"]
+MAY_CACHE = ("R1", "R2", "P1", "N1", "D1", "D2")
+"""Others count, fail or kill calls that write, or measure memory: a cache's would be among them."""
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("case", CASES)
+def test_nothing_is_lost(case, tmp_path):
+    out = tmp_path / "torture.json"
+    command = [sys.executable, "scripts/torture.py", "--short", "--only", case, "--out", str(out)]
+    environment = dict(os.environ)
+    if case not in MAY_CACHE:
+        environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    row = json.loads(out.read_text())[case]
+    assert row["passed"] == row["total"] > 0
