@@ -293,6 +293,24 @@ def test_a_column_that_nothing_reads_is_refused_by_name(encode, column, value, s
     assert learned(encode([row], ignore=[column])) == [["hello<|im_end|>", "ciao<|im_end|>"]]
 
 
+@pytest.mark.parametrize("column", ["Unnamed: 0", "Sub Category", 'a "b"', "größe", "#", "yes, no"])
+def test_a_column_whose_name_is_no_word_is_allowed_by_what_the_error_says(encode, column):
+    row = chat(*TWO_TURNS, **{column: 1})
+    with pytest.raises(DataError) as caught:
+        encode([row])
+    assert f"nothing reads the columns {column!r} of a row" in str(caught.value)
+    names = yaml.safe_load("[" + str(caught.value).split("data.ignore: [")[1])
+    assert names == [column]
+    assert learned(encode([row], ignore=names)) == [["hello<|im_end|>", "ciao<|im_end|>"]]
+
+
+def test_a_columns_name_that_is_a_text_is_not_shown(encode):
+    words = "the first row of a table is sometimes no header, and then it is all text"
+    with pytest.raises(DataError) as caught:
+        encode([chat(*TWO_TURNS, **{words: "more"})])
+    assert "first row" not in str(caught.value) and "text of 72 characters" in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("row", "settings"),
     [

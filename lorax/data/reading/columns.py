@@ -1,5 +1,6 @@
 """The columns of a row: which formats need them, which are read, which are not."""
 
+import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -10,7 +11,6 @@ from lorax.data.reading.rows import (
     RowError,
     describe,
     is_word,
-    show_name,
 )
 
 FORMAT_COLUMNS: dict[str, tuple[str, ...]] = {
@@ -46,6 +46,8 @@ FLAGS = (
     "mask",
 )
 """Keys that say whether a turn, or a row, is learned: 1 or true that it is, 0 or false that not."""
+
+_LONGEST_NAME = 60
 
 _FLAG_VALUES = {"0": False, "false": False, "1": True, "true": True}
 
@@ -118,12 +120,22 @@ def refuse_unread(row: Row, data_format: str) -> None:
     if not keys:
         return
     hints = [f"{key}: {_REMEDIES[key]}" for key in keys if key in _REMEDIES]
-    names = ", ".join(map(show_name, keys))
-    allowed = ", ".join(key if is_word(key) else "…" for key in keys)
+    # Beside the columns of a format the others have names too, and no words of the data.
+    names = ", ".join(repr(key) if _is_name(key) else describe(key) for key in keys)
+    allowed = ", ".join(_in_a_list(key) if _is_name(key) else "…" for key in keys)
     raise RowError(
         f"nothing reads the columns {names} of a row: remove them, or allow them by name with "
         f"data.ignore: [{allowed}]" + "".join(f"; {hint}" for hint in hints)
     )
+
+
+def _is_name(column: str) -> bool:
+    return len(column) <= _LONGEST_NAME and column.isprintable()
+
+
+def _in_a_list(name: str) -> str:
+    """Returns a name as it is written in a list of YAML or of a command line."""
+    return name if is_word(name) else json.dumps(name, ensure_ascii=False)
 
 
 def read_flag(holder: Mapping[str, Any], where: str) -> bool | None:
