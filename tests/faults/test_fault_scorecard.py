@@ -1,4 +1,4 @@
-"""The scorecard of faults, in its short form; `scripts/torture.py` runs it whole."""
+"""The scorecard of faults, in its short form; `tests.faults.scorecard` runs it whole."""
 
 import json
 import os
@@ -23,7 +23,8 @@ MAY_CACHE = ("R1", "R2", "P1", "N1", "D1", "D2")
 @pytest.mark.parametrize("case", CASES)
 def test_nothing_is_lost(case, tmp_path):
     out = tmp_path / "torture.json"
-    command = [sys.executable, "scripts/torture.py", "--short", "--only", case, "--out", str(out)]
+    command = [sys.executable, "-m", "tests.faults.scorecard"]
+    command += ["--short", "--only", case, "--out", str(out)]
     environment = dict(os.environ)
     if case not in MAY_CACHE:
         environment.pop("JAX_COMPILATION_CACHE_DIR", None)

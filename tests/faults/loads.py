@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torture_processes import in_child, read_status, start, wait
-from torture_runs import make_trainer
+from tests.faults.processes import in_child, read_status, start, wait
+from tests.faults.runs import make_trainer
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MIB = 2**20
 MEASURED = "measurements/determinism_h200.jsonl"
 """In docs: what the guard within the compiled step takes on a GPU."""

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from torture_damages import ADAPTERS, GOOD, MODELS, ROWS, TEMPLATES, TOKENIZERS
-from torture_processes import in_child, read_status
+from tests.faults.damages import ADAPTERS, GOOD, MODELS, ROWS, TEMPLATES, TOKENIZERS
+from tests.faults.processes import in_child, read_status
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TOKENIZER = ROOT / "examples" / "tiny" / "model"
 CONFIG = {
     "model_type": "llama",

@@ -12,11 +12,11 @@ import time
 from pathlib import Path
 
 import numpy as np
-from torture_processes import in_child, start, wait
 
 from lorax.recovery.files import Stacks, read_checkpoint, write_checkpoint
 from lorax.recovery.store import CheckpointStore, SaveError
 from lorax.system.files import CheckpointError
+from tests.faults.processes import in_child, start, wait
 
 ARRAYS, SIZE = 12, 4096
 
@@ -110,7 +110,9 @@ def count_calls(run: Path) -> int:
 def kill_at_every_call(count: int, folder: Path) -> tuple[int, int]:
     """F2: SIGKILL before every write, fsync, rename, mkdir and unlink of a save that prunes."""
     if "torture" not in os.environ.get("LD_PRELOAD", ""):
-        raise RuntimeError("F2 needs the interposed calls: run scripts/torture.py, with gcc")
+        raise RuntimeError(
+            "F2 needs the interposed calls: run tests.faults.scorecard, with a C compiler"
+        )
     template = folder / "template"
     fill(template, [1, 2])
     calls = count_calls(_copy(template, folder / "count"))

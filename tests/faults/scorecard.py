@@ -1,12 +1,12 @@
 """Runs the scorecard of faults, and prints what passed beside what others were measured to do.
 
-    python scripts/torture.py                       # all of it: an hour on two cores
-    python scripts/torture.py --short               # minutes
-    python scripts/torture.py --only F1 R1 --count 50 --out docs/measurements/torture.json
-    python scripts/torture.py --only --out … --table docs/reliability.md
+    python -m tests.faults.scorecard                       # all of it: an hour on two cores
+    python -m tests.faults.scorecard --short               # minutes
+    python -m tests.faults.scorecard --only F1 R1 --count 50 --out docs/measurements/torture.json
+    python -m tests.faults.scorecard --only --out … --table docs/reliability.md
 
 Writes id → passed, total, seconds as JSON. Calls that change files are interposed with a small
-library, built from `torture_faults.c` with the system's C compiler.
+library, built from `interpose.c` with the system's C compiler.
 """
 
 import argparse
@@ -23,9 +23,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torture_processes import start, wait
+from tests.faults.processes import start, wait
 
-SCRIPTS = Path(__file__).parent
+HERE = Path(__file__).parent
 MARKS = "<!-- table -->", "<!-- end of table -->"
 PEERS = {
     "F1": "Orbax 16/16, HF Trainer 0/5 resumable",
@@ -54,12 +54,13 @@ def preload() -> None:
         Path(loaded).parent.rmdir()
         return
     library = Path(tempfile.mkdtemp()) / "torture_faults.so"
-    source = str(SCRIPTS / "torture_faults.c")
+    source = str(HERE / "interpose.c")
     command = ["cc", "-shared", "-fPIC", "-O1", "-o", str(library), source, "-ldl"]
     subprocess.run(command, check=True)
     environment = os.environ | {"LD_PRELOAD": str(library), "JAX_PLATFORMS": "cpu"}
     environment |= {"LORAX_TORTURE": str(library)}
-    os.execve(sys.executable, [sys.executable, *sys.argv], environment)
+    command = [sys.executable, "-m", "tests.faults.scorecard", *sys.argv[1:]]
+    os.execve(sys.executable, command, environment)
 
 
 def title_of(run: Callable) -> str:
@@ -128,14 +129,10 @@ def main() -> int:
     parsed = parser.parse_args()
     preload()
     with tempfile.TemporaryDirectory() as temporary:
-        import torture_checkpoints
-        import torture_inputs
-        import torture_loads
-        import torture_runs
-        import torture_signals
+        from tests.faults import checkpoints, inputs, loads, runs, signals
 
-        cases = torture_checkpoints.CASES | torture_signals.CASES | torture_runs.CASES
-        cases |= torture_inputs.CASES | torture_loads.CASES
+        cases = checkpoints.CASES | signals.CASES | runs.CASES
+        cases |= inputs.CASES | loads.CASES
         unknown = sorted(set(parsed.only or ()) - cases.keys())
         if unknown:
             parser.error(f"there is no case {unknown[0]}, only {', '.join(cases)}")

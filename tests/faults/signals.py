@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from torture_processes import in_child, start, wait
-from torture_runs import STEPS, last_arrays, make_trainer, newest
+from tests.faults.processes import in_child, start, wait
+from tests.faults.runs import STEPS, last_arrays, make_trainer, newest
 
 
 def leave_in_every_way(count: int, folder: Path) -> tuple[int, int]:

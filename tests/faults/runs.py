@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from torture_processes import in_child, start, wait
+from tests.faults.processes import in_child, start, wait
 
 STEPS = 8
 SIZES = {

@@ -1,0 +1,1 @@
+"""Faults that a run must survive, and the scorecard of them."""
