@@ -20,7 +20,7 @@ echo "== Demo"
 lorax train configs/tiny_cpu.yaml save.output_dir="$scratch/demo" 2>&1 | tee "$out/demo.log" | tail -45
 
 echo "== Llama-8B"
-time python3 scripts/make_random_checkpoint.py llama-8b "$scratch/8b" --tokenizer examples/tiny/model
+time python3 -m scripts.make.random_checkpoint llama-8b "$scratch/8b" --tokenizer examples/tiny/model
 for policy in full none; do
     run="$scratch/run_$policy"
     lorax train configs/llama3_8b_lora.yaml \
@@ -28,6 +28,6 @@ for policy in full none; do
         train.max_steps=20 train.per_device_train_batch_size=4 train.gradient_accumulation_steps=1 \
         train.learning_rate=1e-3 train.gradient_checkpointing=$policy save.save_steps=1000 \
         save.output_dir="$run" 2>&1 | tee "$out/train_8b_$policy.log" | grep -v '^  ' | tail -40
-    python3 scripts/record_step.py "$run" --model llama-8b --call "$call" --commit "$commit" \
+    python3 -m scripts.bench.record "$run" --model llama-8b --call "$call" --commit "$commit" \
         --out "$out/step_h200.jsonl"
 done

@@ -68,7 +68,7 @@ def test_every_link_leads_somewhere(page):
 
 
 def test_the_list_of_settings_is_up_to_date():
-    command = [sys.executable, "scripts/make_settings_doc.py", "--check"]
+    command = [sys.executable, "scripts/make/settings_doc.py", "--check"]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

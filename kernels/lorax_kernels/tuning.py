@@ -1,6 +1,6 @@
 """Which kernel runs with which tiles: a table measured on the device, and rules where it is silent.
 
-Nothing is timed here or inside a trace. `scripts/tune_kernels.py` measures and writes
+Nothing is timed here or inside a trace. `scripts/bench/tune.py` measures and writes
 ``tuned/<device>.json``; see `Table`.
 """
 

@@ -1,6 +1,6 @@
 """Draws the loss curves of one batch split in five ways, and of the mean of means beside them.
 
-    python scripts/make_accumulation_figure.py
+    python -m scripts.make.accumulation_figure
 
 Trains the demo's model on a mix of long and one-word answers, 16 rows a step in the same order,
 split as b16/g1 … b1/g16. Writes docs/measurements/gradient_accumulation.jsonl (a row per step and
@@ -32,7 +32,7 @@ from lorax.system.versions import library_versions
 from lorax.training.optim.optimizer import make_optimizer
 from lorax.training.step import TrainState, make_train_step
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MODEL, DATA = ROOT / "examples/tiny/model", ROOT / "examples/tiny/data/train.jsonl"
 ROWS, STEPS = 16, 60
 SPLITS = [(16, 1), (8, 2), (4, 4), (2, 8), (1, 16)]

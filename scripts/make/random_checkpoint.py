@@ -1,6 +1,6 @@
 """Writes a Hugging Face checkpoint with random weights, to time and test sizes without a download.
 
-    python scripts/make_random_checkpoint.py llama-8b OUT --tokenizer examples/tiny/model
+    python -m scripts.make.random_checkpoint llama-8b OUT --tokenizer examples/tiny/model
 
 The shapes are the published ones; the tokenizer is copied from a folder, since only its ids matter.
 """
@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, required=True)
     parsed = parser.parse_args()
     raw = SHAPES[parsed.shape]
-    config = DecoderConfig.from_hf(raw, "make_random_checkpoint.py")
+    config = DecoderConfig.from_hf(raw, "random_checkpoint.py")
     write_checkpoint(random_tensors(config), raw | {"dtype": "bfloat16"}, parsed.directory)
     for name in TOKENIZER_FILES:
         if (parsed.tokenizer / name).is_file():

@@ -1,6 +1,7 @@
-"""Writes what a finished run came to into a measurement file.
+r"""Writes what a finished run came to into a measurement file.
 
-python scripts/record_demo.py outputs/demo-… --commit abc1234 --out docs/measurements/demo_cpu.json
+    python -m scripts.make.demo_record outputs/demo-… --commit abc1234 \
+        --out docs/measurements/demo_cpu.json
 """
 
 import argparse

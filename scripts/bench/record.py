@@ -1,6 +1,6 @@
 """Appends one row about a run's training step to a measurement file.
 
-    python scripts/record_step.py outputs/RUN --model llama-8b --call h200-1 --commit abc1234 \
+    python -m scripts.bench.record outputs/RUN --model llama-8b --call h200-1 --commit abc1234 \
         --out docs/measurements/step_h200.jsonl
 
 Reads the run's config.yaml, versions.json and metrics.jsonl. Speed is the median over all steps but
@@ -13,10 +13,9 @@ import json
 import statistics
 from pathlib import Path
 
-from measured_rows import append_rows
-
 from lorax.config.run import load_config
 from lorax.report.log import METRICS_FILE, read_metrics
+from scripts.bench.rows import append_rows
 
 WARM_UP_STEPS = 2
 

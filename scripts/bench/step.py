@@ -1,6 +1,6 @@
 """Times whole training steps on random weights, variants in turns, and prints their kernels.
 
-    python scripts/bench_step.py --model llama-8b --batch 4 --seq 2048 --policies none \
+    python -m scripts.bench.step --model llama-8b --batch 4 --seq 2048 --policies none \
         --kernels pallas xla --call h200-1 --commit abc1234 --out docs/measurements/step_h200.jsonl
 
 Every variant is compiled for the same weights and the same tokens, rows without padding. Speed is
@@ -28,8 +28,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from make_random_checkpoint import SHAPES
-from measured_rows import append_rows, origin
 
 from lorax.adapters.nnx.apply import apply_lora, set_kernels
 from lorax.config.adapter import LoraConfig
@@ -44,6 +42,8 @@ from lorax.system.hardware import memory_gib
 from lorax.training.optim.optimizer import make_optimizer
 from lorax.training.step import compile_lowered, make_train_step
 from lorax_kernels import xla_options
+from scripts.bench.rows import append_rows, origin
+from scripts.make.random_checkpoint import SHAPES
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Makes the demo's base model: a tokenizer, a random tiny Llama, and lorax's own pre-training.
 
-    python scripts/make_tiny_data.py examples/tiny/data
-    python scripts/make_tiny_checkpoint.py examples/tiny/model
+    python -m scripts.make.tiny_data examples/tiny/data
+    python -m scripts.make.tiny_checkpoint examples/tiny/model
 
 Trains from scratch with `configs/tiny_pretrain.yaml` (``method: full``), about ten minutes on two
 CPU cores, and writes the result as a Hugging Face checkpoint.
@@ -22,7 +22,7 @@ from lorax.interop.save import save_model
 from lorax.models.architecture import DecoderConfig
 from lorax.models.decoder import init_model
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DATA = ROOT / "examples" / "tiny" / "data"
 VOCABULARY = 512
 CHAT_TEMPLATE = (
@@ -94,7 +94,7 @@ def main() -> None:
             "bos_token_id": None,
         }
         model = init_model(
-            DecoderConfig.from_hf(config, "make_tiny_checkpoint.py"), dtype=jnp.float32, seed=3407
+            DecoderConfig.from_hf(config, "tiny_checkpoint.py"), dtype=jnp.float32, seed=3407
         )
         tokenizer.save_pretrained(Path(scratch) / "tokenizer")
         (Path(scratch) / "tokenizer" / "generation_config.json").write_text(

@@ -1,6 +1,6 @@
 """Measures `lora_linear` against cuBLAS and XLA, and appends one row per cell.
 
-    python scripts/bench_kernels.py --commit abc1234 --out docs/measurements/kernels_h200.jsonl
+    python -m scripts.bench.kernels --commit abc1234 --out docs/measurements/kernels_h200.jsonl
 
 For every workload, number of rows and rank, timed in turns within one process: the frozen products
 alone through cuBLAS (x·W0; x·W0 and dy·W0ᵀ), XLA's LoRA at its best, and the fused kernel. A ratio

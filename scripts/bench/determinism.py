@@ -1,6 +1,6 @@
 """Whether a step, and a resumed run, give the same bits on this device, and what guarding costs.
 
-    python scripts/check_determinism.py --part step --call h200-1 --commit abc1234 \
+    python -m scripts.bench.determinism --part step --call h200-1 --commit abc1234 \
         --out docs/measurements/determinism_h200.jsonl
 
 The step of a model with random weights runs from one state again and again; a digest of every bit
@@ -26,16 +26,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from bench_packing import draw_rows
-from bench_step import (
-    Compiled,
-    Variant,
-    build_model,
-    compile_variant,
-    draw_batch,
-    time_in_turns,
-)
-from measured_rows import append_rows, origin
 
 import lorax.training.step
 from lorax import Trainer, load_config
@@ -43,6 +33,16 @@ from lorax.config.train import TrainConfig
 from lorax.models.stack.recompute import Recomputation
 from lorax.recovery.files import read_checkpoint
 from lorax.training.optim.optimizer import make_optimizer
+from scripts.bench.packing import draw_rows
+from scripts.bench.rows import append_rows, origin
+from scripts.bench.step import (
+    Compiled,
+    Variant,
+    build_model,
+    compile_variant,
+    draw_batch,
+    time_in_turns,
+)
 
 SELECTIVE = Recomputation("selective")
 
@@ -141,8 +141,9 @@ def compare_resumed(model_name: str, folder: Path, full_determinism: bool) -> di
     run_trainer(model_name, folder / "straight", full_determinism)
     shutil.copytree(folder / "straight", folder / "resumed")
     shutil.rmtree(folder / "resumed" / "checkpoints" / "step-000000008")
-    command = [sys.executable, sys.argv[0], "--part", "go-on", "--resumed-model", model_name]
-    command += ["--folder", str(folder / "resumed"), "--full-determinism", str(full_determinism)]
+    command = [sys.executable, "-m", "scripts.bench.determinism", "--part", "go-on"]
+    command += ["--resumed-model", model_name, "--folder", str(folder / "resumed")]
+    command += ["--full-determinism", str(full_determinism)]
     subprocess.run(command, check=True)
     last = [folder / n / "checkpoints" / "step-000000008" for n in ("straight", "resumed")]
     straight, resumed = (read_checkpoint(path).arrays for path in last)

@@ -1,6 +1,6 @@
 """Times training on short examples, packed and padded, and compares their losses.
 
-    python scripts/bench_packing.py --call h200-1 --commit abc1234 \
+    python -m scripts.bench.packing --call h200-1 --commit abc1234 \
         --out docs/measurements/packing_h200.jsonl
 
 Rows of 50 to 800 random tokens, most of them short (log-normal around 180), one epoch over the
@@ -17,11 +17,11 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from bench_step import build_model
-from measured_rows import append_rows, origin
 
 from lorax import Trainer, load_config
 from lorax.data.dataset import EncodedDataset
+from scripts.bench.rows import append_rows, origin
+from scripts.bench.step import build_model
 
 LONGEST, SHORTEST = 800, 50
 

@@ -1,6 +1,6 @@
 """Writes the demo's conversations: what the tiny base model knows, and what LoRA teaches it.
 
-    python scripts/make_tiny_data.py examples/tiny/data
+    python -m scripts.make.tiny_data examples/tiny/data
 
 The user writes a note about an article of a shop. The base model is pre-trained on
 `pretrain.jsonl`, where the assistant answers with a short label, or gives one or two properties

@@ -1,14 +1,14 @@
 """Runs lorax and its peers cell by cell on one machine; writes rows, a table and a plot.
 
-    python scripts/bench_peers.py --call h200-1 --commit abc1234 \
+    python -m scripts.bench.peers --call h200-1 --commit abc1234 \
         --out docs/measurements/step_h200.jsonl --plot docs/images/peers_h200.png
 
 A cell is model:batch:seq:accumulation; a system is name:policy, such as lorax:full,
 unsloth:offload (its default) or peft:none; lorax:full+embedding has the embedding in the host's
 memory too, lorax:full:6 six layers that are not made again. Within a cell each peer's policy is a
-process of its own, and lorax's policies share one, in turns, as in `bench_step.py`. The plot shows
-all rows of the call in the file, so several runs may share one call; `--cells` with nothing after
-it only draws.
+process of its own, and lorax's policies share one, in turns, as in `scripts.bench.step`. The plot
+shows all rows of the call in the file, so several runs may share one call; `--cells` with nothing
+after it only draws.
 """
 
 import argparse
@@ -21,9 +21,8 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from measured_rows import append_rows
+from scripts.bench.rows import append_rows
 
-SCRIPTS = Path(__file__).parent
 CELLS = ["llama-8b:4:2048:1", "llama-8b:2:512:8", "llama-1b:8:2048:1", "llama-1b:1:512:1"]
 _HOST = "+embedding"
 SYSTEMS = ["lorax:none", "lorax:selective", "lorax:full", "unsloth:none", "unsloth:offload"]
@@ -37,7 +36,7 @@ def run_lorax(
     policies: list[str],
     more: Sequence[str] = (),
 ) -> list[dict]:
-    """Returns the rows of `bench_step.py`, run in a process of its own for each `+embedding`."""
+    """Returns the rows of `scripts.bench.step`, in a process of its own for each `+embedding`."""
     if any(policy.endswith(_HOST) for policy in policies):
         here = [policy for policy in policies if not policy.endswith(_HOST)]
         there = [policy.removesuffix(_HOST) for policy in policies if policy.endswith(_HOST)]
@@ -50,23 +49,24 @@ def run_lorax(
         # Turns of at least a good part of a second; long steps need no more than one.
         tokens = int(batch) * int(seq) * int(accumulation)
         steps = ["--steps", str(max(1, min(40, 32768 // tokens)))]
-        _run([str(SCRIPTS / "bench_step.py"), *shape, *names, *steps, *more, "--out", str(out)])
+        _run("scripts.bench.step", [*shape, *names, *steps, *more, "--out", str(out)])
         return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
 
 
 def run_peer(
     system: str, checkpoint: Path, batch: str, seq: str, accumulation: str, policy: str
 ) -> list[dict]:
-    """Returns the row of `peer_step.py` in a process of its own."""
+    """Returns the row of `scripts.bench.peer_step` in a process of its own."""
     shape = ["--batch", batch, "--seq", seq, "--accumulation", accumulation, "--policy", policy]
     if int(seq) * int(batch) > 16384 or int(accumulation) > 1:
         shape += ["--warmup", "4", "--steps", "4"]
-    printed = _run([str(SCRIPTS / "peer_step.py"), system, str(checkpoint), *shape])
+    printed = _run("scripts.bench.peer_step", [system, str(checkpoint), *shape])
     return [json.loads(printed.strip().splitlines()[-1])]
 
 
-def _run(arguments: list[str]) -> str:
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
+def _run(module: str, arguments: list[str]) -> str:
+    command = [sys.executable, "-m", module, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError((done.stdout + done.stderr)[-600:])
     return done.stdout
@@ -76,8 +76,7 @@ def find_checkpoint(model: str, folder: Path, tokenizer: str) -> Path:
     """Returns a checkpoint of random weights, written where there is none."""
     path = folder / model
     if not path.exists():
-        make = str(SCRIPTS / "make_random_checkpoint.py")
-        _run([make, model, str(path), "--tokenizer", tokenizer])
+        _run("scripts.make.random_checkpoint", [model, str(path), "--tokenizer", tokenizer])
     return path
 
 

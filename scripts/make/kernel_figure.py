@@ -1,6 +1,6 @@
-"""Draws what `bench_kernels.py` measured: ratios to the frozen products, and the roofline.
+"""Draws what `scripts.bench.kernels` measured: ratios to the frozen products, and the roofline.
 
-python scripts/make_kernel_figure.py docs/measurements/kernels_h200.jsonl \
+python -m scripts.make.kernel_figure docs/measurements/kernels_h200.jsonl \
         docs/images/kernels_h200.png
 """
 

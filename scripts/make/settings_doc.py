@@ -1,7 +1,7 @@
 """Writes docs/settings.md from the config models: every key, its default, and what it means.
 
-python scripts/make_settings_doc.py            # writes it
-python scripts/make_settings_doc.py --check    # says whether it is what would be written
+python -m scripts.make.settings_doc            # writes it
+python -m scripts.make.settings_doc --check    # says whether it is what would be written
 """
 
 import argparse
@@ -19,10 +19,10 @@ from lorax.config.run import RunConfig
 from lorax.config.train import LrSchedulerKwargs
 from lorax.config.types import Section
 
-FILE = Path(__file__).parents[1] / "docs" / "settings.md"
+FILE = Path(__file__).parents[2] / "docs" / "settings.md"
 HEAD = """# Settings
 
-Every key of a config, made from the docstrings by `scripts/make_settings_doc.py`. A key that is
+Every key of a config, made from the docstrings by `scripts/make/settings_doc.py`. A key that is
 not here is an error, and so is a value of another type. `lorax train CONFIG key=value …` overrides
 single keys, such as `train.learning_rate=1e-4`. Values are YAML; a key that takes nothing but text
 takes it as it stands: `data.response_part=Assistant:`.

@@ -1,12 +1,12 @@
 """Times training steps of Unsloth, or of transformers with PEFT, on one cell; prints one JSON row.
 
-    python scripts/peer_step.py unsloth /tmp/8b --batch 4 --seq 2048 --policy none
+    python -m scripts.bench.peer_step unsloth /tmp/8b --batch 4 --seq 2048 --policy none
 
-The folder holds a checkpoint, such as `make_random_checkpoint.py` writes. The model is the one
+The folder holds a checkpoint, such as `scripts.make.random_checkpoint` writes. The model is the one
 that the library's own functions return, called as its trainer calls it: bfloat16 autocast, fused
 AdamW, gradients clipped to 1. Every token is supervised. The first steps, in which the library
 compiles and tunes, are not timed. Memory is the allocator's peak over the timed steps.
-`bench_peers.py` runs this beside lorax.
+`scripts.bench.peers` runs this beside lorax.
 """
 
 import argparse

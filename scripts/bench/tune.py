@@ -1,7 +1,7 @@
 """Finds the fastest tiles for the products of real models and writes the table that lorax reads.
 
-    python scripts/tune_kernels.py --commit abc1234                          # on the GPU, minutes
-    python scripts/tune_kernels.py --adopt docs/measurements/kernels_h200.jsonl   # anywhere
+    python -m scripts.bench.tune --commit abc1234                          # on the GPU, minutes
+    python -m scripts.bench.tune --adopt docs/measurements/kernels_h200.jsonl   # anywhere
 
 The first form times every candidate against cuBLAS in turns, each at the clock that the chip's
 power limit leaves it, and writes the products' rows of
