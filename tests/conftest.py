@@ -13,11 +13,9 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 # The tests' processes share the cores: threads of a product's own would wait for each other.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Four virtual devices, so that sharded runs are tested on any machine; and a program compiled in
-# one part, which is less work than in parts for cores that are busy. The last flag counts.
+# Four virtual devices, so that sharded runs are tested on any machine; the last flag counts.
 os.environ.update(
-    XLA_FLAGS="--xla_force_host_platform_device_count=4 --xla_cpu_parallel_codegen_split_count=1 "
-    + os.environ.get("XLA_FLAGS", "")
+    XLA_FLAGS=f"--xla_force_host_platform_device_count=4 {os.environ.get('XLA_FLAGS', '')}".strip()
 )
 
 # The processes of one run of the tests, and those that they start, compile each program once.

@@ -1,6 +1,6 @@
 r"""Writes what a finished run came to into a measurement file.
 
-    python -m scripts.make.demo_record outputs/demo-… --commit abc1234 \
+python -m scripts.make.demo_record outputs/demo-… --commit abc1234 \
         --out docs/measurements/demo_cpu.json
 """
 
