@@ -1,7 +1,6 @@
-r"""Writes what a finished run came to into a measurement file.
+"""Writes what a finished run came to into a measurement file.
 
-python -m scripts.make.demo_record outputs/demo-… --commit abc1234 \
-        --out docs/measurements/demo_cpu.json
+python -m scripts.make.demo_record RUN --commit abc1234 --out docs/measurements/demo_cpu.json
 """
 
 import argparse
