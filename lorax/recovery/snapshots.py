@@ -2,13 +2,12 @@
 
 import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from lorax.system.files import sync
+from lorax.system.files import write_file
 
 
 class WeightStore:
@@ -84,10 +83,7 @@ class WeightStore:
         path = self.best_path()
         assert path is not None
         record = {"step": self.best_step, "eval_loss": self.best_loss, "path": path.name}
-        partial = self.directory / "best.json.partial"
-        partial.write_text(json.dumps(record) + "\n", encoding="utf-8")
-        sync(partial)
-        os.replace(partial, self.directory / "best.json")
+        write_file(self.directory / "best.json", json.dumps(record) + "\n")
 
     def _remove_superseded(self) -> None:
         newest = max(self._written)

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+from lorax.system.files import write_file
+
 METRICS_FILE = "metrics.jsonl"
 
 
@@ -160,12 +162,7 @@ def _keep_lines(path: Path, reached: int, evaluated: bool) -> None:
             kept[step, is_evaluation] = line
     if len(kept) == lines:
         return
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        file.writelines(line + b"\n" for line in kept.values())
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    write_file(path, b"".join(line + b"\n" for line in kept.values()))
 
 
 def _is_evaluation(record: Mapping[str, Any]) -> bool:

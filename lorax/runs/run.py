@@ -49,7 +49,7 @@ from lorax.runs.memory import (
 from lorax.runs.model import adapt_base, load_base
 from lorax.runs.setup import Inputs, input_notes, load_inputs
 from lorax.system.clock import Phases
-from lorax.system.files import read_json, sync
+from lorax.system.files import read_json, write_file
 from lorax.system.hardware import memory_gib
 from lorax.system.threads import finish_beside, start_beside
 from lorax.system.versions import library_versions
@@ -228,10 +228,7 @@ def _train_and_export(
         gradient_checkpointing=str(Recomputation.of(trainer.model)),
     )
     text = json.dumps(dataclasses.asdict(summary), indent=2)
-    partial = output / f".{SUMMARY_FILE}.partial"
-    partial.write_text(text + "\n", encoding="utf-8")
-    sync(partial)
-    partial.replace(output / SUMMARY_FILE)
+    write_file(output / SUMMARY_FILE, text + "\n")
     return summary
 
 

@@ -110,6 +110,14 @@ def write_directory(directory: str | Path) -> Iterator[Path]:
         raise
 
 
+def write_file(path: Path, data: str | bytes) -> None:
+    """Writes a file whole or not at all: what was there stays until all of it is on the disk."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
+    sync(partial)
+    os.replace(partial, path)
+
+
 def sync(path: Path) -> None:
     """Waits until a file, or a folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -339,7 +339,7 @@ def test_the_programs_not_used_for_longest_go_first(prepared, compiles_at_once, 
 
 PROGRAM = """
 import sys
-sys.path[:0] = [".", "kernels", "tests"]
+sys.path[:0] = [".", "kernels", "tests/devices"]
 from pathlib import Path
 import lorax
 from test_program_cache import compile_step
