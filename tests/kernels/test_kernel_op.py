@@ -399,15 +399,7 @@ def test_an_mlp_keeps_gate_and_up_and_not_their_product(kernels, inline):
 
 
 def bundle(members):
-    updated = tuple(i for i, m in enumerate(members) if "a" in m)
-    return fused.Group(
-        [m["w"] for m in members],
-        [m.get("bias") for m in members],
-        updated,
-        [members[i]["a"] for i in updated],
-        [members[i]["b"] for i in updated],
-        tuple(SCALES[i] for i in updated),
-    )
+    return fused.Group.of(weights(members), 0.0, None, "pallas")
 
 
 def test_a_group_of_too_many_ranks_is_launched_in_parts(monkeypatch):
