@@ -164,8 +164,8 @@ def functions(node, name):
         if isinstance(child, ast.FunctionDef):
             first = child.body[0]
             text = ast.get_docstring(child, clean=False) is not None
-            lines = child.end_lineno - child.lineno + 1
-            yield inner, lines - text * (first.end_lineno - first.lineno + 1)
+            lines = (child.end_lineno or 0) - child.lineno + 1
+            yield inner, lines - text * ((first.end_lineno or 0) - first.lineno + 1)
         yield from functions(child, inner)
 
 
