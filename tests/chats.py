@@ -80,13 +80,13 @@ def encode_rows(folder, template, *rows, **settings):
     return load_encoded_dataset(config.train, config, byte_tokenizer(template))
 
 
-def pieces(encoded, template):
+def pieces(encoded, template=CHATML):
     """Of each row the texts that it consists of, and whether they are learned."""
     tokenizer = byte_tokenizer(template)
     return [render_example(encoded, i, tokenizer) for i in range(len(encoded))]
 
 
-def learned(encoded, template):
+def learned(encoded, template=CHATML):
     """Of each row the texts that are learned."""
     return [[text for text, flag in row if flag] for row in pieces(encoded, template)]
 

@@ -24,6 +24,8 @@ from tests.chats import (
     STOP_OUTSIDE,
     TWO_TURNS,
     byte_tokenizer,
+    changes,
+    learned,
 )
 
 TOOLS = (
@@ -78,18 +80,6 @@ def encode(tmp_path):
         return load_encoded_dataset(config.train, config, tokenizer)
 
     return run
-
-
-def learned(encoded, template=CHATML):
-    """Returns the supervised pieces of every row."""
-    tokenizer = byte_tokenizer(template)
-    rows = [render_example(encoded, i, tokenizer) for i in range(len(encoded))]
-    return [[text for text, flag in row if flag] for row in rows]
-
-
-def changes(encoded):
-    """Returns what became of rows, with their number."""
-    return {change.what: change.rows for change in encoded.report.changes}
 
 
 def chat(*messages, **columns):

@@ -5,7 +5,7 @@ import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from lorax.data.chat.fields import fields_of
+from lorax.data.chat.fields import Field, fields_of
 from lorax.data.chat.lost import forms
 from lorax.data.chat.tokenizer import Tokenizer, named_token_id, special_tokens
 from lorax.data.reading.conversation import Message
@@ -41,6 +41,10 @@ class SpecialTexts:
     def hide(self, text: str) -> str:
         """Returns a text, as long as before, in whose special tokens no words are found."""
         return self.pattern.sub(lambda found: "\1" * len(found[0]), text)
+
+    def hidden(self, fields: Iterable[Field]) -> list[Field]:
+        """Returns fields with the special tokens of their texts hidden likewise."""
+        return [field._replace(texts=tuple(map(self.hide, field.texts))) for field in fields]
 
     def inside(self, message: Message, text: str) -> set[int]:
         """Returns the tokens that a message's words hold in `text`, but for one that ends them."""

@@ -262,9 +262,8 @@ def encode_prompt(
         raise DataError(f"the chat template: {error}; mend it") from error
     if isinstance(rendered, RowError):
         raise rendered
-    hide = SpecialTexts.of(tokenizer).hide
-    fields = [f._replace(texts=tuple(map(hide, f.texts))) for f in fields_of(messages)]
-    if lost := lost_fields(fields, hide(rendered.text)):
+    special = SpecialTexts.of(tokenizer)
+    if lost := lost_fields(special.hidden(fields_of(messages)), special.hide(rendered.text)):
         names = " and the ".join(field.name.replace(".", "'s ") for field in lost)
         raise DataError(
             f"the chat template leaves out the {names}, so the model would not be asked that: "

@@ -128,21 +128,17 @@ class Rendering:
     @functools.cached_property
     def _all_fields(self) -> list[Field]:
         """Every text of the messages, to be found where special tokens are hidden."""
-        return self._hidden(fields_of(self.talk.messages))
+        return self.special.hidden(fields_of(self.talk.messages))
 
     @functools.cached_property
     def _all_of_tools(self) -> list[Field]:
         """Every text of the tools, likewise."""
-        return self._hidden(fields_of_tools(self.talk.tools or ()))
+        return self.special.hidden(fields_of_tools(self.talk.tools or ()))
 
     @functools.cached_property
     def _fields(self) -> list[Field]:
         """What the rendering must hold of the messages."""
         return [field for field in self._all_fields if field.name not in self._ignored]
-
-    def _hidden(self, fields: Sequence[Field]) -> list[Field]:
-        hide = self.special.hide
-        return [field._replace(texts=tuple(map(hide, field.texts))) for field in fields]
 
     def _allowed(self, text: str) -> list[str]:
         """Returns what the template leaves out, or does not read, and may."""
@@ -224,10 +220,10 @@ class Rendering:
         ]
         # Templates write tools before the conversation, or behind its first message.
         first = sum(field.message == 0 for field in fields)
-        orders = [[*tools, *fields], [*fields[:first], *tools, *fields[first:]]]
-        if any(end_of_fields(order, text, 0) is not None for order in orders):
+        behind = [*fields[:first], *tools, *fields[first:]]
+        if tools and end_of_fields(behind, text, 0) is not None:
             return []
-        lost = [f for f in lost_fields(orders[0], text) if f.message not in elsewhere]
+        lost = [f for f in lost_fields([*tools, *fields], text) if f.message not in elsewhere]
         names = {field for field in tools if field.name == "tools.name"}
         if names and names.issubset(lost):
             return [ALL_TOOLS, *(field for field in lost if field.message is not None)]

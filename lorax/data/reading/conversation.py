@@ -214,15 +214,25 @@ def _read_call(call: Any, where: str) -> Mapping[str, Any]:
 
 def _parse_arguments(value: Any, where: str) -> dict[str, Any]:
     needed = f"{where}arguments must be a JSON object, or text that is one"
-    if isinstance(value, str):
-        try:
-            value = json.loads(value, object_pairs_hook=refuse_duplicate_keys)
-        except (ValueError, RecursionError) as error:
-            reason = error.msg if isinstance(error, json.JSONDecodeError) else "cannot be parsed"
-            raise MalformedRowError(f"{needed}, got text that is no JSON: {reason}") from error
+    value = parsed(value, needed)
     if not isinstance(value, dict):
         raise MalformedRowError(f"{needed}, got {describe(value)}")
     return value
+
+
+def parsed(value: Any, needed: str) -> Any:
+    """Returns what JSON text stands for, as in tables that cannot hold objects of any shape.
+
+    Raises:
+        MalformedRowError: Saying what is `needed`, if it is text and no JSON.
+    """
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value, object_pairs_hook=refuse_duplicate_keys)
+    except (ValueError, RecursionError) as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else "cannot be parsed"
+        raise MalformedRowError(f"{needed}, got text that is no JSON: {reason}") from error
 
 
 def _with_text(message: Message) -> Message:

@@ -1,7 +1,6 @@
 """What a row may look like, and the example it is read as."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -11,11 +10,12 @@ from lorax.data.reading.conversation import (
     Message,
     function_name,
     list_of_dicts,
+    parsed,
     read_messages,
     refuse_no_answer,
     text_of,
 )
-from lorax.data.reading.rows import MalformedRowError, Row, describe, refuse_duplicate_keys
+from lorax.data.reading.rows import MalformedRowError, Row, describe
 
 IGNORED_LABEL = -100
 
@@ -113,29 +113,16 @@ def _optional_text(row: Row, column: str) -> str:
 def _read_tools(row: Row) -> list[Any] | None:
     if is_empty(row.get("tools")):
         return None
-    value = _parsed(row["tools"], "tools")
+    needed = "must be a list of objects, or JSON text that is one"
+    value = parsed(row["tools"], f"tools {needed}")
     if isinstance(value, list):
-        value = [_parsed(tool, f"tools[{i}]") for i, tool in enumerate(value)]
+        value = [parsed(tool, f"tools[{i}] {needed}") for i, tool in enumerate(value)]
     if is_empty(value):
         return None
     tools = list_of_dicts({"tools": value}, "tools")
     for tool, where in tools:
         function_name(tool, where)
     return [dict(tool) for tool, _ in tools]
-
-
-def _parsed(value: Any, where: str) -> Any:
-    """Returns what JSON text stands for, as in tables that cannot hold objects of any shape."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value, object_pairs_hook=refuse_duplicate_keys)
-    except (ValueError, RecursionError) as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else "cannot be parsed"
-        raise MalformedRowError(
-            f"{where} must be a list of objects, or JSON text that is one, got text that is no "
-            f"JSON: {reason}"
-        ) from error
 
 
 def _read_kwargs(row: Row) -> Mapping[str, Any]:
