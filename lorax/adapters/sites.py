@@ -1,23 +1,68 @@
-"""Which layers can carry an adapter."""
+"""Which layers can carry an adapter, and the matrix that each is seen as."""
 
-import jax
+from typing import Any, NamedTuple, Protocol
+
 from flax import nnx
-from flax.nnx.nn.dtypes import promote_dtype
+
+from lorax.adapters.method import Shape
+from lorax.layers.linear import Linear, obstacle
 
 
-def is_adaptable(module: nnx.Module) -> bool:
-    """Says whether `module` is a plain linear layer, with nothing of its own in `__call__`."""
-    return isinstance(module, nnx.Linear) and obstacle(module) is None
+class Obstacle(NamedTuple):
+    """Why a layer of a kind that carries adapters cannot carry one."""
+
+    reason: str
 
 
-def obstacle(linear: nnx.Linear) -> str | None:
-    """Returns what an adapted layer would not carry over from `linear`, or None."""
-    if type(linear).__call__ is not nnx.Linear.__call__:
-        return "it has a __call__ of its own"
-    if linear.dot_general is not jax.lax.dot_general or linear.promote_dtype is not promote_dtype:
-        return "it has a dot_general or promote_dtype of its own"
-    if linear.precision is not None:
-        return f"it sets precision={linear.precision}; set jax_default_matmul_precision instead"
-    if linear.kernel.ndim != 2:
-        return f"its kernel has shape {linear.kernel.shape}, of several layers at once"
+class Site(Protocol):
+    """A kind of layer that multiplies by a weight, seen as (k, n).
+
+    To add one: an object like this, an entry in `SITES`.
+    """
+
+    def find(self, module: Any) -> Shape | Obstacle | None:
+        """Returns the shape of a module's weight, why it cannot be adapted, or None: not mine."""
+        ...
+
+    def adopt(self, module: Any) -> Linear:
+        """Returns the layer that takes the place of such a module and shares its variables."""
+        ...
+
+
+class LinearSite:
+    """`nnx.Linear`, with nothing of its own in `__call__`."""
+
+    def find(self, module: Any) -> Shape | Obstacle | None:
+        """See `Site`."""
+        if not isinstance(module, nnx.Linear):
+            return None
+        if reason := obstacle(module):
+            return Obstacle(reason)
+        return Shape(module.in_features, module.out_features)
+
+    def adopt(self, module: Any) -> Linear:
+        """See `Site`."""
+        return module if isinstance(module, Linear) else Linear.of(module)
+
+
+SITES: list[Site] = [LinearSite()]
+
+
+def find_site(module: Any) -> tuple[Site, Shape | Obstacle] | None:
+    """Returns the site that knows a module, and what it finds there."""
+    for site in SITES:
+        if (found := site.find(module)) is not None:
+            return site, found
     return None
+
+
+def shape_of(module: Any) -> Shape | None:
+    """Returns the shape of the weight of a module that can carry an adapter, else None."""
+    found = find_site(module)
+    return found[1] if found is not None and isinstance(found[1], Shape) else None
+
+
+def obstacle_of(module: Any) -> str | None:
+    """Returns why a module of a kind that carries adapters cannot carry one, else None."""
+    found = find_site(module)
+    return found[1].reason if found is not None and isinstance(found[1], Obstacle) else None

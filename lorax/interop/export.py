@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 
 from lorax.adapters.nnx.apply import set_kernels
 from lorax.adapters.nnx.merge import merge_lora, unload_lora
-from lorax.adapters.nnx.tree import lora_layers
+from lorax.adapters.nnx.tree import adapted_layers
 from lorax.interop.export_files import companion_files
 from lorax.interop.load import load_model
 from lorax.interop.peft import TENSOR_FILE, adapter_tensors, load_adapter, save_adapter
@@ -142,7 +142,7 @@ def _export_merged(
     model, directory: Path, base, dtype, files: Mapping[str, str | Path | None]
 ) -> Verification:
     dtype = jnp.dtype(dtype or _weight_dtype(model))
-    merged = merge_lora(model) if lora_layers(model) else model
+    merged = merge_lora(model) if adapted_layers(model) else model
     save_model(merged, directory, dtype=dtype, source_directory=base, files=files)
     shards = sorted(directory.glob("*.safetensors"))
     count = _compare(model_tensors(merged, dtype=dtype), shards)
@@ -153,9 +153,8 @@ def _export_merged(
 
 
 def _weight_dtype(model) -> Any:
-    return (
-        next(iter(lora_layers(model).values())).kernel.dtype if lora_layers(model) else model.dtype
-    )
+    layers = adapted_layers(model)
+    return next(iter(layers.values())).kernel.dtype if layers else model.dtype
 
 
 def _compare(expected: Iterable[tuple[str, np.ndarray]], files: list[Path]) -> int:

@@ -11,14 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lorax.adapters.lora import LoraLinear
+from lorax.adapters.lora import LORA
+from lorax.adapters.method import Shape
 from lorax.adapters.nnx.apply import apply_lora
-from lorax.adapters.nnx.tree import lora_layers, named_modules, tied_modules
+from lorax.adapters.nnx.tree import adapted_layers, named_modules, tied_modules
 from lorax.adapters.targets import TargetError, match_targets
 from lorax.config.adapter import LoraConfig
 from lorax.interop.peft_config import CONFIG_FILE, AdapterError, read_adapter_config
 from lorax.interop.safetensors import TensorEntry, read_headers, read_tensor, save_tensors
 from lorax.interop.tensors import hf_name
+from lorax.layers.linear import Linear
 from lorax.system.files import write_directory
 from lorax.system.wording import clip
 
@@ -47,30 +49,31 @@ def adapter_config(
         portable: One rank, ``lora_alpha = r``, for engines that read only ``alpha / r``.
     """
     layers = _adapted(model)
-    ranks = {n: layer.r for n, layer in layers.items()}
-    alphas = {n: layer.lora_alpha for n, layer in layers.items()}
+    specs = {n: layer.adapter.spec for n, layer in layers.items()}
+    ranks = {n: spec.r for n, spec in specs.items()}
+    alphas = {n: spec.lora_alpha for n, spec in specs.items()}
     r, alpha = (Counter(v.values()).most_common(1)[0][0] for v in (ranks, alphas))
     if portable:
         r = alpha = max(ranks.values())
         ranks, alphas = {}, {}
     pattern = lambda values, common: {re.escape(n): v for n, v in values.items() if v != common}
     saved = _saved_modules(model)
+    method = LORA if portable else next(iter(specs.values())).method
     config = {
-        "peft_type": "LORA",
+        **method.settings,
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model_name_or_path,
         "revision": revision,
         "inference_mode": True,
         "r": r,
         "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
-        "lora_dropout": max(layer.dropout for layer in layers.values()),
+        "lora_dropout": max(spec.dropout for spec in specs.values()),
         "target_modules": _short_targets(model, list(layers)),
         "exclude_modules": None,
         "bias": _bias_setting(model, layers),
         "fan_in_fan_out": False,
         "init_lora_weights": True,
-        "use_rslora": not portable and any(x.scale != x.lora_alpha / x.r for x in layers.values()),
-        "use_dora": False,
+        "use_rslora": not portable and any(x.scale != x.lora_alpha / x.r for x in specs.values()),
         "modules_to_save": saved or None,
         "rank_pattern": pattern(ranks, r),
         "alpha_pattern": pattern(alphas, alpha),
@@ -89,16 +92,17 @@ def adapter_tensors(model: nnx.Module, *, portable: bool = False) -> dict[str, n
     With `portable`, every pair is zero-padded to the largest rank and its scale folded into B.
     """
     layers = _adapted(model)
-    rank = max(layer.r for layer in layers.values())
+    rank = max(layer.adapter.spec.r for layer in layers.values())
     tensors = {}
     for name, layer in layers.items():
-        a, b = np.asarray(layer.lora_a[...]).T, np.asarray(layer.lora_b[...]).T
+        spec, values = layer.adapter.spec, layer.adapter.params
+        keys = (LORA if portable else spec.method).keys
         if portable:
-            padding = rank - layer.r
-            a = np.pad(a, ((0, padding), (0, 0)))
-            b = np.pad(b * np.float32(layer.scale), ((0, 0), (0, padding)))
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = np.ascontiguousarray(a)
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = np.ascontiguousarray(b)
+            values = spec.method.portable(spec, values, rank)
+        for parameter, key in keys.items():
+            value = np.asarray(values[parameter])
+            stored = np.ascontiguousarray(value.T if key.transposed else value)
+            tensors[f"{PREFIX}{name}.{key.suffix}"] = stored
     extra = trained_base_tensors(model)
     if portable and extra:
         raise ValueError(
@@ -208,7 +212,7 @@ def check_adapter(model: nnx.Module, directory: str | Path) -> dict[str, TensorE
     # PEFT saves the weights of an adapted head beside it, which are the base's.
     copies = {
         f"{PREFIX}{name}.base_layer.weight": (layer.out_features, layer.in_features)
-        for name, layer in lora_layers(model).items()
+        for name, layer in adapted_layers(model).items()
     }
     for label, keys in (
         ("lacks", expected.keys() - entries.keys()),
@@ -228,8 +232,10 @@ def _expected_shapes(model: nnx.Module) -> dict[str, tuple[int, ...]]:
     """Returns the shape of every tensor that adapter_model.safetensors must hold."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, layer in _adapted(model).items():
-        shapes[f"{PREFIX}{name}.lora_A.weight"] = layer.r, layer.in_features
-        shapes[f"{PREFIX}{name}.lora_B.weight"] = layer.out_features, layer.r
+        spec, shape = layer.adapter.spec, Shape(layer.in_features, layer.out_features)
+        for parameter, needed in spec.method.shapes(shape, spec).items():
+            key = spec.method.keys[parameter]
+            shapes[f"{PREFIX}{name}.{key.suffix}"] = needed[::-1] if key.transposed else needed
     for key, transposed, variable in _trained_parameters(model):
         shape = tuple(variable.get_value().shape)
         shapes[PREFIX + key] = shape[::-1] if transposed else shape
@@ -251,9 +257,11 @@ def _tensor_file(directory: Path) -> Path:
 
 def _fill(model: nnx.Module, tensors: dict[str, np.ndarray]) -> None:
     wide = lambda key: tensors[key].astype(np.float32)
-    for name, layer in lora_layers(model).items():
-        layer.lora_a.set_value(jnp.asarray(wide(f"{PREFIX}{name}.lora_A.weight").T))
-        layer.lora_b.set_value(jnp.asarray(wide(f"{PREFIX}{name}.lora_B.weight").T))
+    for name, layer in adapted_layers(model).items():
+        for parameter, key in layer.adapter.spec.method.keys.items():
+            value = wide(f"{PREFIX}{name}.{key.suffix}")
+            value = jnp.asarray(value.T if key.transposed else value)
+            layer.adapter.variable(parameter).set_value(value)
     for key, transposed, variable in _trained_parameters(model):
         value = wide(PREFIX + key)
         dtype = variable.get_value().dtype
@@ -266,7 +274,7 @@ def _check_values(found: dict[str, np.ndarray], model: nnx.Module, path: Path) -
         if not np.isfinite(value.astype(np.float32)).all():
             raise AdapterError(f"{path}: {key} holds values that are not finite")
     expected = _expected_shapes(model)
-    for name, layer in lora_layers(model).items():
+    for name, layer in adapted_layers(model).items():
         key = f"{PREFIX}{name}.base_layer.weight"
         if key in found and key not in expected:
             kernel = np.asarray(layer.kernel[...]).T.astype(np.float32)
@@ -290,8 +298,8 @@ def _refuse_untied(entries: dict[str, TensorEntry], model: nnx.Module, path: Pat
             )
 
 
-def _adapted(model: nnx.Module) -> dict[str, LoraLinear]:
-    layers = lora_layers(model)
+def _adapted(model: nnx.Module) -> dict[str, Linear]:
+    layers = adapted_layers(model)
     if not layers:
         raise ValueError("the model has no adapters; apply_lora or load_adapter first")
     return layers
@@ -307,7 +315,7 @@ def _trained_variables(model: nnx.Module) -> Iterator[tuple[str, str, nnx.Param]
 
 def _trained_parameters(model: nnx.Module) -> Iterator[tuple[str, bool, nnx.Param]]:
     """Yields (PEFT's key without prefix, whether transposed there, variable)."""
-    adapted = lora_layers(model)
+    adapted = adapted_layers(model)
     for name, attribute, variable in _trained_variables(model):
         inner = (*name.split("."), "base_layer") if name in adapted else tuple(name.split("."))
         yield *hf_name((*inner, attribute)), variable
@@ -318,7 +326,7 @@ def _saved_modules(model: nnx.Module) -> list[str]:
     return sorted({n for n, attribute, _ in _trained_variables(model) if attribute != "bias"})
 
 
-def _bias_setting(model: nnx.Module, layers: dict[str, LoraLinear]) -> str:
+def _bias_setting(model: nnx.Module, layers: dict[str, Linear]) -> str:
     saved = set(_saved_modules(model))
     biases = {n for n, a, _ in _trained_variables(model) if a == "bias" and n not in saved}
     if not biases:
@@ -330,7 +338,7 @@ def _short_targets(model: nnx.Module, names: list[str]) -> list[str]:
     """Returns the last names of the adapted layers where they say all, else the full names."""
     short = sorted({n.split(".")[-1] for n in names})
     modules = named_modules(model)
-    linear = [n for n, m in modules.items() if isinstance(m, LoraLinear | nnx.Linear)]
+    linear = [n for n, m in modules.items() if isinstance(m, nnx.Linear)]
     config = LoraConfig(target_modules=tuple(short))
     others = modules.keys() - set(linear)
     try:

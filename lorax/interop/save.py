@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
+from lorax.adapters.nnx.tree import adapted_layers
 from lorax.interop.folder import write_checkpoint
 from lorax.interop.tensors import convert, hf_name, listed, tensor_table
 from lorax.models.decoder import CausalLM
@@ -39,10 +40,9 @@ def model_tensors(
     if unknown:
         raise ValueError(f"overrides name {listed(unknown)}, which this model does not have")
     parameters = dict(nnx.to_flat_state(nnx.state(model)))
-    unmerged = [path[:-1] for path in parameters if path[-1] == "lora_a"]
-    for path in unmerged:
-        if hf_name((*path, "kernel"))[0] not in overrides:
-            raise ValueError(f"{'.'.join(map(str, path))} carries adapters: merge_lora them first")
+    for name in adapted_layers(model):
+        if hf_name((*name.split("."), "kernel"))[0] not in overrides:
+            raise ValueError(f"{name} carries adapters: merge_lora them first")
     for name, spec in table.items():
         if name in overrides:
             value = overrides[name]

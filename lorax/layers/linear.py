@@ -1,12 +1,18 @@
-"""Linear layers: how they are made, and weights that training leaves alone."""
+"""The linear layer, x·W + b and the adapters attached to it; weights that training leaves alone."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Protocol, override
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Key
 
+from lorax.devices.mesh import ROW_AXES
 from lorax.layers.attention import AttentionImplementation
+from lorax_kernels import Kernels, LoraWeights, lora_linear
 
 INITIAL_DEVIATION = 0.02
 
@@ -26,10 +32,171 @@ class Execution:
     attn_impl: AttentionImplementation
 
 
+class Frozen(nnx.Variable):
+    """A weight that training never changes. `nnx.Param` is what trains."""
+
+
+class Attached(Protocol):
+    """An adapter, as the layer sees it that it is attached to."""
+
+    @property
+    def dropout(self) -> float:
+        """Probability with which an element of the adapter's input is dropped in training."""
+        ...
+
+    def key(self) -> Key[Array, ""]:
+        """Returns the key that decides the dropout mask.
+
+        Raises:
+            ValueError: If none was set.
+        """
+        ...
+
+    def operands(self, w: Float[Array, "k n"]) -> LoraWeights | None:
+        """Returns what the kernels take for W and its update; None if `apply` is all there is."""
+        ...
+
+    def apply(
+        self, x: Float[Array, "*batch k"], w: Float[Array, "k n"], rate: float
+    ) -> Float[Array, "*batch n"]:
+        """Returns x·W and what the adapter makes of it, in `x`'s dtype; `rate` is the dropout's."""
+        ...
+
+
+class Linear(nnx.Linear):
+    """``x·W + b``, and what the active adapter makes of it; called like `nnx.Linear`.
+
+    *Adapted* is a state of the layer. Without an active adapter it computes what `nnx.Linear` does.
+
+    Attributes:
+        attached: The adapters by name.
+        active: Name of the one that computes; None: the layer is its base.
+        merged: Whether the kernel holds the active adapter's update already.
+        kernels: What computes an adapted layer: see `lorax_kernels.lora_linear`.
+        deterministic: Whether dropout is off; `model.train()` and `model.eval()` set it.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, rngs: nnx.Rngs, **options: Any):
+        super().__init__(in_features, out_features, rngs=rngs, **options)
+        self.attached = nnx.Dict()
+        self.active: str | None = None
+        self.merged, self.deterministic = False, False
+        self.kernels: Kernels = "auto"
+
+    @classmethod
+    def of(cls, base: nnx.Linear) -> "Linear":
+        """Returns a layer like `base`, which shares its variables."""
+        layer = nnx.eval_shape(
+            lambda: cls(
+                base.in_features,
+                base.out_features,
+                use_bias=base.bias is not None,
+                dtype=base.dtype,
+                param_dtype=base.param_dtype,
+                preferred_element_type=base.preferred_element_type,
+                rngs=nnx.Rngs(0),
+            )
+        )
+        layer.kernel, layer.bias = base.kernel, base.bias
+        return layer
+
+    def freeze(self, kernel: Float[Array, "k n"]) -> None:
+        """Gives the layer a kernel, which training leaves alone."""
+        self.kernel: Any = Frozen(kernel)
+
+    @property
+    def adapter(self) -> Any:
+        """The active adapter, or None; merged or not."""
+        return None if self.active is None else self.attached[self.active]
+
+    @property
+    def computing(self) -> Attached | None:
+        """The adapter that takes part in a call now, or None."""
+        return None if self.merged else self.adapter
+
+    @property
+    def dropout_rate(self) -> float:
+        """Probability of dropping an element of the adapter's input now: 0 unless training."""
+        adapter = self.computing
+        return 0.0 if adapter is None or self.deterministic else adapter.dropout
+
+    @property
+    def kernels_now(self) -> Kernels:
+        """What computes now: where the choice is free, XLA unless training.
+
+        The shapes of evaluation and generation change from call to call, and compiling a kernel for
+        each new shape costs more than it saves.
+        """
+        return "xla" if self.kernels == "auto" and self.deterministic else self.kernels
+
+    def compute_dtype(self, dtype: DTypeLike) -> jnp.dtype:
+        """Returns the dtype in which inputs of `dtype` are multiplied."""
+        return jnp.dtype(self.dtype or jnp.promote_types(dtype, self.kernel.get_value().dtype))
+
+    @override
+    def __call__(self, inputs: Float[Array, "*batch k"], out_sharding: Any = None):
+        """Returns the layer's output, (…, n), in the dtype that `nnx.Linear` would give."""
+        if self.computing is None:
+            return super().__call__(inputs, out_sharding)
+        return self.add(inputs, None)
+
+    def add(self, x: Float[Array, "*batch k"], residual: Float[Array, "*batch n"] | None):
+        """Returns the adapted output, (…, n), plus the residual if there is one.
+
+        A residual needs the dtype in which outputs are computed and come.
+        """
+        adapter, rate = self.computing, self.dropout_rate
+        assert adapter is not None
+        x, w = x.astype(self.compute_dtype(x.dtype)), self.kernel[...]
+        operands = adapter.operands(w)
+        if operands is None:
+            y = adapter.apply(x, w, rate)
+            return self.finish(y if residual is None else residual + y)
+        assert operands.a is not None and operands.b is not None
+        y = lora_linear(
+            x,
+            operands.w,
+            operands.a,
+            operands.b,
+            scale=operands.scale,
+            residual=residual,
+            dropout_rate=rate,
+            dropout_key=adapter.key() if rate else None,
+            kernels=self.kernels_now,
+            row_axes=ROW_AXES,
+        )
+        return self.finish(y)
+
+    def finish(self, y: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
+        """Adds the bias to a product, and gives the dtype that the layer promises."""
+        if self.bias is not None:
+            y += self.bias[...].astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+        wanted = self.preferred_element_type
+        return y if wanted is None else y.astype(wanted)
+
+    def promises(self, dtype: DTypeLike, of_input: DTypeLike) -> bool:
+        """Says whether outputs are computed, and come, in `dtype` for inputs of `of_input`."""
+        wanted = jnp.dtype(self.preferred_element_type or dtype)
+        return {wanted, self.compute_dtype(of_input)} == {jnp.dtype(dtype)}
+
+
+def obstacle(linear: nnx.Linear) -> str | None:
+    """Returns what a `Linear` would not carry over from `linear`, or None."""
+    if type(linear).__call__ not in (nnx.Linear.__call__, Linear.__call__):
+        return "it has a __call__ of its own"
+    if linear.dot_general is not jax.lax.dot_general or linear.promote_dtype is not promote_dtype:
+        return "it has a dot_general or promote_dtype of its own"
+    if linear.precision is not None:
+        return f"it sets precision={linear.precision}; set jax_default_matmul_precision instead"
+    if linear.kernel.ndim != 2:
+        return f"its kernel has shape {linear.kernel.shape}, of several layers at once"
+    return None
+
+
 def make_linear(inputs: int, outputs: int, bias: bool, execution: Execution, rngs: nnx.Rngs) -> Any:
     """Returns a layer with normal weights and zero biases."""
     # Any, because it may be replaced by whatever is called like an nnx.Linear.
-    return nnx.Linear(
+    return Linear(
         inputs,
         outputs,
         use_bias=bias,
@@ -38,7 +205,3 @@ def make_linear(inputs: int, outputs: int, bias: bool, execution: Execution, rng
         kernel_init=nnx.initializers.normal(INITIAL_DEVIATION),
         rngs=rngs,
     )
-
-
-class Frozen(nnx.Variable):
-    """A weight that training never changes. `nnx.Param` is what trains."""

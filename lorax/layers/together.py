@@ -1,37 +1,157 @@
-"""Layers that read one input, called in one operation where one of them knows how."""
+"""Layers that run in one operation: q, k and v; gate and up; the whole MLP; a residual added."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
-from jaxtyping import Array, Float
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from lorax.devices.mesh import ROW_AXES
+from lorax.layers.linear import Frozen, Linear, obstacle
+from lorax_kernels import (
+    Kernels,
+    LoraWeights,
+    lora_linear_group,
+    lora_mlp,
+    lora_swiglu,
+    swiglu,
+)
 
 
-def apply_together(layers: tuple[Any, ...], x: Float[Array, "b t d"]) -> list[Array]:
-    """Calls layers that read one input, in one operation where one of them knows how."""
-    for layer in layers:
-        if hasattr(layer, "apply_together"):
-            return layer.apply_together(layers, x)
-    return [layer(x) for layer in layers]
+def apply_together(layers: Sequence[Any], x: Float[Array, "*batch k"]) -> list[Array]:
+    """Returns the outputs of layers that read one input.
+
+    Where they can run as one operation they share one read of x, one launch where the kernel runs,
+    and one dropout of x.
+
+    Args:
+        layers: Of any kind that is called like a linear layer.
+        x: What they read.
+    """
+    group = _group(layers, x.dtype)
+    if group is None or group.way is None:
+        return [layer(x) for layer in layers]
+    outputs = lora_linear_group(
+        x.astype(group.dtype), group.members, dropout_key=group.key, **_options(group.way)
+    )
+    return [layer.finish(y) for layer, y in zip(layers, outputs, strict=True)]
 
 
-def apply_added(layer: Any, x: Array, residual: Array) -> Array:
-    """Returns ``residual + layer(x)``, in one operation where the layer knows how."""
-    if hasattr(layer, "apply_added"):
-        return layer.apply_added(x, residual)
+def apply_added(
+    layer: Any, x: Float[Array, "*batch k"], residual: Float[Array, "*batch n"]
+) -> Float[Array, "*batch n"]:
+    """Returns ``residual + layer(x)``, in one operation where they have one dtype."""
+    adapted = isinstance(layer, Linear) and layer.computing is not None
+    if adapted and layer.promises(residual.dtype, x.dtype):
+        return layer.add(x, residual)
     return residual + layer(x)
 
 
 def apply_mlp(
-    gate: Any, up: Any, down: Any, x: Float[Array, "b t d"], residual: Array, repeated: bool
-) -> Float[Array, "b t d"]:
-    """Returns ``residual + down(silu(gate(x)) · up(x))``, in one operation where a layer knows how.
+    gate: Any,
+    up: Any,
+    down: Any,
+    x: Float[Array, "*batch d"],
+    residual: Float[Array, "*batch d"],
+    repeated: bool,
+) -> Float[Array, "*batch d"]:
+    """Returns ``residual + down(silu(gate(x)) · up(x))``, in as few operations as there can be.
 
-    `repeated` says whether the backward pass makes all of it again.
+    Args:
+        gate: The layer whose output passes through ``silu``.
+        up: The layer that it multiplies.
+        down: The layer that reads the product.
+        x: What gate and up read.
+        residual: What the output is added to.
+        repeated: Whether the backward pass recomputes all of it; see `lorax_kernels.lora_mlp`.
     """
-    for layer in (gate, up, down):
-        if hasattr(layer, "apply_mlp"):
-            found = layer.apply_mlp(gate, up, down, x, residual, repeated)
-            if found is not None:
-                return found
-    gated, upped = apply_together((gate, up), x)
-    return residual + down(jax.nn.silu(gated) * upped)
+    pair = _group((gate, up), x.dtype)
+    if pair is None or not all(_is_bare(layer) for layer in (gate, up)):
+        return residual + down(_multiply(*apply_together((gate, up), x)))
+    single = _group((down,), pair.dtype)
+    way = None if single is None else _common_way(pair, single)
+    if single is not None and way is not None and down.promises(residual.dtype, pair.dtype):
+        y = lora_mlp(
+            x.astype(pair.dtype),
+            *pair.members,
+            *single.members,
+            residual=residual,
+            dropout_keys=(pair.key, single.key),
+            repeated=repeated,
+            **_options(way),
+        )
+        return down.finish(y)
+    if pair.way is None:
+        return residual + down(_multiply(gate(x), up(x)))
+    options = _options(pair.way)
+    return residual + down(
+        lora_swiglu(x.astype(pair.dtype), *pair.members, dropout_key=pair.key, **options)
+    )
+
+
+_multiply = jax.checkpoint(swiglu)
+"""``silu(gate) · up`` as the kernels round it; its backward pass keeps nothing but the two."""
+
+
+class _Way(NamedTuple):
+    """How adapted layers compute: layers that differ in it cannot share an operation."""
+
+    dropout_rate: float
+    kernels: Kernels
+
+
+class _Group(NamedTuple):
+    """Operands of one call for several layers.
+
+    Attributes:
+        members: One per layer.
+        dtype: In which all are multiplied.
+        way: Of those that are adapted; None if none is.
+        key: Of the first one's dropout; None without dropout.
+    """
+
+    members: list[LoraWeights]
+    dtype: jnp.dtype
+    way: _Way | None
+    key: Key[Array, ""] | None
+
+
+def _group(layers: Sequence[Any], dtype: Any) -> _Group | None:
+    """Returns the operands of one call for all layers, or None if they cannot share it.
+
+    Layers without an adapter take part while they are frozen: the operations give no gradient of a
+    base weight.
+    """
+    members, dtypes, ways, key = [], set(), set(), None
+    for layer in layers:
+        if not isinstance(layer, Linear) or obstacle(layer) or not isinstance(layer.kernel, Frozen):
+            return None
+        adapter = layer.computing
+        member = LoraWeights(layer.kernel[...])
+        if adapter is not None:
+            member = adapter.operands(layer.kernel[...])
+            ways.add(_Way(layer.dropout_rate, layer.kernels_now))
+            key = adapter.key() if layer.dropout_rate and key is None else key
+        if member is None:
+            return None
+        members.append(member)
+        dtypes.add(layer.compute_dtype(dtype))
+    if len(dtypes) > 1 or len(ways) > 1:
+        return None
+    return _Group(members, dtypes.pop(), ways.pop() if ways else None, key)
+
+
+def _common_way(group: _Group, other: _Group) -> _Way | None:
+    """Returns how the layers of both compute, or None: they do not alike, or none is adapted."""
+    ways = {group.way, other.way} - {None}
+    return ways.pop() if len(ways) == 1 and group.dtype == other.dtype else None
+
+
+def _options(way: _Way) -> dict[str, Any]:
+    return {**way._asdict(), "row_axes": ROW_AXES}
+
+
+def _is_bare(layer: Linear) -> bool:
+    """Says whether a layer's output is its product, with nothing added and not cast."""
+    return layer.bias is None and layer.preferred_element_type is None

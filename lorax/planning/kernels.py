@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 
 from flax import nnx
 
-from lorax.adapters.lora import LoraLinear
-from lorax.adapters.nnx.tree import lora_layers, named_modules
-from lorax.adapters.sites import is_adaptable
+from lorax.adapters.nnx.tree import adapted_layers, named_modules
+from lorax.adapters.sites import shape_of
 from lorax.config.run import RunConfig
+from lorax.layers.linear import Linear
 from lorax_kernels import explain_choice
 
 # Layers of one module that read one input, and so run as one operation.
@@ -47,7 +47,7 @@ def kernel_choices(config: RunConfig, model: nnx.Module) -> list[KernelChoice]:
             [size.r for size in sizes if size.r],
             config.model.dtype,
             config.model.kernels,
-            max(layer.dropout for layer in lora_layers(model).values()),
+            max(layer.adapter.dropout for layer in adapted_layers(model).values()),
         )
         choices[KernelChoice(names, kernel, reason)] = None
     return list(choices)
@@ -69,7 +69,7 @@ def _groups(modules: dict[str, Any]) -> list[tuple[str, list[_Size]]]:
     found: dict[tuple[str, tuple[_Size, ...]], None] = {}
     done: set[str] = set()
     for name, module in modules.items():
-        if not isinstance(module, LoraLinear) or name in done:
+        if not _rank(module) or name in done:
             continue
         parent, _, last = name.rpartition(".")
         family = family_of(last)
@@ -84,11 +84,14 @@ def _groups(modules: dict[str, Any]) -> list[tuple[str, list[_Size]]]:
 
 
 def _size(module: Any) -> _Size | None:
-    if isinstance(module, LoraLinear):
-        return _Size(module.in_features, module.out_features, module.r)
-    if is_adaptable(module):
-        return _Size(module.in_features, module.out_features, 0)
-    return None
+    shape = shape_of(module)
+    return None if shape is None else _Size(*shape, _rank(module))
+
+
+def _rank(module: Any) -> int:
+    """Returns the rank of a module's adapter, 0 if it has none."""
+    adapter = module.adapter if isinstance(module, Linear) else None
+    return 0 if adapter is None else adapter.spec.r
 
 
 def check_kernels(config: RunConfig, model: nnx.Module) -> None:

@@ -13,7 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lorax.adapters.nnx.tree import lora_layers, split_trainable
+from lorax.adapters.nnx.adapter import cost_of
+from lorax.adapters.nnx.tree import adapted_layers, split_trainable
 from lorax.config.run import RunConfig
 from lorax.devices.host_memory import HostArray, embedding_obstacle, embedding_on_host
 from lorax.models.architecture import DecoderConfig
@@ -94,10 +95,11 @@ class Planner:
         self.trained_elements = sum(math.prod(x.shape) for x in jax.tree.leaves(trainable))
         init = make_optimizer(config.train, 1_000_000).init
         self.optimizer = _bytes(jax.eval_shape(init, trainable))
-        layers = lora_layers(model)
+        layers = adapted_layers(model)
         self.adapted = {name.rpartition(".")[2] for name in layers}
-        self.adapters = [(layer.in_features, layer.out_features) for layer in layers.values()]
-        self.ranks = _kept_ranks({name: layer.r for name, layer in layers.items()})
+        costs = {name: cost_of(layer) for name, layer in layers.items()}
+        self.streamed = sum(cost.streamed for cost in costs.values())
+        self.ranks = _kept_ranks({name: cost.kept for name, cost in costs.items()})
         self.full = not layers
         self.element = jnp.dtype(config.model.dtype).itemsize
 
@@ -188,7 +190,7 @@ class Planner:
         flops = 2.0 * tokens * (passes * products + 2.0 * d * a.vocab_size)
         attention = 2.0 * tokens * length * q * layers * 3.5  # causal: half of 4·t²·q, and 2.5 back
         streamed = tokens * c * layers * (10.0 * f + 22.0 * d)
-        streamed += SKINNY_PASSES * tokens * c * sum(k + n for k, n in self.adapters)
+        streamed += SKINNY_PASSES * tokens * c * self.streamed
         if policy == "selective":
             streamed += tokens * c * layers * (f + 2.0 * d)
         launches = float(LAUNCHES * layers)

@@ -8,6 +8,9 @@ import numpy as np
 
 from lorax.system.files import CheckpointError
 
+_FORMERLY = ((".attached.default.lora_", ".lora_"),)
+"""Parts of paths, and what they were in checkpoints of older versions."""
+
 
 def flatten_tree(tree: Any) -> dict[str, Any]:
     """Returns the leaves of a pytree by path."""
@@ -18,10 +21,14 @@ def flatten_tree(tree: Any) -> dict[str, Any]:
 def fill_tree[T](like: T, arrays: Mapping[str, np.ndarray], where: str) -> T:
     """Returns a tree of the structure, types and places of `like` with the values of `arrays`.
 
+    Arrays may have the paths that older versions gave them.
+
     Raises:
         CheckpointError: If names, shapes or dtypes differ.
     """
     wanted = flatten_tree(like)
+    renamed = {_former(path): path for path in wanted}
+    arrays = {path if path in wanted else renamed.get(path, path): a for path, a in arrays.items()}
     for missing, what in (
         (wanted.keys() - arrays.keys(), "lacks"),
         (arrays.keys() - wanted.keys(), "has"),
@@ -40,3 +47,9 @@ def fill_tree[T](like: T, arrays: Mapping[str, np.ndarray], where: str) -> T:
             )
         values.append(jax.device_put(value, leaf.sharding))
     return jax.tree.unflatten(jax.tree.structure(like), values)
+
+
+def _former(path: str) -> str:
+    for now, before in _FORMERLY:
+        path = path.replace(now, before)
+    return path

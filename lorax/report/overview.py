@@ -11,7 +11,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from lorax.adapters.nnx.tree import lora_layers
+from lorax.adapters.nnx.adapter import cost_of
+from lorax.adapters.nnx.tree import adapted_layers
 from lorax.config.run import RunConfig
 from lorax.data.chat.tokenizer import Tokenizer
 from lorax.data.dataset import EncodedDataset, EncodeReport
@@ -234,10 +235,10 @@ def _attention(config: RunConfig, model: Any) -> str:
 def module_rows(model: nnx.Module) -> list[ModuleRow]:
     """Groups the adapted layers by the last two parts of their names, shape, rank and scale."""
     groups: dict[tuple, int] = {}
-    for name, layer in lora_layers(model).items():
-        kind = ".".join(name.split(".")[-2:])
-        shape = (layer.in_features, layer.out_features)
-        key = (kind, *shape, layer.r, layer.scale)
+    for name, layer in adapted_layers(model).items():
+        kind, spec = ".".join(name.split(".")[-2:]), layer.adapter.spec
+        shape = layer.in_features, layer.out_features
+        key = (kind, *shape, spec.r, spec.scale, cost_of(layer).parameters)
         groups[key] = groups.get(key, 0) + 1
     return [
         ModuleRow(
@@ -247,7 +248,7 @@ def module_rows(model: nnx.Module) -> list[ModuleRow]:
             out_features=outputs,
             rank=rank,
             scale=scale,
-            parameters=count * rank * (inputs + outputs),
+            parameters=count * parameters,
         )
-        for (name, inputs, outputs, rank, scale), count in groups.items()
+        for (name, inputs, outputs, rank, scale, parameters), count in groups.items()
     ]

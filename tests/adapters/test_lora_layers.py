@@ -11,9 +11,8 @@ from flax import nnx
 
 import lorax
 from lorax import LoraConfig, apply_lora, merge_lora, unmerge_lora
-from lorax.adapters.lora import LoraLinear
 from lorax.adapters.nnx.apply import set_dropout_key
-from lorax.adapters.nnx.tree import lora_layers, split_trainable
+from lorax.adapters.nnx.tree import adapted_layers, split_trainable
 from lorax.devices.mesh import make_mesh
 from lorax.layers.linear import Frozen
 from lorax.layers.together import apply_added, apply_mlp
@@ -65,9 +64,9 @@ def adapt(net, **settings):
 
 
 def randomise(model, std=0.3):
-    for index, layer in enumerate(lora_layers(model).values()):
+    for index, layer in enumerate(adapted_layers(model).values()):
         key = jax.random.key(index)
-        layer.lora_b.set_value(std * jax.random.normal(key, layer.lora_b.shape))
+        layer.adapter.lora_b.set_value(std * jax.random.normal(key, layer.adapter.lora_b.shape))
     return model
 
 
@@ -80,8 +79,8 @@ def test_a_new_adapter_changes_nothing_and_leaves_the_model_alone(net, x):
     before = jax.tree.map(np.asarray, nnx.state(net))
     adapted = adapt(net)
     np.testing.assert_array_equal(adapted(x), net(x))
-    assert not lora_layers(net)
-    assert len(lora_layers(adapted)) == 8
+    assert not adapted_layers(net)
+    assert len(adapted_layers(adapted)) == 8
     randomise(adapted)
     assert not np.allclose(adapted(x), net(x))
     jax.tree.map(np.testing.assert_array_equal, before, nnx.state(net))
@@ -89,7 +88,7 @@ def test_a_new_adapter_changes_nothing_and_leaves_the_model_alone(net, x):
 
 def test_a_layer_held_twice_is_adapted_in_both_places(net):
     adapted = adapt(net)
-    assert isinstance(adapted.again, LoraLinear)
+    assert adapted.again.adapter is not None
     assert adapted.again is adapted.shared
 
 
@@ -102,12 +101,12 @@ def test_exactly_a_and_b_train(net):
 def test_a_is_kaiming_uniform_or_gaussian_as_in_peft():
     wide = nnx.List([nnx.Linear(400, 300, rngs=nnx.Rngs(0))])
     uniform = apply_lora(wide, LoraConfig(r=64, target_modules=["0"]), rngs=nnx.Rngs(1))
-    a = np.asarray(uniform[0].lora_a[...])
+    a = np.asarray(uniform[0].adapter.lora_a[...])
     assert np.abs(a).max() <= 400**-0.5 and np.abs(a).max() > 0.99 * 400**-0.5
     assert abs(a.std() / (400**-0.5 / 3**0.5) - 1) < 0.02
     config = LoraConfig(r=64, target_modules=["0"], init_lora_weights="gaussian")
     gaussian = apply_lora(wide, config, rngs=nnx.Rngs(1))
-    assert abs(np.asarray(gaussian[0].lora_a[...]).std() * 64 - 1) < 0.02
+    assert abs(np.asarray(gaussian[0].adapter.lora_a[...]).std() * 64 - 1) < 0.02
 
 
 @pytest.mark.parametrize(
@@ -139,7 +138,7 @@ def test_modules_to_save_train_whole(net):
         "head.kernel",
         "head.bias",
     }
-    assert set(lora_layers(adapted)) == {"blocks.0.fc1", "blocks.2.fc1"}
+    assert set(adapted_layers(adapted)) == {"blocks.0.fc1", "blocks.2.fc1"}
 
 
 def test_what_trains_is_float32_on_a_bfloat16_base():
@@ -159,14 +158,14 @@ def test_the_update_is_scaled_as_documented(net, x, rslora):
     adapted = randomise(adapt(net, lora_alpha=6, use_rslora=rslora, rank_pattern={"head": 2}))
     layer = adapted.head
     scale = 6 / 2**0.5 if rslora else 6 / 2
-    expected = net.head(x) + scale * (x @ layer.lora_a[...] @ layer.lora_b[...])
+    expected = net.head(x) + scale * (x @ layer.adapter.lora_a[...] @ layer.adapter.lora_b[...])
     np.testing.assert_allclose(layer(x), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_merged_equals_adapted_and_unmerged_equals_base(net, x):
     adapted = randomise(adapt(net))
     merged = merge_lora(adapted)
-    assert not lora_layers(merged)
+    assert not adapted_layers(merged)
     np.testing.assert_allclose(merged(x), adapted(x), rtol=1e-5, atol=1e-5)
     kept = merge_lora(adapted, keep_adapters=True)
     np.testing.assert_allclose(kept(x), adapted(x), rtol=1e-5, atol=1e-5)
@@ -183,7 +182,7 @@ def test_merged_equals_adapted_and_unmerged_equals_base(net, x):
 
 def test_merging_refuses_values_that_are_not_finite(net):
     adapted = randomise(adapt(net))
-    adapted.head.lora_b.set_value(jnp.full_like(adapted.head.lora_b[...], jnp.inf))
+    adapted.head.adapter.lora_b.set_value(jnp.full_like(adapted.head.adapter.lora_b[...], jnp.inf))
     with pytest.raises(ValueError, match=r"head: merging gives values that are not finite"):
         merge_lora(adapted)
 
@@ -278,7 +277,7 @@ def test_a_free_choice_of_kernels_is_xla_unless_training(net, x, monkeypatch):
         asked.append(kernels)
         return lora_linear(x, *operands, kernels="xla", **options)
 
-    monkeypatch.setattr("lorax.adapters.lora.lora_linear", record)
+    monkeypatch.setattr("lorax.layers.linear.lora_linear", record)
     adapted = adapt(net)
     for kernels, training, wanted in (
         ("auto", True, "auto"),
@@ -295,7 +294,7 @@ def test_a_free_choice_of_kernels_is_xla_unless_training(net, x, monkeypatch):
 def test_kernels_are_chosen_by_name(net):
     adapted = adapt(net)
     lorax.set_kernels(adapted, "xla")
-    assert {layer.kernels for layer in lora_layers(adapted).values()} == {"xla"}
+    assert {layer.kernels for layer in adapted_layers(adapted).values()} == {"xla"}
     with pytest.raises(ValueError, match="kernels must be auto, pallas or xla, got 'palas'"):
         lorax.set_kernels(adapted, "palas")  # type: ignore[arg-type]
 
@@ -372,7 +371,7 @@ def test_a_layer_with_ways_of_its_own_is_refused_or_left_out_by_name(layer, reas
     with pytest.raises(ValueError, match=f"0 cannot be adapted: .*{reason}.*exclude_modules"):
         apply_lora(model, LoraConfig(r=2), rngs=nnx.Rngs(0))
     config = LoraConfig(r=2, exclude_modules=["0"])
-    assert set(lora_layers(apply_lora(model, config, rngs=nnx.Rngs(0)))) == {"1"}
+    assert set(adapted_layers(apply_lora(model, config, rngs=nnx.Rngs(0)))) == {"1"}
 
 
 def test_modules_in_tuples_are_refused_not_overlooked():

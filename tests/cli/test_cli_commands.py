@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 import lorax.interop.export
 from lorax.adapters.nnx.apply import set_kernels
-from lorax.adapters.nnx.tree import lora_layers
+from lorax.adapters.nnx.tree import adapted_layers
 from lorax.cli.main import main
 from lorax.config.run import load_config
 from lorax.data.chat.tokenizer import load_tokenizer
@@ -344,7 +344,7 @@ def test_verification_does_not_depend_on_what_computed_the_training(trained):
     model = load_adapter(load_model(MODEL, dtype=jnp.float32), trained / "adapter")
     set_kernels(model, "pallas")  # which no CPU can run
     assert verify_adapter(model, trained / "adapter").logit_error == 0.0
-    assert {layer.kernels for layer in lora_layers(model).values()} == {"pallas"}
+    assert {layer.kernels for layer in adapted_layers(model).values()} == {"pallas"}
 
 
 # --- plan --------------------------------------------------------------------------------------

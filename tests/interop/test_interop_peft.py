@@ -24,7 +24,7 @@ from transformers import (
 
 import lorax
 from lorax.adapters.nnx.merge import merge_lora
-from lorax.adapters.nnx.tree import lora_layers
+from lorax.adapters.nnx.tree import adapted_layers
 from lorax.interop.load import load_model
 from lorax.interop.peft import adapter_tensors, load_adapter, save_adapter
 from lorax.interop.save import save_model
@@ -213,8 +213,8 @@ def test_half_precision_adapters_are_read_as_float32(bases, dtype, tmp_path):
     save_adapter(adapted, tmp_path / "out")
     path = tmp_path / "out" / "adapter_model.safetensors"
     save_file({k: v.astype(dtype) for k, v in load_file(path).items()}, path)
-    layer = next(iter(lora_layers(load_adapter(plain, tmp_path / "out")).values()))
-    assert layer.lora_a.dtype == jnp.float32
+    layer = next(iter(adapted_layers(load_adapter(plain, tmp_path / "out")).values()))
+    assert layer.adapter.lora_a.dtype == jnp.float32
 
 
 @pytest.mark.parametrize("variant", PORTABLE)
@@ -259,7 +259,7 @@ def test_bfloat16_merge_equals_pefts_default(r, hidden, tmp_path):
     ours = load_file(tmp_path / "merged" / "model.safetensors")
     torch_model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
     merged: Any = load_in_peft(torch_model, tmp_path / "adapter").merge_and_unload()
-    layers = {f"{name}.weight": layer for name, layer in lora_layers(adapted).items()}
+    layers = {f"{name}.weight": layer for name, layer in adapted_layers(adapted).items()}
     differing, expected = 0, 4.0
     for key, value in merged.state_dict().items():
         if key == "lm_head.weight":
@@ -270,7 +270,7 @@ def test_bfloat16_merge_equals_pefts_default(r, hidden, tmp_path):
         if layer := layers.get(key):
             # Two orders of a sum of r products differ by 2·r·u·Σ|a·b| at most; the sum with the
             # kernel, which may nearly cancel, is rounded to bfloat16 after that.
-            products = np.abs(layer.lora_a[...]) @ np.abs(layer.lora_b[...])
+            products = np.abs(layer.adapter.lora_a[...]) @ np.abs(layer.adapter.lora_b[...])
             allowed = 2 * r * 2.0**-24 * 2 * products.T + 2.0**-7 * np.abs(theirs)
             # What they differ by as a rule, over the spacing, is how often a rounding lies between.
             spacing = np.ldexp(1.0, np.frexp(theirs)[1] - 8)
@@ -383,8 +383,8 @@ def test_nothing_is_overwritten_and_nothing_half_written(bases, tmp_path):
     with pytest.raises(ValueError, match="not an empty folder"):
         save_adapter(adapted, tmp_path / "out")
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine.txt"]
-    layer = next(iter(lora_layers(adapted).values()))
-    layer.lora_b.set_value(jnp.full_like(layer.lora_b[...], jnp.nan))
+    layer = next(iter(adapted_layers(adapted).values()))
+    layer.adapter.lora_b.set_value(jnp.full_like(layer.adapter.lora_b[...], jnp.nan))
     with pytest.raises(ValueError, match="not finite"):
         save_adapter(adapted, tmp_path / "new")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]

@@ -105,18 +105,20 @@ def test_a_head_with_an_adapter_trains_the_adapter_alone(inputs, monkeypatch):
     settings = LoraConfig(r=2, target_modules=["lm_head"])
     head = apply_lora(Model(jnp.float64), settings, rngs=nnx.Rngs(1)).lm_head
     a, b = (np.random.default_rng(i).normal(size=s) for i, s in ((1, (WIDTH, 2)), (2, (2, 29))))
-    head.lora_a.set_value(jnp.asarray(a))
-    head.lora_b.set_value(jnp.asarray(b))
+    head.adapter.lora_a.set_value(jnp.asarray(a))
+    head.adapter.lora_b.set_value(jnp.asarray(b))
     loss, (of_head, of_hidden) = loss_and_gradients(head, hidden, labels)
     merged = nnx.Linear(WIDTH, VOCABULARY, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
-    merged.kernel.set_value(head.kernel[...] + head.scale * (a @ b))
+    merged.kernel.set_value(head.kernel[...] + head.adapter.spec.scale * (a @ b))
     merged.bias.set_value(head.bias[...])
     want, (of_weight, _, want_hidden) = torch_loss(merged, hidden, labels, None, 0.0)
     assert float(loss) == pytest.approx(want, rel=1e-12)
-    assert set(of_head) == {"lora_a", "lora_b"}
+    of_adapter = of_head["attached"]["default"]
+    assert set(of_head) == {"attached"} and set(of_adapter) == {"lora_a", "lora_b"}
     np.testing.assert_allclose(of_hidden, want_hidden, rtol=1e-10, atol=1e-12)
     for name, theirs in (("lora_a", of_weight @ b.T), ("lora_b", a.T @ of_weight)):
-        np.testing.assert_allclose(of_head[name][...], head.scale * theirs, rtol=1e-10, atol=1e-12)
+        scaled = head.adapter.spec.scale * theirs
+        np.testing.assert_allclose(of_adapter[name][...], scaled, rtol=1e-10, atol=1e-12)
 
 
 def test_a_label_that_is_no_token_makes_the_loss_nan(inputs):
@@ -177,7 +179,7 @@ def test_dropout_in_the_head_draws_another_mask_in_every_chunk(monkeypatch):
     settings = LoraConfig(r=2, target_modules=["lm_head"], lora_dropout=0.5)
     model = apply_lora(Model(jnp.float32), settings, rngs=nnx.Rngs(1))
     set_dropout_key(model, jax.random.key(0))
-    model.lm_head.lora_b.set_value(jax.random.normal(jax.random.key(2), (2, VOCABULARY)))
+    model.lm_head.adapter.lora_b.set_value(jax.random.normal(jax.random.key(2), (2, VOCABULARY)))
     rows = jnp.asarray(np.random.default_rng(0).normal(size=(1, 8, WIDTH)), jnp.float32)
     twice, labels = jnp.concatenate([rows, rows], axis=1), jnp.zeros((1, 16), jnp.int32)
     gradient = jax.grad(lambda h: linear_cross_entropy(model.lm_head, h, labels))(twice)

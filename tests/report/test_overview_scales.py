@@ -11,7 +11,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 import lorax
-from lorax.adapters.nnx.tree import lora_layers
+from lorax.adapters.nnx.tree import adapted_layers
 from lorax.report.overview import module_rows
 from lorax.report.screen import print_modules
 from lorax.runs.checks import check_targets
@@ -44,7 +44,7 @@ def test_the_printed_scale_is_that_of_the_layers_and_of_peft(tmp_path, name, fro
         theirs.save_pretrained(tmp_path / "adapter")
         overrides = ["lora=null", f"model.adapter={tmp_path / 'adapter'}"]
     config = lorax.load_config("configs/tiny_cpu.yaml", overrides)
-    layers = lora_layers(lorax.build_model(config))
+    layers = adapted_layers(lorax.build_model(config))
     assert {layer_name: layer.scale for layer_name, layer in layers.items()} == expected
     console = Console(file=io.StringIO(), width=200)
     print_modules(console, module_rows(check_targets(config, Path(BASE))), None)

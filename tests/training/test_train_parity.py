@@ -16,7 +16,7 @@ from transformers import (
 )
 
 import lorax
-from lorax.adapters.nnx.tree import lora_layers
+from lorax.adapters.nnx.tree import adapted_layers
 from lorax.config.train import TrainConfig
 from lorax.interop.load import load_model
 from lorax.interop.peft import save_adapter
@@ -83,10 +83,10 @@ def pair(request, tmp_path_factory):
     base = load_model(folder / "base", dtype=jnp.float32)
     config = lorax.LoraConfig(r=4, lora_alpha=8, rank_pattern={"o_proj": 2})
     adapted = lorax.apply_lora(base, config, rngs=nnx.Rngs(0))
-    for index, layer in enumerate(lora_layers(adapted).values()):
+    for index, layer in enumerate(adapted_layers(adapted).values()):
         # With B at zero the gradient of A would be zero and would test nothing.
-        shape = layer.lora_b.shape
-        layer.lora_b.set_value(0.1 * jax.random.normal(jax.random.key(index), shape))
+        shape = layer.adapter.lora_b.shape
+        layer.adapter.lora_b.set_value(0.1 * jax.random.normal(jax.random.key(index), shape))
     save_adapter(adapted, folder / "adapter")
     make_torch = lambda: PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32),
@@ -117,9 +117,12 @@ def test_every_adapter_gradient_equals_pefts(pair):
     assert abs(float(loss) - float(expected_loss)) <= 1e-5 * float(expected_loss)
     model = nnx.merge(graph, gradients, frozen)
     compared = 0
-    for name, layer in lora_layers(model).items():
+    for name, layer in adapted_layers(model).items():
         module = torch_model.get_submodule(f"base_model.model.{name}")
-        for ours_, theirs_ in ((layer.lora_a, module.lora_A), (layer.lora_b, module.lora_B)):
+        for ours_, theirs_ in (
+            (layer.adapter.lora_a, module.lora_A),
+            (layer.adapter.lora_b, module.lora_B),
+        ):
             expected = theirs_["default"].weight.grad.numpy().T
             assert np.abs(expected).max() > 0
             assert relative(np.asarray(ours_[...]), expected) <= 1e-4, name

@@ -20,7 +20,7 @@ from flax import nnx
 from rich.console import Console
 
 import lorax
-from lorax.adapters.nnx.tree import lora_layers
+from lorax.adapters.nnx.tree import adapted_layers
 from lorax.config.run import RunConfig
 from lorax.data.dataset import EncodedDataset
 from lorax.interop.load import load_model
@@ -564,7 +564,8 @@ def test_scales_of_the_adapters_survive_the_run(make_trainer, model):
     trainer, _ = make_trainer(train={"max_steps": 1})
     trainer.train()
     scales = [
-        {n: layer.scale for n, layer in lora_layers(m).items()} for m in (trainer.model, model)
+        {n: layer.adapter.spec.scale for n, layer in adapted_layers(m).items()}
+        for m in (trainer.model, model)
     ]
     assert scales[0] == scales[1]
 

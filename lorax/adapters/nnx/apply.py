@@ -10,15 +10,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Key
 
-from lorax.adapters.lora import DropoutKey, LoraLinear
+from lorax.adapters.method import Shape
+from lorax.adapters.methods import spec_of
+from lorax.adapters.nnx.adapter import DropoutKey, attach
 from lorax.adapters.nnx.tree import (
-    lora_layers,
+    adapted_layers,
     module_references,
     named_modules,
     set_child,
     tied_modules,
 )
-from lorax.adapters.sites import is_adaptable, obstacle
+from lorax.adapters.sites import find_site, obstacle_of, shape_of
 from lorax.adapters.targets import (
     Target,
     TargetError,
@@ -30,7 +32,7 @@ from lorax.adapters.targets import (
     refuse_patterns,
 )
 from lorax.config.adapter import LoraConfig
-from lorax.layers.linear import Frozen
+from lorax.layers.linear import Frozen, Linear
 from lorax_kernels import Kernels, check_kernels_name
 
 
@@ -66,7 +68,7 @@ def apply_lora[M: nnx.Module](model: M, config: LoraConfig, *, rngs: nnx.Rngs) -
     """
     adapted = nnx.clone(model)
     modules = named_modules(adapted)
-    if any(isinstance(m, LoraLinear) for m in modules.values()):
+    if adapted_layers(adapted):
         raise TargetError("the model carries adapters already; merge_lora it first")
     targets = targets_of(adapted, config)
     references = module_references(adapted)
@@ -80,19 +82,9 @@ def apply_lora[M: nnx.Module](model: M, config: LoraConfig, *, rngs: nnx.Rngs) -
     keep = {id(m) for root in saved for m in (root, *named_modules(root).values())}
     _freeze((adapted, *modules.values()), keep)
     for target in targets:
-        base = modules[target.name]
-        assert isinstance(base, nnx.Linear)
-        _check_rank(base, target)
-        layer = LoraLinear(
-            base,
-            target,
-            dropout=config.lora_dropout,
-            init_lora_weights=config.init_lora_weights,
-            rngs=rngs,
-        )
-        for parent, key in references[id(base)]:
-            set_child(parent, key, layer)
-        modules[target.name] = layer
+        layer = _adopt(target.name, modules, references)
+        _check_rank(Shape(layer.in_features, layer.out_features), target)
+        attach(layer, spec_of(target, config), rngs.params())
     for name in trained_biases:
         module = modules[name]
         bias = nnx.Param(_trainable_value(module, vars(module)["bias"]))
@@ -110,7 +102,7 @@ def targets_of(model: nnx.Module, config: LoraConfig) -> list[Target]:
     # `match_targets` asks the same, and gets the same answer at once: what follows matches before.
     refuse_patterns(config, modules.keys() | tied.keys())
     _refuse_odd_layers(model, modules, config)
-    linear = [n for n, m in modules.items() if is_adaptable(m)]
+    linear = [n for n, m in modules.items() if shape_of(m)]
     _name_what_is_left_out(modules, config)
     head = "lm_head" if "lm_head" in linear else None
     try:
@@ -141,11 +133,13 @@ def _refuse_odd_layers(model, modules: dict[str, nnx.Module], config: LoraConfig
     """Refuses linear layers that would be targets but cannot be adapted, or cannot be found."""
     for name, module in modules.items():
         wanted = is_target(name, config, None) and not is_excluded(name, config)
-        if isinstance(module, nnx.Linear) and wanted and (reason := obstacle(module)):
+        if wanted and (reason := obstacle_of(module)):
             raise TargetError(
                 f"{name} cannot be adapted: {reason}. Leave it out with lora.exclude_modules"
             )
-    known = {id(model), *map(id, modules.values())}
+    linear = [module for module in modules.values() if isinstance(module, Linear)]
+    attached = [inner for layer in linear for _, inner in nnx.iter_modules(layer)]
+    known = {id(model), *map(id, modules.values()), *map(id, attached)}
     for path, module in nnx.iter_modules(model):
         if id(module) not in known:
             raise TargetError(
@@ -159,17 +153,48 @@ def set_dropout_key(model: nnx.Module, key: Key[Array, ""]) -> None:
 
     Call it once a step with a fresh key; `make_train_step` does.
     """
-    for index, layer in enumerate(lora_layers(model).values()):
-        if layer.dropout:
-            layer.dropout_key = DropoutKey(jax.random.fold_in(key, index))
+    for index, layer in enumerate(adapted_layers(model).values()):
+        if layer.adapter.dropout:
+            layer.adapter.dropout_key = DropoutKey(jax.random.fold_in(key, index))
 
 
-def _check_rank(base: nnx.Linear, target: Target) -> None:
-    largest = min(base.in_features, base.out_features)
-    if not 1 <= target.r <= largest:
+def use_adapter(model: nnx.Module, name: str | None) -> None:
+    """Makes one attached adapter the active one of every layer that has it, in place.
+
+    Args:
+        model: A model from `apply_lora`.
+        name: The adapter's; None: every layer computes what its base does.
+
+    Raises:
+        ValueError: If no layer has an adapter of that name, or one is merged.
+    """
+    layers = {n: m for n, m in named_modules(model).items() if isinstance(m, Linear) and m.attached}
+    if name is not None and not any(name in layer.attached for layer in layers.values()):
+        known = ", ".join(sorted({n for layer in layers.values() for n in layer.attached}))
+        raise ValueError(f"no layer has an adapter {name!r}; there is {known or 'none'}")
+    for where, layer in layers.items():
+        if layer.merged:
+            raise ValueError(f"{where} is merged; unmerge_lora first")
+        layer.active = name if name in set(layer.attached) else None
+
+
+def _adopt(name: str, modules: dict[str, nnx.Module], references: Any) -> Linear:
+    """Returns the layer that carries a module's adapter, put in its place wherever it is held."""
+    base = modules[name]
+    found = find_site(base)
+    assert found is not None
+    layer = found[0].adopt(base)
+    for parent, key in references[id(base)] if layer is not base else ():
+        set_child(parent, key, layer)
+    modules[name] = layer
+    return layer
+
+
+def _check_rank(shape: Shape, target: Target) -> None:
+    if not 1 <= target.r <= (largest := min(shape)):
         raise TargetError(
-            f"{target.name}: rank must be in [1, {largest}] for a {base.in_features} × "
-            f"{base.out_features} layer, got {target.r}; "
+            f"{target.name}: rank must be in [1, {largest}] for a {shape.inputs} × "
+            f"{shape.outputs} layer, got {target.r}; "
             "lower it with lora.rank_pattern, or leave the layer out"
         )
 
@@ -208,9 +233,7 @@ def _freeze(modules: Iterable[nnx.Module], keep: set[int]) -> None:
 
 
 def fingerprint_adapters(model: nnx.Module) -> str:
-    """Returns a SHA-256 of every adapted layer's name, rank, scale and dropout."""
-    found = [
-        f"{name} {layer.r} {layer.scale!r} {layer.dropout!r}"
-        for name, layer in sorted(lora_layers(model).items())
-    ]
+    """Returns a SHA-256 of every adapted layer's name and adapter, but its values."""
+    specs = {name: layer.adapter.spec for name, layer in adapted_layers(model).items()}
+    found = [f"{name} {spec.method.identity(spec)}" for name, spec in sorted(specs.items())]
     return hashlib.sha256("\n".join(found).encode()).hexdigest()

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lorax.adapters.lora import LoraLinear
-from lorax.adapters.nnx.tree import lora_layers, module_references, set_child
-from lorax.layers.linear import Frozen
+from lorax.adapters.nnx.adapter import merged_kernel, unmerged_kernel
+from lorax.adapters.nnx.tree import adapted_layers
+from lorax.layers.linear import Linear
 
 
 def merge_lora[M: nnx.Module](model: M, *, keep_adapters: bool = False) -> M:
@@ -17,26 +17,26 @@ def merge_lora[M: nnx.Module](model: M, *, keep_adapters: bool = False) -> M:
     Args:
         model: A model from `apply_lora`; it stays as it was.
         keep_adapters: Keep A and B beside the merged kernel, so that `unmerge_lora` can take the
-            update out again; otherwise the layers become plain `nnx.Linear`.
+            update out again; otherwise the layers have none any more.
 
     Raises:
         ValueError: If nothing is adapted, an update is not finite, or a layer is merged already.
     """
     merged = nnx.clone(model)
-    references, layers = module_references(merged), lora_layers(merged)
+    layers = adapted_layers(merged)
     if not layers:
         raise ValueError("the model has no adapters to merge")
     for name, layer in layers.items():
         if layer.merged:
             raise ValueError(f"{name} is merged already")
-        kernel = layer.merged_kernel()
+        kernel = merged_kernel(layer)
         if not bool(jnp.isfinite(kernel).all()):
             raise ValueError(f"{name}: merging gives values that are not finite")
         if keep_adapters:
-            layer.kernel, layer.merged = Frozen(kernel), True
-            continue
-        for parent, key in references[id(layer)]:
-            set_child(parent, key, _plain_linear(layer, kernel))
+            layer.freeze(kernel)
+            layer.merged = True
+        else:
+            _unload(layer, kernel)
     return merged
 
 
@@ -50,13 +50,12 @@ def unmerge_lora[M: nnx.Module](model: M) -> M:
         ValueError: If no layer is merged.
     """
     unmerged = nnx.clone(model)
-    layers = [layer for layer in lora_layers(unmerged).values() if layer.merged]
+    layers = [layer for layer in adapted_layers(unmerged).values() if layer.merged]
     if not layers:
         raise ValueError("no layer is merged: unmerge_lora undoes merge_lora(keep_adapters=True)")
     for layer in layers:
-        kernel = layer.kernel[...]
-        base = (kernel.astype(jnp.float32) - layer.update()).astype(kernel.dtype)
-        layer.kernel, layer.merged = Frozen(base), False
+        layer.freeze(unmerged_kernel(layer))
+        layer.merged = False
     return unmerged
 
 
@@ -67,28 +66,16 @@ def unload_lora[M: nnx.Module](model: M) -> M:
         ValueError: If a layer is merged: its base is not known any more.
     """
     unloaded = nnx.clone(model)
-    references = module_references(unloaded)
-    for name, layer in lora_layers(unloaded).items():
+    for name, layer in adapted_layers(unloaded).items():
         if layer.merged:
             raise ValueError(f"{name} is merged; unmerge_lora first")
-        for parent, key in references[id(layer)]:
-            set_child(parent, key, _plain_linear(layer, layer.kernel[...]))
+        _unload(layer, layer.kernel[...])
     return unloaded
 
 
-def _plain_linear(layer: LoraLinear, kernel: jax.Array) -> nnx.Linear:
-    linear = nnx.eval_shape(
-        lambda: nnx.Linear(
-            layer.in_features,
-            layer.out_features,
-            use_bias=layer.bias is not None,
-            dtype=layer.dtype,
-            param_dtype=kernel.dtype,
-            preferred_element_type=layer.preferred_element_type,
-            rngs=nnx.Rngs(0),
-        )
-    )
-    linear.kernel = nnx.Param(kernel)
+def _unload(layer: Linear, kernel: jax.Array) -> None:
+    """Takes all adapters off a layer, whose kernel and bias may train then."""
+    layer.attached.clear()
+    layer.active, layer.kernel = None, nnx.Param(kernel)
     if layer.bias is not None:
-        linear.bias = nnx.Param(layer.bias.get_value())
-    return linear
+        layer.bias = nnx.Param(layer.bias.get_value())

@@ -2,7 +2,7 @@
 
 from flax import nnx
 
-from lorax.adapters.lora import LoraLinear
+from lorax.layers.linear import Linear
 
 
 def tied_modules(model: nnx.Module) -> dict[str, str]:
@@ -17,7 +17,8 @@ def tied_modules(model: nnx.Module) -> dict[str, str]:
 def named_modules(model: nnx.Module) -> dict[str, nnx.Module]:
     """Returns every module of the tree under its dotted name, layers in numeric order.
 
-    A module held in several places has the name that sorts first: NNX keeps no other order.
+    A module held in several places has the name that sorts first: NNX keeps no other order. What
+    is attached to a layer is no module of the model.
     """
     names: dict[str, nnx.Module] = {}
     seen = {id(model)}
@@ -28,15 +29,17 @@ def named_modules(model: nnx.Module) -> dict[str, nnx.Module]:
             if isinstance(child, nnx.Module) and id(child) not in seen:
                 seen.add(id(child))
                 names[prefix + key] = child
-                visit(child, f"{prefix}{key}.")
+                if not isinstance(child, Linear):
+                    visit(child, f"{prefix}{key}.")
 
     visit(model, "")
     return names
 
 
-def lora_layers(model: nnx.Module) -> dict[str, LoraLinear]:
-    """Returns the adapted layers under their dotted names."""
-    return {n: m for n, m in named_modules(model).items() if isinstance(m, LoraLinear)}
+def adapted_layers(model: nnx.Module) -> dict[str, Linear]:
+    """Returns the layers that have an active adapter, under their dotted names."""
+    linear = {n: m for n, m in named_modules(model).items() if isinstance(m, Linear)}
+    return {name: layer for name, layer in linear.items() if layer.active is not None}
 
 
 def split_trainable(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:

@@ -1,0 +1,98 @@
+"""One method's parameters on one layer of an NNX model."""
+
+from typing import Any
+
+from flax import nnx
+from jaxtyping import Array, Float, Key
+
+from lorax.adapters.method import Cost, Params, Shape, Spec
+from lorax.layers.linear import Linear
+from lorax_kernels import LoraWeights
+
+NAME = "default"
+"""PEFT's name of an adapter that was given none."""
+
+
+class DropoutKey(nnx.Variable):
+    """The key that decides one adapter's dropout mask; None until `set_dropout_key`."""
+
+
+class Adapter(nnx.Module):
+    """The parameters of an adapter, `nnx.LoRAParam` each, and how its method computes with them.
+
+    Args:
+        spec: What it is.
+        params: Its first values, by the names that the method gives.
+    """
+
+    def __init__(self, spec: Spec, params: Params):
+        self.spec, self.dropout_key = spec, DropoutKey(None)
+        for name, value in params.items():
+            setattr(self, name, nnx.LoRAParam(value))
+
+    @property
+    def params(self) -> dict[str, Array]:
+        """The values by name."""
+        return {name: self.variable(name)[...] for name in self.spec.method.keys}
+
+    def variable(self, name: str) -> Any:
+        """Returns one parameter as the variable that trains."""
+        return getattr(self, name)
+
+    @property
+    def dropout(self) -> float:
+        """Probability with which an element of the input is dropped in training."""
+        return self.spec.dropout
+
+    def key(self) -> Key[Array, ""]:
+        """Returns the key that decides the dropout mask.
+
+        Raises:
+            ValueError: If none was set.
+        """
+        key = self.dropout_key.get_value()
+        if key is None:
+            raise ValueError(
+                "lora_dropout needs a fresh key every step: train with lorax.make_train_step, call "
+                "lorax.set_dropout_key(model, key) in your own loop, or model.eval() to turn it off"
+            )
+        return key
+
+    def operands(self, w: Float[Array, "k n"]) -> LoraWeights | None:
+        """See `Method.operands`."""
+        return self.spec.method.operands(self.spec, w, self.params)
+
+    def apply(self, x: Float[Array, "*batch k"], w: Float[Array, "k n"], rate: float):
+        """See `Method.apply`."""
+        key = self.key() if rate else None
+        return self.spec.method.apply(self.spec, w, self.params, x, rate, key)
+
+
+def attach(layer: Linear, spec: Spec, key: Key[Array, ""], name: str = NAME) -> None:
+    """Attaches a new adapter to a layer with a frozen kernel, and makes it the active one."""
+    w = layer.kernel[...]
+    params, base = spec.method.start(Shape(*w.shape), spec, w, key)
+    layer.attached[name], layer.active = Adapter(spec, params), name
+    if base is not w:
+        layer.freeze(base)
+
+
+def cost_of(layer: Linear) -> Cost:
+    """Returns what the active adapter of a layer costs; the layer may be of shapes."""
+    spec = layer.adapter.spec
+    return spec.method.cost(Shape(layer.in_features, layer.out_features), spec)
+
+
+def merged_kernel(layer: Linear) -> Float[Array, "k n"]:
+    """Returns the kernel with the active adapter in it, rounded once to the kernel's dtype."""
+    kernel = layer.kernel[...]
+    if layer.merged:
+        return kernel
+    spec = layer.adapter.spec
+    return spec.method.merged(spec, kernel, layer.adapter.params).astype(kernel.dtype)
+
+
+def unmerged_kernel(layer: Linear) -> Float[Array, "k n"]:
+    """Returns the kernel of a merged layer without its adapter, rounded to the kernel's dtype."""
+    kernel, spec = layer.kernel[...], layer.adapter.spec
+    return spec.method.unmerged(spec, kernel, layer.adapter.params).astype(kernel.dtype)

@@ -1,0 +1,251 @@
+"""The contract of adapter methods, over every method, and one that a single file adds."""
+
+import json
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+from safetensors.numpy import load_file
+
+import lorax
+from lorax import LoraConfig, apply_lora, merge_lora, unload_lora, unmerge_lora
+from lorax.adapters.lora import Lora
+from lorax.adapters.method import FileKey, Method, Shape, Spec
+from lorax.adapters.methods import METHODS
+from lorax.adapters.nnx.adapter import Adapter, cost_of
+from lorax.adapters.nnx.apply import set_dropout_key, use_adapter
+from lorax.adapters.nnx.tree import adapted_layers, split_trainable
+from lorax.layers.linear import Linear
+from lorax.layers.together import apply_added, apply_mlp, apply_together
+from lorax_kernels import LoraWeights
+
+SHAPE = Shape(24, 16)
+
+
+class Columns(Lora):
+    """LoRA and a trained factor per column of what comes out, which no kernel takes."""
+
+    name = "columns"
+    keys: Mapping[str, FileKey] = {
+        **Lora.keys,
+        "factor": FileKey("lora_factor_vector", transposed=False),
+    }
+
+    def claims(self, config):
+        return config.use_rslora
+
+    def identity(self, spec):
+        return f"columns {super().identity(spec)}"
+
+    def shapes(self, shape, spec):
+        return {**super().shapes(shape, spec), "factor": (shape.outputs,)}
+
+    def start(self, shape, spec, w, key):
+        params, w = super().start(shape, spec, w, key)
+        return {**params, "factor": jnp.ones(shape.outputs, jnp.float32)}, w
+
+    def operands(self, spec, w, params) -> LoraWeights | None:  # type: ignore[override]
+        return None
+
+    def apply(self, spec, w, params, x, dropout_rate, dropout_key):
+        y = super().apply(spec, w, params, x, dropout_rate, dropout_key)
+        return y * params["factor"].astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+
+    def merged(self, spec, w, params):
+        return super().merged(spec, w, params) * params["factor"][None, :]
+
+    def unmerged(self, spec, w, params):
+        return super().unmerged(spec, w / params["factor"][None, :], params)
+
+    def portable(self, spec, params, rank):
+        raise ValueError("no plain LoRA multiplies by a factor")
+
+    def cost(self, shape, spec):
+        cost = super().cost(shape, spec)
+        return cost._replace(parameters=cost.parameters + shape.outputs)
+
+    def parts(self, base):
+        return {**super().parts(base), "factor": PartitionSpec(*(*base, None, None)[1:2])}
+
+
+COLUMNS: Method = Columns()
+
+
+@pytest.fixture(params=[*METHODS, COLUMNS], ids=lambda method: method.name)
+def method(request, monkeypatch):
+    """A method of the list; a new one is in it by its one entry."""
+    if request.param not in METHODS:
+        monkeypatch.setattr("lorax.adapters.methods.METHODS", [request.param, *METHODS])
+    return request.param
+
+
+def settings_for(method, **more):
+    return LoraConfig(r=4, lora_alpha=6.0, use_rslora=method is COLUMNS, **more)
+
+
+class Net(nnx.Module):
+    def __init__(self, dtype=jnp.float32):
+        make = lambda k, n, bias=False: Linear(
+            k, n, use_bias=bias, dtype=dtype, param_dtype=dtype, rngs=rngs
+        )
+        rngs = nnx.Rngs(0)
+        self.gate_proj, self.up_proj, self.down_proj = make(24, 16), make(24, 16), make(16, 24)
+        self.lone = make(24, 24, bias=True)
+
+    def __call__(self, x):
+        x = apply_mlp(self.gate_proj, self.up_proj, self.down_proj, x, x, False)
+        return apply_added(self.lone, x, x)
+
+
+def adapt(method, net=None, std=0.2, **more):
+    """Returns a net with adapters of a method, some way from where they start."""
+    model = apply_lora(net or Net(), settings_for(method, **more), rngs=nnx.Rngs(1))
+    for index, layer in enumerate(adapted_layers(model).values()):
+        assert layer.adapter.spec.method is method
+        for place, name in enumerate(method.keys):
+            variable = layer.adapter.variable(name)
+            key = jax.random.fold_in(jax.random.key(index), place)
+            noise = std * jax.random.normal(key, variable.shape)
+            variable.set_value(variable[...] + noise)
+    return model
+
+
+@pytest.fixture
+def x():
+    return jax.random.normal(jax.random.key(5), (2, 3, 24))
+
+
+def test_a_fresh_adapter_changes_no_bit(method):
+    # In bfloat16, where any other order of rounding shows.
+    net = Net(jnp.bfloat16)
+    adapted = apply_lora(net, settings_for(method), rngs=nnx.Rngs(1))
+    assert len(adapted_layers(adapted)) == 4
+    for seed in range(3):
+        x = 3 * jax.random.normal(jax.random.key(seed), (4, 5, 24), jnp.bfloat16)
+        np.testing.assert_array_equal(np.float32(adapted(x)), np.float32(net(x)))
+
+
+def test_parameters_have_the_shapes_names_and_costs_that_are_stated(method):
+    model = adapt(method)
+    for layer in adapted_layers(model).values():
+        shape, spec = Shape(layer.in_features, layer.out_features), layer.adapter.spec
+        found = {name: value.shape for name, value in layer.adapter.params.items()}
+        assert found == method.shapes(shape, spec)
+        assert cost_of(layer).parameters == sum(
+            value.size for value in layer.adapter.params.values()
+        )
+        assert {v.dtype for v in layer.adapter.params.values()} == {jnp.dtype("float32")}
+        assert 0 < cost_of(layer).kept and 0 < cost_of(layer).streamed
+    _, trainable, _ = split_trainable(model)
+    assert len(jax.tree.leaves(trainable)) == 4 * len(method.keys)
+
+
+def test_the_kernels_operands_compute_what_the_method_defines(method):
+    spec = Spec(method, r=4, lora_alpha=6.0, scale=1.5)
+    w = jax.random.normal(jax.random.key(0), SHAPE)
+    params, w = method.start(SHAPE, spec, w, jax.random.key(1))
+    params = {n: p + jnp.linspace(0.0, 0.1, p.size).reshape(p.shape) for n, p in params.items()}
+    x = jax.random.normal(jax.random.key(2), (7, SHAPE.inputs))
+    defined = method.apply(spec, w, params, x, 0.0, None)
+    merged = np.float64(x) @ np.float64(method.merged(spec, w, params))
+    np.testing.assert_allclose(defined, merged, rtol=1e-4, atol=1e-4)
+    layer = Linear(*SHAPE, use_bias=False, rngs=nnx.Rngs(0))
+    layer.freeze(w)
+    layer.attached["default"], layer.active = Adapter(spec, params), "default"
+    np.testing.assert_allclose(layer(x), defined, rtol=1e-5, atol=1e-5)
+    if (operands := method.operands(spec, w, params)) is not None:
+        assert operands.w is w and operands.scale == spec.scale
+
+
+def test_layers_together_compute_what_each_does_alone(method, x):
+    model = adapt(method)
+    layers = model.gate_proj, model.up_proj
+    for got, layer in zip(apply_together(layers, x), layers, strict=True):
+        np.testing.assert_allclose(got, layer(x), rtol=1e-5, atol=1e-5)
+    alone = x + model.down_proj(jax.nn.silu(model.gate_proj(x)) * model.up_proj(x))
+    together = apply_mlp(*layers, model.down_proj, x, x, False)
+    np.testing.assert_allclose(together, alone, rtol=1e-5, atol=1e-5)
+    added = apply_added(model.lone, x, x)
+    np.testing.assert_allclose(added, x + model.lone(x), rtol=1e-5, atol=1e-5)
+
+
+def test_merged_equals_applied_and_unmerged_and_unloaded_the_base(method, x):
+    net = Net()
+    model = adapt(method, net)
+    assert np.abs(np.asarray(model(x) - net(x))).max() > 0.1
+    for merged in (merge_lora(model), kept := merge_lora(model, keep_adapters=True)):
+        np.testing.assert_allclose(merged(x), model(x), rtol=2e-5, atol=2e-5)
+    back = unmerge_lora(kept)
+    np.testing.assert_allclose(back(x), model(x), rtol=2e-5, atol=2e-5)
+    np.testing.assert_array_equal(unload_lora(model)(x), net(x))
+    assert not adapted_layers(unload_lora(model))
+
+
+def test_without_an_active_adapter_a_layer_is_its_base(method, x):
+    net = Net()
+    model = adapt(method, net)
+    adapted = np.asarray(model(x))
+    use_adapter(model, None)
+    np.testing.assert_array_equal(model(x), net(x))
+    with pytest.raises(ValueError, match="no layer has an adapter 'other'; there is default"):
+        use_adapter(model, "other")
+    use_adapter(model, "default")
+    np.testing.assert_array_equal(model(x), adapted)
+    with pytest.raises(ValueError, match="is merged; unmerge_lora first"):
+        use_adapter(merge_lora(model, keep_adapters=True), None)
+
+
+def test_dropout_is_drawn_from_the_key_and_off_in_evaluation(method, x):
+    model = adapt(method, lora_dropout=0.5)
+    set_dropout_key(model, jax.random.key(0))
+    one = np.asarray(model(x))
+    np.testing.assert_array_equal(model(x), one)
+    set_dropout_key(model, jax.random.key(1))
+    assert not np.allclose(model(x), one)
+    model.eval()
+    np.testing.assert_allclose(model(x), merge_lora(model)(x), rtol=2e-5, atol=2e-5)
+
+
+def test_files_hold_every_parameter_under_the_stated_key(method, tmp_path, x):
+    model = adapt(method)
+    lorax.save_adapter(model, tmp_path / "out")
+    tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    for name, layer in adapted_layers(model).items():
+        for parameter, key in method.keys.items():
+            stored = tensors.pop(f"base_model.model.{name}.{key.suffix}")
+            stored = stored.T if key.transposed else stored
+            np.testing.assert_array_equal(stored, layer.adapter.params[parameter])
+    assert not tensors
+    settings = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert method.settings.items() <= settings.items()
+    again = lorax.load_adapter(Net(), tmp_path / "out")
+    np.testing.assert_array_equal(again(x), model(x))
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_parameters_are_divided_as_the_matrix_is(method, axis, x):
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    base = PartitionSpec(*(("data", None) if axis == 0 else (None, "data")))
+    spec = Spec(method, r=4, lora_alpha=6.0, scale=1.5)
+    w = jax.random.normal(jax.random.key(0), SHAPE)
+    params, w = method.start(SHAPE, spec, w, jax.random.key(1))
+    parts = method.parts(base)
+    assert parts.keys() == params.keys()
+    place = lambda value, part: jax.device_put(value, NamedSharding(mesh, part))
+    placed = {name: place(value, parts[name]) for name, value in params.items()}
+    assert any(not value.is_fully_replicated for value in placed.values())
+    x = x.reshape(-1, SHAPE.inputs)
+    run = jax.jit(lambda w, params: method.apply(spec, w, params, x, 0.0, None))
+    np.testing.assert_allclose(run(place(w, base), placed), run(w, params), rtol=1e-5, atol=1e-5)
+
+
+def test_a_resumed_run_must_share_what_is_stated(method):
+    differing = (4, 1.5, 0.0), (8, 1.5, 0.0), (4, 2.0, 0.0), (4, 1.5, 0.1)
+    specs = [Spec(method, r, 6.0, scale, dropout) for r, scale, dropout in differing]
+    assert len({method.identity(spec) for spec in specs}) == 4
+    others = {other.identity(specs[0]) for other in [*METHODS, COLUMNS] if other is not method}
+    assert method.identity(specs[0]) not in others
