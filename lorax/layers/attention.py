@@ -9,13 +9,11 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from lorax.devices.mesh import DATA_AXIS
 from lorax.layers.documents import Documents, attend_by_mask, attend_windows, run_index
 
 type AttentionImplementation = Literal["auto", "xla", "cudnn"]
 type LayerCache = tuple[Float[Array, "b s groups d"], Float[Array, "b s groups d"]]
-
-DATA_AXIS = "data"
-"""The mesh axis that rows are spread over, as in `lorax.devices.mesh`."""
 
 
 @jax.tree_util.register_dataclass

@@ -45,7 +45,9 @@ def test_the_printed_scale_is_that_of_the_layers_and_of_peft(tmp_path, name, fro
         overrides = ["lora=null", f"model.adapter={tmp_path / 'adapter'}"]
     config = lorax.load_config("configs/tiny_cpu.yaml", overrides)
     layers = adapted_layers(lorax.build_model(config))
-    assert {layer_name: layer.scale for layer_name, layer in layers.items()} == expected
+    assert {
+        layer_name: layer.adapter.spec.scale for layer_name, layer in layers.items()
+    } == expected
     console = Console(file=io.StringIO(), width=200)
     print_modules(console, module_rows(check_targets(config, Path(BASE))), None)
     found = re.findall(
