@@ -9,38 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from lorax.config.marks import find_marks
 from lorax.config.run import RunConfig
 from lorax.data.dataset import EncodedDataset
-
-HARMLESS_KEYS = frozenset(
-    {
-        # Where things are, which fingerprints of what is there cover.
-        "model.name_or_path",
-        "model.revision",
-        "data.train",
-        "data.eval",
-        "data.date",  # a dated text is in the fingerprint of the data
-        "mesh.data",
-        "train.gradient_checkpointing",
-        "train.kept_layers",
-        # What is reported, written and waited for.
-        "train.memory_gib",
-        "train.skip_nonfinite_steps",
-        "train.stuck_after_seconds",
-        "eval.exact_match",
-        "eval.exact_match_rows",
-        "eval.max_new_tokens",
-        "save.output_dir",
-        "save.save_steps",
-        "save.save_total_limit",
-        "save.on_save_error",
-        "save.export",
-        "log.logging_steps",
-        "log.report_to",
-    }
-)
-"""Settings that may differ when a run is resumed."""
-
 
 def identify_run(
     config: RunConfig,
@@ -74,7 +45,8 @@ def fixed_settings(config: RunConfig) -> dict[str, Any]:
 
 def _fixed(settings: Mapping[str, Any]) -> dict[str, Any]:
     # Those that were saved too: an older run may have saved what is harmless now.
-    return {k: v for k, v in settings.items() if _section_key(k) not in HARMLESS_KEYS}
+    may_differ = {name for name, mark in find_marks(RunConfig).items() if not mark.stays}
+    return {k: v for k, v in settings.items() if _section_key(k) not in may_differ}
 
 
 def name_datasets(

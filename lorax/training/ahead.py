@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from lorax.adapters.nnx.apply import fingerprint_adapters
+from lorax.config.marks import find_marks
 from lorax.config.run import RunConfig
 from lorax.data.batches import BatchPlan
 from lorax.data.dataset import EncodedDataset
@@ -33,16 +34,6 @@ from lorax.training.calendar import (
 )
 from lorax.training.optim.optimizer import make_optimizer
 from lorax.training.step import METRICS, TrainState, TrainStep, make_abstract_step
-
-_NOT_OF_THE_STEP = (
-    ("model", "name_or_path"),
-    ("model", "revision"),
-    ("train", "gradient_checkpointing"),  # "auto", say: what it comes to counts
-    ("train", "kept_layers"),
-    ("train", "memory_gib"),
-    ("train", "stuck_after_seconds"),
-)
-"""Settings that decide nothing of a compiled step: a step is found again when they change."""
 
 
 class CompiledStep(NamedTuple):
@@ -96,9 +87,12 @@ def compile_ahead(
 
 def _describe_step(config: RunConfig, model: CausalLM, total_steps: int) -> dict[str, str]:
     """Returns all that decides a step with `causal_lm_loss`, but for the shapes it is given."""
-    settings = config.model_dump(mode="json", include={"model", "lora", "train", "mesh"})
-    for section, name in _NOT_OF_THE_STEP:
-        del settings[section][name]
+    of_step: dict[str, set[str]] = {}
+    for key, mark in find_marks(RunConfig).items():
+        if mark.in_step:
+            section, _, name = key.partition(".")
+            of_step.setdefault(section, set()).add(name)
+    settings = config.model_dump(mode="json", include=of_step)
     return {
         "settings": json.dumps(settings),
         "architecture": repr(model.config),
