@@ -51,6 +51,7 @@ from lorax.runs.setup import Inputs, input_notes, load_inputs
 from lorax.system.clock import Phases
 from lorax.system.files import read_json, write_file
 from lorax.system.hardware import memory_gib
+from lorax.system.signals import StopRequest
 from lorax.system.threads import finish_beside, start_beside
 from lorax.system.versions import library_versions
 from lorax.training.ahead import compile_ahead
@@ -64,6 +65,7 @@ def run_training(
     phases: Phases | None = None,
     *,
     resume: Resume = "never",
+    stop: StopRequest | None = None,
 ) -> RunSummary:
     """Trains as `config` says, exports, verifies the exports, and reports.
 
@@ -77,6 +79,7 @@ def run_training(
         phases: The time up to now, if it belongs to the run.
         resume: `always` goes on with the run in `save.output_dir`, bit for bit as if it had never
             stopped; `auto` does so if there is one, and else begins; `never` begins.
+        stop: Hears the signals that ask the run to stop while it trains.
 
     Raises:
         ValueError: Naming what cannot be used and what to do.
@@ -86,10 +89,16 @@ def run_training(
     with memory_explained(config), disk_explained(config):
         tell = lambda text: console.print(text, highlight=False, soft_wrap=True)
         config = with_recorded_revision(config, tell)
-        return _run(config, console, phases or Phases(), resume)
+        return _run(config, console, phases or Phases(), resume, stop)
 
 
-def _run(config: RunConfig, console: Console, phases: Phases, resume: Resume) -> RunSummary:
+def _run(
+    config: RunConfig,
+    console: Console,
+    phases: Phases,
+    resume: Resume,
+    stop: StopRequest | None,
+) -> RunSummary:
     started = time.monotonic()
     output = Path(config.save.output_dir)
     resumed = find_run(output, resume)
@@ -150,6 +159,7 @@ def _run(config: RunConfig, console: Console, phases: Phases, resume: Resume) ->
         compiled=compiled,
         resume=resumed,
         files=files,
+        stop=stop,
     )
     del model
     trainer.beside["files"] = companion_files(

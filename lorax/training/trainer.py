@@ -87,6 +87,7 @@ class Trainer:
             never stopped; from the beginning if there is none yet.
         files: Fingerprints of files that must not change in between, by what they are; if none are
             given, the frozen weights have one.
+        stop: Hears the signals that ask the run to stop; its own if not given.
 
     Raises:
         ValueError: If a step of the run would hold no supervised token, nothing trains, the mesh
@@ -105,6 +106,7 @@ class Trainer:
         compiled: "Future[dict[int, CompiledStep]] | None" = None,
         resume: bool = False,
         files: Mapping[str, str] | None = None,
+        stop: StopRequest | None = None,
     ):
         self.config, self.listeners = config, listeners
         self.mesh = make_mesh(config.mesh.data)
@@ -145,7 +147,7 @@ class Trainer:
         self.events = StepEvents(self.plan, self.total_steps, schedule, self.throughput)
         self._pending: _Dispatched | None = None
         self._watchdog = Watchdog(train.stuck_after_seconds)
-        self._stop, self._long = StopRequest(), LongSteps()
+        self._stop, self._long = stop or StopRequest(), LongSteps()
         self._beat: Callable[[], object] = lambda: None
         datasets = name_datasets(train_data, eval_data)
         tell = lambda text: self._tell({"note": text})
@@ -185,7 +187,7 @@ class Trainer:
             RunStopped: If a signal asked the run to stop, after saving.
             CheckpointError: If a checkpoint could not be saved, and `save.on_save_error` is `stop`.
         """
-        self._stop, self._long = StopRequest(self._watchdog.beat), LongSteps()
+        self._long = LongSteps()
         self.state = place_parameters(self.state, self.mesh)  # a run that was stopped may go on
         with contextlib.ExitStack() as stack:
             stack.enter_context(jax.set_mesh(self.mesh))
@@ -194,7 +196,7 @@ class Trainer:
             self.checkpoints.open()
             self.checkpoints.prunes = True
             compiled = self._compile()
-            with self._stop.listening(), self._watchdog.watching():
+            with self._stop.listening(self._watchdog.beat), self._watchdog.watching():
                 self._beat = lambda: (self._watchdog.beat(), self._stop.check())
                 try:
                     self._run_until_asked(compiled)
