@@ -113,13 +113,17 @@ def write_checkpoint(
     sync_tree(folder)
 
 
-def read_checkpoint(folder: Path) -> Checkpoint:
+def read_checkpoint(folder: Path, manifest: Mapping[str, Any] | None = None) -> Checkpoint:
     """Reads a checkpoint and verifies every array of it.
+
+    Args:
+        folder: Where it is.
+        manifest: From `read_manifest`, if it was read before.
 
     Raises:
         CheckpointError: If anything in it is missing, changed or not finite.
     """
-    manifest = read_manifest(folder)
+    manifest = manifest or read_manifest(folder)
     entries = manifest["arrays"]
     names = sorted({entry["stack"] for entry in entries.values()})
     stored = _read_arrays(folder / "arrays", names)

@@ -220,22 +220,25 @@ class CheckpointStore:
                 self._lock.close()
                 self._lock = None
 
-    def newest_record(self) -> Mapping[str, Any] | None:
-        """Returns the record of the newest checkpoint whose manifest is whole, or None."""
+    def newest_manifest(self) -> Mapping[str, Any] | None:
+        """Returns what the newest checkpoint with a whole manifest says of itself, or None."""
         for step in reversed(self.steps()):
             try:
-                return read_manifest(self._folder(step))["record"]
+                return read_manifest(self._folder(step))
             except OtherFormatError:
                 raise
             except CheckpointError:
                 continue  # `restore` will say so
         return None
 
-    def restore(self) -> Checkpoint | None:
+    def restore(self, manifest: Mapping[str, Any] | None = None) -> Checkpoint | None:
         """Returns the newest checkpoint that is whole, or None if there never was one.
 
         One that is not whole is renamed to ``damaged-…``, which is said aloud, and the one before
         is tried.
+
+        Args:
+            manifest: From `newest_manifest`, to read it once.
 
         Raises:
             CheckpointError: If there are, or were, checkpoints and none is whole.
@@ -243,9 +246,9 @@ class CheckpointStore:
         """
         self.open()
         for step in reversed(self.steps()):
-            folder = self._folder(step)
+            known = manifest is not None and manifest["step"] == step
             try:
-                return read_checkpoint(folder)
+                return read_checkpoint(self._folder(step), manifest if known else None)
             except OtherFormatError:
                 raise
             except CheckpointError as error:

@@ -108,6 +108,15 @@ class StopRequest:
             yield
             time.sleep(_POLL_SECONDS)
 
+    def wait(self, arrays: Any) -> None:
+        """Waits until the arrays are there.
+
+        Raises:
+            StopAskedError: If a signal comes meanwhile: they are not waited for.
+        """
+        for _ in self.hear_while_waiting(arrays):
+            self.check()
+
     def _note(self, number: int, _: Any) -> None:
         self.received, self._since = signal.Signals(number).name, time.monotonic()
         _await_second()

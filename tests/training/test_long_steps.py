@@ -20,7 +20,7 @@ from lorax.objectives.sft import causal_lm_loss
 from lorax.recovery.tree import flatten_tree
 from lorax.system.signals import RunStopped, StopRequest
 from lorax.training import long_steps
-from lorax.training.calendar import plan_training
+from lorax.training.course import plan_training
 from lorax.training.step import TrainState
 from lorax.training.trainer import Trainer
 
