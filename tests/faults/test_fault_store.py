@@ -130,7 +130,7 @@ def test_an_error_of_the_thread_is_raised_by_the_next_call(store, monkeypatch, e
     monkeypatch.setattr("lorax.recovery.store.write_checkpoint", fail)
     store.save(1, arrays(), {})
     released.set()
-    store._thread.join()
+    store._saving.exception()
     with pytest.raises(CheckpointError, match=f"saving failed: {words}"):
         store.check()
     store.check()  # said once
