@@ -7,22 +7,24 @@ from rich.console import Console
 from lorax.cli.common import read_config
 from lorax.report.overview import module_rows, report_data, report_kernels, report_notes
 from lorax.report.screen import print_config, print_modules
-from lorax.runs.checks import check_plan, check_targets, check_weights
+from lorax.runs.checks import check_targets, check_weights
 from lorax.runs.folder import find_run
-from lorax.runs.setup import input_notes, load_inputs
+from lorax.runs.model import Blueprint
+from lorax.runs.setup import Setup, input_notes
 
 
 def validate(parsed, console: Console) -> None:
     """Checks all that can be checked without reading the base model's weights."""
     config = read_config(parsed, console)
     find_run(Path(config.save.output_dir), "auto")  # it may be for a run that is there
-    check_weights(config)
-    inputs = load_inputs(config)
-    report_notes(console, input_notes(inputs.base, config.model.adapter))
-    adapted = check_targets(config, inputs.base)
-    rows = module_rows(adapted)
-    report_data(console, config, inputs.datasets, inputs.tokenizer, rows=0, context=inputs.context)
-    plan = check_plan(config, inputs)
+    blueprint = Blueprint.of(config)
+    check_weights(blueprint)
+    setup = Setup.of(blueprint)
+    report_notes(console, input_notes(blueprint.architecture, config.model.adapter))
+    rows = module_rows(check_targets(blueprint))
+    context = blueprint.architecture.context
+    report_data(console, config, setup.datasets, setup.tokenizer, rows=0, context=context)
+    plan = setup.course.plan
     modules = sum(row.count for row in rows)
     trained = sum(row.parameters for row in rows)
     if rows:
@@ -40,19 +42,20 @@ def validate(parsed, console: Console) -> None:
 def inspect(parsed, console: Console) -> None:
     """Shows settings, rows as they are learned, and the modules that train."""
     config = read_config(parsed, console)
-    inputs = load_inputs(config)
-    adapted = check_targets(config, inputs.base)
+    blueprint = Blueprint.of(config)
+    setup = Setup.of(blueprint)
+    adapted = check_targets(blueprint)
     console.rule("Settings")
     print_config(console, config)
-    report_notes(console, input_notes(inputs.base, config.model.adapter))
+    report_notes(console, input_notes(blueprint.architecture, config.model.adapter))
     console.rule("Data")
     report_data(
         console,
         config,
-        inputs.datasets,
-        inputs.tokenizer,
+        setup.datasets,
+        setup.tokenizer,
         rows=parsed.rows,
-        context=inputs.context,
+        context=blueprint.architecture.context,
     )
     if config.train.method == "lora":
         console.rule("Modules")

@@ -10,7 +10,7 @@ from lorax.interop.adapter_base import BaseModel, choose_base, recorded_base
 from lorax.interop.adapter_tokenizer import FoundTokenizer, find_tokenizer, tokenizer_files
 from lorax.interop.export import export_model
 from lorax.interop.folder import expand, resolve_checkpoint
-from lorax.interop.load import find_stored_dtype, load_model
+from lorax.interop.load import find_stored_dtype, load_hf_config, load_model
 from lorax.interop.peft import load_adapter
 from lorax.interop.peft_config import CONFIG_FILE
 from lorax.interop.stop_tokens import stop_token_ids
@@ -46,7 +46,7 @@ def _export(parsed, console: Console) -> None:
         _tell_owner(owner, run, tell)
     key = "--base" if parsed.base else str(where)
     base = resolve_checkpoint(chosen.name, chosen.revision, key=key)
-    for text in input_notes(base, str(adapter), trains=False):
+    for text in input_notes(load_hf_config(base), str(adapter), trains=False):
         tell(text)
     found = _find_tokenizer(parsed.format, base, adapter, owner, tell)
     dtype = jnp.dtype(parsed.dtype or (run.config.model.dtype if run else find_stored_dtype(base)))

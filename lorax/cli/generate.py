@@ -93,7 +93,7 @@ def _generate(parsed, _: Console) -> None:
     source = _find_source(parsed)
     architecture = load_hf_config(source.base)
     tell = note("generate")
-    for text in input_notes(source.base, source.adapter, trains=False):
+    for text in input_notes(architecture, source.adapter, trains=False):
         tell(text)
     run = source.run
     dtype = parsed.dtype or (run.config.model.dtype if run else find_stored_dtype(source.base))

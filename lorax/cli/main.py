@@ -18,12 +18,11 @@ from lorax.cli.train import train
 from lorax.data.chat.tokenizer import WITHOUT_TORCH
 from lorax.recovery.store import SaveError
 from lorax.runs.memory import OutOfMemoryError
-from lorax.system.signals import STOPPED_STATUS, RunStopped
+from lorax.system.signals import STOPPED_STATUS, RunStopped, StopRequest
 from lorax.system.streams import Outlet
 from lorax.system.threads import works_beside
 from lorax.system.versions import find_version
 from lorax.system.wording import LONGEST, clip_words, describe
-from lorax.training.long_steps import ABANDONED
 
 WIDTH_IN_LOGS = 100
 
@@ -33,12 +32,13 @@ def run(arguments: Sequence[str] | None = None) -> None:
     WITHOUT_TORCH.set()
     gc.set_threshold(10_000)  # to trace a step of many layers makes objects by the million
     sys.stdout, sys.stderr = Outlet(sys.stdout), Outlet(sys.stderr)
+    stop = StopRequest()
     try:
-        status = main(arguments)
+        status = main(arguments, stop)
     except Exception:
         traceback.print_exc()
         status = 1
-    if works_beside() or ABANDONED.is_set():
+    if works_beside() or stop.dropped:
         # Weights are still read, or a step compiled, for a run that could not begin; or a step that
         # was dropped runs, and would be waited for.
         sys.stdout.flush()
@@ -47,7 +47,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
     sys.exit(status)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, stop: StopRequest | None = None) -> int:
     """Runs one command and returns its exit status.
 
     0 is success, 2 follows an input that cannot be used, 1 a run that failed, 75 one that was asked
@@ -55,9 +55,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Args:
         arguments: Words after ``lorax``; those of the process if not given.
+        stop: Is told what signals come to while a command trains.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     parsed = _parser().parse_args(_move_resume(words))
+    parsed.stop = stop
     # Without markup: a path may hold brackets.
     console = Console(width=None if sys.stdout.isatty() else WIDTH_IN_LOGS, markup=False)
     try:

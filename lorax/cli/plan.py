@@ -5,11 +5,13 @@ from rich.console import Console
 from lorax.cli.common import read_config
 from lorax.report.overview import report_notes, report_plan
 from lorax.runs.memory import make_planner
+from lorax.runs.model import Blueprint
 
 
 def plan(parsed, console: Console) -> None:
     """Shows what each policy takes, and what fits which device."""
     config = read_config(parsed, console)
-    planner = make_planner(config)
-    report_notes(console, planner.architecture.notes)
+    blueprint = Blueprint.of(config)
+    planner = make_planner(blueprint)
+    report_notes(console, blueprint.architecture.notes)
     report_plan(console, config, planner)

@@ -5,6 +5,7 @@ from typing import Annotated, Literal, override
 
 from pydantic import Field, field_validator
 
+from lorax.config.marks import OfStep
 from lorax.config.types import (
     BelowOne,
     Conflict,
@@ -44,19 +45,19 @@ class LoraConfig(Section):
             names end, at a dot or not: `norm` takes `input_layernorm` too, as in PEFT.
     """
 
-    r: Count = 16
-    lora_alpha: Alpha = 16.0
-    lora_dropout: BelowOne = 0.0
-    target_modules: Modules = "all-linear"
-    exclude_modules: Modules | None = None
-    layers_to_transform: Annotated[Index | tuple[Index, ...] | None, FromList] = None
-    layers_pattern: Modules | None = None
-    rank_pattern: dict[str, Count] = Field(default={})
-    alpha_pattern: dict[str, Alpha] = Field(default={})
-    use_rslora: bool = False
-    bias: Literal["none", "all", "lora_only"] = "none"
-    init_lora_weights: Annotated[Literal[True, "gaussian"], NotInteger] = True
-    modules_to_save: Names | None = None
+    r: Annotated[Count, OfStep] = 16
+    lora_alpha: Annotated[Alpha, OfStep] = 16.0
+    lora_dropout: Annotated[BelowOne, OfStep] = 0.0
+    target_modules: Annotated[Modules, OfStep] = "all-linear"
+    exclude_modules: Annotated[Modules | None, OfStep] = None
+    layers_to_transform: Annotated[Index | tuple[Index, ...] | None, FromList, OfStep] = None
+    layers_pattern: Annotated[Modules | None, OfStep] = None
+    rank_pattern: Annotated[dict[str, Count], OfStep] = Field(default={})
+    alpha_pattern: Annotated[dict[str, Alpha], OfStep] = Field(default={})
+    use_rslora: Annotated[bool, OfStep] = False
+    bias: Annotated[Literal["none", "all", "lora_only"], OfStep] = "none"
+    init_lora_weights: Annotated[Literal[True, "gaussian"], NotInteger, OfStep] = True
+    modules_to_save: Annotated[Names | None, OfStep] = None
 
     @field_validator("rank_pattern", "alpha_pattern")
     @classmethod

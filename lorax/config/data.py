@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, override
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
+from lorax.config.marks import Free, OfRun
 from lorax.config.types import Conflict, FromList, Section, Text
 
 
@@ -81,25 +82,28 @@ class DataConfig(Section):
         shuffle: A new order in each epoch, given by `train.seed`.
     """
 
-    train: Annotated[Sources, Field(min_length=1)]
-    eval: Sources = ()
-    format: Literal[
-        "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "tokenized"
+    train: Annotated[Sources, Field(min_length=1), Free]
+    eval: Annotated[Sources, Free] = ()
+    format: Annotated[
+        Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "tokenized"],
+        OfRun,
     ] = "auto"
-    chat_template: Text = "tokenizer"
-    date: Date | None = None
-    ignore: Annotated[tuple[Text, ...], FromList] = ()
-    loss_on: Literal["assistant", "last_assistant", "completion", "all"] = "assistant"
-    train_on_eos: Literal["turn", "last", "all", "none"] = "turn"
-    instruction_part: Text | None = None
-    response_part: Text | None = None
-    max_seq_length: Annotated[int, Field(ge=2)] = 2048
-    overlong: Literal["error", "truncate", "drop"] = "error"
-    malformed: Literal["error", "drop"] = "error"
-    leading_answer: Literal["error", "trim", "drop"] = "error"
-    unsupervised: Literal["error", "drop"] = "error"
-    packing: bool = False
-    shuffle: bool = True
+    chat_template: Annotated[Text, OfRun] = "tokenizer"
+    date: Annotated[Date | None, Free] = None
+    ignore: Annotated[tuple[Text, ...], FromList, OfRun] = ()
+    loss_on: Annotated[Literal["assistant", "last_assistant", "completion", "all"], OfRun] = (
+        "assistant"
+    )
+    train_on_eos: Annotated[Literal["turn", "last", "all", "none"], OfRun] = "turn"
+    instruction_part: Annotated[Text | None, OfRun] = None
+    response_part: Annotated[Text | None, OfRun] = None
+    max_seq_length: Annotated[int, Field(ge=2), OfRun] = 2048
+    overlong: Annotated[Literal["error", "truncate", "drop"], OfRun] = "error"
+    malformed: Annotated[Literal["error", "drop"], OfRun] = "error"
+    leading_answer: Annotated[Literal["error", "trim", "drop"], OfRun] = "error"
+    unsupervised: Annotated[Literal["error", "drop"], OfRun] = "error"
+    packing: Annotated[bool, OfRun] = False
+    shuffle: Annotated[bool, OfRun] = True
 
     @override
     def conflicts(self) -> Iterator[Conflict]:

@@ -1,7 +1,8 @@
 """The base model's settings."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
+from lorax.config.marks import Free, OfStep
 from lorax.config.types import Section, Text
 
 
@@ -23,10 +24,10 @@ class ModelConfig(Section):
         adapter: Folder of a PEFT adapter to train on; its own settings replace the lora section.
     """
 
-    name_or_path: Text
-    revision: Text | None = None
-    adapter: Text | None = None
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    attn_impl: Literal["auto", "xla", "cudnn"] = "auto"
-    kernels: Literal["auto", "pallas", "xla"] = "auto"
-    offload_embedding: bool = False
+    name_or_path: Annotated[Text, Free]
+    revision: Annotated[Text | None, Free] = None
+    adapter: Annotated[Text | None, OfStep] = None
+    dtype: Annotated[Literal["bfloat16", "float16", "float32"], OfStep] = "bfloat16"
+    attn_impl: Annotated[Literal["auto", "xla", "cudnn"], OfStep] = "auto"
+    kernels: Annotated[Literal["auto", "pallas", "xla"], OfStep] = "auto"
+    offload_embedding: Annotated[bool, OfStep] = False

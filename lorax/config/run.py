@@ -13,6 +13,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from lorax.config.adapter import LoraConfig
 from lorax.config.data import DataConfig
 from lorax.config.file import read_model, write_yaml
+from lorax.config.marks import Free, OfCompiling, OfRun
 from lorax.config.model import ModelConfig
 from lorax.config.train import TrainConfig
 from lorax.config.types import (
@@ -39,13 +40,13 @@ class EvalConfig(Section):
         max_new_tokens: Longest generated answer in tokens.
     """
 
-    strategy: Literal["no", "steps", "epoch"] = "no"
-    steps: Count = 100
-    per_device_eval_batch_size: Count = 8
-    early_stopping_patience: Count | None = None
-    exact_match: bool = False
-    exact_match_rows: Count = 200
-    max_new_tokens: Count = 64
+    strategy: Annotated[Literal["no", "steps", "epoch"], OfRun] = "no"
+    steps: Annotated[Count, OfRun] = 100
+    per_device_eval_batch_size: Annotated[Count, OfRun] = 8
+    early_stopping_patience: Annotated[Count | None, OfRun] = None
+    exact_match: Annotated[bool, Free] = False
+    exact_match_rows: Annotated[Count, Free] = 200
+    max_new_tokens: Annotated[Count, Free] = 64
 
 
 class SaveConfig(Section):
@@ -61,13 +62,13 @@ class SaveConfig(Section):
         export: What the run ends with; `("merged",)` when not given and `train.method` is `full`.
     """
 
-    output_dir: Text
-    save_steps: Count = 100
-    save_total_limit: Count = 2
-    on_save_error: Literal["stop", "warn"] = "stop"
-    load_best_model_at_end: bool = False
+    output_dir: Annotated[Text, Free]
+    save_steps: Annotated[Count, Free] = 100
+    save_total_limit: Annotated[Count, Free] = 2
+    on_save_error: Annotated[Literal["stop", "warn"], Free] = "stop"
+    load_best_model_at_end: Annotated[bool, OfRun] = False
     export: Annotated[
-        tuple[Literal["peft", "peft-portable", "merged"], ...], Field(min_length=1), FromList
+        tuple[Literal["peft", "peft-portable", "merged"], ...], Field(min_length=1), FromList, Free
     ] = ("peft",)
 
     @override
@@ -79,14 +80,14 @@ class SaveConfig(Section):
 class LogConfig(Section):
     """What is recorded: every `logging_steps` steps, in `metrics.jsonl` and for TensorBoard."""
 
-    logging_steps: Count = 1
-    report_to: Annotated[tuple[Literal["jsonl", "tensorboard"], ...], FromList] = ("jsonl",)
+    logging_steps: Annotated[Count, Free] = 1
+    report_to: Annotated[tuple[Literal["jsonl", "tensorboard"], ...], FromList, Free] = ("jsonl",)
 
 
 class MeshConfig(Section):
     """How devices are used: `data` of them share each batch, -1 for all there are."""
 
-    data: CountOrMinusOne = 1
+    data: Annotated[CountOrMinusOne, OfCompiling] = 1
 
 
 class RunConfig(Section):

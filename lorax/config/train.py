@@ -5,6 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal, override
 
 from pydantic import Field
 
+from lorax.config.marks import Free, OfCompiling, OfStep
 from lorax.config.types import (
     BelowOne,
     Conflict,
@@ -80,38 +81,43 @@ class TrainConfig(Section):
             printed; null waits for ever.
     """
 
-    method: Literal["lora", "full"] = "lora"
-    num_train_epochs: Positive = 1.0
-    max_steps: CountOrMinusOne = -1
-    per_device_train_batch_size: Count = 2
-    gradient_accumulation_steps: Count = 1
-    learning_rate: Positive = 2e-4
-    lr_scheduler_type: Literal[
-        "linear",
-        "cosine",
-        "cosine_with_min_lr",
-        "constant",
-        "constant_with_warmup",
-        "wsd",
-        "inverse_sqrt",
-        "polynomial",
+    method: Annotated[Literal["lora", "full"], OfStep] = "lora"
+    num_train_epochs: Annotated[Positive, OfStep] = 1.0
+    max_steps: Annotated[CountOrMinusOne, OfStep] = -1
+    per_device_train_batch_size: Annotated[Count, OfStep] = 2
+    gradient_accumulation_steps: Annotated[Count, OfStep] = 1
+    learning_rate: Annotated[Positive, OfStep] = 2e-4
+    lr_scheduler_type: Annotated[
+        Literal[
+            "linear",
+            "cosine",
+            "cosine_with_min_lr",
+            "constant",
+            "constant_with_warmup",
+            "wsd",
+            "inverse_sqrt",
+            "polynomial",
+        ],
+        OfStep,
     ] = "cosine"
-    lr_scheduler_kwargs: LrSchedulerKwargs = LrSchedulerKwargs()
-    warmup_ratio: Share = 0.0
-    warmup_steps: Index = 0
-    weight_decay: NotNegative = 0.01
-    optim: Literal["adamw", "lion", "sgd", "adafactor"] = "adamw"
-    adam_beta1: BelowOne = 0.9
-    adam_beta2: BelowOne = 0.999
-    adam_epsilon: Positive = 1e-8
-    max_grad_norm: NotNegative = 1.0
-    gradient_checkpointing: Literal["auto", "none", "selective", "full", "offload"] = "full"
-    kept_layers: Index | None = None
-    memory_gib: Positive | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 3407
-    full_determinism: bool = False
-    skip_nonfinite_steps: Index = 0
-    stuck_after_seconds: Positive | None = 3600.0
+    lr_scheduler_kwargs: Annotated[LrSchedulerKwargs, OfStep] = LrSchedulerKwargs()
+    warmup_ratio: Annotated[Share, OfStep] = 0.0
+    warmup_steps: Annotated[Index, OfStep] = 0
+    weight_decay: Annotated[NotNegative, OfStep] = 0.01
+    optim: Annotated[Literal["adamw", "lion", "sgd", "adafactor"], OfStep] = "adamw"
+    adam_beta1: Annotated[BelowOne, OfStep] = 0.9
+    adam_beta2: Annotated[BelowOne, OfStep] = 0.999
+    adam_epsilon: Annotated[Positive, OfStep] = 1e-8
+    max_grad_norm: Annotated[NotNegative, OfStep] = 1.0
+    gradient_checkpointing: Annotated[
+        Literal["auto", "none", "selective", "full", "offload"], Free
+    ] = "full"
+    kept_layers: Annotated[Index | None, Free] = None
+    memory_gib: Annotated[Positive | None, Free] = None
+    seed: Annotated[int, Field(ge=0, lt=2**32), OfStep] = 3407
+    full_determinism: Annotated[bool, OfStep] = False
+    skip_nonfinite_steps: Annotated[Index, OfCompiling] = 0
+    stuck_after_seconds: Annotated[Positive | None, Free] = 3600.0
 
     # What each schedule reads of `lr_scheduler_kwargs`, and what it cannot do without.
     _reads: ClassVar[dict[str, tuple[str, ...]]] = {

@@ -42,6 +42,9 @@ TOKENIZER_FILES = (
 )
 """What travels with the weights, besides generation_config.json."""
 
+_SETTINGS = (CONFIG_FILE, GENERATION_FILE, INDEX_FILE, *TOKENIZER_FILES)
+"""What says what a model on the hub is, without its weights."""
+
 
 def expand(name: str | Path) -> Path:
     """Returns the path that a user names, its ``~`` replaced.
@@ -62,6 +65,26 @@ def resolve_base(model: ModelConfig, *, weights: bool = True) -> Path:
     """Returns the local folder of a run's base model; see `resolve_checkpoint`."""
     key = "model.name_or_path"
     return resolve_checkpoint(model.name_or_path, model.revision, weights=weights, key=key)
+
+
+def fetch_weights(model: ModelConfig, folder: Path) -> Path:
+    """Returns the folder of a run's base model with its weights, fetching them if needed.
+
+    Args:
+        model: The run's settings.
+        folder: From `resolve_base` without weights: of a model on the hub, what it says of the
+            weights' files and, by its name, of the commit they are of.
+
+    Raises:
+        CheckpointError: If they cannot be fetched.
+    """
+    if expand(model.name_or_path).exists():
+        return folder
+    commit = folder.name if folder.parent.name == "snapshots" else model.revision
+    try:
+        return _fetch(model.name_or_path, commit, (*_SETTINGS, *_weight_files(folder)))
+    except CheckpointError as error:
+        raise CheckpointError(f"model.name_or_path: {error}") from error
 
 
 def resolve_checkpoint(
@@ -99,14 +122,14 @@ def resolve_checkpoint(
 def _fetch_checkpoint(name: str, revision: str | None, weights: bool) -> Path:
     if name.count("/") > 1 or name.startswith((".", "~", "/")) or "\\" in name:
         raise CheckpointError(f"{clip(name)}: no such folder{_near(Path(name))}")
-    settings = (CONFIG_FILE, GENERATION_FILE, INDEX_FILE, *TOKENIZER_FILES)
-    folder = _fetch(name, revision, settings)
-    if not weights:
-        return folder
-    files = (WEIGHT_FILE,)
-    if (folder / INDEX_FILE).exists():
-        files = tuple(sorted(set(_weight_map(folder / INDEX_FILE).values())))
-    return _fetch(name, revision, (*settings, *files))
+    folder = _fetch(name, revision, _SETTINGS)
+    return _fetch(name, revision, (*_SETTINGS, *_weight_files(folder))) if weights else folder
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """Returns which files of a model on the hub hold its weights, by its settings alone."""
+    index = folder / INDEX_FILE
+    return sorted(set(_weight_map(index).values())) if index.exists() else [WEIGHT_FILE]
 
 
 def _fetch(name: str, revision: str | None, files: Iterable[str]) -> Path:

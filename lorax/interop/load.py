@@ -62,6 +62,8 @@ def load_model(
     gradient_checkpointing: GradientCheckpointing = "none",
     kept_layers: int = 1,
     offload_embedding: bool = False,
+    architecture: DecoderConfig | None = None,
+    entries: dict[str, TensorEntry] | None = None,
     pace: Callable[[], object] | None = None,
 ) -> CausalLM:
     """Loads a checkpoint, tensor by tensor, onto JAX's default device.
@@ -81,13 +83,15 @@ def load_model(
         kept_layers: See `CausalLM`.
         offload_embedding: Leaves the input embedding in the host's memory, as a `HostArray`; not
             where the output head is the same array.
+        architecture: From `load_hf_config` of this folder, to read it once.
+        entries: From `check_checkpoint` of this folder, to read its headers once.
         pace: Called after each tensor; it may wait for what should come first.
 
     Raises:
         ValueError: Naming the file and the field or tensor, what was found and what was needed.
     """
     directory = resolve_checkpoint(path_or_id, revision)
-    config = load_hf_config(directory)
+    config = load_hf_config(directory) if architecture is None else architecture
     param_dtype = dtype if param_dtype is None else param_dtype
     model = nnx.eval_shape(
         lambda: CausalLM(
@@ -105,9 +109,9 @@ def load_model(
             f"{directory / CONFIG_FILE} says tie_word_embeddings: true, so the embedding is the "
             "output head too, which every step reads: offload_embedding must be false"
         )
-    entries = find_tensors(directory)
+    if entries is None:
+        entries = check_checkpoint(directory, config)
     table = tensor_table(config)
-    _check_entries(directory, config, table, entries)
     graph, state = nnx.split(model)
     variables = dict(nnx.to_flat_state(state))
     for name, value in _load_values(table, entries, jnp.dtype(param_dtype)):
@@ -119,14 +123,22 @@ def load_model(
     return nnx.merge(graph, nnx.from_flat_state(variables))
 
 
-def check_checkpoint(directory: Path) -> None:
+def check_checkpoint(directory: Path, config: DecoderConfig) -> dict[str, TensorEntry]:
     """Compares a checkpoint's tensors with its config.json; only a tied head's data is read.
+
+    Args:
+        directory: Its folder.
+        config: From `load_hf_config` of this folder.
+
+    Returns:
+        The tensors of the model, and where they are.
 
     Raises:
         ValueError: As `load_model`, but for the values.
     """
-    config = load_hf_config(directory)
-    _check_entries(directory, config, tensor_table(config), find_tensors(directory))
+    entries = find_tensors(directory)
+    _check_entries(directory, config, tensor_table(config), entries)
+    return entries
 
 
 def _check_entries(

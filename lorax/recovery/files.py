@@ -15,7 +15,7 @@ from typing import Any, Self
 import jax
 import numpy as np
 
-from lorax.system.files import MAX_INDEX_BYTES, CheckpointError, read_json, sync_tree
+from lorax.system.files import MAX_INDEX_BYTES, CheckpointError, read_json
 
 MANIFEST_FILE = "manifest.json"
 _FORMAT, _PLACE = 2, ("stack", "row")
@@ -87,7 +87,7 @@ def write_checkpoint(
     record: Mapping[str, Any],
     versions: Mapping[str, str],
 ) -> None:
-    """Writes a checkpoint into an empty folder, and waits until it is on the disk."""
+    """Writes a checkpoint into an empty folder, which `write_directory` has flushed."""
     import orbax.checkpoint as ocp
 
     logging.getLogger("absl").addFilter(_is_news)
@@ -110,16 +110,19 @@ def write_checkpoint(
     manifest["digest"] = _digest(manifest)
     text = json.dumps(manifest, indent=1, sort_keys=True)
     (folder / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
-    sync_tree(folder)
 
 
-def read_checkpoint(folder: Path) -> Checkpoint:
+def read_checkpoint(folder: Path, manifest: Mapping[str, Any] | None = None) -> Checkpoint:
     """Reads a checkpoint and verifies every array of it.
+
+    Args:
+        folder: Where it is.
+        manifest: From `read_manifest`, if it was read before.
 
     Raises:
         CheckpointError: If anything in it is missing, changed or not finite.
     """
-    manifest = read_manifest(folder)
+    manifest = manifest or read_manifest(folder)
     entries = manifest["arrays"]
     names = sorted({entry["stack"] for entry in entries.values()})
     stored = _read_arrays(folder / "arrays", names)

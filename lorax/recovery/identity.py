@@ -9,62 +9,76 @@ from typing import Any
 import jax
 import numpy as np
 
+from lorax.config.marks import find_marks
 from lorax.config.run import RunConfig
 from lorax.data.dataset import EncodedDataset
 
-HARMLESS_KEYS = frozenset(
-    {
-        # Where things are, which fingerprints of what is there cover.
-        "model.name_or_path",
-        "model.revision",
-        "data.train",
-        "data.eval",
-        "data.date",  # a dated text is in the fingerprint of the data
-        "mesh.data",
-        "train.gradient_checkpointing",
-        "train.kept_layers",
-        # What is reported, written and waited for.
-        "train.memory_gib",
-        "train.skip_nonfinite_steps",
-        "train.stuck_after_seconds",
-        "eval.exact_match",
-        "eval.exact_match_rows",
-        "eval.max_new_tokens",
-        "save.output_dir",
-        "save.save_steps",
-        "save.save_total_limit",
-        "save.on_save_error",
-        "save.export",
-        "log.logging_steps",
-        "log.report_to",
-    }
-)
-"""Settings that may differ when a run is resumed."""
 
+class Identity:
+    """What makes a run itself, part by part, as each becomes known.
 
-def identify_run(
-    config: RunConfig,
-    data: Mapping[str, EncodedDataset],
-    devices: int,
-    recomputation: str,
-    files: Mapping[str, str] | None = None,
-) -> dict[str, Any]:
-    """Returns what must be equal for a run to go on as if it had never stopped.
+    Where a run goes on, each part is compared once with what its newest checkpoint says.
 
     Args:
-        config: The run's settings.
-        data: Encoded rows by name.
-        devices: How many share a batch.
-        recomputation: What the backward pass makes again: it decides the last bits.
-        files: Fingerprints of files by what they are, such as the base model's.
+        manifest: Of that checkpoint, as it was read; None where there is none, or where it is read
+            only when all parts are known.
+        where: The run's folder, for errors.
+        settings_of: As for `refuse_other_run`.
+
+    Attributes:
+        parts: What is known so far, by name: what a checkpoint keeps.
+        manifest: As it was given.
     """
-    return {
-        "settings": fixed_settings(config),
-        "devices": devices,
-        "gradient checkpointing": recomputation,
-        **{f"{name} data": fingerprint_data(rows) for name, rows in data.items()},
-        **(files or {}),
-    }
+
+    def __init__(
+        self,
+        manifest: Mapping[str, Any] | None = None,
+        where: str = "",
+        settings_of: Callable[[str], str] = str,
+    ):
+        self.manifest, self.parts = manifest, dict[str, Any]()
+        self._where, self._settings_of = where, settings_of
+        self._left = dict(self.saved)
+
+    @property
+    def saved(self) -> Mapping[str, Any]:
+        """The parts that the checkpoint names; none where there is none."""
+        return {} if self.manifest is None else self.manifest["record"]["identity"]
+
+    def add(self, parts: Mapping[str, Any]) -> None:
+        """Notes parts of the run, None for one that it lacks.
+
+        Raises:
+            ValueError: If the run cannot go on with them, naming all that differ.
+        """
+        self.parts |= {name: part for name, part in parts.items() if part is not None}
+        if self.manifest is not None:
+            self._compare({n: self._left.pop(n) for n in parts if n in self._left}, parts)
+
+    def go_on_from(self, record: Mapping[str, Any]) -> None:
+        """Compares what was not yet, once all is known and the checkpoint is restored.
+
+        Args:
+            record: Of the checkpoint, which may be an older one than the newest.
+
+        Raises:
+            ValueError: If it is another run's.
+        """
+        if self.manifest is None or record["identity"] != self.saved:
+            self._compare(record["identity"], self.parts)
+        else:
+            self._compare(self._left, {})
+
+    def _compare(self, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+        refuse_other_run(saved, now, self._where, self._settings_of)
+
+
+def identify_rows(
+    train: EncodedDataset, held_out: EncodedDataset | None = None
+) -> dict[str, str | None]:
+    """Returns the parts that the rows of a run are, by the names that messages use."""
+    held = None if held_out is None else fingerprint_data(held_out)
+    return {"training data": fingerprint_data(train), "held-out data": held}
 
 
 def fixed_settings(config: RunConfig) -> dict[str, Any]:
@@ -74,14 +88,8 @@ def fixed_settings(config: RunConfig) -> dict[str, Any]:
 
 def _fixed(settings: Mapping[str, Any]) -> dict[str, Any]:
     # Those that were saved too: an older run may have saved what is harmless now.
-    return {k: v for k, v in settings.items() if _section_key(k) not in HARMLESS_KEYS}
-
-
-def name_datasets(
-    train: EncodedDataset, held_out: EncodedDataset | None
-) -> dict[str, EncodedDataset]:
-    """Returns the data of a run by the names that messages use."""
-    return {"training": train} | ({} if held_out is None else {"held-out": held_out})
+    may_differ = {name for name, mark in find_marks(RunConfig).items() if not mark.stays}
+    return {k: v for k, v in settings.items() if _section_key(k) not in may_differ}
 
 
 def refuse_other_run(
@@ -93,12 +101,12 @@ def refuse_other_run(
     """Raises `ValueError` naming every setting and every other thing that differs.
 
     Args:
-        saved: From `identify_run`, then.
-        now: From `identify_run`.
+        saved: Parts of an `Identity`, then.
+        now: The same parts, or more.
         where: The run's folder.
         settings_of: Returns the settings that ask for a recomputation.
     """
-    before, after = _fixed(saved["settings"]), _fixed(now["settings"])
+    before, after = _fixed(saved.get("settings", {})), _fixed(now.get("settings", {}))
     differing = [
         f"{key} was {_show(before, key)} and is {_show(after, key)}"
         for key in sorted(before.keys() | after.keys())

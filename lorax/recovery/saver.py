@@ -3,19 +3,21 @@
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Self
 
 import jax
 from safetensors import SafetensorError
 
 from lorax.config.run import SaveConfig
-from lorax.recovery.identity import refuse_other_run
-from lorax.recovery.progress import Progress
-from lorax.recovery.snapshots import WeightStore
-from lorax.recovery.store import CheckpointStore
+from lorax.recovery.identity import Identity
+from lorax.recovery.progress import Progress, TrainResult
+from lorax.recovery.snapshots import WEIGHTS_FOLDER, WeightStore
+from lorax.recovery.store import CHECKPOINT_FOLDER, CheckpointStore
 from lorax.recovery.tree import fill_tree, flatten_tree
-from lorax.system.files import CheckpointError
+from lorax.system.files import CheckpointError, refuse_occupied
+from lorax.system.signals import RunStopped
 from lorax.system.versions import library_versions
 from lorax.system.wording import describe
 
@@ -27,8 +29,7 @@ class Saver:
         config: Says how many to keep, and what an error of saving means.
         weights: The store of weights, of which checkpoints note what is there.
         checkpoints: Where the checkpoints are.
-        identity: From `identify_run`.
-        settings_of: As for `refuse_other_run`.
+        identity: Of the run, with all its parts.
         tell: Is told, in words, what a user should know.
 
     A state is a tree that has `step` and `trainable`.
@@ -39,15 +40,46 @@ class Saver:
         config: SaveConfig,
         weights: WeightStore,
         checkpoints: CheckpointStore,
-        identity: Mapping[str, Any],
-        settings_of: Callable[[str], str],
+        identity: Identity,
         tell: Callable[[str], object],
     ):
         self.config, self.weights, self.checkpoints = config, weights, checkpoints
-        self.identity, self._settings_of, self._tell = identity, settings_of, tell
+        self.identity, self._tell = identity, tell
         self.progress = Progress()
         self.best: Any = None  # trained weights with the lowest held-out loss, on the host
         self._told: tuple[int, float] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        config: SaveConfig,
+        write: Callable[[Path], object],
+        identity: Identity,
+        tell: Callable[[str], object],
+    ) -> Self:
+        """Returns that of a run's folder; `write` is as for `WeightStore`."""
+        output, keep = Path(config.output_dir), config.save_total_limit
+        checkpoints = CheckpointStore(
+            output / CHECKPOINT_FOLDER, keep=keep, versions=library_versions(), tell=tell
+        )
+        return cls(config, WeightStore(output / WEIGHTS_FOLDER, write), checkpoints, identity, tell)
+
+    def begin[State](self, state: State, *, resume: bool) -> State:
+        """Returns the state that the run begins with, or goes on with.
+
+        Raises:
+            CheckpointError: As `resume`, or if a run begins where there is one.
+            ValueError: As `resume`.
+        """
+        if resume:
+            return self.resume(state)
+        if self.checkpoints.steps():
+            raise CheckpointError(
+                f"{self.checkpoints.directory} holds a run's checkpoints: go on with it by "
+                "resume=True (`lorax train … --resume`), or choose another save.output_dir"
+            )
+        refuse_occupied(self.weights.directory)
+        return state
 
     def resume[State](self, state: State) -> State:
         """Returns the state of the newest whole checkpoint; `state` if there was never one.
@@ -63,17 +95,16 @@ class Saver:
             raise
 
     def _resume(self, state: Any) -> Any:
-        found = self.checkpoints.restore()
+        found = self.checkpoints.restore(self.identity.manifest)
         if found is None:
             self._tell("no checkpoint yet: the run starts from the beginning")
             return state
-        where = str(self.checkpoints.directory.parent)
-        refuse_other_run(found.record["identity"], self.identity, where, self._settings_of)
+        self.identity.go_on_from(found.record)
         self.progress = progress = Progress(**found.record["progress"])
         like: dict[str, Any] = {"state": state}
         if any(path.startswith("best.") for path in found.arrays):
             like["best"] = state.trainable
-        restored = fill_tree(like, found.arrays, where)
+        restored = fill_tree(like, found.arrays, str(self.checkpoints.directory.parent))
         self.checkpoints.prune(found.step, verified=True)  # a run that is stopped leaves its last
         self.best = jax.device_get(restored["best"]) if "best" in restored else None
         self.weights.adopt(progress.weights, progress.best_step, progress.best_loss)
@@ -102,7 +133,7 @@ class Saver:
         progress.best_step = self.weights.best_step
         progress.best_loss = None if progress.best_step is None else self.weights.best_loss
         plain = {name: _finite(value) for name, value in dataclasses.asdict(progress).items()}
-        record, arrays = {"identity": self.identity, "progress": plain}, flatten_tree(tree)
+        record, arrays = {"identity": self.identity.parts, "progress": plain}, flatten_tree(tree)
         return self._guard(lambda: self.checkpoints.save(progress.step, arrays, record, wait=wait))
 
     def save_weights(self, step: int, eval_loss: float | None = None) -> bool:
@@ -113,6 +144,36 @@ class Saver:
             self.weights.best_step, self.weights.best_loss = step, eval_loss
         return improved
 
+    def keep_evaluated(self, step: int, loss: float, trained: Any, patience: int | None) -> None:
+        """Writes the weights that were evaluated, and notes whether the run is to go on.
+
+        Args:
+            step: Whose weights they are.
+            loss: Their held-out loss.
+            trained: On the devices.
+            patience: Evaluations without a better one after which the run stops, if any.
+        """
+        progress = self.progress
+        improved = self.save_weights(step, loss)
+        if improved and self.config.load_best_model_at_end:
+            self.best = jax.device_get(trained)
+        progress.evaluations_without_gain = 0 if improved else progress.evaluations_without_gain + 1
+        waited = progress.evaluations_without_gain
+        progress.stopped_early = patience is not None and waited >= patience
+
+    def result(self) -> TrainResult:
+        """Returns what the run came to, with the best weights if those were kept."""
+        progress, weights = self.progress, self.weights
+        best_step = None if self.best is None else weights.best_step
+        return TrainResult(
+            steps=progress.step,
+            train_loss=math.nan if progress.train_loss is None else progress.train_loss,
+            eval_loss_before=progress.eval_loss_before,
+            eval_loss=weights.best_loss if best_step is not None else progress.eval_loss,
+            best_step=best_step,
+            stopped_early=progress.stopped_early,
+        )
+
     def check(self) -> None:
         """Tells what was saved in the background; raises, or tells, what that raised."""
         self._guard(self.checkpoints.check)
@@ -121,6 +182,20 @@ class Saver:
             self._told = saved
             at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(saved[1]))
             self._tell(f"checkpoint of step {saved[0]} saved at {at}")
+
+    def stop(self, asked: object, reach: Callable[[], Any]) -> RunStopped:
+        """Saves, at once, what was reached; returns what a run that was asked to stop ends with.
+
+        Args:
+            asked: The signal's name.
+            reach: Brings progress and state up to date, and returns the state.
+        """
+        self.checkpoints.prunes = False  # a resumed run does; now it would take time
+        state = reach()
+        if self.progress.step == 0:
+            return RunStopped(f"stopped by {asked} before the first step was done")
+        saved = "saved" if self.save(state, wait=True) else "NOT SAVED"
+        return RunStopped(f"stopped by {asked} after step {self.progress.step}, {saved}")
 
     def wait(self) -> None:
         """Waits for the save in the background."""

@@ -9,6 +9,9 @@ from pathlib import Path
 
 from lorax.system.files import write_file
 
+WEIGHTS_FOLDER = "weights"
+"""In a run's folder: the weights of some of its steps."""
+
 
 class WeightStore:
     """Writes a run's weights to ``<directory>/step-000123`` and keeps the newest and the best.

@@ -10,9 +10,9 @@ import os
 import re
 import secrets
 import shutil
-import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,9 @@ from lorax.recovery.files import (
     refuse_nonfinite,
     write_checkpoint,
 )
-from lorax.system.files import CheckpointError, sync
+from lorax.system.files import CheckpointError, sync, write_directory
 from lorax.system.special_files import refuse_special_files
+from lorax.system.threads import start_beside
 from lorax.system.wording import describe
 
 CHECKPOINT_FOLDER = "checkpoints"
@@ -82,7 +83,8 @@ class CheckpointStore:
         self.directory, self.keep, self.versions = directory, keep, dict(versions or {})
         self.prunes = True
         self.saved: tuple[int, float] | None = None
-        self._tell, self._thread = tell, None
+        self._tell = tell
+        self._saving: Future[None] | None = None
         self._error: BaseException | None = None
         self._lock: Any = None
         self.blocked_seconds = 0.0
@@ -181,18 +183,16 @@ class CheckpointStore:
         record = json.loads(json.dumps(record, allow_nan=False))
 
         def work() -> None:
-            try:
-                stacks = Stacks.copy(host)
-                host.clear()  # they may be large
-                self._write(step, stacks, record)
-            except BaseException as error:
-                self._error = error
+            stacks = Stacks.copy(host)
+            host.clear()  # they may be large
+            self._write(step, stacks, record)
 
-        self._thread = threading.Thread(target=work, name="lorax-checkpoint", daemon=True)
-        self._thread.start()
+        self._saving = start_beside("checkpoint", work)
 
     def check(self) -> None:
-        """Raises what a save in the thread raised."""
+        """Raises what a save in the thread raised, if that has ended."""
+        if self._saving is not None and self._saving.done():
+            self._join()
         if self._error is not None:
             error, self._error = self._error, None
             if isinstance(error, CheckpointError):
@@ -207,9 +207,9 @@ class CheckpointStore:
         self.check()
 
     def _join(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        if self._saving is not None:
+            self._error = self._saving.exception() or self._error
+            self._saving = None
 
     def close(self) -> None:
         """Waits for the thread and gives the lock back; more than once does no harm."""
@@ -220,22 +220,25 @@ class CheckpointStore:
                 self._lock.close()
                 self._lock = None
 
-    def newest_record(self) -> Mapping[str, Any] | None:
-        """Returns the record of the newest checkpoint whose manifest is whole, or None."""
+    def newest_manifest(self) -> Mapping[str, Any] | None:
+        """Returns what the newest checkpoint with a whole manifest says of itself, or None."""
         for step in reversed(self.steps()):
             try:
-                return read_manifest(self._folder(step))["record"]
+                return read_manifest(self._folder(step))
             except OtherFormatError:
                 raise
             except CheckpointError:
                 continue  # `restore` will say so
         return None
 
-    def restore(self) -> Checkpoint | None:
+    def restore(self, manifest: Mapping[str, Any] | None = None) -> Checkpoint | None:
         """Returns the newest checkpoint that is whole, or None if there never was one.
 
         One that is not whole is renamed to ``damaged-…``, which is said aloud, and the one before
         is tried.
+
+        Args:
+            manifest: From `newest_manifest`, to read it once.
 
         Raises:
             CheckpointError: If there are, or were, checkpoints and none is whole.
@@ -243,9 +246,9 @@ class CheckpointStore:
         """
         self.open()
         for step in reversed(self.steps()):
-            folder = self._folder(step)
+            known = manifest is not None and manifest["step"] == step
             try:
-                return read_checkpoint(folder)
+                return read_checkpoint(self._folder(step), manifest if known else None)
             except OtherFormatError:
                 raise
             except CheckpointError as error:
@@ -278,15 +281,9 @@ class CheckpointStore:
                 "checkpoints before it are untouched. Make room, or set save.output_dir to another "
                 "disk"
             )
-        fresh = self.directory / f".partial-{step:09d}-{secrets.token_hex(4)}"
-        try:
-            fresh.mkdir()
+        partial = f".partial-{step:09d}-{secrets.token_hex(4)}"
+        with write_directory(self._folder(step), partial=partial) as fresh:
             write_checkpoint(fresh, step, arrays, record, self.versions)
-            os.replace(fresh, self._folder(step))
-            sync(self.directory)
-        except BaseException:
-            shutil.rmtree(fresh, ignore_errors=True)
-            raise
         if self.prunes:
             self.prune(step)
         self.saved = step, time.time()

@@ -7,31 +7,29 @@ import jax.numpy as jnp
 from flax import nnx
 from rich.console import Console
 
-from lorax.config.run import RunConfig
 from lorax.generation.answers import answer_rows, exact_match
 from lorax.interop.export import export_model
 from lorax.report.card import write_card
 from lorax.report.log import METRICS_FILE
 from lorax.report.overview import shows_text
 from lorax.runs.folder import EXPORT_FOLDERS
-from lorax.runs.setup import Inputs
+from lorax.runs.setup import Setup
 
 
-def score_model(
-    config: RunConfig, model, inputs: Inputs, console: Console, when: str
-) -> float | None:
+def score_model(setup: Setup, model, console: Console, when: str) -> float | None:
     """Lets the model answer held-out rows, if the config asks for it, and shows one answer."""
-    if not config.eval.exact_match or inputs.eval is None:
+    config = setup.config
+    if not config.eval.exact_match or setup.eval is None:
         return None
     evaluated = nnx.clone(model)
     evaluated.eval()
     answers = answer_rows(
         evaluated,
-        inputs.eval,
-        inputs.tokenizer,
+        setup.eval,
+        setup.tokenizer,
         rows=config.eval.exact_match_rows,
         max_new_tokens=config.eval.max_new_tokens,
-        stop_ids=inputs.stop_ids(),
+        stop_ids=setup.needed_stop_ids(),
     )
     score, shown = exact_match(answers), answers[0]
     console.print(
@@ -45,8 +43,9 @@ def score_model(
     return score
 
 
-def export_all(config, model, inputs: Inputs, console, result, scores) -> dict[str, str]:
+def export_all(setup: Setup, model, console, result, scores) -> dict[str, str]:
     """Exports in every format that is asked for, each verified; returns folders by format."""
+    config = setup.config
     facts = {"optimizer steps": str(result.steps)}
     if result.eval_loss is not None:
         facts["held-out loss"] = f"{result.eval_loss_before:.4f} → {result.eval_loss:.4f}"
@@ -64,12 +63,12 @@ def export_all(config, model, inputs: Inputs, console, result, scores) -> dict[s
             model,
             folder,
             format,
-            base=inputs.base,
+            base=setup.blueprint.folder,
             base_name=config.model.name_or_path,
             base_revision=config.model.revision,
-            chat_template=inputs.chat_template,
-            stop_ids=inputs.stop_ids(needed=False),
-            tokenizer=inputs.tokenizer,
+            chat_template=setup.chat_template,
+            stop_ids=setup.stop_ids,
+            tokenizer=setup.tokenizer,
             dtype=jnp.dtype(config.model.dtype),
             card=write_card(config, format, facts),
         )

@@ -11,6 +11,7 @@ from lorax.config.run import RunConfig, dump_config, load_config
 from lorax.data.reading.formats import ROW_KINDS, RowKind
 from lorax.interop.peft_config import CONFIG_FILE as ADAPTER_FILE
 from lorax.interop.stop_tokens import STOP_TOKENS_FILE, read_stop_tokens, write_stop_tokens
+from lorax.recovery.snapshots import WEIGHTS_FOLDER
 from lorax.recovery.store import CHECKPOINT_FOLDER, MARKER_FILE
 from lorax.system.files import CheckpointError, read_json, refuse_occupied
 from lorax.system.special_files import refuse_special_files
@@ -27,8 +28,6 @@ ROW_KINDS_FILE = "row_kinds.json"
 _KINDS = "kinds"
 
 type Resume = Literal["never", "auto", "always"]
-
-WEIGHTS_FOLDER = "weights"
 
 EXPORT_FOLDERS = {"peft": "adapter", "peft-portable": "adapter-portable", "merged": "merged"}
 

@@ -2,19 +2,17 @@
 
 import contextlib
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from lorax.config.run import RunConfig
-from lorax.interop.folder import resolve_base
-from lorax.interop.load import load_hf_config
 from lorax.models.stack.recompute import Recomputation
 from lorax.planning.memory import POLICIES, Planner
 from lorax.recovery.store import CHECKPOINT_FOLDER, CheckpointStore, SaveError
-from lorax.runs.model import model_shapes
+from lorax.runs.model import Blueprint
 from lorax.system.hardware import GIB, device_gib
 
 
@@ -22,31 +20,35 @@ class OutOfMemoryError(RuntimeError):
     """A step that did not fit the device, with what would."""
 
 
-def make_planner(config: RunConfig) -> Planner:
-    """Returns the planner of a run, from the checkpoint's config.json: it reads no weights."""
-    model = config.model
-    base = resolve_base(model, weights=False)
-    return Planner(config, load_hf_config(base), model_shapes(config, base))
+def make_planner(blueprint: Blueprint) -> Planner:
+    """Returns the planner of a run: it needs no weights."""
+    return Planner(blueprint.config, blueprint.architecture, blueprint.shapes)
 
 
-def choose_recomputation(config: RunConfig) -> tuple[Recomputation, str]:
+def choose_recomputation(
+    blueprint: Blueprint, before: Recomputation | None = None
+) -> tuple[Recomputation, str]:
     """Returns what the backward pass will recompute, and why.
 
-    `auto` is the fastest that fits; or what it was before, where `save.output_dir` holds a run: it
-    would not go on to the same bits with anything else.
+    `auto` is the fastest that fits; or what it was before, where a run goes on: it would not go on
+    to the same bits with anything else.
+
+    Args:
+        blueprint: Of the run's model.
+        before: What the run recomputed before, if it goes on.
 
     Raises:
         ValueError: If `train.memory_gib` is too little.
     """
-    train = config.train
+    config, train = blueprint.config, blueprint.config.train
     if train.gradient_checkpointing != "auto":
         kept = 1 if train.kept_layers is None else train.kept_layers
         return Recomputation(train.gradient_checkpointing, kept), "as asked"
-    gib, before = train.memory_gib or device_gib(), recomputed_before(config)
+    gib = train.memory_gib or device_gib()
     if gib is None:
         kind = jax.devices()[0].device_kind
         return before or Recomputation("none"), f"{kind} does not tell its memory"
-    planner = make_planner(config)
+    planner = make_planner(blueprint)
     shape = train.per_device_train_batch_size, config.data.max_seq_length
     peak_of = lambda r: planner.memory(r.policy, *shape, r.kept_layers).peak / GIB
     if before is not None:
@@ -73,22 +75,22 @@ def choose_recomputation(config: RunConfig) -> tuple[Recomputation, str]:
     return choice, reason
 
 
-def saved_identity(config: RunConfig) -> dict[str, Any] | None:
-    """Returns `identify_run` of the run in `save.output_dir`, if one is there and has saved."""
-    record = CheckpointStore(Path(config.save.output_dir) / CHECKPOINT_FOLDER).newest_record()
-    return None if record is None else record["identity"]
+def saved_manifest(config: RunConfig) -> Mapping[str, Any] | None:
+    """Returns what the newest checkpoint in `save.output_dir` says of itself, if there is one."""
+    return CheckpointStore(Path(config.save.output_dir) / CHECKPOINT_FOLDER).newest_manifest()
 
 
 def recomputed_before(config: RunConfig) -> Recomputation | None:
-    """Returns what the run in `save.output_dir` recomputes, if one is there and has saved."""
-    identity = saved_identity(config)
+    """Returns what the run in `save.output_dir` recomputes, if `auto` goes on with one there."""
+    manifest = saved_manifest(config) if config.train.gradient_checkpointing == "auto" else None
+    identity = None if manifest is None else manifest["record"]["identity"]
     return None if identity is None else Recomputation.read(identity["gradient checkpointing"])
 
 
-def explain_memory(config: RunConfig, recomputation: Recomputation, error: Exception) -> str:
+def explain_memory(blueprint: Blueprint, recomputation: Recomputation, error: Exception) -> str:
     """Returns what to change when the device's memory did not suffice."""
-    train, length = config.train, config.data.max_seq_length
-    rows, planner = train.per_device_train_batch_size, make_planner(config)
+    train, length = blueprint.config.train, blueprint.config.data.max_seq_length
+    rows, planner = train.per_device_train_batch_size, make_planner(blueprint)
     gib = train.memory_gib or device_gib() or 0.0
     line = str(error).splitlines()[0]
     if not gib:
@@ -124,8 +126,9 @@ def memory_explained(config: RunConfig) -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        recomputation, _ = choose_recomputation(config)
-        raise OutOfMemoryError(explain_memory(config, recomputation, error)) from error
+        blueprint = Blueprint.of(config)
+        recomputation, _ = choose_recomputation(blueprint, recomputed_before(config))
+        raise OutOfMemoryError(explain_memory(blueprint, recomputation, error)) from error
 
 
 @contextlib.contextmanager

@@ -1,6 +1,9 @@
 """The model of a run: of shapes, and of arrays."""
 
+import dataclasses
+import functools
 from pathlib import Path
+from typing import Self
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,48 +13,113 @@ from lorax.adapters.nnx.apply import apply_lora, set_kernels
 from lorax.adapters.targets import TargetError
 from lorax.config.run import RunConfig
 from lorax.devices.host_memory import HostArray, embedding_obstacle
-from lorax.interop.load import load_hf_config, load_model
+from lorax.interop.folder import fetch_weights, resolve_base
+from lorax.interop.load import check_checkpoint, load_hf_config, load_model
 from lorax.interop.peft import load_adapter
 from lorax.interop.peft_config import read_adapter_config
+from lorax.interop.safetensors import TensorEntry
+from lorax.models.architecture import DecoderConfig
 from lorax.models.decoder import CausalLM
 from lorax.models.stack.recompute import Recomputation
 from lorax.system.threads import await_tracing
 
 
-def model_shapes(config: RunConfig, base: Path) -> CausalLM:
-    """Returns the model that trains, adapters included, with shapes instead of weights.
+@dataclasses.dataclass(frozen=True)
+class Blueprint:
+    """What is known of a run's model before its weights are read: each thing is found once.
 
-    Raises:
-        TargetError: If the adapter's settings do not fit the model.
-        ValueError: If more layers are to be kept than it has.
+    Attributes:
+        config: The run's settings.
+        folder: Of the base model's settings and tokenizer; of its weights too, unless it is on the
+            hub.
+        architecture: What its config.json says.
     """
-    full = config.train.method == "full"
-    adapter, dtype = config.model.adapter, jnp.dtype(config.model.dtype)
-    settings = read_adapter_config(adapter) if adapter else config.lora
-    architecture = load_hf_config(base)
-    _check_kept_layers(config, architecture.num_hidden_layers)
 
-    def build():
-        model = CausalLM(
-            architecture,
-            dtype=dtype,
-            param_dtype=jnp.float32 if full else dtype,
-            attn_impl=config.model.attn_impl,
-            rngs=nnx.Rngs(0),
-        )
-        if not full:
-            model = apply_lora(model, settings, rngs=nnx.Rngs(0))
-        set_kernels(model, config.model.kernels)
+    config: RunConfig
+    folder: Path
+    architecture: DecoderConfig
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Self:
+        """Finds the base model, and reads what it is.
+
+        Raises:
+            ValueError: Naming the setting, or the file and the field, that cannot be used.
+        """
+        folder = resolve_base(config.model, weights=False)
+        return cls(config, folder, load_hf_config(folder))
+
+    @property
+    def is_on_hub(self) -> bool:
+        """Whether the base model is on the hub, so that its weights may not be here yet."""
+        return not Path(self.config.model.name_or_path).expanduser().is_dir()
+
+    @functools.cached_property
+    def entries(self) -> dict[str, TensorEntry] | None:
+        """Where its tensors are, by its headers, which are checked; None if it is on the hub.
+
+        Of those, the loader reads the headers when they are there.
+        """
+        return None if self.is_on_hub else check_checkpoint(self.folder, self.architecture)
+
+    @functools.cached_property
+    def shapes(self) -> CausalLM:
+        """The model that trains, adapters included, with shapes instead of weights.
+
+        Raises:
+            TargetError: If the adapter's settings do not fit the model.
+            ValueError: If more layers are to be kept than it has.
+        """
+        config, architecture = self.config, self.architecture
+        full = config.train.method == "full"
+        adapter, dtype = config.model.adapter, jnp.dtype(config.model.dtype)
+        settings = read_adapter_config(adapter) if adapter else config.lora
+        _check_kept_layers(config, architecture.num_hidden_layers)
+
+        def build():
+            model = CausalLM(
+                architecture,
+                dtype=dtype,
+                param_dtype=jnp.float32 if full else dtype,
+                attn_impl=config.model.attn_impl,
+                rngs=nnx.Rngs(0),
+            )
+            if not full:
+                model = apply_lora(model, settings, rngs=nnx.Rngs(0))
+            set_kernels(model, config.model.kernels)
+            return model
+
+        try:
+            model = nnx.eval_shape(build)
+        except TargetError as error:
+            place = f"{adapter} does not fit {self.folder}: " if adapter else ""
+            raise TargetError(f"{place}{error}") from None
+        if config.model.offload_embedding:
+            _put_embedding_on_host(model)
         return model
 
-    try:
-        model = nnx.eval_shape(build)
-    except TargetError as error:
-        place = f"{adapter} does not fit {base}: " if adapter else ""
-        raise TargetError(f"{place}{error}") from None
-    if config.model.offload_embedding:
-        _put_embedding_on_host(model)
-    return model
+    def fetch(self) -> Path:
+        """Returns the folder of the base model's weights, when they are there."""
+        return fetch_weights(self.config.model, self.folder)
+
+    def load(self, folder: Path) -> CausalLM:
+        """Loads the base model, which needs no other input of the run.
+
+        Args:
+            folder: From `fetch`.
+        """
+        config = self.config
+        return load_model(
+            folder,
+            dtype=jnp.dtype(config.model.dtype),
+            # Weights that train are float32: in bfloat16 small updates would be rounded away.
+            param_dtype=jnp.float32 if config.train.method == "full" else None,
+            attn_impl=config.model.attn_impl,
+            offload_embedding=config.model.offload_embedding,
+            architecture=self.architecture,
+            entries=self.entries,
+            pace=await_tracing,
+        )
 
 
 def _put_embedding_on_host(model: CausalLM) -> None:
@@ -70,25 +138,11 @@ def _check_kept_layers(config: RunConfig, layers: int) -> None:
         raise ValueError(f"train.kept_layers: needs 0 to the model's {layers} layers, got {kept}")
 
 
-def load_base(config: RunConfig) -> CausalLM:
-    """Loads the base model, which needs no other input of the run."""
-    return load_model(
-        config.model.name_or_path,
-        revision=config.model.revision,
-        dtype=jnp.dtype(config.model.dtype),
-        # Weights that train are float32: in bfloat16 small updates would be rounded away.
-        param_dtype=jnp.float32 if config.train.method == "full" else None,
-        attn_impl=config.model.attn_impl,
-        offload_embedding=config.model.offload_embedding,
-        pace=await_tracing,
-    )
-
-
 def adapt_base(model: CausalLM, config: RunConfig, recomputation: Recomputation) -> CausalLM:
     """Puts fresh or loaded adapters on the base model, and says what it makes again.
 
     Args:
-        model: From `load_base`.
+        model: From `Blueprint.load`.
         config: The run's settings.
         recomputation: From `choose_recomputation`.
     """

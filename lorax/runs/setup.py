@@ -1,8 +1,9 @@
-"""What a run is made of."""
+"""A run, resolved once: what it is made of, found before it begins and handed on."""
 
 import dataclasses
+import functools
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from lorax.config.run import RunConfig
 from lorax.data.chat.renderer import RENDERER
@@ -13,97 +14,150 @@ from lorax.data.encode import load_encoded_dataset
 from lorax.data.reading.rows import SourceError
 from lorax.interop.adapter_base import with_recorded_revision
 from lorax.interop.adapter_tokenizer import tokenizer_files
-from lorax.interop.folder import resolve_base
-from lorax.interop.load import load_hf_config
 from lorax.interop.peft_config import adapter_notes
 from lorax.interop.stop_tokens import stop_token_ids
+from lorax.models.architecture import DecoderConfig
 from lorax.models.decoder import CausalLM
-from lorax.runs.memory import choose_recomputation
-from lorax.runs.model import adapt_base, load_base
+from lorax.models.stack.recompute import Recomputation
+from lorax.recovery.identity import Identity, fingerprint_folder, identify_rows
+from lorax.runs.folder import keep_date
+from lorax.runs.memory import choose_recomputation, recomputed_before
+from lorax.runs.model import Blueprint, adapt_base
+from lorax.training.course import Course
 
 CHATS = ("auto", "messages", "sharegpt", "alpaca")
 """Formats of data whose rows a chat template renders, or may render."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Inputs:
-    """Everything a run reads but the weights.
+class Setup:
+    """All that a run has found out before it begins; what comes later reads it, and looks no more.
+
+    `lorax plan` goes as far as the blueprint, `lorax inspect` to the rows, `lorax validate` to the
+    course, `lorax train` to the end.
 
     Attributes:
-        base: Folder of the base checkpoint's configuration and tokenizer.
-        tokenizer: Its tokenizer.
+        config: The run's settings, with the day that its chat template was told.
+        blueprint: Its model, without the weights.
+        identity: What makes it itself, held against the run that it goes on with.
+        tokenizer: The base model's.
         train: Encoded rows to learn from.
         eval: Encoded held-out rows.
         chat_template: Text of the run's own template; None where it is the tokenizer's.
-        date: The day that the chat template was told, if it asks for it.
+        stop_ids: What the trained model stops with; empty if nothing names any.
     """
 
-    base: Path
+    config: RunConfig
+    blueprint: Blueprint
+    identity: Identity
     tokenizer: Any
     train: EncodedDataset
     eval: EncodedDataset | None
     chat_template: str | None
-    date: str | None = None
+    stop_ids: tuple[int, ...]
+
+    @classmethod
+    def of(cls, blueprint: Blueprint, identity: Identity | None = None) -> Self:
+        """Reads the tokenizer and the data of a run.
+
+        Raises:
+            ValueError: Naming the file, the line or the setting that cannot be used.
+        """
+        config, base = blueprint.config, blueprint.folder
+        if config.data.format in CHATS:
+            RENDERER.start()
+        tokenizer = load_tokenizer(str(base))
+        train = _encode("train", blueprint, tokenizer)
+        held_out = _encode("eval", blueprint, tokenizer) if config.data.eval else None
+        RENDERER.close_unused()
+        dates = [data.report.date for data in (train, held_out) if data and data.report.date]
+        if config.data.date is not None and not dates:
+            raise ValueError(
+                f"data.date: {config.data.date} has no effect, since no chat template asks for "
+                "today's date: remove it"
+            )
+        return cls(
+            config=keep_date(config, dates[0] if dates else None),
+            blueprint=blueprint,
+            identity=identity or Identity(),
+            tokenizer=tokenizer,
+            train=train,
+            eval=held_out,
+            chat_template=read_own_template(config.data),
+            stop_ids=stop_token_ids(base, tokenizer, train.report.stop_ids, needed=False),
+        )
 
     @property
     def datasets(self) -> dict[str, EncodedDataset]:
         """The data by name, training data first."""
         return {"train": self.train} | ({} if self.eval is None else {"eval": self.eval})
 
-    @property
-    def context(self) -> int:
-        """Tokens of a row that the base model was made for."""
-        return load_hf_config(self.base).context
+    @functools.cached_property
+    def course(self) -> Course:
+        """What it trains on, step by step; made when first asked for, as it starts the devices.
 
-    def stop_ids(self, *, needed: bool = True) -> tuple[int, ...]:
-        """Returns what the trained model stops with; see `stop_token_ids`."""
-        trained = self.train.report.stop_ids
-        return stop_token_ids(self.base, self.tokenizer, trained, needed=needed)
+        Raises:
+            ValueError: If the mesh asks for absent devices, or the schedule does not fit the run.
+        """
+        return Course.of(self.config, self.train, self.eval)
 
+    @functools.cached_property
+    def recomputation(self) -> tuple[Recomputation, str]:
+        """What the backward pass recomputes, and why.
 
-def load_inputs(config: RunConfig) -> Inputs:
-    """Reads the tokenizer and the data of a run.
+        Raises:
+            ValueError: If `train.memory_gib` is too little.
+        """
+        before = self.identity.saved.get("gradient checkpointing")
+        return choose_recomputation(self.blueprint, before and Recomputation.read(before))
 
-    Raises:
-        ValueError: Naming the file, the line or the setting that cannot be used.
-    """
-    model = config.model
-    base = resolve_base(model, weights=False)
-    vocab_size = load_hf_config(base).vocab_size
-    if config.data.format in CHATS:
-        RENDERER.start()
-    tokenizer = load_tokenizer(str(base))
+    def identify(self) -> dict[str, Any]:
+        """Returns the parts of the run's identity that are known before its weights are there."""
+        base, adapter = self.blueprint.folder, self.config.model.adapter
+        files = ("tokenizer*", "chat_template*", "special_tokens_map.json")
+        return {
+            "devices": self.course.mesh.size,
+            "gradient checkpointing": str(self.recomputation[0]),
+            **identify_rows(self.train, self.eval),
+            "tokenizer": fingerprint_folder(base, files),
+            "adapter": adapter and fingerprint_folder(Path(adapter), ("adapter_*",)),
+        }
 
-    def encode(name: str) -> EncodedDataset:
-        sources = getattr(config.data, name)
-        try:
-            return load_encoded_dataset(sources, config.data, tokenizer, vocab_size=vocab_size)
-        except SourceError as error:
-            raise SourceError(f"data.{name}: {error}") from error
+    def needed_stop_ids(self) -> tuple[int, ...]:
+        """Returns what the trained model stops with.
 
-    train = encode("train")
-    held_out = encode("eval") if config.data.eval else None
-    RENDERER.close_unused()
-    date = next((data.report.date for data in (train, held_out) if data and data.report.date), None)
-    if config.data.date is not None and date is None:
-        raise ValueError(
-            f"data.date: {config.data.date} has no effect, since no chat template asks for today's "
-            "date: remove it"
-        )
-    inputs = Inputs(base, tokenizer, train, held_out, read_own_template(config.data), date)
-    inputs.stop_ids(needed=False)  # what it raises is about the files of the base
-    return inputs
+        Raises:
+            ValueError: If nothing names any.
+        """
+        base, trained = self.blueprint.folder, self.train.report.stop_ids
+        return self.stop_ids or stop_token_ids(base, self.tokenizer, trained)
 
 
-def input_notes(base: Path, adapter: str | None = None, *, trains: bool = True) -> list[str]:
+def _encode(name: str, blueprint: Blueprint, tokenizer: Any) -> EncodedDataset:
+    data, vocab_size = blueprint.config.data, blueprint.architecture.vocab_size
+    try:
+        return load_encoded_dataset(getattr(data, name), data, tokenizer, vocab_size=vocab_size)
+    except SourceError as error:
+        raise SourceError(f"data.{name}: {error}") from error
+
+
+def identify_base(folder: Path) -> dict[str, Any]:
+    """Returns the part of a run's identity that its base model's files are, once they are there."""
+    files = ("*.safetensors", "*.safetensors.index.json", "config.json")
+    return {"base model": fingerprint_folder(folder, files)}
+
+
+def input_notes(
+    architecture: DecoderConfig, adapter: str | None = None, *, trains: bool = True
+) -> list[str]:
     """Returns what of a base model's and an adapter's files is not read.
 
     Args:
-        base: Folder of the base checkpoint.
+        architecture: Of the base model.
         adapter: Folder of an adapter on it, if there is one.
         trains: Whether it is for a run, which encodes its rows by the base's tokenizer.
     """
-    notes = [*load_hf_config(base).notes, *(adapter_notes(adapter) if adapter else ())]
+    notes = [*architecture.notes, *(adapter_notes(adapter) if adapter else ())]
     if adapter and trains and (names := tokenizer_files(adapter)):
         notes.append(
             f"{adapter} holds {', '.join(names)}, which are not read: a run takes the base's"
@@ -113,5 +167,7 @@ def input_notes(base: Path, adapter: str | None = None, *, trains: bool = True) 
 
 def build_model(config: RunConfig) -> CausalLM:
     """Loads the base model and puts fresh or loaded adapters on it, as the config says."""
-    config = with_recorded_revision(config, print)
-    return adapt_base(load_base(config), config, choose_recomputation(config)[0])
+    blueprint = Blueprint.of(with_recorded_revision(config, print))
+    model = blueprint.load(blueprint.fetch())
+    recomputation, _ = choose_recomputation(blueprint, recomputed_before(config))
+    return adapt_base(model, blueprint.config, recomputation)

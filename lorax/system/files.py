@@ -85,11 +85,15 @@ def refuse_nul(path: str | Path) -> None:
 
 
 @contextlib.contextmanager
-def write_directory(directory: str | Path) -> Iterator[Path]:
+def write_directory(directory: str | Path, *, partial: str | None = None) -> Iterator[Path]:
     """Gives a fresh folder beside `directory` that takes its place when the block ends.
 
     What was written is on the disk before it gets its name, so that a power cut leaves the whole
     folder or none. If the block raises, the fresh folder is removed and `directory` is as before.
+
+    Args:
+        directory: Where it will be.
+        partial: Name of the fresh folder, which nothing else may have.
 
     Raises:
         CheckpointError: If `directory` exists and is not an empty folder.
@@ -97,7 +101,8 @@ def write_directory(directory: str | Path) -> Iterator[Path]:
     directory = Path(directory)
     refuse_occupied(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
-    fresh = directory.parent / f".{directory.name}.{secrets.token_hex(4)}.partial"
+    name = partial or f".{directory.name}.{secrets.token_hex(4)}.partial"
+    fresh = directory.parent / name
     fresh.mkdir()
     try:
         yield fresh

@@ -1,6 +1,7 @@
 """The steps of a run, compiled before the weights are there."""
 
 import contextlib
+import dataclasses
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -11,10 +12,8 @@ import jax
 import numpy as np
 
 from lorax.adapters.nnx.apply import fingerprint_adapters
+from lorax.config.marks import find_marks
 from lorax.config.run import RunConfig
-from lorax.data.batches import BatchPlan
-from lorax.data.dataset import EncodedDataset
-from lorax.devices.mesh import make_mesh
 from lorax.devices.placement import batch_placer
 from lorax.devices.step_cache import ProgramCache
 from lorax.devices.xla_cache import kept_elsewhere
@@ -23,26 +22,8 @@ from lorax.models.stack.recompute import Recomputation
 from lorax.objectives.objective import LossFunction
 from lorax.objectives.sft import causal_lm_loss
 from lorax.system.threads import start_beside
-from lorax.training.calendar import (
-    count_steps,
-    plan_evaluation,
-    plan_training,
-    prepare_model,
-    run_epochs,
-    step_options,
-)
-from lorax.training.optim.optimizer import make_optimizer
+from lorax.training.course import Course
 from lorax.training.step import METRICS, TrainState, TrainStep, make_abstract_step
-
-_NOT_OF_THE_STEP = (
-    ("model", "name_or_path"),
-    ("model", "revision"),
-    ("train", "gradient_checkpointing"),  # "auto", say: what it comes to counts
-    ("train", "kept_layers"),
-    ("train", "memory_gib"),
-    ("train", "stuck_after_seconds"),
-)
-"""Settings that decide nothing of a compiled step: a step is found again when they change."""
 
 
 class CompiledStep(NamedTuple):
@@ -52,12 +33,14 @@ class CompiledStep(NamedTuple):
     seconds: float
     found: bool
 
+    def put_into(self, step: TrainStep) -> TrainStep:
+        """Returns `step` with what was compiled."""
+        return dataclasses.replace(step, compiled=self.executable)
+
 
 def compile_ahead(
     shapes: Any,
-    config: RunConfig,
-    train_data: EncodedDataset,
-    eval_data: EncodedDataset | None = None,
+    course: Course,
     *,
     loss_fn: LossFunction = causal_lm_loss,
     programs: ProgramCache | None = None,
@@ -66,54 +49,49 @@ def compile_ahead(
 
     Args:
         shapes: The model with shapes in the place of weights, set up as the one that will train.
-        config: As for `Trainer`.
-        train_data: As for `Trainer`.
-        eval_data: As for `Trainer`.
+        course: What it will train on.
         loss_fn: As for `Trainer`.
         programs: Where steps with `causal_lm_loss` are kept for other runs, if anywhere, once it is
             told to `keep_waiting`.
+
+    Raises:
+        ValueError: If the held-out rows hold no supervised token.
     """
-    mesh, train = make_mesh(config.mesh.data), config.train
-    plans = [plan_training(config, train_data, mesh.size)]
-    if eval_data is not None:
-        plans.append(plan_evaluation(config, eval_data, mesh.size))
-    total_steps = count_steps(config, plans[0])
+    optimizer, _ = course.optimizer, course.evaluation  # made here, for both threads
 
     def compile_steps() -> dict[int, CompiledStep]:
-        model = prepare_model(shapes, config, plans)
-        batches = plans[0], total_steps, batch_placer(model, mesh)
-        optimizer = make_optimizer(train, total_steps)
-        step, state = make_abstract_step(
-            model, optimizer, loss_fn, mesh=mesh, **step_options(train)
-        )
+        model = course.prepare_model(shapes)
+        step, state = make_abstract_step(model, optimizer, loss_fn, **course.step_options)
+        place = batch_placer(model, course.mesh)
         if programs is None or loss_fn is not causal_lm_loss:
-            return compile_widths(step, state, *batches)
-        facts = _describe_step(config, model, total_steps)
-        return compile_widths(step, state, *batches, programs, facts)
+            return compile_widths(step, state, course, place)
+        return compile_widths(step, state, course, place, programs, _describe_step(course, model))
 
     return start_beside("compile", compile_steps)
 
 
-def _describe_step(config: RunConfig, model: CausalLM, total_steps: int) -> dict[str, str]:
+def _describe_step(course: Course, model: CausalLM) -> dict[str, str]:
     """Returns all that decides a step with `causal_lm_loss`, but for the shapes it is given."""
-    settings = config.model_dump(mode="json", include={"model", "lora", "train", "mesh"})
-    for section, name in _NOT_OF_THE_STEP:
-        del settings[section][name]
+    of_step: dict[str, set[str]] = {}
+    for key, mark in find_marks(RunConfig).items():
+        if mark.in_step:
+            section, _, name = key.partition(".")
+            of_step.setdefault(section, set()).add(name)
+    settings = course.config.model_dump(mode="json", include=of_step)
     return {
         "settings": json.dumps(settings),
         "architecture": repr(model.config),
         "adapters": fingerprint_adapters(model),
         "recomputed": str(Recomputation.of(model)),
         "documents": repr(model.document_layout),
-        "steps": str(total_steps),
+        "steps": str(course.total_steps),
     }
 
 
 def compile_widths(
     step: TrainStep,
     state: TrainState,
-    plan: BatchPlan,
-    total_steps: int,
+    course: Course,
     place: Callable[[Any], Any],
     programs: ProgramCache | None = None,
     facts: Mapping[str, str] | None = None,
@@ -123,16 +101,14 @@ def compile_widths(
     Args:
         step: From `make_train_step` or `make_abstract_step`.
         state: What it starts from.
-        plan: Of the run.
-        total_steps: Of the run.
+        course: What the run trains on.
         place: Puts a batch on the devices.
         programs: Where compiled steps are kept, if anywhere.
         facts: What decides the step; see `ProgramCache.find`.
     """
-    widths = {w for e, n in run_epochs(plan, total_steps) for w in plan.step_shapes(e)[:n]}
-    first = next(iter(plan.epoch(0)))
+    first = next(iter(course.plan.epoch(0)))
     compiled = {}
-    for width in sorted(widths):
+    for width in course.widths():
         fill = lambda x, width=width: np.zeros((*x.shape[:-1], width), x.dtype)
         batch = place(jax.tree.map(fill, first))
         started = time.perf_counter()

@@ -14,6 +14,7 @@ from lorax.devices.determinism import compiler_options
 from lorax.devices.placement import batch_placer
 from lorax.objectives.objective import LossFunction
 from lorax.objectives.sft import causal_lm_loss
+from lorax.training.course import Course
 
 
 class Evaluator:
@@ -48,6 +49,14 @@ class Evaluator:
 
         options = compiler_options(True) if full_determinism else None
         self._sums = jax.jit(sums, compiler_options=options)
+
+    @classmethod
+    def of(cls, course: Course, model: nnx.Module, loss_fn: LossFunction) -> "Evaluator | None":
+        """Returns that of a run; None if it has no held-out rows."""
+        if course.evaluation is None:
+            return None
+        repeats = course.config.train.full_determinism
+        return cls(model, course.evaluation, course.mesh, loss_fn, full_determinism=repeats)
 
     def __call__(
         self,

@@ -15,6 +15,7 @@ from flax import nnx
 from lorax.adapters.nnx.tree import named_modules
 from lorax.data.batches import BatchPlan
 from lorax.system.hardware import Device, memory_gib, peak_bf16_tflops
+from lorax.training.course import Position
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -145,35 +146,28 @@ class StepEvents:
         self._began = time.perf_counter()
 
     def describe(
-        self,
-        step: int,
-        epoch: int,
-        at: int,
-        numbers: Mapping[str, Any],
-        losses_before: Sequence[float],
+        self, at: Position, numbers: Mapping[str, Any], losses_before: Sequence[float]
     ) -> Event:
         """Returns the event of a step that has just ended.
 
         Args:
-            step: From 1.
-            epoch: From 0.
-            at: The step's place in its epoch, from 0.
+            at: Which step it is.
             numbers: What the step returned, on the host.
             losses_before: Of the steps before it, which tell a spike.
         """
         now = time.perf_counter()
         seconds, self._began = now - self._began, now
-        loss, tokens = float(numbers["loss"]), int(self._tokens(epoch)[at])
+        loss, tokens = float(numbers["loss"]), int(self._tokens(at.epoch)[at.at])
         speed = self.throughput.add(tokens, seconds, context_tokens=self._mean_document)
         memory = memory_gib(self.throughput.devices)
         event = {
-            "step": step,
+            "step": at.step,
             "total_steps": self.total_steps,
             "loss": loss,
-            "learning_rate": float(self.schedule(step - 1)),
+            "learning_rate": float(self.schedule(at.step - 1)),
             "grad_norm": float(numbers["grad_norm"]),
             "supervised_tokens": int(numbers["tokens"]),
-            "epoch": epoch + 1,
+            "epoch": at.epoch + 1,
             "tokens": tokens,
             **speed,
             "step_seconds": seconds,
@@ -182,7 +176,7 @@ class StepEvents:
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         if is_spike(loss, losses_before):
-            rows = [row for part in self.plan.rows(epoch, at) for row in part]
+            rows = [row for part in self.plan.rows(at.epoch, at.at) for row in part]
             event["spike_rows"] = " ".join(map(str, rows))
         return event
 

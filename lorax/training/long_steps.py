@@ -1,7 +1,6 @@
 """Steps that take longer than a signal leaves time for: they are dropped, not waited for."""
 
 import math
-import threading
 import time
 from typing import Any
 
@@ -18,9 +17,6 @@ LONG_SECONDS = 2.0
 
 LARGEST_BYTES = 2 * 2**30
 """A larger state is neither copied before each long step nor written in the seconds there are."""
-
-ABANDONED = threading.Event()
-"""Set once a step was dropped: it still runs, and Python's own way out would wait for it."""
 
 
 class StepDroppedError(StopAskedError):
@@ -63,7 +59,7 @@ class LongSteps:
             arrays: Its results.
             width: Of its rows.
             begun: When it was dispatched, by `time.perf_counter`.
-            stop: Is heard meanwhile.
+            stop: Is heard meanwhile, and told of a step that is dropped.
 
         Raises:
             StepDroppedError: If a signal came `PATIENCE_SECONDS` ago, and there is a copy.
@@ -72,8 +68,7 @@ class LongSteps:
         for _ in stop.hear_while_waiting(arrays):
             waited = True
             if self.before is not None and stop.age() > PATIENCE_SECONDS:
-                self._dropped = True
-                ABANDONED.set()
+                self._dropped = stop.dropped = True
                 raise StepDroppedError(stop.received)
         now = time.perf_counter()
         seconds, self._ended = now - max(begun, self._ended), now

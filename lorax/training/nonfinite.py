@@ -9,8 +9,10 @@ from typing import Any
 import jax
 from flax import nnx
 
+from lorax.data.batches import BatchPlan
 from lorax.objectives.objective import LossFunction
 from lorax.system.wording import describe
+from lorax.training.course import Position
 
 
 def find_micro_batches(
@@ -29,6 +31,28 @@ def find_micro_batches(
     batch = jax.device_put(batch, jax.memory.Space.Device)  # some of it may be the host's
     take = lambda i: jax.tree.map(lambda x: x[i], batch)
     return [i for i in range(count) if not math.isfinite(float(loss(state, take(i))))]
+
+
+def explain_step(
+    folder: Path,
+    event: Mapping[str, Any],
+    at: Position,
+    plan: BatchPlan,
+    model: nnx.Module,
+    loss_fn: LossFunction,
+) -> str:
+    """Names and dumps the rows of a step that was not applied; see `report_rows`.
+
+    Args:
+        folder: Of the run.
+        event: Of the step.
+        at: Where it stands in the run.
+        plan: Of the run.
+        model: With the weights before the step.
+        loss_fn: Of the run.
+    """
+    bad = find_micro_batches(model, loss_fn, at.batch)
+    return report_rows(folder, event, bad, plan.rows(at.epoch, at.at), plan.dataset.lengths)
 
 
 def describe_rows(micro_batches: Sequence[int], rows: Sequence[Sequence[int]]) -> str:

@@ -23,8 +23,9 @@ from lorax.models.architecture import DecoderConfig
 from lorax.models.decoder import init_model
 from lorax.runs.checks import check_targets
 from lorax.runs.memory import make_planner
+from lorax.runs.model import Blueprint
 from lorax.runs.run import run_training
-from lorax.runs.setup import build_model, load_inputs
+from lorax.runs.setup import Setup, build_model
 from lorax.training.ahead import compile_ahead
 from lorax.training.nonfinite import find_micro_batches
 
@@ -58,9 +59,9 @@ def settings(untied, tmp_path, monkeypatch):
 
 def train(config, ahead=False):
     events = []
-    inputs = load_inputs(config)
-    data = inputs.train, inputs.eval
-    compiled = compile_ahead(check_targets(config, inputs.base), config, *data) if ahead else None
+    setup = Setup.of(Blueprint.of(config))
+    data = setup.train, setup.eval
+    compiled = compile_ahead(check_targets(setup.blueprint), setup.course) if ahead else None
     listeners = (events.append,)
     trainer = lorax.Trainer(
         build_model(config), config, *data, listeners=listeners, compiled=compiled
@@ -95,12 +96,11 @@ def test_a_run_with_it_is_the_run_without_it_bit_for_bit(settings, tmp_path, ove
 
 
 def test_the_step_takes_the_rows_of_the_batch_and_not_the_embedding(settings, tmp_path):
-    config = settings(f"save.output_dir={tmp_path}/run")
-    inputs = load_inputs(config)
     sizes = []
     for offload in (False, True):
         config = settings(f"save.output_dir={tmp_path}/run", offload=offload)
-        ahead = compile_ahead(check_targets(config, inputs.base), config, inputs.train)
+        setup = Setup.of(Blueprint.of(config))
+        ahead = compile_ahead(check_targets(setup.blueprint), setup.course)
         (step,) = ahead.result().values()
         sizes.append(step.executable.memory_analysis().argument_size_in_bytes)
     model = build_model(settings(f"save.output_dir={tmp_path}/run"))
@@ -152,7 +152,7 @@ def test_rows_that_are_not_finite_are_found_with_it_too(settings, untied):
 
 def test_the_planner_leaves_it_out(settings, tmp_path):
     here, there = (
-        make_planner(settings(f"save.output_dir={tmp_path}", offload=offload))
+        make_planner(Blueprint.of(settings(f"save.output_dir={tmp_path}", offload=offload)))
         for offload in (False, True)
     )
     away = here.memory("full", 4, 256).peak - there.memory("full", 4, 256).peak
@@ -170,9 +170,9 @@ def test_the_planner_leaves_it_out(settings, tmp_path):
 )
 def test_an_embedding_that_is_read_or_trained_is_refused(settings, tmp_path, overrides, message):
     config = settings(*overrides, f"save.output_dir={tmp_path}/run")
-    inputs = load_inputs(config)
+    blueprint = Blueprint.of(config)
     with pytest.raises(ValueError, match=rf"model\.offload_embedding must be false: {message}"):
-        check_targets(config, inputs.base)
+        check_targets(blueprint)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_a_trainer_refuses_one_that_would_train(settings, untied, tmp_path, over
     if config.train.method == "lora":
         model = lorax.apply_lora(model, config.lora, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="the input embedding trains, so it must be on the device"):
-        lorax.Trainer(model, config, load_inputs(config).train)
+        lorax.Trainer(model, config, Setup.of(Blueprint.of(config)).train)
 
 
 def test_a_full_fine_tune_refuses_it_with_the_key(settings):

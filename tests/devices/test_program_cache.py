@@ -23,11 +23,12 @@ from lorax.devices import step_cache
 from lorax.devices.step_cache import ProgramCache, open_program_cache
 from lorax.layers.documents import DocumentLayout
 from lorax.models.stack.recompute import Recomputation
-from lorax.runs.model import model_shapes
-from lorax.runs.setup import load_inputs
+from lorax.runs.model import Blueprint
+from lorax.runs.setup import Setup
 from lorax.system.threads import finish_beside
-from lorax.training import calendar
+from lorax.training import course as training_course
 from lorax.training.ahead import compile_ahead
+from lorax.training.course import Course
 from lorax.training.step import TrainStep
 
 pytestmark = pytest.mark.slow
@@ -44,7 +45,7 @@ def prepared(tmp_path, monkeypatch):
         settings = ["train.max_steps=2", "eval.strategy=no", "eval.exact_match=false"]
         settings += [f"save.output_dir={tmp_path}/run", *overrides]
         config = lorax.load_config("configs/tiny_cpu.yaml", settings)
-        return config, load_inputs(config)
+        return config, Setup.of(Blueprint.of(config))
 
     folder = tmp_path / "programs"
     folder.mkdir()
@@ -53,9 +54,8 @@ def prepared(tmp_path, monkeypatch):
 
 def compile_step(config, inputs, folder, said=None):
     cache = ProgramCache(folder, (said if said is not None else []).append)
-    shapes = model_shapes(config, inputs.base)
-    data = inputs.train, inputs.eval
-    compiled = compile_ahead(shapes, config, *data, programs=cache)
+    course = Course.of(config, inputs.train, inputs.eval)
+    compiled = compile_ahead(inputs.blueprint.shapes, course, programs=cache)
     finish_beside("compile")
     cache.keep_waiting()
     finish_beside("keep")
@@ -66,10 +66,9 @@ def compile_step(config, inputs, folder, said=None):
 def any_program():
     settings = ["train.max_steps=2", "eval.strategy=no", "eval.exact_match=false"]
     config = lorax.load_config("configs/tiny_cpu.yaml", [*settings, "save.output_dir=unused"])
-    inputs = load_inputs(config)
-    (step,) = (
-        compile_ahead(model_shapes(config, inputs.base), config, inputs.train).result().values()
-    )
+    setup = Setup.of(Blueprint.of(config))
+    course = Course.of(config, setup.train)
+    (step,) = compile_ahead(setup.blueprint.shapes, course).result().values()
     return step.executable
 
 
@@ -129,9 +128,9 @@ class Recorder(ProgramCache):
 
 def place_of(config, inputs, folder, recomputation=NONE):
     said = []
-    shapes = model_shapes(config, inputs.base)
+    shapes, course = Blueprint.of(config).shapes, Course.of(config, inputs.train)
     recomputation.put_on(shapes)
-    ahead = compile_ahead(shapes, config, inputs.train, programs=Recorder(folder, said.append))
+    ahead = compile_ahead(shapes, course, programs=Recorder(folder, said.append))
     assert isinstance(ahead.exception(), InterruptedError)
     return said[0]
 
@@ -182,7 +181,7 @@ def test_what_the_settings_do_not_say_counts_too(prepared, monkeypatch):
     assert len({usual, full, kept}) == 3
     rows = [inputs.train.row(i) for i in range(200)]  # fewer steps, so another schedule
     fewer = dataclasses.replace(inputs, train=EncodedDataset.from_rows(rows))
-    monkeypatch.setattr(calendar, "_common_layout", lambda _: DocumentLayout(256, 64))
+    monkeypatch.setattr(training_course, "_common_layout", lambda _: DocumentLayout(256, 64))
     same_layout = place_of(config, inputs, folder)
     assert same_layout != usual
     assert place_of(config, fewer, folder) != same_layout
@@ -304,8 +303,8 @@ def test_a_step_is_written_once_when_it_is_time(prepared, compiles_at_once):
     prepare, folder = prepared
     config, inputs = prepare()
     cache = ProgramCache(folder, pytest.fail)
-    shapes = model_shapes(config, inputs.base)
-    compile_ahead(shapes, config, inputs.train, programs=cache).result(60)
+    course = Course.of(config, inputs.train)
+    compile_ahead(inputs.blueprint.shapes, course, programs=cache).result(60)
     assert not list(folder.iterdir())
     cache.keep_waiting()
     finish_beside("keep")
@@ -343,10 +342,12 @@ sys.path[:0] = [".", "kernels", "tests/devices"]
 from pathlib import Path
 import lorax
 from test_program_cache import compile_step
-from lorax.runs.setup import load_inputs
+from lorax.runs.model import Blueprint
+from lorax.runs.setup import Setup
 config = lorax.load_config("configs/tiny_cpu.yaml", ["train.max_steps=2", "eval.strategy=no"])
 said = []
-(step,) = compile_step(config, load_inputs(config), Path(sys.argv[1]), said).result().values()
+setup = Setup.of(Blueprint.of(config))
+(step,) = compile_step(config, setup, Path(sys.argv[1]), said).result().values()
 print(step.found, said)
 """
 

@@ -62,7 +62,7 @@ def test_a_checkpoint_of_another_version_is_left_as_it_is(store, monkeypatch):
     monkeypatch.setattr("lorax.recovery.files._FORMAT", 1)
     store.save(1, arrays(), {}, wait=True)
     monkeypatch.undo()
-    for ask in (store.restore, store.newest_record):
+    for ask in (store.restore, store.newest_manifest):
         with pytest.raises(CheckpointError, match=r"step-000000001 was written by another version"):
             ask()
     assert store.steps() == [1] and not list(store.directory.glob("damaged-*"))
@@ -130,7 +130,7 @@ def test_an_error_of_the_thread_is_raised_by_the_next_call(store, monkeypatch, e
     monkeypatch.setattr("lorax.recovery.store.write_checkpoint", fail)
     store.save(1, arrays(), {})
     released.set()
-    store._thread.join()
+    store._saving.exception()
     with pytest.raises(CheckpointError, match=f"saving failed: {words}"):
         store.check()
     store.check()  # said once

@@ -244,7 +244,8 @@ def test_what_is_kept_of_x_a_is_what_the_kernels_lay_out(targets, columns):
 def test_auto_says_what_it_picked_and_why(monkeypatch):
     def choose(*overrides):
         settings = [f"model.name_or_path={ROOT / 'examples' / 'tiny' / 'model'}", *overrides]
-        return choose_recomputation(load_config(ROOT / "configs" / "tiny_cpu.yaml", settings))
+        config = load_config(ROOT / "configs" / "tiny_cpu.yaml", settings)
+        return choose_recomputation(runs_model.Blueprint.of(config))
 
     auto = "train.gradient_checkpointing=auto"
     full = "train.gradient_checkpointing=full"

@@ -2,7 +2,6 @@
 
 import io
 import re
-from pathlib import Path
 
 import peft
 import pytest
@@ -15,6 +14,7 @@ from lorax.adapters.nnx.tree import adapted_layers
 from lorax.report.overview import module_rows
 from lorax.report.screen import print_modules
 from lorax.runs.checks import check_targets
+from lorax.runs.model import Blueprint
 
 BASE = "examples/tiny/model"
 SETTINGS = {
@@ -49,7 +49,7 @@ def test_the_printed_scale_is_that_of_the_layers_and_of_peft(tmp_path, name, fro
         layer_name: layer.adapter.spec.scale for layer_name, layer in layers.items()
     } == expected
     console = Console(file=io.StringIO(), width=200)
-    print_modules(console, module_rows(check_targets(config, Path(BASE))), None)
+    print_modules(console, module_rows(check_targets(Blueprint.of(config))), None)
     found = re.findall(
         r"self_attn\.(\w+) +(\d+) .* ([\d.]+) +[\d,]+ *$", console.file.getvalue(), re.M
     )

@@ -25,6 +25,7 @@ from lorax.interop.peft import load_adapter, save_adapter
 from lorax.models.stack.recompute import Recomputation
 from lorax.recovery.store import CheckpointStore
 from lorax.runs.memory import make_planner
+from lorax.runs.model import Blueprint
 from lorax.runs.run import run_training
 from lorax.training.trainer import Trainer
 
@@ -214,7 +215,7 @@ def test_a_run_that_goes_on_makes_again_what_it_did(run, tmp_path, monkeypatch):
     assert code == 2 and "train.memory_gib: 0.0001 is less than the run in" in printed
     config = load_config(tmp_path / "run.yaml", [auto, "train.memory_gib=100"])
     assert lorax.build_model(config).kept_layers == 3
-    assert make_planner(config).fastest(2, 128, 100.0) == Recomputation("none")
+    assert make_planner(Blueprint.of(config)).fastest(2, 128, 100.0) == Recomputation("none")
     code, printed = run("train", "--resume", "train.gradient_checkpointing=full")
     assert code == 2 and (
         "changed: full with 3 layers kept then, full now (go on with "

@@ -11,7 +11,6 @@ import pytest
 
 from lorax.cli import main
 from lorax.system.streams import Outlet
-from lorax.training import long_steps
 
 ROOT = Path(__file__).parents[2]
 
@@ -69,17 +68,17 @@ def test_a_process_does_not_wait_for_a_step_that_was_dropped(monkeypatch, droppe
         left.append(status)
         raise SystemExit(status)
 
-    monkeypatch.setattr(main, "main", lambda _: 1)
+    def command(_, stop):
+        stop.dropped = dropped
+        return 1
+
+    monkeypatch.setattr(main, "main", command)
     monkeypatch.setattr(os, "_exit", leave)
-    long_steps.ABANDONED.clear()
-    if dropped:
-        long_steps.ABANDONED.set()
     streams = sys.stdout, sys.stderr
     try:
         with pytest.raises(SystemExit) as ended:
             main.run([])
     finally:
         sys.stdout, sys.stderr = streams
-        long_steps.ABANDONED.clear()
     assert ended.value.code == 1
     assert left == ([1] if dropped else [])

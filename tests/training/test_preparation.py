@@ -9,9 +9,8 @@ import pytest
 from flax import nnx
 
 import lorax
-from lorax.runs.memory import choose_recomputation
-from lorax.runs.model import model_shapes
-from lorax.runs.setup import load_inputs
+from lorax.runs.model import Blueprint
+from lorax.runs.setup import Setup
 from lorax.system.clock import Phases, process_age
 from lorax.training.ahead import compile_ahead
 
@@ -35,18 +34,18 @@ def test_a_step_compiled_from_shapes_trains_as_one_compiled_from_weights(
     settings = ["train.max_steps=2", "eval.strategy=no", "eval.exact_match=false", *overrides]
     settings += [f"train.gradient_checkpointing={policy}", f"save.output_dir={tmp_path}/run"]
     config = lorax.load_config("configs/tiny_cpu.yaml", settings)
-    inputs = load_inputs(config)
-    data = inputs.train, inputs.eval
-    shapes = model_shapes(config, inputs.base)
-    choose_recomputation(config)[0].put_on(shapes)
-    ahead = compile_ahead(shapes, config, *data)
+    setup = Setup.of(Blueprint.of(config))
+    shapes = setup.blueprint.shapes
+    setup.recomputation[0].put_on(shapes)
+    ahead = compile_ahead(shapes, setup.course)
     results = []
     for compiled in (ahead, None):
         events = []
         trainer = lorax.Trainer(
             lorax.build_model(config),
             config,
-            *data,
+            setup.train,
+            setup.eval,
             listeners=(events.append,),
             compiled=compiled,
         )
@@ -64,14 +63,13 @@ def test_an_error_of_the_compiling_thread_reaches_the_trainer(tmp_path, monkeypa
     monkeypatch.chdir(ROOT)
     settings = ["train.max_steps=1", "eval.strategy=no", f"save.output_dir={tmp_path}/run"]
     config = lorax.load_config("configs/tiny_cpu.yaml", settings)
-    inputs = load_inputs(config)
+    setup = Setup.of(Blueprint.of(config))
 
     def broken(*_):
         raise ArithmeticError("broken loss")
 
-    shapes = model_shapes(config, inputs.base)
-    ahead = compile_ahead(shapes, config, inputs.train, loss_fn=broken)
-    trainer = lorax.Trainer(lorax.build_model(config), config, inputs.train, compiled=ahead)
+    ahead = compile_ahead(setup.blueprint.shapes, setup.course, loss_fn=broken)
+    trainer = lorax.Trainer(lorax.build_model(config), config, setup.train, compiled=ahead)
     with pytest.raises(ArithmeticError, match="broken loss"):
         trainer.train()
 

@@ -1,0 +1,209 @@
+"""What a run trains on, step by step: epochs, batches, and what is due after a step."""
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Self
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from lorax.config.run import RunConfig
+from lorax.data.batches import BatchPlan
+from lorax.data.dataset import EncodedDataset
+from lorax.data.prefetch import prefetch
+from lorax.devices.mesh import make_mesh
+from lorax.layers.documents import DocumentLayout
+from lorax.training.optim.optimizer import make_optimizer
+from lorax.training.optim.schedules import make_schedule
+
+
+class Due(NamedTuple):
+    """What follows a step."""
+
+    evaluation: bool
+    save: bool
+
+
+class Position(NamedTuple):
+    """A step's place in the run, and its batch on the devices.
+
+    Attributes:
+        step: From 1.
+        epoch: From 0.
+        at: In its epoch, from 0.
+        batch: What it trains on.
+    """
+
+    step: int
+    epoch: int
+    at: int
+    batch: dict[str, jax.Array]
+
+    @property
+    def width(self) -> int:
+        """Of its rows, which decides which compiled step it is."""
+        return self.batch["input_ids"].shape[-1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Course:
+    """What a run trains on, from its first step to its last: found once, then only read.
+
+    Attributes:
+        config: The run's settings.
+        mesh: Its devices.
+        train: Encoded rows to learn from.
+        held_out: Encoded held-out rows, if there are any.
+        plan: Its micro-batches, in an order given by its seed.
+        total_steps: `max_steps` if it is set, else those of its epochs.
+        schedule: Learning rate by steps done.
+    """
+
+    config: RunConfig
+    mesh: Mesh
+    train: EncodedDataset
+    held_out: EncodedDataset | None
+    plan: BatchPlan
+    total_steps: int
+    schedule: optax.Schedule
+
+    @classmethod
+    def of(
+        cls, config: RunConfig, train: EncodedDataset, held_out: EncodedDataset | None = None
+    ) -> Self:
+        """Packs the rows and counts the steps.
+
+        Raises:
+            ValueError: If the mesh asks for absent devices, a row is too long, or the schedule does
+                not fit the run.
+        """
+        mesh = make_mesh(config.mesh.data)
+        plan = plan_training(config, train, mesh.size)
+        steps = config.train.max_steps
+        if steps <= 0:
+            steps = math.ceil(config.train.num_train_epochs * plan.steps_per_epoch)
+        return cls(config, mesh, train, held_out, plan, steps, make_schedule(config.train, steps))
+
+    @functools.cached_property
+    def evaluation(self) -> BatchPlan | None:
+        """The batches of the held-out rows, in the order of the data; made when first asked for.
+
+        Raises:
+            ValueError: If no token is supervised.
+        """
+        config, data = self.config, self.held_out
+        if data is None:
+            return None
+        if not data.supervised.any():
+            raise ValueError("the held-out rows hold no supervised token: nothing to evaluate")
+        return BatchPlan(
+            data,
+            rows_per_micro_batch=config.eval.per_device_eval_batch_size * self.mesh.size,
+            micro_batches=1,
+            packing=config.data.packing,
+            max_seq_length=config.data.max_seq_length,
+            seed=config.train.seed,
+            shuffle=False,
+        )
+
+    @functools.cached_property
+    def optimizer(self) -> optax.GradientTransformation:
+        """What moves the weights, by its schedule over all steps."""
+        return make_optimizer(self.config.train, self.total_steps)
+
+    @property
+    def step_options(self) -> dict[str, Any]:
+        """The options of `make_train_step` that the settings decide."""
+        train = self.config.train
+        return {
+            "mesh": self.mesh,
+            "seed": train.seed,
+            "skip_nonfinite": train.skip_nonfinite_steps > 0,
+            "full_determinism": train.full_determinism,
+        }
+
+    def prepare_model(self, model: Any) -> Any:
+        """Returns a copy of the model, set up to train on these batches."""
+        plans = [plan for plan in (self.plan, self.evaluation) if plan is not None]
+        model = nnx.clone(model)
+        model.train()
+        # In a fixed order cuDNN takes memory for the square of the longest document, for every
+        # document. By a mask it takes no more than for rows that are not packed.
+        if self.config.data.packing and not self.config.train.full_determinism:
+            model.document_layout = _common_layout(plans)
+        return model
+
+    def epochs(self) -> Iterator[tuple[int, int]]:
+        """Yields each epoch and how many of its steps are run."""
+        left, epoch = self.total_steps, 0
+        while left > 0:
+            steps = min(left, self.plan.steps_per_epoch)
+            yield epoch, steps
+            left, epoch = left - steps, epoch + 1
+
+    def widths(self) -> list[int]:
+        """Returns the widths of the run's rows, each of which needs a compiled step."""
+        return sorted({w for e, n in self.epochs() for w in self.plan.step_shapes(e)[:n]})
+
+    def refuse_empty_steps(self) -> None:
+        """Raises ValueError if a step of the run would hold no supervised token."""
+        for epoch, steps in self.epochs():
+            empty = np.flatnonzero(self.plan.supervised_tokens(epoch)[:steps] == 0)
+            if len(empty):
+                raise ValueError(
+                    f"step {int(empty[0]) + 1} of epoch {epoch + 1} holds no supervised token, so "
+                    "its loss is undefined; raise train.gradient_accumulation_steps or set "
+                    "data.unsupervised: drop"
+                )
+
+    def after(self, done: int, place: Callable[[Any], Any]) -> Iterator[Position]:
+        """Yields the steps that follow those that are done.
+
+        Args:
+            done: Steps that were done before.
+            place: Puts a batch on the devices, ahead of its step.
+        """
+        before = 0
+        for epoch, steps in self.epochs():
+            first = min(max(done - before, 0), steps)
+            if first < steps:
+                source = itertools.islice(self.plan.epoch(epoch, first), steps - first)
+                for at, batch in enumerate(prefetch(source, place), start=first):
+                    yield Position(before + at + 1, epoch, at, batch)
+            before += steps
+
+    def due_after(self, step: int) -> Due:
+        """Returns what is due after a step, counted from 1; after the last one, all is."""
+        is_last, when = step == self.total_steps, self.config.eval
+        evaluation = is_last
+        if when.strategy == "steps":
+            evaluation |= step % when.steps == 0
+        elif when.strategy == "epoch":
+            evaluation |= step % self.plan.steps_per_epoch == 0
+        return Due(evaluation, is_last or step % self.config.save.save_steps == 0)
+
+
+def plan_training(config: RunConfig, data: EncodedDataset, devices: int) -> BatchPlan:
+    """Returns the batches of a run: its micro-batches, in an order given by its seed."""
+    return BatchPlan(
+        data,
+        rows_per_micro_batch=config.train.per_device_train_batch_size * devices,
+        micro_batches=config.train.gradient_accumulation_steps,
+        packing=config.data.packing,
+        max_seq_length=config.data.max_seq_length,
+        seed=config.train.seed,
+        shuffle=config.data.shuffle,
+    )
+
+
+def _common_layout(plans: list[BatchPlan]) -> DocumentLayout:
+    """Returns a layout that every plan's packed rows fit."""
+    layouts = [plan.document_window() for plan in plans]
+    window = max(width for width, _ in layouts)
+    return DocumentLayout(window, max(count * (window // width) for width, count in layouts))
