@@ -41,7 +41,7 @@ def model_tensors(
     parameters = dict(nnx.to_flat_state(nnx.state(model)))
     unmerged = [path[:-1] for path in parameters if path[-1] == "lora_a"]
     for path in unmerged:
-        if hf_name((*path, "kernel"))[0] not in overrides:
+        if hf_name((*path, "kernel"), model.config.family)[0] not in overrides:
             raise ValueError(f"{'.'.join(map(str, path))} carries adapters: merge_lora them first")
     for name, spec in table.items():
         if name in overrides:

@@ -27,7 +27,6 @@ from lorax.layers.linear import INITIAL_DEVIATION, Execution, make_linear
 from lorax.layers.norm import RMSNorm
 from lorax.layers.rope import rotary_tables
 from lorax.models.architecture import DecoderConfig
-from lorax.models.llama import DecoderLayer
 from lorax.models.stack.offload import run_in_order
 from lorax.models.stack.recompute import (
     REPEATING,
@@ -52,7 +51,7 @@ class Decoder(nnx.Module):
             rngs=rngs,
         )
         self.layers = nnx.List(
-            DecoderLayer(config, index, execution, rngs)
+            config.family.layer(config, index, execution, rngs)
             for index in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, execution)
@@ -276,9 +275,9 @@ def init_model(
     )
 
 
-def _run_layer(layer: DecoderLayer, hidden: Float[Array, "b t d"], context: Context):
+def _run_layer(layer: Any, hidden: Float[Array, "b t d"], context: Context):
     return layer(hidden, context)[0]
 
 
-def _repeat_layer(layer: DecoderLayer, hidden: Float[Array, "b t d"], context: Context):
+def _repeat_layer(layer: Any, hidden: Float[Array, "b t d"], context: Context):
     return _run_layer(layer, hidden, dataclasses.replace(context, repeated=True))
