@@ -1,14 +1,14 @@
 """What a training step will need, from shapes alone: bytes by purpose, and what fits a device.
 
-The model counts what the backward pass finds in memory, per token and layer, for each policy of
-`lorax.models.stack.recompute`, the working set of the layer or of the loss that stands at the
-peak, and the arithmetic. Its rates are those measured on one H200
-(docs/measurements/step_h200.jsonl).
+It adds up what is stated elsewhere: what a layer keeps per token, by its family, for each policy of
+`lorax.models.stack.recompute`; the columns of the adapters; the bytes of what is stored. To these
+come the working set of the layer or of the loss that stands at the peak, and the arithmetic. The
+rates are those measured on one H200 (docs/measurements/step_h200.jsonl).
 """
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +18,9 @@ from lorax.config.run import RunConfig
 from lorax.devices.host_memory import HostArray, embedding_obstacle, embedding_on_host
 from lorax.models.architecture import DecoderConfig
 from lorax.models.decoder import CausalLM
+from lorax.models.family import Family
 from lorax.models.stack.recompute import REPEATING, GradientCheckpointing, Recomputation
 from lorax.objectives.linear_loss import logit_chunks
-from lorax.planning.kernels import family_of
 from lorax.system.hardware import GIB
 from lorax.training.optim.optimizer import make_optimizer
 from lorax_kernels import padded_rank
@@ -94,11 +94,10 @@ class Planner:
         self.trained_elements = sum(math.prod(x.shape) for x in jax.tree.leaves(trainable))
         init = make_optimizer(config.train, 1_000_000).init
         self.optimizer = _bytes(jax.eval_shape(init, trainable))
-        layers = lora_layers(model)
-        self.adapted = {name.rpartition(".")[2] for name in layers}
-        self.adapters = [(layer.in_features, layer.out_features) for layer in layers.values()]
-        self.ranks = _kept_ranks({name: layer.r for name, layer in layers.items()})
-        self.full = not layers
+        self.adapters = _adapters(model)
+        self.adapted = {each.name.rpartition(".")[2] for each in self.adapters}
+        self.ranks = _kept_ranks(self.adapters, architecture.family)
+        self.full = not self.adapters
         self.element = jnp.dtype(config.model.dtype).itemsize
 
     def memory(
@@ -157,23 +156,14 @@ class Planner:
 
     def _kept_per_token(self, policy: GradientCheckpointing) -> float:
         """Returns the bytes that one layer keeps per token."""
-        a, c = self.architecture, self.element
-        d, f = a.hidden_size, a.intermediate_size
-        q, kv = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
-        if policy == "full":
-            return d * c
-        if policy == "offload":
-            return (d + q) * c if not self._writes_scores else d * c
-        reads = lambda *names: self.full or any(name in self.adapted for name in names)
-        # The layer's input and the sum after attention; q, k, v and attention's output with its
-        # normaliser; gate and up.
-        elements = 2 * d + 2 * q + 2 * kv + 2 * f
-        if a.model_type == "qwen3":
-            elements += q + kv  # before their norms
-        if policy == "none":
-            elements += d * reads("q_proj", "k_proj", "v_proj")
-            elements += d * reads("gate_proj", "up_proj")
-        return elements * c + 4.0 * a.num_attention_heads
+        kept = self.architecture.family.kept(self.architecture, policy)
+        elements = kept.elements
+        if not self._writes_scores:
+            elements += kept.attention
+        for names, size in kept.inputs:
+            if self.full or not self.adapted.isdisjoint(names):
+                elements += size
+        return elements * self.element + 4.0 * kept.float32
 
     def seconds(
         self, policy: GradientCheckpointing, rows: int, length: int, kept_layers: int = 1
@@ -188,7 +178,7 @@ class Planner:
         flops = 2.0 * tokens * (passes * products + 2.0 * d * a.vocab_size)
         attention = 2.0 * tokens * length * q * layers * 3.5  # causal: half of 4·t²·q, and 2.5 back
         streamed = tokens * c * layers * (10.0 * f + 22.0 * d)
-        streamed += SKINNY_PASSES * tokens * c * sum(k + n for k, n in self.adapters)
+        streamed += SKINNY_PASSES * tokens * c * sum(each.k + each.n for each in self.adapters)
         if policy == "selective":
             streamed += tokens * c * layers * (f + 2.0 * d)
         launches = float(LAUNCHES * layers)
@@ -242,15 +232,28 @@ class Planner:
         return min((*fitting, *(r for r in more if peak(r) <= FILLED * gib)), key=seconds)
 
 
-def _kept_ranks(ranks: dict[str, int]) -> int:
-    """Returns the columns of x·A that are kept per token, given the rank of every layer by name.
+class _Adapter(NamedTuple):
+    """Of a layer of k inputs and n outputs, with an update of rank r."""
 
-    Layers that read one input share their columns.
-    """
+    name: str
+    k: int
+    n: int
+    r: int
+
+
+def _adapters(model: CausalLM) -> list[_Adapter]:
+    return [
+        _Adapter(name, layer.in_features, layer.out_features, layer.r)
+        for name, layer in lora_layers(model).items()
+    ]
+
+
+def _kept_ranks(adapters: list[_Adapter], family: Family) -> int:
+    """Returns the columns of x·A that are kept per token; layers of one input share theirs."""
     together: dict[tuple[str, tuple[str, ...]], int] = {}
-    for name, r in ranks.items():
+    for name, *_, r in adapters:
         parent, _, last = name.rpartition(".")
-        group = parent, family_of(last)
+        group = parent, family.together_with(last)
         together[group] = together.get(group, 0) + r
     return sum(map(padded_rank, together.values()))
 
