@@ -18,6 +18,7 @@ from lorax.interop.tensors import TensorSpec, convert, listed, tensor_table
 from lorax.layers.attention import AttentionImplementation
 from lorax.models.architecture import DecoderConfig, stored_dtype
 from lorax.models.decoder import CausalLM
+from lorax.models.families import read_architecture
 from lorax.models.stack.recompute import GradientCheckpointing
 from lorax.system.files import CheckpointError
 
@@ -31,10 +32,10 @@ def load_hf_config(path_or_id: str | Path, *, revision: str | None = None) -> De
     """Reads the architecture of a checkpoint.
 
     Raises:
-        ValueError: Naming the file and the field; see `DecoderConfig.from_hf`.
+        ValueError: Naming the file and the field; see `read_architecture`.
     """
     directory = resolve_checkpoint(path_or_id, revision)
-    return DecoderConfig.from_hf(read_config(directory), str(directory / CONFIG_FILE))
+    return read_architecture(read_config(directory), str(directory / CONFIG_FILE))
 
 
 def find_stored_dtype(directory: Path) -> str:

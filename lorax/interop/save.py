@@ -41,7 +41,7 @@ def model_tensors(
         raise ValueError(f"overrides name {listed(unknown)}, which this model does not have")
     parameters = dict(nnx.to_flat_state(nnx.state(model)))
     for name in adapted_layers(model):
-        if hf_name((*name.split("."), "kernel"))[0] not in overrides:
+        if hf_name((*name.split("."), "kernel"), model.config.family)[0] not in overrides:
             raise ValueError(f"{name} carries adapters: merge_lora them first")
     for name, spec in table.items():
         if name in overrides:

@@ -11,6 +11,7 @@ from flax import nnx
 
 from lorax.models.architecture import DecoderConfig
 from lorax.models.decoder import CausalLM
+from lorax.models.family import Family
 
 type ParameterPath = tuple[Any, ...]
 
@@ -40,14 +41,16 @@ class TensorSpec:
     shape: tuple[int, ...]
 
 
-def hf_name(path: ParameterPath) -> tuple[str, bool]:
+def hf_name(path: ParameterPath, family: Family | None = None) -> tuple[str, bool]:
     """Returns the checkpoint's name of a parameter, and whether it is transposed there.
 
     This is the only translation of names, used in both directions: modules are named as in
-    Hugging Face's models, so only the last part differs.
+    Hugging Face's models, so only the last part differs. What differs besides, the family says.
 
     Args:
         path: For example ``("model", "layers", 0, "mlp", "up_proj", "kernel")``.
+        family: Of the model, in whose files tensors may have other names. None gives the name by
+            the rule, which is the module's in transformers: PEFT's files have those.
 
     Raises:
         ValueError: If the last part is no weight that checkpoints have.
@@ -59,7 +62,8 @@ def hf_name(path: ParameterPath) -> tuple[str, bool]:
             f"{', '.join(_LEAVES)}; merge adapters first"
         )
     name, transpose = _LEAVES[leaf]
-    return ".".join([*modules, name]), transpose
+    full = ".".join([*modules, name])
+    return (full if family is None else family.stored_name(full)), transpose
 
 
 @functools.lru_cache(maxsize=8)
@@ -68,7 +72,7 @@ def tensor_table(config: DecoderConfig) -> Mapping[str, TensorSpec]:
     model = nnx.eval_shape(lambda: CausalLM(config, rngs=nnx.Rngs(0)))
     table = {}
     for path, variable in nnx.to_flat_state(nnx.state(model)):
-        name, transpose = hf_name(path)
+        name, transpose = hf_name(path, config.family)
         shape = tuple(variable.get_value().shape)
         table[name] = TensorSpec(path, transpose, shape[::-1] if transpose else shape)
     return table

@@ -1,38 +1,17 @@
-"""The architecture of a decoder, read from and written to a Hugging Face config.json."""
+"""The architecture of a decoder, and what all families read of and write to a config.json."""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from lorax.layers.rope import RopeConfig
-from lorax.models.config_fields import FIXED_FIELDS, HARMLESS_FIELDS, neutral_kind
+from lorax.models.config_fields import FIXED_FIELDS
+from lorax.models.family import Family, ModelType
 from lorax.models.windows import SLIDING, read_windows, write_windows
 from lorax.system.json_fields import JsonFields
-from lorax.system.wording import show
-
-
-@dataclasses.dataclass(frozen=True)
-class _Family:
-    """What a transformers configuration class assumes where config.json is silent."""
-
-    architecture: str
-    max_position_embeddings: int
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
-    attention_bias: bool = False  # has the field
-    mlp_bias: bool = False  # has the field
-    window: str = "none"  # none, every layer, or by layer_types
-
 
 _MOST_LAYERS = 1000
 """Several times what any model has: the layers of a damaged file would take hours to lay out."""
-
-_FAMILIES = {
-    "llama": _Family("LlamaForCausalLM", 2048, attention_bias=True, mlp_bias=True),
-    "mistral": _Family("MistralForCausalLM", 131_072, 8, window="every"),
-    "qwen2": _Family("Qwen2ForCausalLM", 32_768, 32, window="layers"),
-    "qwen3": _Family("Qwen3ForCausalLM", 32_768, 32, 128, attention_bias=True, window="layers"),
-}
 
 _DTYPES = {
     "bfloat16": "bfloat16",
@@ -45,10 +24,11 @@ _DTYPES = {
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """A decoder-only transformer of the Llama family, under Hugging Face's names.
+    """A decoder-only transformer, under Hugging Face's names.
 
     Attributes:
-        model_type: llama, mistral, qwen2 or qwen3.
+        family: What lorax knows of its family.
+        model_type: One of the family's.
         vocab_size: Rows of the embedding.
         hidden_size: Width of the residual stream.
         intermediate_size: Width of the MLP.
@@ -60,7 +40,9 @@ class DecoderConfig:
         rms_norm_eps: Added to the mean square.
         rope: Rotary embedding.
         tie_word_embeddings: The head is the transposed embedding.
-        attention_bias: Biases on q, k, v and o (Qwen2 has those of q, k and v in any case).
+        attention_bias: Biases on q, k, v and o.
+        qkv_bias: Biases on q, k and v, in any case or with that on o.
+        qk_norm: Queries and keys are normalised per head.
         mlp_bias: Biases in the MLP.
         sliding_window: Tokens that a sliding layer sees, itself included.
         layer_types: ``full_attention`` or ``sliding_attention`` per layer.
@@ -70,6 +52,7 @@ class DecoderConfig:
         notes: What of the file is not read and changes nothing, for the user to know.
     """
 
+    family: Family = dataclasses.field(repr=False)
     model_type: str
     vocab_size: int
     hidden_size: int
@@ -83,6 +66,8 @@ class DecoderConfig:
     rope: RopeConfig = dataclasses.field(default_factory=RopeConfig)
     tie_word_embeddings: bool = False
     attention_bias: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
     mlp_bias: bool = False
     sliding_window: int | None = None
     layer_types: tuple[str, ...] = ()
@@ -94,17 +79,7 @@ class DecoderConfig:
     @property
     def architecture(self) -> str:
         """The transformers class, for example ``LlamaForCausalLM``."""
-        return _FAMILIES[self.model_type].architecture
-
-    @property
-    def qkv_bias(self) -> bool:
-        """Whether q, k and v have biases."""
-        return self.attention_bias or self.model_type == "qwen2"
-
-    @property
-    def qk_norm(self) -> bool:
-        """Whether queries and keys are normalised per head."""
-        return self.model_type == "qwen3"
+        return self.family.types[self.model_type].architecture
 
     def window(self, layer: int) -> int | None:
         """Returns how many tokens the layer sees, itself included, or None for all before it."""
@@ -116,87 +91,86 @@ class DecoderConfig:
         stretched = self.rope.original_max_position_embeddings or self.max_position_embeddings
         return max(self.max_position_embeddings, round(stretched * (self.rope.factor or 1.0)))
 
-    @classmethod
-    def from_hf(cls, config: Mapping[str, Any], where: str) -> "DecoderConfig":
-        """Reads the contents of a config.json, honouring or refusing every field.
-
-        Fields that are absent take the defaults of the transformers class of the same
-        `model_type`. Both ``rope_parameters`` (transformers 5) and ``rope_theta`` with
-        ``rope_scaling`` are understood.
-
-        Args:
-            config: The parsed file.
-            where: Its path, for messages.
-
-        Raises:
-            ValueError: Naming file and field: unknown (with the nearest known name), missing, of
-                a wrong type, out of range, or of a value that lorax does not compute. What is
-                unknown and cannot change anything goes into `notes` instead.
-        """
-        fields = JsonFields(config, where)
-        model_type = _read_model_type(fields)
-        family = _FAMILIES[model_type]
-        _check_architectures(fields, family)
-        stored_dtype(config, where)
-        for name, (allowed, reason) in FIXED_FIELDS.items():
-            fields.only(name, allowed, reason)
-        shape = _read_shape(fields, family)
-        layers = shape["num_hidden_layers"]
-        window, layer_types = read_windows(fields, family.window, layers)
-        result = cls(
-            model_type=model_type,
-            **shape,
-            vocab_size=fields.integer("vocab_size"),
-            intermediate_size=fields.integer("intermediate_size"),
-            max_position_embeddings=fields.integer(
-                "max_position_embeddings", family.max_position_embeddings
-            ),
-            rms_norm_eps=fields.number("rms_norm_eps", 1e-6, minimum=0, above=True),
-            rope=RopeConfig.from_hf(fields),
-            tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
-            attention_bias=_read_bias(fields, "attention_bias", family.attention_bias),
-            mlp_bias=_read_bias(fields, "mlp_bias", family.mlp_bias),
-            sliding_window=window,
-            layer_types=layer_types,
-            bos_token_id=fields.token_id("bos_token_id"),
-            eos_token_id=fields.token_id("eos_token_id"),
-            pad_token_id=fields.token_id("pad_token_id"),
-        )
-        for names in HARMLESS_FIELDS.values():
-            fields.ignore(names)
-        fields.ignore(("dtype", "torch_dtype"))
-        for name in ("qk_norm", "use_qk_norm"):
-            fields.only(name, (result.qk_norm,), f"a {model_type} model is computed so")
-        fields.finish(neutral_kind)
-        return dataclasses.replace(result, notes=tuple(fields.notes))
-
     def to_hf(self) -> dict[str, Any]:
         """Returns a config.json that transformers 5 and 4 read as this architecture."""
-        family = _FAMILIES[self.model_type]
-        config: dict[str, Any] = {
-            "architectures": [family.architecture],
-            "model_type": self.model_type,
-            "hidden_act": "silu",
-            "attention_dropout": 0.0,
-        }
-        plain = (
-            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-            "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings",
-            "rms_norm_eps", "tie_word_embeddings",
-        )  # fmt: skip
-        config |= {name: getattr(self, name) for name in plain}
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            value = getattr(self, name)
-            config[name] = list(value) if isinstance(value, tuple) else value
-        if family.attention_bias:
-            config["attention_bias"] = self.attention_bias
-        if family.mlp_bias:
-            config["mlp_bias"] = self.mlp_bias
-        return (
-            config
-            | self.rope.to_hf()
-            | write_windows(self.sliding_window, self.layer_types, family.window)
-        )
+        return self.family.write(self)
+
+
+def read_decoder(
+    family: Family, fields: JsonFields, *, qkv_bias: bool = False, qk_norm: bool = False
+) -> DecoderConfig:
+    """Reads what the decoders of all families have: a `Family.read`, or its larger part.
+
+    Fields that are absent take the defaults of the transformers class of the same `model_type`.
+    Both ``rope_parameters`` (transformers 5) and ``rope_theta`` with ``rope_scaling`` are
+    understood.
+
+    Args:
+        family: Of the model.
+        fields: Of config.json.
+        qkv_bias: Whether q, k and v have biases that the file does not speak of.
+        qk_norm: Whether queries and keys are normalised per head.
+
+    Raises:
+        ValueError: Naming file and field: missing, of a wrong type, out of range, or of a value
+            that lorax does not compute.
+    """
+    model_type = fields.raw("model_type")
+    defaults = family.types[model_type]
+    for name, (allowed, reason) in FIXED_FIELDS.items():
+        fields.only(name, allowed, reason)
+    shape = _read_shape(fields, defaults)
+    window, layer_types = read_windows(fields, defaults.window, shape["num_hidden_layers"])
+    result = DecoderConfig(
+        family=family,
+        model_type=model_type,
+        **shape,
+        vocab_size=fields.integer("vocab_size"),
+        intermediate_size=fields.integer("intermediate_size"),
+        max_position_embeddings=fields.integer(
+            "max_position_embeddings", defaults.max_position_embeddings
+        ),
+        rms_norm_eps=fields.number("rms_norm_eps", 1e-6, minimum=0, above=True),
+        rope=RopeConfig.from_hf(fields),
+        tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
+        attention_bias=_read_bias(fields, "attention_bias", defaults.attention_bias),
+        mlp_bias=_read_bias(fields, "mlp_bias", defaults.mlp_bias),
+        qk_norm=qk_norm,
+        sliding_window=window,
+        layer_types=layer_types,
+        bos_token_id=fields.token_id("bos_token_id"),
+        eos_token_id=fields.token_id("eos_token_id"),
+        pad_token_id=fields.token_id("pad_token_id"),
+    )
+    for name in ("qk_norm", "use_qk_norm"):
+        fields.only(name, (qk_norm,), f"a {model_type} model is computed so")
+    return dataclasses.replace(result, qkv_bias=qkv_bias or result.attention_bias)
+
+
+def write_decoder(config: DecoderConfig) -> dict[str, Any]:
+    """Writes what `read_decoder` reads: a `Family.write`, or its larger part."""
+    defaults = config.family.types[config.model_type]
+    result: dict[str, Any] = {
+        "architectures": [defaults.architecture],
+        "model_type": config.model_type,
+        "hidden_act": "silu",
+        "attention_dropout": 0.0,
+    }
+    plain = (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+        "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings",
+        "rms_norm_eps", "tie_word_embeddings",
+    )  # fmt: skip
+    result |= {name: getattr(config, name) for name in plain}
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(config, name)
+        result[name] = list(value) if isinstance(value, tuple) else value
+    if defaults.attention_bias:
+        result["attention_bias"] = config.attention_bias
+    if defaults.mlp_bias:
+        result["mlp_bias"] = config.mlp_bias
+    windows = write_windows(config.sliding_window, config.layer_types, defaults.window)
+    return result | config.rope.to_hf() | windows
 
 
 def stored_dtype(config: Mapping[str, Any], where: str) -> str | None:
@@ -221,46 +195,13 @@ def stored_dtype(config: Mapping[str, Any], where: str) -> str | None:
     return found[0] or found[1]  # as transformers takes the first
 
 
-def _read_model_type(fields: JsonFields) -> str:
-    value = fields.raw("model_type", None)
-    if value is None:
-        raise ValueError(
-            f"{fields.where}: model_type is missing; it must be one of {', '.join(_FAMILIES)}"
-        )
-    if not isinstance(value, str) or value not in _FAMILIES:
-        raise fields.error("model_type", f"must be one of {', '.join(_FAMILIES)}")
-    return value
-
-
-def _check_architectures(fields: JsonFields, family: _Family) -> None:
-    """Refuses a class that is another model's, or no causal language model."""
-    value = fields.raw("architectures", None)
-    names = value if isinstance(value, list) else [value]
-    supported = {f.architecture.lower(): f.architecture for f in _FAMILIES.values()}
-    others = set(supported) - {family.architecture.lower()}
-    for name in names if value is not None else ():
-        if not isinstance(name, str) or not name.endswith("ForCausalLM"):
-            listed = ", ".join(supported.values())
-            raise fields.error(
-                "architectures", f"must be a causal language model that lorax reads: {listed}"
-            )
-        if name.lower() in others:
-            needed = f"must be {family.architecture}, as model_type says"
-            raise fields.error("architectures", needed)
-        if name.lower() not in supported:
-            fields.note(
-                f"architectures={show(name)} is not known to lorax: model_type decides, so it "
-                f"is computed as {family.architecture}"
-            )
-
-
-def _read_shape(fields: JsonFields, family: _Family) -> dict[str, Any]:
+def _read_shape(fields: JsonFields, defaults: ModelType) -> dict[str, Any]:
     hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
-    default = family.num_key_value_heads if "num_key_value_heads" not in fields.values else None
+    default = defaults.num_key_value_heads if "num_key_value_heads" not in fields.values else None
     groups = fields.integer("num_key_value_heads", default or heads)
     if heads % groups:
         raise fields.error("num_key_value_heads", f"must divide num_attention_heads={heads}")
-    default = family.head_dim if "head_dim" not in fields.values else None
+    default = defaults.head_dim if "head_dim" not in fields.values else None
     head_dim = fields.integer("head_dim", default)
     if head_dim is None:
         if hidden % heads:

@@ -1,6 +1,5 @@
 """The decoder: embedding, layers, head, and their cache."""
 
-import dataclasses
 from typing import Any, overload
 
 import jax
@@ -27,15 +26,13 @@ from lorax.layers.linear import INITIAL_DEVIATION, Execution, make_linear
 from lorax.layers.norm import RMSNorm
 from lorax.layers.rope import rotary_tables
 from lorax.models.architecture import DecoderConfig
-from lorax.models.llama import DecoderLayer
-from lorax.models.stack.offload import run_in_order
 from lorax.models.stack.recompute import (
-    REPEATING,
     GradientCheckpointing,
+    Recomputation,
     check_kept_layers,
     check_policy,
-    checkpointed,
 )
+from lorax.models.stack.run import run_layers
 from lorax_kernels import Kernels
 
 
@@ -52,7 +49,7 @@ class Decoder(nnx.Module):
             rngs=rngs,
         )
         self.layers = nnx.List(
-            DecoderLayer(config, index, execution, rngs)
+            config.family.layer(config, index, execution, rngs)
             for index in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, execution)
@@ -198,24 +195,14 @@ class CausalLM(nnx.Module):
         documents = None
         if segment_ids is not None:
             documents, hidden = self._find_documents(segment_ids, hidden)
-        policy = self.gradient_checkpointing
         rotary = self._rotary(positions, segment_ids)
         context = Context(rotary, positions, documents)
         if cache is not None:
             return self._run_with_cache(hidden, context, cache)
-        layers: list[Any] = list(self.model.layers)
-        runs, offloaded = [checkpointed(_run_layer, policy)] * len(layers), 0
-        if policy in REPEATING:
-            repeated = len(layers) - check_kept_layers(self.kept_layers, len(layers))
-            runs = [checkpointed(_repeat_layer, policy)] * repeated
-            runs += [checkpointed(_run_layer, "selective")] * self.kept_layers
-            # What the last layer keeps is wanted first: it would be back before it is gone.
-            offloaded = min(repeated, len(layers) - 1) if policy == "offload" else 0
-        if policy == "offload" or inputs_embeds is not None:  # then the host is copied from
-            hidden = run_in_order(runs, layers, hidden, context, offloaded=offloaded)
-        else:
-            for run, layer in zip(runs, layers, strict=True):
-                hidden = run(layer, hidden, context)
+        layers = list(self.model.layers)
+        recomputation = Recomputation(self.gradient_checkpointing, self.kept_layers)
+        from_host = inputs_embeds is not None
+        hidden = run_layers(layers, hidden, context, recomputation, from_host=from_host)
         return self.model.norm(hidden)
 
     def _find_documents(self, segment_ids, hidden):
@@ -274,11 +261,3 @@ def init_model(
         kept_layers=kept_layers,
         rngs=nnx.Rngs(seed),
     )
-
-
-def _run_layer(layer: DecoderLayer, hidden: Float[Array, "b t d"], context: Context):
-    return layer(hidden, context)[0]
-
-
-def _repeat_layer(layer: DecoderLayer, hidden: Float[Array, "b t d"], context: Context):
-    return _run_layer(layer, hidden, dataclasses.replace(context, repeated=True))

@@ -1,4 +1,4 @@
-"""The layer of Llama, Mistral and Qwen: attention and feed-forward."""
+"""Llama 2 and 3, and Mistral: attention and feed-forward, which other families build upon."""
 
 from flax import nnx
 from jaxtyping import Array, Float
@@ -16,8 +16,12 @@ from lorax.layers.mlp import MLP
 from lorax.layers.norm import RMSNorm
 from lorax.layers.rope import rotate
 from lorax.layers.together import apply_added, apply_together
-from lorax.models.architecture import DecoderConfig
-from lorax.models.stack.recompute import kept
+from lorax.models.architecture import DecoderConfig, read_decoder, write_decoder
+from lorax.models.family import Family, Kept, ModelType
+from lorax.models.stack.recompute import GradientCheckpointing, kept
+
+TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Layers that read one input."""
 
 
 class Attention(nnx.Module):
@@ -31,10 +35,7 @@ class Attention(nnx.Module):
         self.k_proj = make_linear(width, kv_size, config.qkv_bias, execution, rngs)
         self.v_proj = make_linear(width, kv_size, config.qkv_bias, execution, rngs)
         self.o_proj = make_linear(q_size, width, config.attention_bias, execution, rngs)
-        self.qk_norm, self.head_dim = config.qk_norm, head_dim
-        if self.qk_norm:
-            self.q_norm = RMSNorm(head_dim, config.rms_norm_eps, execution)
-            self.k_norm = RMSNorm(head_dim, config.rms_norm_eps, execution)
+        self.head_dim = head_dim
         self.sliding_window = config.window(index)
         self.attn_impl: AttentionImplementation = execution.attn_impl
 
@@ -49,8 +50,7 @@ class Attention(nnx.Module):
         """Returns `residual` plus the output, and the cache with this call's tokens added."""
         heads = lambda y: y.reshape(*x.shape[:2], -1, self.head_dim)
         q, k, v = map(heads, apply_together((self.q_proj, self.k_proj, self.v_proj), x))
-        if self.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = self.before_rotation(q, k)
         q, k = kept(rotate(q, *context.rotary)), kept(rotate(k, *context.rotary))
         if cache is not None:
             cache = store(cache, k, v, context.positions, empty=empty)
@@ -62,13 +62,21 @@ class Attention(nnx.Module):
             y = attend_cache(q, *cache, context.positions, sliding_window=window)
         return apply_added(self.o_proj, y.reshape(*x.shape[:2], -1), residual), cache
 
+    def before_rotation(
+        self, q: Float[Array, "b t n h"], k: Float[Array, "b t g h"]
+    ) -> tuple[Float[Array, "b t n h"], Float[Array, "b t g h"]]:
+        """Returns the queries and keys that are rotated: those that the projections gave."""
+        return q, k
+
 
 class DecoderLayer(nnx.Module):
     """``h = x + attention(norm(x)); h + mlp(norm(h))``."""
 
+    attention = Attention
+
     def __init__(self, config: DecoderConfig, index: int, execution: Execution, rngs: nnx.Rngs):
         width, epsilon = config.hidden_size, config.rms_norm_eps
-        self.self_attn = Attention(config, index, execution, rngs)
+        self.self_attn = self.attention(config, index, execution, rngs)
         inner, bias = config.intermediate_size, config.mlp_bias
         self.mlp = MLP(width, inner, bias, execution, rngs)
         self.input_layernorm = RMSNorm(width, epsilon, execution)
@@ -86,3 +94,32 @@ class DecoderLayer(nnx.Module):
         x, cache = self.self_attn(normed, x, context, cache, empty)
         x, normed = self.post_attention_layernorm.fork(kept(x))
         return self.mlp(normed, x, context.repeated), cache
+
+
+def kept_per_token(config: DecoderConfig, policy: GradientCheckpointing) -> Kept:
+    """Returns what a layer keeps for the backward pass, as `Family.kept`."""
+    d, f = config.hidden_size, config.intermediate_size
+    q = config.num_attention_heads * config.head_dim
+    kv = config.num_key_value_heads * config.head_dim
+    if policy == "full":
+        return Kept(d)
+    if policy == "offload":
+        return Kept(d, attention=q)
+    # The layer's input and the sum after attention; q, k, v and attention's output with its
+    # normaliser; gate and up.
+    elements = 2 * d + 2 * q + 2 * kv + 2 * f
+    inputs = tuple((names, d) for names in TOGETHER) if policy == "none" else ()
+    return Kept(elements, float32=config.num_attention_heads, inputs=inputs)
+
+
+LLAMA = Family(
+    types={
+        "llama": ModelType("LlamaForCausalLM", 2048, attention_bias=True, mlp_bias=True),
+        "mistral": ModelType("MistralForCausalLM", 131_072, 8, window="every"),
+    },
+    read=read_decoder,
+    write=write_decoder,
+    layer=DecoderLayer,
+    kept=kept_per_token,
+    together=TOGETHER,
+)

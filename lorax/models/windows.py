@@ -15,15 +15,17 @@ def read_windows(fields: JsonFields, kind: str, layers: int) -> tuple[int | None
         kind: What the class knows: ``none``, ``every`` layer alike, or ``layers`` by their types.
         layers: How many there are.
     """
+    model_type = fields.raw("model_type", None)
     if kind == "none":
-        _read_switched_off_window(fields)
+        _read_switched_off_window(fields, model_type)
         return _alike(fields, None, layers)
     # Absent and null differ: an absent window is the class's default of 4096.
     default = 4096 if "sliding_window" not in fields.values else None
     window = fields.integer("sliding_window", default)
     if kind == "every":
         slides = (window is not None,)
-        fields.only("use_sliding_window", slides, "sliding_window alone decides for mistral")
+        reason = f"sliding_window alone decides for {model_type}"
+        fields.only("use_sliding_window", slides, reason)
         return _alike(fields, window, layers)
     if not fields.boolean("use_sliding_window", False):
         window = None
@@ -39,9 +41,9 @@ def read_windows(fields: JsonFields, kind: str, layers: int) -> tuple[int | None
     return (window if SLIDING in types else None), tuple(types)
 
 
-def _read_switched_off_window(fields: JsonFields) -> None:
-    """Reads what a llama that was made of a Qwen2 without windows says of them."""
-    fields.only("use_sliding_window", (False,), "a llama model has no windows")
+def _read_switched_off_window(fields: JsonFields, model_type: Any) -> None:
+    """Reads what a model that was made of another family's, without windows, says of them."""
+    fields.only("use_sliding_window", (False,), f"a {model_type} model has no windows")
     if fields.raw("use_sliding_window", None) is False:
         fields.ignore(("sliding_window", "max_window_layers"))
 

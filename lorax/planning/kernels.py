@@ -3,16 +3,13 @@
 import dataclasses
 from typing import Any, NamedTuple
 
-from flax import nnx
-
 from lorax.adapters.nnx.tree import adapted_layers, named_modules
 from lorax.adapters.sites import shape_of
 from lorax.config.run import RunConfig
 from lorax.layers.linear import Linear
+from lorax.models.decoder import CausalLM
+from lorax.models.family import Family
 from lorax_kernels import explain_choice
-
-# Layers of one module that read one input, and so run as one operation.
-TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +27,7 @@ class KernelChoice:
     reason: str
 
 
-def kernel_choices(config: RunConfig, model: nnx.Module) -> list[KernelChoice]:
+def kernel_choices(config: RunConfig, model: CausalLM) -> list[KernelChoice]:
     """Returns one choice per distinct group of layers, at the rows of a full micro-batch.
 
     Args:
@@ -39,7 +36,7 @@ def kernel_choices(config: RunConfig, model: nnx.Module) -> list[KernelChoice]:
     """
     m = config.train.per_device_train_batch_size * config.data.max_seq_length
     choices: dict[KernelChoice, None] = {}
-    for names, sizes in _groups(named_modules(model)):
+    for names, sizes in _groups(named_modules(model), model.config.family):
         kernel, reason = explain_choice(
             m,
             sizes[0].k,
@@ -53,18 +50,13 @@ def kernel_choices(config: RunConfig, model: nnx.Module) -> list[KernelChoice]:
     return list(choices)
 
 
-def family_of(layer: str) -> tuple[str, ...]:
-    """Returns the names of the layers that run together with one, its own name among them."""
-    return next((names for names in TOGETHER if layer in names), (layer,))
-
-
 class _Size(NamedTuple):
     k: int
     n: int
     r: int  # 0 for a layer that takes part without an update
 
 
-def _groups(modules: dict[str, Any]) -> list[tuple[str, list[_Size]]]:
+def _groups(modules: dict[str, Any], family: Family) -> list[tuple[str, list[_Size]]]:
     """Returns (names, sizes) of every group with an update, the same in all decoder layers once."""
     found: dict[tuple[str, tuple[_Size, ...]], None] = {}
     done: set[str] = set()
@@ -72,9 +64,9 @@ def _groups(modules: dict[str, Any]) -> list[tuple[str, list[_Size]]]:
         if not _rank(module) or name in done:
             continue
         parent, _, last = name.rpartition(".")
-        family = family_of(last)
+        together = family.together_with(last)
         path = lambda member, parent=parent: f"{parent}.{member}" if parent else member
-        members = [member for member in family if _size(modules.get(path(member))) is not None]
+        members = [member for member in together if _size(modules.get(path(member))) is not None]
         done.update(map(path, members))
         sizes = tuple(size for member in members if (size := _size(modules[path(member)])))
         kind = parent.rpartition(".")[2]
@@ -94,7 +86,7 @@ def _rank(module: Any) -> int:
     return 0 if adapter is None else adapter.spec.r
 
 
-def check_kernels(config: RunConfig, model: nnx.Module) -> None:
+def check_kernels(config: RunConfig, model: CausalLM) -> None:
     """Refuses ``model.kernels: pallas`` where the kernel cannot run.
 
     Raises:

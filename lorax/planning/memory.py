@@ -1,27 +1,29 @@
 """What a training step will need, from shapes alone: bytes by purpose, and what fits a device.
 
-The model counts what the backward pass finds in memory, per token and layer, for each policy of
-`lorax.models.stack.recompute`, the working set of the layer or of the loss that stands at the
-peak, and the arithmetic. Its rates are those measured on one H200
-(docs/measurements/step_h200.jsonl).
+It adds up what is stated elsewhere: what a layer keeps per token, by its family, for each policy of
+`lorax.models.stack.recompute`; the columns of the adapters; the bytes of what is stored. To these
+come the working set of the layer or of the loss that stands at the peak, and the arithmetic. The
+rates are those measured on one H200 (docs/measurements/step_h200.jsonl).
 """
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from lorax.adapters.method import Cost
 from lorax.adapters.nnx.adapter import cost_of
 from lorax.adapters.nnx.tree import adapted_layers, split_trainable
 from lorax.config.run import RunConfig
 from lorax.devices.host_memory import HostArray, embedding_obstacle, embedding_on_host
 from lorax.models.architecture import DecoderConfig
 from lorax.models.decoder import CausalLM
+from lorax.models.family import Family
 from lorax.models.stack.recompute import REPEATING, GradientCheckpointing, Recomputation
 from lorax.objectives.linear_loss import logit_chunks
-from lorax.planning.kernels import family_of
 from lorax.system.hardware import GIB
 from lorax.training.optim.optimizer import make_optimizer
 from lorax_kernels import padded_rank
@@ -99,7 +101,7 @@ class Planner:
         self.adapted = {name.rpartition(".")[2] for name in layers}
         costs = {name: cost_of(layer) for name, layer in layers.items()}
         self.streamed = sum(cost.streamed for cost in costs.values())
-        self.ranks = _kept_ranks({name: cost.kept for name, cost in costs.items()})
+        self.ranks = _kept_columns(costs, architecture.family)
         self.full = not layers
         self.element = jnp.dtype(config.model.dtype).itemsize
 
@@ -159,23 +161,14 @@ class Planner:
 
     def _kept_per_token(self, policy: GradientCheckpointing) -> float:
         """Returns the bytes that one layer keeps per token."""
-        a, c = self.architecture, self.element
-        d, f = a.hidden_size, a.intermediate_size
-        q, kv = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
-        if policy == "full":
-            return d * c
-        if policy == "offload":
-            return (d + q) * c if not self._writes_scores else d * c
-        reads = lambda *names: self.full or any(name in self.adapted for name in names)
-        # The layer's input and the sum after attention; q, k, v and attention's output with its
-        # normaliser; gate and up.
-        elements = 2 * d + 2 * q + 2 * kv + 2 * f
-        if a.model_type == "qwen3":
-            elements += q + kv  # before their norms
-        if policy == "none":
-            elements += d * reads("q_proj", "k_proj", "v_proj")
-            elements += d * reads("gate_proj", "up_proj")
-        return elements * c + 4.0 * a.num_attention_heads
+        kept = self.architecture.family.kept(self.architecture, policy)
+        elements = kept.elements
+        if not self._writes_scores:
+            elements += kept.attention
+        for names, size in kept.inputs:
+            if self.full or not self.adapted.isdisjoint(names):
+                elements += size
+        return elements * self.element + 4.0 * kept.float32
 
     def seconds(
         self, policy: GradientCheckpointing, rows: int, length: int, kept_layers: int = 1
@@ -244,16 +237,13 @@ class Planner:
         return min((*fitting, *(r for r in more if peak(r) <= FILLED * gib)), key=seconds)
 
 
-def _kept_ranks(ranks: dict[str, int]) -> int:
-    """Returns the columns of x·A that are kept per token, given the rank of every layer by name.
-
-    Layers that read one input share their columns.
-    """
+def _kept_columns(costs: Mapping[str, Cost], family: Family) -> int:
+    """Returns the elements that adapters keep per token; layers of one input share columns."""
     together: dict[tuple[str, tuple[str, ...]], int] = {}
-    for name, r in ranks.items():
+    for name, cost in costs.items():
         parent, _, last = name.rpartition(".")
-        group = parent, family_of(last)
-        together[group] = together.get(group, 0) + r
+        group = parent, family.together_with(last)
+        together[group] = together.get(group, 0) + cost.kept
     return sum(map(padded_rank, together.values()))
 
 

@@ -35,8 +35,8 @@ from lorax.config.train import TrainConfig
 from lorax.devices.host_memory import HostArray, embedding_on_host
 from lorax.devices.mesh import make_mesh
 from lorax.devices.placement import place_batch
-from lorax.models.architecture import DecoderConfig
 from lorax.models.decoder import CausalLM
+from lorax.models.families import read_architecture
 from lorax.models.stack.recompute import REPEATING, Recomputation, check_policy
 from lorax.system.hardware import memory_gib
 from lorax.training.optim.optimizer import make_optimizer
@@ -93,7 +93,7 @@ class Compiled:
 
 def build_model(shape: str, r: int, offload_embedding: bool = False) -> CausalLM:
     """Returns a model with random weights and adapters on all linear layers."""
-    config = DecoderConfig.from_hf(SHAPES[shape], shape)
+    config = read_architecture(SHAPES[shape], shape)
     bf16 = jnp.bfloat16
     model = CausalLM(config, dtype=bf16, param_dtype=bf16, rngs=nnx.Rngs(0))
     settings = LoraConfig(r=r, lora_alpha=2.0 * r, target_modules="all-linear")

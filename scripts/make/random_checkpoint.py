@@ -17,6 +17,7 @@ import numpy as np
 from lorax.interop.folder import TOKENIZER_FILES, write_checkpoint
 from lorax.interop.tensors import tensor_table
 from lorax.models.architecture import DecoderConfig
+from lorax.models.families import read_architecture
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -82,7 +83,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, required=True)
     parsed = parser.parse_args()
     raw = SHAPES[parsed.shape]
-    config = DecoderConfig.from_hf(raw, "random_checkpoint.py")
+    config = read_architecture(raw, "random_checkpoint.py")
     write_checkpoint(random_tensors(config), raw | {"dtype": "bfloat16"}, parsed.directory)
     for name in TOKENIZER_FILES:
         if (parsed.tokenizer / name).is_file():

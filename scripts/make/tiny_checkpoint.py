@@ -19,8 +19,8 @@ from transformers import PreTrainedTokenizerFast
 
 from lorax.cli.main import main as lorax_main
 from lorax.interop.save import save_model
-from lorax.models.architecture import DecoderConfig
 from lorax.models.decoder import init_model
+from lorax.models.families import read_architecture
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "examples" / "tiny" / "data"
@@ -94,7 +94,7 @@ def main() -> None:
             "bos_token_id": None,
         }
         model = init_model(
-            DecoderConfig.from_hf(config, "tiny_checkpoint.py"), dtype=jnp.float32, seed=3407
+            read_architecture(config, "tiny_checkpoint.py"), dtype=jnp.float32, seed=3407
         )
         tokenizer.save_pretrained(Path(scratch) / "tokenizer")
         (Path(scratch) / "tokenizer" / "generation_config.json").write_text(

@@ -19,8 +19,8 @@ from lorax.devices.mesh import make_mesh
 from lorax.devices.placement import place_batch
 from lorax.interop.load import load_model
 from lorax.interop.save import save_model
-from lorax.models.architecture import DecoderConfig
 from lorax.models.decoder import init_model
+from lorax.models.families import read_architecture
 from lorax.runs.checks import check_targets
 from lorax.runs.memory import make_planner
 from lorax.runs.model import Blueprint
@@ -40,7 +40,7 @@ TINY = ROOT / "examples" / "tiny" / "model"
 def untied(tmp_path_factory):
     """The tiny model's shape with an output head of its own."""
     raw = json.loads((TINY / "config.json").read_text()) | {"tie_word_embeddings": False}
-    model = init_model(DecoderConfig.from_hf(raw, "here"), dtype=jnp.float32, seed=3)
+    model = init_model(read_architecture(raw, "here"), dtype=jnp.float32, seed=3)
     folder = tmp_path_factory.mktemp("untied") / "model"
     return save_model(model, folder, dtype=jnp.float32, source_directory=TINY)
 
@@ -211,7 +211,7 @@ from jax.experimental import topologies
 import lorax
 from lorax.config.train import TrainConfig
 from lorax.models.decoder import CausalLM
-from lorax.models.architecture import DecoderConfig
+from lorax.models.families import read_architecture
 from lorax.training.optim.optimizer import make_optimizer
 from lorax.training.step import make_train_step
 
@@ -226,7 +226,7 @@ bf16 = jnp.bfloat16
 
 
 def build():
-    model = CausalLM(DecoderConfig.from_hf(sizes, "here"), dtype=bf16, param_dtype=bf16,
+    model = CausalLM(read_architecture(sizes, "here"), dtype=bf16, param_dtype=bf16,
                      attn_impl="xla", gradient_checkpointing="full", rngs=nnx.Rngs(0))
     return lorax.apply_lora(model, lorax.LoraConfig(target_modules="all-linear"), rngs=nnx.Rngs(0))
 

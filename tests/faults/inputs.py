@@ -44,10 +44,10 @@ def make_models(folder: Path) -> None:
     import lorax
     from lorax.interop.peft import save_adapter
     from lorax.interop.save import save_model
-    from lorax.models.architecture import DecoderConfig
     from lorax.models.decoder import CausalLM
+    from lorax.models.families import read_architecture
 
-    model = CausalLM(DecoderConfig.from_hf(CONFIG, "tiny"), rngs=nnx.Rngs(0))
+    model = CausalLM(read_architecture(CONFIG, "tiny"), rngs=nnx.Rngs(0))
     save_model(model, folder / "model", dtype=jnp.dtype("float32"))
     settings = lorax.LoraConfig(r=4, target_modules=("q_proj",))
     adapted = lorax.apply_lora(model, settings, rngs=nnx.Rngs(0))

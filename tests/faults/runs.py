@@ -43,8 +43,8 @@ def make_trainer(folder: Path, *, resume: bool = False, **changes: Any):
     import lorax
     from lorax.config.run import RunConfig
     from lorax.data.dataset import EncodedDataset
-    from lorax.models.architecture import DecoderConfig
     from lorax.models.decoder import CausalLM
+    from lorax.models.families import read_architecture
     from lorax.objectives.sft import causal_lm_loss
 
     settings: dict[str, Any] = {
@@ -58,7 +58,7 @@ def make_trainer(folder: Path, *, resume: bool = False, **changes: Any):
             section, _, key = name.partition("__")
             settings[section] = settings[section] | {key: value}
     seed = changes.get("seed_of_base", 0)
-    base = CausalLM(DecoderConfig.from_hf(SIZES, "tiny"), rngs=nnx.Rngs(seed))
+    base = CausalLM(read_architecture(SIZES, "tiny"), rngs=nnx.Rngs(seed))
     adapter = lorax.LoraConfig(
         r=changes.get("rank", 4),
         lora_dropout=changes.get("dropout", 0.0),

@@ -22,8 +22,8 @@ from lorax.interop.stop_tokens import (
     read_stop_tokens,
     stop_token_ids,
 )
-from lorax.models.architecture import DecoderConfig
 from lorax.models.decoder import CausalLM
+from lorax.models.families import read_architecture
 
 pytestmark = pytest.mark.slow
 
@@ -75,7 +75,7 @@ def saved(family, settings, path):
 
 @pytest.fixture(scope="module")
 def model():
-    config = DecoderConfig.from_hf(dict(SMALL, model_type="llama"), "here")
+    config = read_architecture(dict(SMALL, model_type="llama"), "here")
     model = CausalLM(config, rngs=nnx.Rngs(0))
     # Twenty times the usual deviation, so that the most likely token depends on the context.
     return jax.tree.map(lambda x: x if x.ndim == 1 else 20 * x, model)
@@ -132,7 +132,7 @@ def test_dynamic_rope_reads_the_length_of_the_row_and_not_of_the_padding():
         max_position_embeddings=8,
         rope_scaling=dict(type="dynamic", factor=4.0),
     )
-    model = CausalLM(DecoderConfig.from_hf(settings, "here"), rngs=nnx.Rngs(0))
+    model = CausalLM(read_architecture(settings, "here"), rngs=nnx.Rngs(0))
     model = jax.tree.map(lambda x: x if x.ndim == 1 else 20 * x, model)
     short, long = [5, 9, 1, 7], list(range(1, 40))
     (first,) = generate(model, [short], max_new_tokens=1, stop_ids=())

@@ -25,8 +25,8 @@ from lorax.interop.folder import resolve_checkpoint
 from lorax.interop.load import load_hf_config, load_model
 from lorax.interop.safetensors import read_ahead, read_headers, read_tensors
 from lorax.interop.save import save_model
-from lorax.models.architecture import DecoderConfig
 from lorax.models.decoder import init_model
+from lorax.models.families import read_architecture
 from lorax.system.files import CheckpointError
 
 SMALL: dict[str, Any] = dict(
@@ -45,7 +45,7 @@ Q0 = "model.layers.0.self_attn.q_proj.weight"
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
     path = tmp_path_factory.mktemp("original") / "model"
-    return save_model(init_model(DecoderConfig.from_hf(SMALL, "here")), path)
+    return save_model(init_model(read_architecture(SMALL, "here")), path)
 
 
 @pytest.fixture

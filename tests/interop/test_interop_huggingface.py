@@ -19,8 +19,8 @@ from lorax.interop.load import load_model
 from lorax.interop.safetensors import read_tensors
 from lorax.interop.save import model_tensors, save_model
 from lorax.interop.tensors import hf_name, tensor_table
-from lorax.models.architecture import DecoderConfig
 from lorax.models.decoder import CausalLM, init_model
+from lorax.models.families import read_architecture
 from lorax.system.files import CheckpointError
 
 pytestmark = pytest.mark.slow
@@ -94,7 +94,7 @@ def test_loading_and_saving_gives_the_same_bytes(case, dtype, tmp_path):
 def test_transformers_loads_what_lorax_saved_in_shards(case, tmp_path):
     family, settings = FAMILIES[case]
     config = getattr(transformers, f"{family}Config")(**SMALL | settings).to_dict()
-    model = init_model(DecoderConfig.from_hf(config, "here"), dtype=jnp.float32, seed=3)
+    model = init_model(read_architecture(config, "here"), dtype=jnp.float32, seed=3)
     save_model(model, tmp_path / "m", dtype=jnp.float32, max_shard_bytes=20_000)
     shards = sorted(p.name for p in (tmp_path / "m").glob("*.safetensors"))
     assert len(shards) > 2 and shards[0] == f"model-00001-of-{len(shards):05d}.safetensors"
@@ -120,7 +120,7 @@ def test_weights_take_the_dtype_asked_for(original):
 
 
 def test_names_of_parameters_and_tensors_are_one_to_one():
-    config = DecoderConfig.from_hf(dict(SMALL, model_type="qwen3", attention_bias=True), "here")
+    config = read_architecture(dict(SMALL, model_type="qwen3", attention_bias=True), "here")
     reference = transformers.Qwen3ForCausalLM(
         transformers.Qwen3Config(**SMALL, attention_bias=True)
     )
@@ -213,7 +213,7 @@ def test_transposed_arrays_are_written_in_their_own_order(tmp_path):
 
 
 def test_fresh_models_follow_the_seed():
-    config = DecoderConfig.from_hf(dict(SMALL, model_type="llama"), "here")
+    config = read_architecture(dict(SMALL, model_type="llama"), "here")
     kernel = lambda seed: init_model(config, seed=seed).model.layers[1].mlp.up_proj.kernel[...]
     assert kernel(0).dtype == jnp.bfloat16
     assert (kernel(0) == kernel(0)).all() and not (kernel(0) == kernel(1)).all()

@@ -11,8 +11,8 @@ from flax import nnx
 import lorax.objectives.linear_loss
 from lorax.adapters.nnx.apply import set_kernels
 from lorax.devices.mesh import DATA_AXIS, make_mesh
-from lorax.models.architecture import DecoderConfig
 from lorax.models.decoder import CausalLM
+from lorax.models.families import read_architecture
 from lorax.objectives.linear_loss import linear_cross_entropy, logit_chunks
 from lorax.objectives.sft import causal_lm_loss
 from lorax_kernels import IGNORED, cross_entropy, token_nll, token_nll_and_gradient
@@ -145,7 +145,7 @@ def test_a_model_s_kernels_decide_it(kernels, runs):
     sizes = {"model_type": "llama", "hidden_size": 128, "intermediate_size": 256}
     sizes |= {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
     sizes |= {"vocab_size": 64, "max_position_embeddings": 64}
-    config = DecoderConfig.from_hf(sizes, "here")
+    config = read_architecture(sizes, "here")
     model = CausalLM(config, dtype=jnp.bfloat16, attn_impl="xla", rngs=nnx.Rngs(0))
     set_kernels(model, kernels)
     graph, trainable, rest = nnx.split(model, nnx.Param, ...)

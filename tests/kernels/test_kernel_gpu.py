@@ -14,8 +14,8 @@ from lorax.adapters.nnx.apply import apply_lora, set_kernels
 from lorax.config.adapter import LoraConfig
 from lorax.devices.determinism import compiler_options
 from lorax.layers.documents import DocumentLayout
-from lorax.models.architecture import DecoderConfig
 from lorax.models.decoder import CausalLM
+from lorax.models.families import read_architecture
 from lorax.models.stack.recompute import save_lora_h
 from lorax.training.step import make_train_step
 from lorax_kernels import (
@@ -210,7 +210,7 @@ def test_dropout_is_the_same_on_both_paths(r):
 
 def make_model(dtype, layers: int = 2) -> CausalLM:
     """Returns a small Llama with adapters."""
-    config = DecoderConfig.from_hf(
+    config = read_architecture(
         {
             "model_type": "llama",
             "hidden_size": 512,

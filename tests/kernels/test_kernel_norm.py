@@ -11,8 +11,8 @@ from flax import nnx
 from lorax.adapters.nnx.apply import apply_lora, set_kernels
 from lorax.config.adapter import LoraConfig
 from lorax.devices.mesh import DATA_AXIS, make_mesh
-from lorax.models.architecture import DecoderConfig
 from lorax.models.decoder import CausalLM
+from lorax.models.families import read_architecture
 from lorax_kernels import rms_norm, rms_norm_fork
 from lorax_kernels.device import interpreted
 from tests.jaxprs import on_h200
@@ -126,7 +126,7 @@ def small_model(kernels, dtype, adapted, policy="none"):
     sizes |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
     sizes |= {"vocab_size": 64, "max_position_embeddings": 64, "tie_word_embeddings": True}
     options = {"dtype": jnp.dtype(dtype), "attn_impl": "xla", "gradient_checkpointing": policy}
-    model = CausalLM(DecoderConfig.from_hf(sizes, "here"), **options, rngs=nnx.Rngs(0))
+    model = CausalLM(read_architecture(sizes, "here"), **options, rngs=nnx.Rngs(0))
     if adapted:
         model = apply_lora(model, LoraConfig(target_modules=["q_proj"]), rngs=nnx.Rngs(1))
     set_kernels(model, kernels)

@@ -11,7 +11,8 @@ import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from lorax.layers.rope import RopeConfig, inverse_frequencies
-from lorax.models.architecture import DecoderConfig, stored_dtype
+from lorax.models.architecture import stored_dtype
+from lorax.models.families import read_architecture
 from lorax.system.json_fields import JsonFields
 
 SMALL: dict[str, Any] = dict(
@@ -60,7 +61,7 @@ FAMILIES = {
 
 
 def read(**settings):
-    return DecoderConfig.from_hf(dict(SMALL, model_type="llama") | settings, WHERE)
+    return read_architecture(dict(SMALL, model_type="llama") | settings, WHERE)
 
 
 def theirs(model_type, **settings):
@@ -70,7 +71,7 @@ def theirs(model_type, **settings):
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_every_field_that_transformers_writes_is_known(model_type):
     config = theirs(model_type, **FAMILIES[model_type])
-    read_back = DecoderConfig.from_hf(config.to_dict(), WHERE)
+    read_back = read_architecture(config.to_dict(), WHERE)
     for field in ("head_dim", "num_key_value_heads", "tie_word_embeddings", "rms_norm_eps"):
         assert getattr(read_back, field) == getattr(config, field, read_back.head_dim)
     windows = [read_back.window(i) for i in range(3)]
@@ -91,8 +92,8 @@ def test_absent_fields_take_the_defaults_of_the_transformers_class(model_type):
         num_attention_heads=32,
     )
     config = transformers.AutoConfig.for_model(model_type, **sizes).to_dict()
-    assert DecoderConfig.from_hf(sizes | {"model_type": model_type}, WHERE) == dataclasses.replace(
-        DecoderConfig.from_hf(config, WHERE), bos_token_id=None, eos_token_id=None
+    assert read_architecture(sizes | {"model_type": model_type}, WHERE) == dataclasses.replace(
+        read_architecture(config, WHERE), bos_token_id=None, eos_token_id=None
     )
 
 
@@ -100,11 +101,11 @@ def test_absent_fields_take_the_defaults_of_the_transformers_class(model_type):
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_what_is_written_reads_back_here_and_in_transformers(model_type, rope):
     config = theirs(model_type, rope_parameters=dict(ROPES[rope]), **FAMILIES[model_type])
-    ours = DecoderConfig.from_hf(config.to_dict(), WHERE)
+    ours = read_architecture(config.to_dict(), WHERE)
     written = json.loads(json.dumps(ours.to_hf()))
-    assert DecoderConfig.from_hf(written, WHERE) == ours
+    assert read_architecture(written, WHERE) == ours
     again = transformers.AutoConfig.for_model(**written)
-    assert DecoderConfig.from_hf(again.to_dict(), WHERE) == ours
+    assert read_architecture(again.to_dict(), WHERE) == ours
     assert again.rope_parameters == ROPES[rope]
 
 
@@ -404,12 +405,12 @@ def test_nothing_that_transformers_can_write_is_refused_or_told():
     written = {**transformers.PreTrainedConfig().to_dict(), **generation.to_dict()}
     for model_type in FAMILIES:
         config = theirs(model_type, **FAMILIES[model_type]).to_dict()
-        assert not DecoderConfig.from_hf(written | config, WHERE).notes
+        assert not read_architecture(written | config, WHERE).notes
 
 
 def test_what_transformers_keeps_of_a_gguf_is_told():
     config = theirs("llama", unk_token_id=0, internal_version="x").to_dict()
-    assert "unk_token_id=0" in DecoderConfig.from_hf(config, WHERE).notes[0]
+    assert "unk_token_id=0" in read_architecture(config, WHERE).notes[0]
 
 
 DTYPES = {

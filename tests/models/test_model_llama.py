@@ -12,8 +12,8 @@ from lorax.layers import attention
 from lorax.layers import documents as layers_documents
 from lorax.layers.documents import DocumentLayout
 from lorax.models import llama
-from lorax.models.architecture import DecoderConfig
 from lorax.models.decoder import CausalLM
+from lorax.models.families import read_architecture
 from tests.bounds import EXACT, distance, in_float64
 
 pytestmark = pytest.mark.slow
@@ -35,7 +35,7 @@ WINDOW: dict[str, Any] = dict(model_type="mistral", sliding_window=4)
 
 
 def make(gradient_checkpointing="none", **settings):
-    config = DecoderConfig.from_hf(SMALL | settings, "here")
+    config = read_architecture(SMALL | settings, "here")
     options: dict[str, Any] = dict(gradient_checkpointing=gradient_checkpointing)
     # Asked for at each call, so that `in_float64` decides it.
     options |= dict(dtype=jnp.float32, param_dtype=jnp.float32)
@@ -257,11 +257,11 @@ def test_rows_with_more_documents_than_promised_become_nan(monkeypatch):
 )
 def test_options_that_cannot_be_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        CausalLM(DecoderConfig.from_hf(SMALL, "here"), rngs=nnx.Rngs(0), **options)
+        CausalLM(read_architecture(SMALL, "here"), rngs=nnx.Rngs(0), **options)
 
 
 def test_activations_have_the_compute_dtype_and_logits_are_float32():
-    config = DecoderConfig.from_hf(SMALL, "here")
+    config = read_architecture(SMALL, "here")
     model = CausalLM(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     ids = jnp.zeros((1, 3), jnp.int32)
     assert model.hidden_states(ids).dtype == jnp.bfloat16
@@ -275,7 +275,7 @@ def test_activations_have_the_compute_dtype_and_logits_are_float32():
 @pytest.mark.parametrize("gradient_checkpointing", ["none", "selective", "full"])
 def test_packed_training_on_cudnn_equals_xla(gradient_checkpointing, layout):
     settings = SMALL | dict(hidden_size=256, num_attention_heads=4, head_dim=64)
-    config = DecoderConfig.from_hf(settings, "here")
+    config = read_architecture(settings, "here")
     inputs = pack(draw_documents(), 128)
     found = {}
     runs: dict[str, tuple[Any, Any]] = {

@@ -12,8 +12,8 @@ from flax import nnx
 from lorax.adapters.nnx.apply import apply_lora
 from lorax.adapters.nnx.tree import split_trainable
 from lorax.config.adapter import LoraConfig
-from lorax.models.architecture import DecoderConfig
 from lorax.models.decoder import CausalLM
+from lorax.models.families import read_architecture
 from lorax.models.stack.offload import run_in_order
 from lorax.models.stack.recompute import Recomputation
 from lorax.objectives.sft import causal_lm_loss
@@ -22,7 +22,7 @@ from tests.jaxprs import equations
 
 LAYERS, WIDTH, INNER, ROWS, LENGTH = 3, 64, 192, 2, 24
 REPEATED = LAYERS - 1  # the backward pass begins with the last layer, which is still there
-CONFIG = DecoderConfig.from_hf(
+CONFIG = read_architecture(
     {
         "model_type": "llama",
         "hidden_size": WIDTH,

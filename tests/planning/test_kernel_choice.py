@@ -4,13 +4,13 @@ import pytest
 from flax import nnx
 
 import lorax
-from lorax.models.architecture import DecoderConfig
 from lorax.models.decoder import CausalLM
+from lorax.models.families import read_architecture
 from lorax.planning.kernels import check_kernels, kernel_choices
 from lorax_kernels import tuning
 from lorax_kernels.device import interpreted
 
-MODEL = DecoderConfig.from_hf(
+MODEL = read_architecture(
     {
         "model_type": "llama",
         "vocab_size": 64,

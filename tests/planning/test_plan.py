@@ -13,8 +13,8 @@ from flax import nnx
 from lorax.adapters.nnx.apply import apply_lora
 from lorax.config.adapter import LoraConfig
 from lorax.config.run import load_config
-from lorax.models.architecture import DecoderConfig
 from lorax.models.decoder import CausalLM
+from lorax.models.families import read_architecture
 from lorax.models.stack.recompute import Recomputation
 from lorax.planning.memory import FILLED, POLICIES, Planner
 from lorax.runs import memory as runs_memory
@@ -51,7 +51,7 @@ LLAMA_1B: dict[str, Any] = LLAMA_8B | {
 def make_planner(
     targets: Any = "all-linear", *overrides, base=LLAMA_8B, host=False, **sizes
 ) -> Planner:
-    architecture = DecoderConfig.from_hf(base | sizes, "here")
+    architecture = read_architecture(base | sizes, "here")
     bf16, settings = jnp.bfloat16, LoraConfig(r=16, target_modules=targets)
 
     def build():

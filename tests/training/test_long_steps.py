@@ -14,8 +14,8 @@ from flax import nnx
 import lorax
 from lorax.config.run import RunConfig
 from lorax.data.dataset import EncodedDataset
-from lorax.models.architecture import DecoderConfig
 from lorax.models.decoder import CausalLM
+from lorax.models.families import read_architecture
 from lorax.objectives.sft import causal_lm_loss
 from lorax.recovery.tree import flatten_tree
 from lorax.system.signals import RunStopped, StopRequest
@@ -26,7 +26,7 @@ from lorax.training.trainer import Trainer
 
 pytestmark = pytest.mark.slow
 
-ARCHITECTURE = DecoderConfig.from_hf(
+ARCHITECTURE = read_architecture(
     {
         "model_type": "llama",
         "vocab_size": 64,

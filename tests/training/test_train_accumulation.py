@@ -12,8 +12,8 @@ from lorax.data.batches import BatchPlan
 from lorax.data.dataset import EncodedDataset
 from lorax.devices.mesh import make_mesh
 from lorax.devices.placement import place_batch, place_parameters
-from lorax.models.architecture import DecoderConfig
 from lorax.models.decoder import CausalLM
+from lorax.models.families import read_architecture
 from lorax.objectives.sft import causal_lm_loss
 from lorax.training.accumulate import accumulate
 from lorax.training.step import make_train_step
@@ -21,7 +21,7 @@ from lorax_kernels import IGNORED
 
 pytestmark = pytest.mark.slow
 
-CONFIG = DecoderConfig.from_hf(
+CONFIG = read_architecture(
     {
         "model_type": "llama",
         "vocab_size": 97,

@@ -26,8 +26,8 @@ from lorax.data.dataset import EncodedDataset
 from lorax.interop.load import load_model
 from lorax.interop.peft import load_adapter
 from lorax.interop.save import save_model
-from lorax.models.architecture import DecoderConfig
 from lorax.models.decoder import CausalLM
+from lorax.models.families import read_architecture
 from lorax.objectives.sft import causal_lm_loss
 from lorax.recovery.files import read_checkpoint
 from lorax.report.listener import Recorder
@@ -41,7 +41,7 @@ from lorax.training.trainer import Trainer
 pytestmark = pytest.mark.slow
 
 VOCAB = 64
-ARCHITECTURE = DecoderConfig.from_hf(
+ARCHITECTURE = read_architecture(
     {
         "model_type": "llama",
         "vocab_size": VOCAB,
