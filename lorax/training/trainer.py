@@ -165,7 +165,9 @@ class Trainer:
                 except RunStopped:
                     raise
                 except BaseException as error:
-                    self._rescue(error)
+                    # The state has the last step, whatever its listeners would say.
+                    read = lambda: self._pending and self._note_numbers(self._pending)
+                    self.saver.rescue(lambda: self._reach(read), error)
                     raise
             return self._finish()
 
@@ -174,15 +176,7 @@ class Trainer:
             self._run_steps(compiled)
             self._beat()
         except StopAskedError as asked:
-
-            def reach() -> TrainState:
-                with contextlib.suppress(StepDroppedError):
-                    self._finish_pending()
-                self.state = self._long.reached(self.state)
-                self._watchdog.beat()
-                return self.state.resumable()
-
-            raise self.saver.stop(asked, reach) from None
+            raise self.saver.stop(asked, lambda: self._reach(self._finish_pending)) from None
 
     def _run_steps(self, compiled: dict[int, TrainStep]) -> None:
         progress = self.progress
@@ -238,19 +232,16 @@ class Trainer:
         if self.saver.best is not None:
             best = place_parameters(self.saver.best, self.mesh)
             self.state = dataclasses.replace(self.state, trainable=best)
-        self._update_model()
+        self.model = self._weights.on_model(self.state.trainable)
         return self.saver.result()
 
-    def _rescue(self, error: BaseException) -> None:
-        """Saves what was reached before an error is passed on."""
-
-        def reach() -> TrainState:
-            if self._pending is not None:  # the state has it, whatever its listeners would say
-                with contextlib.suppress(StepDroppedError):
-                    self._note_numbers(self._pending)
-            return self._long.reached(self.state).resumable()
-
-        self.saver.rescue(reach, error)
+    def _reach(self, read: Callable[[], object]) -> TrainState:
+        """Returns the state to save when the run is ended; `read` waits for the last numbers."""
+        with contextlib.suppress(StepDroppedError):
+            read()
+        self.state = self._long.reached(self.state)
+        self._watchdog.beat()
+        return self.state.resumable()
 
     def _compile(self) -> dict[int, TrainStep]:
         """Compiles every shape of the run before the first step, so that none stops it later."""
@@ -283,7 +274,7 @@ class Trainer:
     def _refuse_nonfinite(self, event: Event, at: Position) -> None:
         """Names and dumps the rows of a step that was not applied; counts it or ends the run."""
         allowed, progress = self.config.train.skip_nonfinite_steps, self.progress
-        self._update_model()
+        self.model = self._weights.on_model(self.state.trainable)
         found = explain_step(self.output_dir, event, at, self.plan, self.model, self.loss_fn)
         if progress.skipped < allowed:
             progress.skipped += 1
@@ -301,17 +292,12 @@ class Trainer:
     def _evaluate(self, step: int) -> float | None:
         if self.evaluator is None:
             return None
-        loss = self.evaluator(self.state.trainable, self.step.frozen, self._wait_for_evaluation)
+        # On a signal it is not finished first, but made again by a run that goes on.
+        wait = lambda sums: (self._stop.wait(sums), self._beat())
+        loss = self.evaluator(self.state.trainable, self.step.frozen, wait)
         self._tell({"step": step, "eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700))})
         self.events.restart_clock()
         return loss
-
-    def _wait_for_evaluation(self, sums: Any) -> None:
-        self._stop.wait(sums)  # it is not finished first, but made again by a run that goes on
-        self._beat()
-
-    def _update_model(self) -> None:
-        self.model = self._weights.on_model(self.state.trainable)
 
     def _tell(self, event: Event) -> None:
         for listener in self.listeners:

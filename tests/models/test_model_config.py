@@ -1,7 +1,5 @@
 """config.json: every field is honoured or refused, and what is written reads back everywhere."""
 
-import dataclasses
-import json
 from typing import Any
 
 import numpy as np
@@ -14,6 +12,7 @@ from lorax.layers.rope import RopeConfig, inverse_frequencies
 from lorax.models.architecture import stored_dtype
 from lorax.models.families import read_architecture
 from lorax.system.json_fields import JsonFields
+from tests.models.contract import LLAMA3, ROPES, YARN
 
 SMALL: dict[str, Any] = dict(
     vocab_size=61,
@@ -26,27 +25,6 @@ SMALL: dict[str, Any] = dict(
 )
 WHERE = "model/config.json"
 
-LLAMA3: dict[str, Any] = dict(
-    rope_type="llama3",
-    rope_theta=5e5,
-    factor=8.0,
-    low_freq_factor=1.0,
-    high_freq_factor=4.0,
-    original_max_position_embeddings=32,
-)
-YARN: dict[str, Any] = dict(
-    rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=16
-)
-ROPES: dict[str, dict[str, Any]] = {
-    "default": dict(rope_type="default", rope_theta=3e4),
-    "linear": dict(rope_type="linear", rope_theta=1e4, factor=3.0),
-    "dynamic": dict(rope_type="dynamic", rope_theta=1e4, factor=2.0),
-    "llama3": LLAMA3,
-    "yarn": YARN,
-    "yarn-all": YARN
-    | dict(mscale=0.7, mscale_all_dim=1.2, beta_fast=8.0, beta_slow=2.0, truncate=False),
-    "yarn-attention-factor": YARN | dict(attention_factor=1.3),
-}
 FAMILIES = {
     "llama": dict(attention_bias=True, mlp_bias=True, head_dim=16, tie_word_embeddings=True),
     "mistral": dict(sliding_window=7),
@@ -66,47 +44,6 @@ def read(**settings):
 
 def theirs(model_type, **settings):
     return transformers.AutoConfig.for_model(model_type, **SMALL | settings)
-
-
-@pytest.mark.parametrize("model_type", FAMILIES)
-def test_every_field_that_transformers_writes_is_known(model_type):
-    config = theirs(model_type, **FAMILIES[model_type])
-    read_back = read_architecture(config.to_dict(), WHERE)
-    for field in ("head_dim", "num_key_value_heads", "tie_word_embeddings", "rms_norm_eps"):
-        assert getattr(read_back, field) == getattr(config, field, read_back.head_dim)
-    windows = [read_back.window(i) for i in range(3)]
-    if model_type == "mistral":
-        assert windows == [7, 7, 7]
-    elif model_type != "llama":
-        sliding = [t == "sliding_attention" for t in config.layer_types]
-        assert windows == [5 if s else None for s in sliding] and any(sliding)
-
-
-@pytest.mark.parametrize("model_type", FAMILIES)
-def test_absent_fields_take_the_defaults_of_the_transformers_class(model_type):
-    sizes = dict(
-        vocab_size=61,
-        hidden_size=1024,
-        intermediate_size=48,
-        num_hidden_layers=30,
-        num_attention_heads=32,
-    )
-    config = transformers.AutoConfig.for_model(model_type, **sizes).to_dict()
-    assert read_architecture(sizes | {"model_type": model_type}, WHERE) == dataclasses.replace(
-        read_architecture(config, WHERE), bos_token_id=None, eos_token_id=None
-    )
-
-
-@pytest.mark.parametrize("rope", ROPES)
-@pytest.mark.parametrize("model_type", FAMILIES)
-def test_what_is_written_reads_back_here_and_in_transformers(model_type, rope):
-    config = theirs(model_type, rope_parameters=dict(ROPES[rope]), **FAMILIES[model_type])
-    ours = read_architecture(config.to_dict(), WHERE)
-    written = json.loads(json.dumps(ours.to_hf()))
-    assert read_architecture(written, WHERE) == ours
-    again = transformers.AutoConfig.for_model(**written)
-    assert read_architecture(again.to_dict(), WHERE) == ours
-    assert again.rope_parameters == ROPES[rope]
 
 
 @pytest.mark.parametrize("rope", ROPES)

@@ -15,6 +15,7 @@ from lorax.models import llama
 from lorax.models.decoder import CausalLM
 from lorax.models.families import read_architecture
 from tests.bounds import EXACT, distance, in_float64
+from tests.models.contract import draw_documents, pack
 
 pytestmark = pytest.mark.slow
 
@@ -27,9 +28,6 @@ SMALL: dict[str, Any] = dict(
     num_attention_heads=4,
     num_key_value_heads=2,
     max_position_embeddings=64,
-)
-DYNAMIC: dict[str, Any] = dict(
-    max_position_embeddings=6, rope_scaling=dict(type="dynamic", factor=4.0)
 )
 WINDOW: dict[str, Any] = dict(model_type="mistral", sliding_window=4)
 
@@ -52,36 +50,6 @@ def run(model, *inputs):
 @jax.jit
 def run_states(model, *inputs, cache=None):
     return model.hidden_states(*inputs, cache=cache)
-
-
-def pack(rows, length):
-    """Returns ids, positions and segment ids of rows of documents, padded on the right."""
-    fill = lambda parts: np.pad(np.concatenate(parts), (0, length - sum(map(len, parts))))
-    ids = [fill(row) for row in rows]
-    positions = [fill([np.arange(len(d)) for d in row]) for row in rows]
-    segments = [fill([np.full(len(d), i + 1) for i, d in enumerate(row)]) for row in rows]
-    return [jnp.asarray(np.stack(x), jnp.int32) for x in (ids, positions, segments)]
-
-
-def draw_documents():
-    rng = np.random.default_rng(0)
-    sizes = [[5, 9, 1], [16], [7, 4]]
-    return [[rng.integers(0, 61, size) for size in row] for row in sizes]
-
-
-@pytest.mark.parametrize("settings", [{}, DYNAMIC, WINDOW], ids=["full", "dynamic", "window"])
-def test_packed_documents_have_the_logits_they_have_alone(settings):
-    model, rows = make(**settings), draw_documents()
-    ids, positions, segments = pack(rows, 16)
-    packed = run(model, ids, positions, segments)
-    for row, documents in enumerate(rows):
-        start = 0
-        for document in documents:
-            size = len(document)
-            alone = run(model, *pack([[document]], 16)[:2])[0, :size]
-            found = packed[row, start : start + size]
-            np.testing.assert_allclose(found, alone, rtol=1e-5, atol=1e-5)
-            start += size
 
 
 def test_a_document_does_not_see_its_neighbours():
