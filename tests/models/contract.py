@@ -292,7 +292,7 @@ def check_kept(config: DecoderConfig) -> None:
         return collections.Counter(size for dtype, size in sizes if dtype == jnp.bfloat16)
 
     adapters = adapted_layers(_adapted(config))
-    ranks = sum(layer.r for layer in adapters.values()) // config.num_hidden_layers
+    ranks = sum(layer.adapter.spec.r for layer in adapters.values()) // config.num_hidden_layers
     for policy in ("selective", "full", "offload"):
         more = kept(3, policy) - kept(2, policy)
         stated = config.family.kept(config, policy).elements
