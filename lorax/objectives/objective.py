@@ -1,10 +1,102 @@
-"""What is learned: a loss of a model and a micro-batch, as a sum and a count."""
+"""What is learned: how rows become batches, and what is summed over a batch."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float
+
+from lorax.config.data import DataConfig
+from lorax.config.run import RunConfig
+from lorax.data.batches import BatchPlan
+from lorax.data.dataset import EncodedDataset
 
 type Batch = dict[str, Any]
 type LossFunction = Callable[[nnx.Module, Batch], tuple[jax.Array, jax.Array]]
+
+
+class Terms(NamedTuple):
+    """Sums over one micro-batch: micro-batches add up exactly, and are divided once.
+
+    Attributes:
+        total: Σ loss.
+        count: Σ of what it is divided by, such as supervised tokens or pairs.
+        figures: Σ of each figure, which is divided by the count too.
+    """
+
+    total: Float[Array, ""]
+    count: Array
+    figures: Mapping[str, Array]
+
+
+class Objective(Protocol):
+    """What the trainer is told of what is learned.
+
+    To add one: a file with an object like this, an entry in `lorax.objectives.objectives`.
+    """
+
+    @property
+    def name(self) -> str:
+        """The objective's name; empty for a loss function of the caller's."""
+        ...
+
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """What a step and an evaluation tell besides the loss."""
+        ...
+
+    @property
+    def reference(self) -> bool:
+        """Whether it asks for the base model's outputs: the same weights, no adapter active."""
+        ...
+
+    def claims(self, config: RunConfig) -> bool:
+        """Says whether the settings of a run ask for this objective."""
+        ...
+
+    def encode(
+        self, sources: Any, data: DataConfig, tokenizer: Any, *, vocab_size: int
+    ) -> EncodedDataset:
+        """Reads and encodes rows.
+
+        Raises:
+            ValueError: Naming the file, the line or the setting that cannot be used.
+        """
+        ...
+
+    def plan(
+        self, rows: EncodedDataset, config: RunConfig, *, size: int, count: int, shuffle: bool
+    ) -> BatchPlan:
+        """Returns the batches of some rows.
+
+        Args:
+            rows: From `encode`.
+            config: The run's settings.
+            size: Rows of a micro-batch, on all devices.
+            count: Micro-batches of a step.
+            shuffle: Whether each epoch has an order of its own.
+        """
+        ...
+
+    def terms(self, model: Any, batch: Batch) -> Terms:
+        """Returns the sums over one micro-batch; it is traced and differentiated."""
+        ...
+
+
+def checked(loss_fn: Callable[..., Any]) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """Holds a loss function to its contract, in words instead of a tracer's error."""
+
+    def check(*arguments: Any) -> tuple[jax.Array, jax.Array]:
+        found = loss_fn(*arguments)
+        if isinstance(found, tuple) and len(found) == 2:
+            total, count = map(jnp.asarray, found)
+            if total.shape == count.shape == ():
+                return total, count
+        raise ValueError(
+            "loss_fn must return (sum of losses, count), two scalars, so that micro-batches can be "
+            f"weighted exactly: `return (nll * mask).sum(), mask.sum()`; got {found}"
+        )
+
+    return check

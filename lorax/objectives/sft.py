@@ -1,11 +1,17 @@
 """Supervised fine-tuning: the next token's loss."""
 
+import dataclasses
 from typing import Any
 
 from jaxtyping import Array, Float, Int
 
+from lorax.config.data import DataConfig
+from lorax.config.run import RunConfig
+from lorax.data.batches import BatchPlan
+from lorax.data.dataset import EncodedDataset
+from lorax.data.encode import load_encoded_dataset
 from lorax.objectives.linear_loss import linear_cross_entropy
-from lorax.objectives.objective import Batch
+from lorax.objectives.objective import Batch, LossFunction, Terms, checked
 from lorax_kernels import IGNORED
 
 
@@ -29,3 +35,49 @@ def causal_lm_loss(model: Any, batch: Batch) -> tuple[Float[Array, ""], Int[Arra
         model.lm_head, hidden, labels, kernels=getattr(model, "kernels", "auto")
     )
     return loss, (labels != IGNORED).sum()
+
+
+@dataclasses.dataclass(frozen=True)
+class Supervised:
+    """Rows with a mask, several of them in a row of a batch where they are packed.
+
+    Attributes:
+        name: See `Objective`.
+        loss_fn: ``(model, micro_batch) -> (sum of losses, count)``.
+    """
+
+    name: str
+    loss_fn: LossFunction
+    figures: tuple[str, ...] = ()
+    reference: bool = False
+
+    def claims(self, config: RunConfig) -> bool:
+        """See `Objective`."""
+        return True
+
+    def encode(
+        self, sources: Any, data: DataConfig, tokenizer: Any, *, vocab_size: int
+    ) -> EncodedDataset:
+        """See `Objective`."""
+        return load_encoded_dataset(sources, data, tokenizer, vocab_size=vocab_size)
+
+    def plan(
+        self, rows: EncodedDataset, config: RunConfig, *, size: int, count: int, shuffle: bool
+    ) -> BatchPlan:
+        """See `Objective`."""
+        return BatchPlan(
+            rows,
+            rows_per_micro_batch=size,
+            micro_batches=count,
+            packing=config.data.packing,
+            max_seq_length=config.data.max_seq_length,
+            seed=config.train.seed,
+            shuffle=shuffle,
+        )
+
+    def terms(self, model: Any, batch: Batch) -> Terms:
+        """See `Objective`."""
+        return Terms(*checked(self.loss_fn)(model, batch), {})
+
+
+SFT = Supervised("sft", causal_lm_loss)

@@ -10,7 +10,6 @@ from lorax.data.chat.renderer import RENDERER
 from lorax.data.chat.template import read_own_template
 from lorax.data.chat.tokenizer import load_tokenizer
 from lorax.data.dataset import EncodedDataset
-from lorax.data.encode import load_encoded_dataset
 from lorax.data.reading.rows import SourceError
 from lorax.interop.adapter_base import with_recorded_revision
 from lorax.interop.adapter_tokenizer import tokenizer_files
@@ -19,6 +18,7 @@ from lorax.interop.stop_tokens import stop_token_ids
 from lorax.models.architecture import DecoderConfig
 from lorax.models.decoder import CausalLM
 from lorax.models.stack.recompute import Recomputation
+from lorax.objectives.objectives import objective_of
 from lorax.recovery.identity import Identity, fingerprint_folder, identify_rows
 from lorax.runs.folder import keep_date
 from lorax.runs.memory import choose_recomputation, recomputed_before
@@ -135,8 +135,9 @@ class Setup:
 
 def _encode(name: str, blueprint: Blueprint, tokenizer: Any) -> EncodedDataset:
     data, vocab_size = blueprint.config.data, blueprint.architecture.vocab_size
+    encode = objective_of(blueprint.config).encode
     try:
-        return load_encoded_dataset(getattr(data, name), data, tokenizer, vocab_size=vocab_size)
+        return encode(getattr(data, name), data, tokenizer, vocab_size=vocab_size)
     except SourceError as error:
         raise SourceError(f"data.{name}: {error}") from error
 

@@ -6,9 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lorax_kernels import (
-    accumulation_dtype,
-)
+from lorax.objectives.objective import Terms, checked
+from lorax_kernels import accumulation_dtype
 
 
 def accumulate(
@@ -33,14 +32,39 @@ def accumulate(
         leaf of `micro_batches` and `rest` has a leading axis of micro-batches. Call it under
         `jax.jit`.
     """
-    value_and_grad = jax.value_and_grad(_checked(loss_fn), has_aux=True)
+    summed = accumulate_terms(lambda *arguments: Terms(*checked(loss_fn)(*arguments), {}))
+
+    def accumulated(parameters, micro_batches, *rest):
+        loss, count, _, gradients = summed(parameters, micro_batches, *rest)
+        return loss, count, gradients
+
+    return accumulated
+
+
+def accumulate_terms(
+    terms_of: Callable[..., Terms],
+) -> Callable[..., tuple[jax.Array, jax.Array, Any, Any]]:
+    """Does what `accumulate` does, with figures beside the loss.
+
+    Args:
+        terms_of: ``(parameters, micro_batch, *rest) -> Terms``.
+
+    Returns:
+        A function ``(parameters, micro_batches, *rest) -> (loss, count, figures, gradients)``.
+    """
+
+    def total_of(*arguments):
+        total, count, figures = terms_of(*arguments)
+        return total, (count, figures)
+
+    value_and_grad = jax.value_and_grad(total_of, has_aux=True)
 
     def accumulated(parameters, micro_batches, *rest):
         wide = lambda x: x.astype(accumulation_dtype(x.dtype))
 
         def one(inputs):
-            (total, count), gradients = value_and_grad(parameters, *inputs)
-            return jax.tree.map(wide, (total, count.astype(jnp.float32), gradients))
+            (total, (count, figures)), gradients = value_and_grad(parameters, *inputs)
+            return jax.tree.map(wide, (total, count.astype(jnp.float32), figures, gradients))
 
         def add(sums, inputs):
             return jax.tree.map(jnp.add, sums, one(inputs)), None
@@ -52,29 +76,12 @@ def accumulate(
         else:
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, first))
             sums, _ = jax.lax.scan(add, zeros, inputs)
-        total, count, gradients = sums
+        total, count, figures, gradients = sums
         divisor = jnp.maximum(count, jnp.ones((), count.dtype))
         divide = lambda x: x / divisor.astype(x.dtype)
-        return divide(total), count, jax.tree.map(divide, gradients)
+        return divide(total), count, *jax.tree.map(divide, (dict(figures), gradients))
 
     return accumulated
-
-
-def _checked(loss_fn):
-    """Holds a loss to its contract, in words instead of a tracer's error."""
-
-    def checked(*arguments):
-        found = loss_fn(*arguments)
-        if isinstance(found, tuple) and len(found) == 2:
-            total, count = map(jnp.asarray, found)
-            if total.shape == count.shape == ():
-                return total, count
-        raise ValueError(
-            "loss_fn must return (sum of losses, count), two scalars, so that micro-batches can be "
-            f"weighted exactly: `return (nll * mask).sum(), mask.sum()`; got {found}"
-        )
-
-    return checked
 
 
 def _micro_batch_count(inputs) -> int:

@@ -19,11 +19,10 @@ from lorax.devices.step_cache import ProgramCache
 from lorax.devices.xla_cache import kept_elsewhere
 from lorax.models.decoder import CausalLM
 from lorax.models.stack.recompute import Recomputation
-from lorax.objectives.objective import LossFunction
-from lorax.objectives.sft import causal_lm_loss
+from lorax.objectives.objectives import OBJECTIVES
 from lorax.system.threads import start_beside
 from lorax.training.course import Course
-from lorax.training.step import METRICS, TrainState, TrainStep, make_abstract_step
+from lorax.training.step import TrainState, TrainStep, make_abstract_step
 
 
 class CompiledStep(NamedTuple):
@@ -42,7 +41,6 @@ def compile_ahead(
     shapes: Any,
     course: Course,
     *,
-    loss_fn: LossFunction = causal_lm_loss,
     programs: ProgramCache | None = None,
 ) -> Future[dict[int, CompiledStep]]:
     """Compiles the steps of a run in a thread, while its weights are still being read.
@@ -50,8 +48,7 @@ def compile_ahead(
     Args:
         shapes: The model with shapes in the place of weights, set up as the one that will train.
         course: What it will train on.
-        loss_fn: As for `Trainer`.
-        programs: Where steps with `causal_lm_loss` are kept for other runs, if anywhere, once it is
+        programs: Where steps of a known objective are kept for other runs, if anywhere, once it is
             told to `keep_waiting`.
 
     Raises:
@@ -61,9 +58,9 @@ def compile_ahead(
 
     def compile_steps() -> dict[int, CompiledStep]:
         model = course.prepare_model(shapes)
-        step, state = make_abstract_step(model, optimizer, loss_fn, **course.step_options)
+        step, state = make_abstract_step(model, optimizer, course.objective, **course.step_options)
         place = batch_placer(model, course.mesh)
-        if programs is None or loss_fn is not causal_lm_loss:
+        if programs is None or course.objective not in OBJECTIVES:
             return compile_widths(step, state, course, place)
         return compile_widths(step, state, course, place, programs, _describe_step(course, model))
 
@@ -71,7 +68,7 @@ def compile_ahead(
 
 
 def _describe_step(course: Course, model: CausalLM) -> dict[str, str]:
-    """Returns all that decides a step with `causal_lm_loss`, but for the shapes it is given."""
+    """Returns all that decides a step, but for the shapes it is given."""
     of_step: dict[str, set[str]] = {}
     for key, mark in find_marks(RunConfig).items():
         if mark.in_step:
@@ -79,6 +76,7 @@ def _describe_step(course: Course, model: CausalLM) -> dict[str, str]:
             of_step.setdefault(section, set()).add(name)
     settings = course.config.model_dump(mode="json", include=of_step)
     return {
+        "objective": course.objective.name,
         "settings": json.dumps(settings),
         "architecture": repr(model.config),
         "adapters": fingerprint_adapters(model),
@@ -113,7 +111,7 @@ def compile_widths(
         batch = place(jax.tree.map(fill, first))
         started = time.perf_counter()
         arguments = state, step.frozen, batch
-        kept: Any = facts or {}, arguments, (state, dict.fromkeys(METRICS, 0))
+        kept: Any = facts or {}, arguments, (state, dict.fromkeys(step.metrics, 0))
         executable = programs.find(*kept) if programs else None
         was_found = executable is not None
         if executable is None:

@@ -19,6 +19,8 @@ from lorax.data.dataset import EncodedDataset
 from lorax.data.prefetch import prefetch
 from lorax.devices.mesh import make_mesh
 from lorax.layers.documents import DocumentLayout
+from lorax.objectives.objective import Objective
+from lorax.objectives.objectives import objective_of
 from lorax.training.optim.optimizer import make_optimizer
 from lorax.training.optim.schedules import make_schedule
 
@@ -57,6 +59,7 @@ class Course:
 
     Attributes:
         config: The run's settings.
+        objective: What is learned.
         mesh: Its devices.
         train: Encoded rows to learn from.
         held_out: Encoded held-out rows, if there are any.
@@ -66,6 +69,7 @@ class Course:
     """
 
     config: RunConfig
+    objective: Objective
     mesh: Mesh
     train: EncodedDataset
     held_out: EncodedDataset | None
@@ -75,20 +79,37 @@ class Course:
 
     @classmethod
     def of(
-        cls, config: RunConfig, train: EncodedDataset, held_out: EncodedDataset | None = None
+        cls,
+        config: RunConfig,
+        train: EncodedDataset,
+        held_out: EncodedDataset | None = None,
+        objective: Objective | None = None,
     ) -> Self:
         """Packs the rows and counts the steps.
+
+        Args:
+            config: The run's settings.
+            train: Encoded rows to learn from.
+            held_out: Encoded held-out rows.
+            objective: What is learned; what the settings ask for if not given.
 
         Raises:
             ValueError: If the mesh asks for absent devices, a row is too long, or the schedule does
                 not fit the run.
         """
-        mesh = make_mesh(config.mesh.data)
-        plan = plan_training(config, train, mesh.size)
+        mesh, objective = make_mesh(config.mesh.data), objective or objective_of(config)
+        plan = objective.plan(
+            train,
+            config,
+            size=config.train.per_device_train_batch_size * mesh.size,
+            count=config.train.gradient_accumulation_steps,
+            shuffle=config.data.shuffle,
+        )
         steps = config.train.max_steps
         if steps <= 0:
             steps = math.ceil(config.train.num_train_epochs * plan.steps_per_epoch)
-        return cls(config, mesh, train, held_out, plan, steps, make_schedule(config.train, steps))
+        schedule = make_schedule(config.train, steps)
+        return cls(config, objective, mesh, train, held_out, plan, steps, schedule)
 
     @functools.cached_property
     def evaluation(self) -> BatchPlan | None:
@@ -102,15 +123,8 @@ class Course:
             return None
         if not data.supervised.any():
             raise ValueError("the held-out rows hold no supervised token: nothing to evaluate")
-        return BatchPlan(
-            data,
-            rows_per_micro_batch=config.eval.per_device_eval_batch_size * self.mesh.size,
-            micro_batches=1,
-            packing=config.data.packing,
-            max_seq_length=config.data.max_seq_length,
-            seed=config.train.seed,
-            shuffle=False,
-        )
+        size = config.eval.per_device_eval_batch_size * self.mesh.size
+        return self.objective.plan(data, config, size=size, count=1, shuffle=False)
 
     @functools.cached_property
     def optimizer(self) -> optax.GradientTransformation:
@@ -187,19 +201,6 @@ class Course:
         elif when.strategy == "epoch":
             evaluation |= step % self.plan.steps_per_epoch == 0
         return Due(evaluation, is_last or step % self.config.save.save_steps == 0)
-
-
-def plan_training(config: RunConfig, data: EncodedDataset, devices: int) -> BatchPlan:
-    """Returns the batches of a run: its micro-batches, in an order given by its seed."""
-    return BatchPlan(
-        data,
-        rows_per_micro_batch=config.train.per_device_train_batch_size * devices,
-        micro_batches=config.train.gradient_accumulation_steps,
-        packing=config.data.packing,
-        max_seq_length=config.data.max_seq_length,
-        seed=config.train.seed,
-        shuffle=config.data.shuffle,
-    )
 
 
 def _common_layout(plans: list[BatchPlan]) -> DocumentLayout:

@@ -12,8 +12,8 @@ from lorax.data.batches import BatchPlan
 from lorax.data.prefetch import prefetch
 from lorax.devices.determinism import compiler_options
 from lorax.devices.placement import batch_placer
-from lorax.objectives.objective import LossFunction
-from lorax.objectives.sft import causal_lm_loss
+from lorax.objectives.objective import Objective
+from lorax.objectives.sft import SFT
 from lorax.training.course import Course
 
 
@@ -24,7 +24,7 @@ class Evaluator:
         model: Decides the structure; the weights are passed to each call.
         plan: Batches of the held-out rows, one micro-batch each, in order.
         mesh: Where the batches go.
-        loss_fn: ``(model, micro_batch) -> (sum of losses, count)``.
+        objective: What is summed.
         full_determinism: As for `make_train_step`.
     """
 
@@ -33,7 +33,7 @@ class Evaluator:
         model: nnx.Module,
         plan: BatchPlan,
         mesh: Mesh,
-        loss_fn: LossFunction = causal_lm_loss,
+        objective: Objective = SFT,
         *,
         full_determinism: bool = False,
     ):
@@ -45,31 +45,43 @@ class Evaluator:
 
         def sums(trainable, frozen, batch):
             merged = nnx.merge(graph, trainable, frozen)
-            return loss_fn(merged, jax.tree.map(lambda x: x[0], batch))
+            return objective.terms(merged, jax.tree.map(lambda x: x[0], batch))
 
         options = compiler_options(True) if full_determinism else None
         self._sums = jax.jit(sums, compiler_options=options)
 
     @classmethod
-    def of(cls, course: Course, model: nnx.Module, loss_fn: LossFunction) -> "Evaluator | None":
+    def of(cls, course: Course, model: nnx.Module) -> "Evaluator | None":
         """Returns that of a run; None if it has no held-out rows."""
         if course.evaluation is None:
             return None
         repeats = course.config.train.full_determinism
-        return cls(model, course.evaluation, course.mesh, loss_fn, full_determinism=repeats)
+        return cls(
+            model, course.evaluation, course.mesh, course.objective, full_determinism=repeats
+        )
 
     def __call__(
         self,
         trainable: nnx.State,
         frozen: nnx.State,
         wait: Callable[[Any], object] = jax.block_until_ready,
-    ) -> float:
-        """Returns the mean loss in nats per supervised token; `wait` waits for each batch's."""
+    ) -> dict[str, float]:
+        """Returns the mean ``loss``, in nats per supervised token, and the figures.
+
+        Args:
+            trainable: Weights that train.
+            frozen: The others.
+            wait: Waits for the sums of each batch.
+        """
         sums = []
         for batch in prefetch(self.plan.epoch(0), self._place):
             sums.append(self._sums(trainable, frozen, batch))
             wait(sums[-4:][0])  # a few ahead, so that the device has work
         for last in sums[-3:]:
             wait(last)
-        totals, counts = zip(*jax.device_get(sums), strict=True)
-        return math.fsum(map(float, totals)) / sum(map(int, counts))
+        found = jax.device_get(sums)
+        count = sum(int(terms.count) for terms in found)
+        mean = lambda values: math.fsum(map(float, values)) / count
+        names = found[0].figures
+        figures = {name: mean(terms.figures[name] for terms in found) for name in names}
+        return {"loss": mean(terms.total for terms in found), **figures}

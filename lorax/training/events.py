@@ -13,9 +13,8 @@ import numpy as np
 from flax import nnx
 
 from lorax.adapters.nnx.tree import named_modules
-from lorax.data.batches import BatchPlan
 from lorax.system.hardware import Device, memory_gib, peak_bf16_tflops
-from lorax.training.course import Position
+from lorax.training.course import Course, Position
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,21 +121,12 @@ class StepEvents:
     """Describes the steps of a run, and times them.
 
     Args:
-        plan: The run's batches.
-        total_steps: Of the run.
-        schedule: Learning rate by steps done.
+        course: Of the run.
         throughput: Counts what the steps took, and on which devices.
     """
 
-    def __init__(
-        self,
-        plan: BatchPlan,
-        total_steps: int,
-        schedule: Callable[[int], Any],
-        throughput: Throughput,
-    ):
-        self.plan, self.total_steps, self.schedule = plan, total_steps, schedule
-        self.throughput = throughput
+    def __init__(self, course: Course, throughput: Throughput):
+        self.course, self.throughput, plan = course, throughput, course.plan
         self._mean_document = len(plan.dataset.tokens) / len(plan.dataset)
         self._tokens: Callable[[int], np.ndarray] = functools.lru_cache(maxsize=2)(plan.tokens)
         self.restart_clock()
@@ -162,9 +152,10 @@ class StepEvents:
         memory = memory_gib(self.throughput.devices)
         event = {
             "step": at.step,
-            "total_steps": self.total_steps,
+            "total_steps": self.course.total_steps,
             "loss": loss,
-            "learning_rate": float(self.schedule(at.step - 1)),
+            **{name: float(numbers[name]) for name in self.course.objective.figures},
+            "learning_rate": float(self.course.schedule(at.step - 1)),
             "grad_norm": float(numbers["grad_norm"]),
             "supervised_tokens": int(numbers["tokens"]),
             "epoch": at.epoch + 1,
@@ -176,7 +167,7 @@ class StepEvents:
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         if is_spike(loss, losses_before):
-            rows = [row for part in self.plan.rows(at.epoch, at.at) for row in part]
+            rows = [row for part in self.course.plan.rows(at.epoch, at.at) for row in part]
             event["spike_rows"] = " ".join(map(str, rows))
         return event
 

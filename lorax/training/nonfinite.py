@@ -10,13 +10,13 @@ import jax
 from flax import nnx
 
 from lorax.data.batches import BatchPlan
-from lorax.objectives.objective import LossFunction
+from lorax.objectives.objective import Objective
 from lorax.system.wording import describe
 from lorax.training.course import Position
 
 
 def find_micro_batches(
-    model: nnx.Module, loss_fn: LossFunction, batch: dict[str, jax.Array]
+    model: nnx.Module, objective: Objective, batch: dict[str, jax.Array]
 ) -> list[int]:
     """Returns the micro-batches, from 0, whose loss is not finite with the model's weights.
 
@@ -26,7 +26,7 @@ def find_micro_batches(
     evaluated = nnx.clone(model)
     evaluated.eval()
     graph, state = nnx.split(evaluated)
-    loss = jax.jit(lambda state, micro: loss_fn(nnx.merge(graph, state), micro)[0])
+    loss = jax.jit(lambda state, micro: objective.terms(nnx.merge(graph, state), micro).total)
     count = jax.tree.leaves(batch)[0].shape[0]
     batch = jax.device_put(batch, jax.memory.Space.Device)  # some of it may be the host's
     take = lambda i: jax.tree.map(lambda x: x[i], batch)
@@ -39,7 +39,7 @@ def explain_step(
     at: Position,
     plan: BatchPlan,
     model: nnx.Module,
-    loss_fn: LossFunction,
+    objective: Objective,
 ) -> str:
     """Names and dumps the rows of a step that was not applied; see `report_rows`.
 
@@ -49,9 +49,9 @@ def explain_step(
         at: Where it stands in the run.
         plan: Of the run.
         model: With the weights before the step.
-        loss_fn: Of the run.
+        objective: Of the run.
     """
-    bad = find_micro_batches(model, loss_fn, at.batch)
+    bad = find_micro_batches(model, objective, at.batch)
     return report_rows(folder, event, bad, plan.rows(at.epoch, at.at), plan.dataset.lengths)
 
 

@@ -17,16 +17,17 @@ from lorax.adapters.nnx.apply import set_dropout_key
 from lorax.adapters.nnx.tree import named_modules, split_trainable
 from lorax.devices.determinism import compiler_options, repeatable_attention
 from lorax.devices.placement import place_parameters, placed_shapes
-from lorax.objectives.objective import Batch, LossFunction
-from lorax.objectives.sft import causal_lm_loss
+from lorax.objectives.objective import Batch, LossFunction, Objective
+from lorax.objectives.objectives import as_objective
+from lorax.objectives.sft import SFT
 from lorax.system.threads import TRACING, start_beside
 from lorax.system.wording import describe
-from lorax.training.accumulate import accumulate
+from lorax.training.accumulate import accumulate_terms
 from lorax.training.optim.stacking import stack_alike
 from lorax_kernels import compile_kernels
 
 METRICS = ("applied", "grad_norm", "loss", "tokens")
-"""What a step tells of itself."""
+"""What a step tells of itself, whatever is learned."""
 
 
 @jax.tree_util.register_dataclass
@@ -61,15 +62,22 @@ class TrainStep:
         frozen: The weights that no step changes, passed to every call.
         mesh: Where the arrays are; the kernels are divided along its axes.
         full_determinism: Whether it was made to come to the same bits every time.
+        figures: What it tells besides `METRICS`.
     """
 
     compiled: Any
     frozen: nnx.State
     mesh: Mesh | None = None
     full_determinism: bool = False
+    figures: tuple[str, ...] = ()
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The names of all that it tells."""
+        return (*METRICS, *self.figures)
 
     def __call__(self, state: TrainState, batch: Batch):
-        """Returns the next state and ``{"loss", "grad_norm", "tokens", "applied"}``.
+        """Returns the next state and ``{"loss", "grad_norm", "tokens", "applied"}`` with figures.
 
         `state` is consumed. What is not `applied` has changed no weight and no moment.
         """
@@ -118,7 +126,7 @@ def compile_lowered(lowered: Any, options: dict[str, Any] | None = None) -> Any:
 def make_train_step(
     model: nnx.Module,
     optimizer: optax.GradientTransformation,
-    loss_fn: LossFunction = causal_lm_loss,
+    loss_fn: LossFunction | Objective = SFT,
     *,
     seed: int = 0,
     mesh: Mesh | None = None,
@@ -139,7 +147,7 @@ def make_train_step(
         model: A model from `apply_lora`. Of any other NNX model every `nnx.Param` trains: a full
             fine-tune.
         optimizer: Any optax transformation, clipping included.
-        loss_fn: ``(model, micro_batch) -> (sum of losses, count)``.
+        loss_fn: ``(model, micro_batch) -> (sum of losses, count)``, or an objective.
         seed: Seed of the dropout masks.
         mesh: Where to put the arrays; None leaves them where they are.
         skip_nonfinite: Whether steps that follow one without an update are applied.
@@ -163,18 +171,20 @@ def make_train_step(
     if mesh is not None:
         state, frozen = place_parameters(state, mesh), place_parameters(frozen, mesh)
 
-    def loss_of(trainable, micro_batch, key, frozen):
+    objective = as_objective(loss_fn)
+
+    def terms_of(trainable, micro_batch, key, frozen):
         merged = nnx.merge(graph, trainable, frozen, copy=True)
         set_dropout_key(merged, key)
         _reseed(merged, key)
-        return loss_fn(merged, micro_batch)
+        return objective.terms(merged, micro_batch)
 
     def step(state: TrainState, frozen: nnx.State, batch: Batch):
         size = jax.tree.leaves(batch)[0].shape[0]
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(size))
-        total = accumulate(lambda t, b, k: loss_of(t, b, k, frozen))
-        loss, count, gradients = total(state.trainable, batch, keys)
+        total = accumulate_terms(lambda t, b, k: terms_of(t, b, k, frozen))
+        loss, count, figures, gradients = total(state.trainable, batch, keys)
         norm = optax.tree.norm(stack_alike(gradients))
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
@@ -188,17 +198,17 @@ def make_train_step(
         # Where no step follows one without an update, the count is that of updates.
         done = state.step + (1 if skip_nonfinite else applied.astype(jnp.int32))
         metrics = {"loss": loss, "grad_norm": norm, "tokens": count, "applied": applied}
-        return TrainState(done, trainable, opt_state, halted), metrics
+        return TrainState(done, trainable, opt_state, halted), metrics | figures
 
     options = compiler_options(full_determinism)
     compiled = jax.jit(step, donate_argnums=0, compiler_options=options)
-    return TrainStep(compiled, frozen, mesh, full_determinism), state
+    return TrainStep(compiled, frozen, mesh, full_determinism, objective.figures), state
 
 
 def make_abstract_step(
     model: nnx.Module,
     optimizer: optax.GradientTransformation,
-    loss_fn: LossFunction = causal_lm_loss,
+    loss_fn: LossFunction | Objective = SFT,
     *,
     seed: int = 0,
     mesh: Mesh,

@@ -16,8 +16,9 @@ from lorax.config.run import RunConfig
 from lorax.data.dataset import EncodedDataset
 from lorax.devices.placement import batch_placer, place_parameters
 from lorax.models.stack.recompute import Recomputation, settings_of
-from lorax.objectives.objective import LossFunction
-from lorax.objectives.sft import causal_lm_loss
+from lorax.objectives.objective import LossFunction, Objective
+from lorax.objectives.objectives import as_objective
+from lorax.objectives.sft import SFT
 from lorax.recovery.identity import (
     Identity,
     fingerprint_weights,
@@ -66,7 +67,8 @@ class Trainer:
             its dtype, for the weights on disk; the lora section is not read.
         train_data: Encoded rows to learn from.
         eval_data: Encoded held-out rows.
-        loss_fn: ``(model, micro_batch) -> (sum of losses, count)``.
+        loss_fn: ``(model, micro_batch) -> (sum of losses, count)``, or an objective; where a course
+            is given, its own counts.
         listeners: Called with each step's and each evaluation's metrics, in order.
         compiled: From `compile_ahead`, called with the same settings and data.
         resume: Goes on from the newest checkpoint in the run's directory, bit for bit as if it had
@@ -90,7 +92,7 @@ class Trainer:
         train_data: EncodedDataset,
         eval_data: EncodedDataset | None = None,
         *,
-        loss_fn: LossFunction = causal_lm_loss,
+        loss_fn: LossFunction | Objective = SFT,
         listeners: tuple[Listener, ...] = (),
         compiled: "Future[dict[int, CompiledStep]] | None" = None,
         resume: bool = False,
@@ -100,8 +102,10 @@ class Trainer:
         beside: Mapping[str, Any] | None = None,
         stop: StopRequest | None = None,
     ):
-        self.config, self.listeners, self.loss_fn = config, listeners, loss_fn
-        self.course = course = course or Course.of(config, train_data, eval_data)
+        self.config, self.listeners = config, listeners
+        if course is None:
+            course = Course.of(config, train_data, eval_data, as_objective(loss_fn))
+        self.course = course
         self.mesh, self.plan, self.total_steps = course.mesh, course.plan, course.total_steps
         course.refuse_empty_steps()
         if eval_data is None and config.eval.strategy != "no":
@@ -111,13 +115,13 @@ class Trainer:
         self.model = course.prepare_model(model)
         self._compiled_ahead = compiled
         self.step, self.state = make_train_step(
-            self.model, course.optimizer, loss_fn, **course.step_options
+            self.model, course.optimizer, course.objective, **course.step_options
         )
         self._place = batch_placer(self.model, self.mesh)
-        self.evaluator = Evaluator.of(course, self.model, loss_fn)
+        self.evaluator = Evaluator.of(course, self.model)
         self._weights = TrainedWeights(config, self.model, self.step.frozen, beside)
         self.throughput = Throughput(model_size(self.model), list(self.mesh.devices.flat))
-        self.events = StepEvents(self.plan, self.total_steps, course.schedule, self.throughput)
+        self.events = StepEvents(course, self.throughput)
         self._pending: _Dispatched | None = None
         self._watchdog = Watchdog(config.train.stuck_after_seconds)
         self._stop, self._long = stop or StopRequest(), LongSteps()
@@ -275,7 +279,9 @@ class Trainer:
         """Names and dumps the rows of a step that was not applied; counts it or ends the run."""
         allowed, progress = self.config.train.skip_nonfinite_steps, self.progress
         self.model = self._weights.on_model(self.state.trainable)
-        found = explain_step(self.output_dir, event, at, self.plan, self.model, self.loss_fn)
+        found = explain_step(
+            self.output_dir, event, at, self.plan, self.model, self.course.objective
+        )
         if progress.skipped < allowed:
             progress.skipped += 1
             self._tell({"note": f"WARNING: {found}. Left out, {progress.skipped} of {allowed}"})
@@ -294,8 +300,10 @@ class Trainer:
             return None
         # On a signal it is not finished first, but made again by a run that goes on.
         wait = lambda sums: (self._stop.wait(sums), self._beat())
-        loss = self.evaluator(self.state.trainable, self.step.frozen, wait)
-        self._tell({"step": step, "eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700))})
+        found = self.evaluator(self.state.trainable, self.step.frozen, wait)
+        loss = found["loss"]
+        told = {f"eval_{name}": value for name, value in found.items()}
+        self._tell({"step": step, **told, "eval_perplexity": math.exp(min(loss, 700))})
         self.events.restart_clock()
         return loss
 

@@ -147,7 +147,7 @@ def test_rows_that_are_not_finite_are_found_with_it_too(settings, untied):
     rows = np.array(placed["inputs_embeds"])
     rows[1, 0, 4] = np.inf
     placed["inputs_embeds"] = jax.device_put(rows, placed["inputs_embeds"].sharding)
-    assert find_micro_batches(model, lorax.objectives.sft.causal_lm_loss, placed) == [1]
+    assert find_micro_batches(model, lorax.objectives.sft.SFT, placed) == [1]
 
 
 def test_the_planner_leaves_it_out(settings, tmp_path):

@@ -20,7 +20,7 @@ from lorax.objectives.sft import causal_lm_loss
 from lorax.recovery.tree import flatten_tree
 from lorax.system.signals import RunStopped, StopRequest
 from lorax.training import long_steps
-from lorax.training.course import plan_training
+from lorax.training.course import Course
 from lorax.training.step import TrainState
 from lorax.training.trainer import Trainer
 
@@ -89,7 +89,7 @@ def build(folder, turns, slow=3, resume=False, **train):
     model = lorax.apply_lora(base, adapter, rngs=nnx.Rngs(1))
     config = RunConfig.model_validate(settings)
     data = EncodedDataset.from_rows(rows)
-    plan = plan_training(config, data, 1)
+    plan = Course.of(config, data).plan
     epoch, at = divmod(slow - 1, plan.steps_per_epoch)
     data.tokens[data.offsets[plan.rows(epoch, at)[0][0]]] = MARK
     return Trainer(model, config, data, loss_fn=slow_loss(turns), resume=resume)

@@ -1,5 +1,6 @@
 """Steps compiled from shapes, and what is told of the time before the first one."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from flax import nnx
 
 import lorax
+from lorax.objectives.objectives import as_objective
 from lorax.runs.model import Blueprint
 from lorax.runs.setup import Setup
 from lorax.system.clock import Phases, process_age
@@ -68,7 +70,8 @@ def test_an_error_of_the_compiling_thread_reaches_the_trainer(tmp_path, monkeypa
     def broken(*_):
         raise ArithmeticError("broken loss")
 
-    ahead = compile_ahead(setup.blueprint.shapes, setup.course, loss_fn=broken)
+    course = dataclasses.replace(setup.course, objective=as_objective(broken))
+    ahead = compile_ahead(setup.blueprint.shapes, course)
     trainer = lorax.Trainer(lorax.build_model(config), config, setup.train, compiled=ahead)
     with pytest.raises(ArithmeticError, match="broken loss"):
         trainer.train()
