@@ -19,3 +19,6 @@ from lorax_kernels.lora_linear import lora_swiglu as lora_swiglu
 from lorax_kernels.lora_linear import padded_rank as padded_rank
 from lorax_kernels.rms_norm import rms_norm as rms_norm
 from lorax_kernels.rms_norm import rms_norm_fork as rms_norm_fork
+from lorax_kernels.weights import Matrix as Matrix
+from lorax_kernels.weights import Weight as Weight
+from lorax_kernels.weights import dense as dense
