@@ -5,7 +5,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
+from lorax.weights.format import axes_of
 from lorax_kernels import accumulation_dtype
 
 
@@ -35,3 +37,27 @@ def store(matrix):
     scales = jnp.max(jnp.abs(wide), axis=0) / 127
     codes = jnp.round(wide / jnp.where(scales, scales, 1)[None, :]).astype(jnp.int8)
     return Int8(codes, scales, matrix.dtype)
+
+
+class _Format:
+    name = "int8"
+    files = {"codes": "weight", "scales": "SCB"}  # noqa: RUF012
+
+    def store(self, matrix):
+        return store(matrix)
+
+    def dense(self, stored, dtype=None):
+        return stored.dense(dtype)
+
+    def bytes(self, shape, dtype):
+        k, n = shape
+        return k * n + n * accumulation_dtype(jnp.dtype(dtype)).itemsize
+
+    def parts(self, spec):
+        return spec, PartitionSpec(axes_of(spec)[1])
+
+    def obstacle(self, shape, dtype):
+        return Int8.kernel_obstacle
+
+
+INT8 = _Format()
