@@ -25,6 +25,7 @@ ORDER = (
     "adapters",
     "models",
     "layers",
+    "weights",
     "devices",
     "recovery",
     "data",

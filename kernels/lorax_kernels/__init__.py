@@ -20,3 +20,6 @@ from lorax_kernels.lora_linear import padded_rank as padded_rank
 from lorax_kernels.lora_linear.xla import swiglu as swiglu
 from lorax_kernels.rms_norm import rms_norm as rms_norm
 from lorax_kernels.rms_norm import rms_norm_fork as rms_norm_fork
+from lorax_kernels.weights import Matrix as Matrix
+from lorax_kernels.weights import Weight as Weight
+from lorax_kernels.weights import dense as dense

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from lorax.adapters.method import Cost, FileKey, Params, Shape, Spec
-from lorax_kernels import LoraWeights, lora_linear
+from lorax_kernels import LoraWeights, Matrix, dense, lora_linear
 
 
 class Lora:
@@ -40,7 +40,9 @@ class Lora:
         """See `Method`."""
         return {"lora_a": (shape.inputs, spec.r), "lora_b": (spec.r, shape.outputs)}
 
-    def start(self, shape: Shape, spec: Spec, w, key) -> tuple[dict[str, jax.Array], jax.Array]:
+    def start(
+        self, shape: Shape, spec: Spec, w: Matrix, key
+    ) -> tuple[dict[str, jax.Array], Matrix]:
         """See `Method`."""
         shapes = self.shapes(shape, spec)
         if spec.start == "gaussian":
@@ -69,11 +71,11 @@ class Lora:
 
     def merged(self, spec: Spec, w, params: Params) -> jax.Array:
         """Returns ``W + s·A·B``."""
-        return w.astype(jnp.float32) + self._update(spec, params)
+        return dense(w, jnp.float32) + self._update(spec, params)
 
     def unmerged(self, spec: Spec, w, params: Params) -> jax.Array:
         """Returns ``W' - s·A·B``."""
-        return w.astype(jnp.float32) - self._update(spec, params)
+        return dense(w, jnp.float32) - self._update(spec, params)
 
     def _update(self, spec: Spec, params: Params) -> jax.Array:
         product = jnp.dot(params["lora_a"], params["lora_b"], precision="highest")

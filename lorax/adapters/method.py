@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Key
 
-from lorax_kernels import LoraWeights
+from lorax_kernels import LoraWeights, Matrix
 
 type Params = Mapping[str, Array]
 """One layer's parameters by name."""
@@ -66,8 +66,8 @@ class Spec:
 class Method(Protocol):
     """An adapter method. To add one: a file with an object like this, an entry in `METHODS`.
 
-    W is the layer's frozen matrix, (k, n); `params` are the parameters of one layer, float32, with
-    the names of `keys`.
+    W is the layer's frozen matrix, (k, n), an array or stored otherwise; `params` are the
+    parameters of one layer, float32, with the names of `keys`.
     """
 
     @property
@@ -98,22 +98,22 @@ class Method(Protocol):
         ...
 
     def start(
-        self, shape: Shape, spec: Spec, w: Float[Array, "k n"], key: Key[Array, ""]
-    ) -> tuple[dict[str, Array], Float[Array, "k n"]]:
+        self, shape: Shape, spec: Spec, w: Matrix, key: Key[Array, ""]
+    ) -> tuple[dict[str, Array], Matrix]:
         """Returns the first values, with which the layer computes what it did, and W.
 
         W is another one where the method takes a part of it into its parameters.
         """
         ...
 
-    def operands(self, spec: Spec, w: Float[Array, "k n"], params: Params) -> LoraWeights | None:
+    def operands(self, spec: Spec, w: Matrix, params: Params) -> LoraWeights | None:
         """Returns what the kernels take, alone or in a group; None if `apply` is all there is."""
         ...
 
     def apply(
         self,
         spec: Spec,
-        w: Float[Array, "k n"],
+        w: Matrix,
         params: Params,
         x: Float[Array, "*batch k"],
         dropout_rate: float,
@@ -122,11 +122,11 @@ class Method(Protocol):
         """Returns x·W and what the adapter makes of it, in `x`'s dtype: this is its definition."""
         ...
 
-    def merged(self, spec: Spec, w: Float[Array, "k n"], params: Params) -> Float[Array, "k n"]:
+    def merged(self, spec: Spec, w: Matrix, params: Params) -> Float[Array, "k n"]:
         """Returns the W' in float32 with which a plain layer computes the same."""
         ...
 
-    def unmerged(self, spec: Spec, w: Float[Array, "k n"], params: Params) -> Float[Array, "k n"]:
+    def unmerged(self, spec: Spec, w: Matrix, params: Params) -> Float[Array, "k n"]:
         """Returns the W in float32 that `merged` made `w` of, up to rounding."""
         ...
 

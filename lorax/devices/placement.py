@@ -1,4 +1,4 @@
-"""Arrays put where the mesh and the table say."""
+"""Arrays put where the mesh and their partitions say."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from lorax.devices.host_memory import HostArray, embedding_on_host, embedding_variable
-from lorax.devices.specs import BATCH_SPEC, parameter_shardings
+from lorax.devices.specs import BATCH_SPEC, REPLICATED, Parts, parameter_shardings
 
 
 def batch_placer(
@@ -29,16 +29,22 @@ def batch_placer(
     return lambda batch: place_batch(batch, mesh, embedding)
 
 
-def place_parameters[T](tree: T, mesh: Mesh) -> T:
-    """Puts every array of `tree` but a `HostArray` onto the mesh where the table says."""
+def place_parameters[T](tree: T, mesh: Mesh, parts: Parts = REPLICATED) -> T:
+    """Puts every array of `tree` but a `HostArray` onto the mesh; what lies there is not copied.
+
+    Args:
+        tree: Of parameters.
+        mesh: The devices.
+        parts: How parameters are divided; see `parts_of`.
+    """
     place = lambda leaf, where: leaf if isinstance(leaf, HostArray) else jax.device_put(leaf, where)
-    return jax.tree.map(place, tree, parameter_shardings(tree, mesh))
+    return jax.tree.map(place, tree, parameter_shardings(tree, mesh, parts))
 
 
-def placed_shapes[T](tree: T, mesh: Mesh) -> T:
+def placed_shapes[T](tree: T, mesh: Mesh, parts: Parts = REPLICATED) -> T:
     """Returns shapes in the place of arrays, with the shardings of `place_parameters`."""
     place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
-    return jax.tree.map(place, tree, parameter_shardings(tree, mesh))
+    return jax.tree.map(place, tree, parameter_shardings(tree, mesh, parts))
 
 
 def place_batch(

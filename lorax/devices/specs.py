@@ -1,29 +1,40 @@
-"""The table from parameter paths to partitions."""
+"""Partitions of parameters and batches over a mesh."""
 
 import re
+from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lorax.devices.mesh import DATA_AXIS
 
-# First match wins. Data parallelism replicates every parameter; a new layout is a new row.
-PARAMETER_SPECS: tuple[tuple[str, PartitionSpec], ...] = ((r".*", PartitionSpec()),)
+type Parts = tuple[tuple[str, PartitionSpec], ...]
+"""(pattern of a parameter's dotted path, its partition); the first that matches counts."""
+
+REPLICATED: Parts = ((r".*", PartitionSpec()),)
+"""Data parallelism: every device has every parameter whole."""
 
 # Batches are (micro-batches, rows, tokens): the rows are spread over the devices.
 BATCH_SPEC = PartitionSpec(None, DATA_AXIS)
 
 
-def parameter_spec(path: str) -> PartitionSpec:
-    """Returns the partition of the parameter at a dotted path."""
-    return next(spec for pattern, spec in PARAMETER_SPECS if re.fullmatch(pattern, path))
+def parts_of(model: Any) -> Parts:
+    """Returns how a model's parameters are divided: as its family says, else not at all."""
+    return getattr(model, "parts", REPLICATED)
 
 
-def parameter_shardings[T](tree: T, mesh: Mesh) -> T:
-    """Returns the shardings of a tree's arrays on a mesh, by the table."""
+def parameter_sharding(path: str, mesh: Mesh, parts: Parts = REPLICATED) -> NamedSharding:
+    """Returns the sharding of the parameter at a dotted path of the model."""
+    spec = next(spec for pattern, spec in parts if re.fullmatch(pattern, path))
+    return NamedSharding(mesh, spec)
+
+
+def parameter_shardings[T](tree: T, mesh: Mesh, parts: Parts = REPLICATED) -> T:
+    """Returns the shardings of a tree's arrays on a mesh."""
 
     def sharding(path, _):
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
-        return NamedSharding(mesh, parameter_spec(name))
+        # What a variable holds is its `value`, which is no part of the parameter's name.
+        name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+        return parameter_sharding(name, mesh, parts)
 
     return jax.tree_util.tree_map_with_path(sharding, tree)

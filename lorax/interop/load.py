@@ -1,19 +1,29 @@
 """Hugging Face checkpoints to models, one tensor at a time."""
 
+import functools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from lorax.devices.host_memory import HostArray
+from lorax.devices.specs import parameter_sharding
 from lorax.interop.folder import CONFIG_FILE, find_tensors, read_config, resolve_checkpoint
-from lorax.interop.safetensors import READABLE_DTYPES, TensorEntry, open_tensors, read_ahead
+from lorax.interop.safetensors import (
+    READABLE_DTYPES,
+    Part,
+    TensorEntry,
+    open_tensors,
+    read_ahead,
+)
 from lorax.interop.tensors import TensorSpec, convert, listed, tensor_table
 from lorax.layers.attention import AttentionImplementation
 from lorax.models.architecture import DecoderConfig, stored_dtype
@@ -21,6 +31,8 @@ from lorax.models.decoder import CausalLM
 from lorax.models.families import read_architecture
 from lorax.models.stack.recompute import GradientCheckpointing
 from lorax.system.files import CheckpointError
+from lorax.weights.dense import DENSE
+from lorax.weights.format import Format, axes_of
 
 _IGNORED_TENSORS = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
 """Buffers that older checkpoints carry; the frequencies follow from config.json."""
@@ -64,14 +76,18 @@ def load_model(
     kept_layers: int = 1,
     offload_embedding: bool = False,
     architecture: DecoderConfig | None = None,
-    entries: dict[str, TensorEntry] | None = None,
     pace: Callable[[], object] | None = None,
+    mesh: Mesh | None = None,
+    entries: Mapping[str, TensorEntry] | None = None,
 ) -> CausalLM:
-    """Loads a checkpoint, tensor by tensor, onto JAX's default device.
+    """Loads a checkpoint, tensor by tensor, onto JAX's default device or a mesh.
 
     The host holds a few tensors at a time, which threads read ahead; transposing and casting happen
-    on the device. Every tensor must be there, be expected, have its shape and be finite. Two extras
-    are known to be harmless: ``rotary_emb.inv_freq`` buffers, and a copy of tied embeddings as
+    on the device. On a mesh each device is given its part of a tensor, or its copy, as the
+    model's family says: nothing is whole on one device to be spread later.
+
+    Every tensor must be there, be expected, have its shape and be finite. Two extras are known to
+    be harmless: ``rotary_emb.inv_freq`` buffers, and a copy of tied embeddings as
     ``lm_head.weight`` if it equals them.
 
     Args:
@@ -85,8 +101,10 @@ def load_model(
         offload_embedding: Leaves the input embedding in the host's memory, as a `HostArray`; not
             where the output head is the same array.
         architecture: From `load_hf_config` of this folder, to read it once.
-        entries: From `check_checkpoint` of this folder, to read its headers once.
         pace: Called after each tensor; it may wait for what should come first.
+        mesh: Where the weights are to lie, as `make_train_step` then finds them; None is JAX's
+            default device.
+        entries: From `check_checkpoint` of this folder, to read its headers once.
 
     Raises:
         ValueError: Naming the file and the field or tensor, what was found and what was needed.
@@ -110,13 +128,14 @@ def load_model(
             f"{directory / CONFIG_FILE} says tie_word_embeddings: true, so the embedding is the "
             "output head too, which every step reads: offload_embedding must be false"
         )
-    if entries is None:
-        entries = check_checkpoint(directory, config)
+    found = check_checkpoint(directory, config) if entries is None else entries
     table = tensor_table(config)
+    on_host = {EMBEDDING} if offload_embedding else set()
     graph, state = nnx.split(model)
     variables = dict(nnx.to_flat_state(state))
-    for name, value in _load_values(table, entries, jnp.dtype(param_dtype)):
-        if offload_embedding and name == EMBEDDING:
+    shardings = {} if mesh is None else _shardings(config, mesh, on_host)
+    for name, value in load_values(table, found, jnp.dtype(param_dtype), shardings):
+        if name in on_host:
             value = np.asarray(value).view(HostArray)
         variables[table[name].path].set_value(value)
         if pace is not None:
@@ -188,13 +207,40 @@ def _check_tied_head(head: TensorEntry, embedding: TensorEntry) -> None:
         )
 
 
-def _load_values(
-    table: Mapping[str, TensorSpec], entries: dict[str, TensorEntry], dtype: jnp.dtype
-) -> Iterator[tuple[str, jax.Array]]:
+def load_values(
+    table: Mapping[str, TensorSpec],
+    entries: Mapping[str, TensorEntry],
+    dtype: jnp.dtype,
+    shardings: Mapping[str, NamedSharding],
+    format: Format = DENSE,
+) -> Iterator[tuple[str, Any]]:
+    """Yields name and parameter of every tensor in `table`, as they follow each other in the files.
+
+    Of a tensor that is divided, this process reads its devices' parts and no more, and each part
+    goes from the host to its device.
+
+    Args:
+        table: The tensors, and where each lives in the model.
+        entries: The same tensors in the files.
+        dtype: Of the parameters.
+        shardings: Where parameters lie; those not named lie on JAX's default device.
+        format: How the matrices of linear layers are stored, the head's aside: the loss reads it.
+
+    Raises:
+        CheckpointError: If a file is cut off, or values are not finite, which is found at the end.
+    """
     finite: dict[str, tuple[jax.Array, jax.Array]] = {}
     previous = None
-    for name, host in read_ahead({name: entries[name] for name in table}):
-        value, before, after = convert(host, table[name].transpose, dtype)
+    divided = {name: _in_file(place, table[name]) for name, place in shardings.items()}
+    parts = {name: _parts(place, table[name].shape) for name, place in divided.items()}
+    for name, values in read_ahead({name: entries[name] for name in table}, parts):
+        spec = table[name]
+        held = format if spec.transpose and name != TIED_HEAD else DENSE
+        places = _places(held, shardings.get(name))
+        # No name holds the tensor itself, so that it is gone from the device before the next one.
+        value, before, after = _store(
+            _assemble(values, divided.get(name), spec.shape), spec.transpose, dtype, held, places
+        )
         finite[name] = before, after
         # Waiting for the tensor before bounds the host's copies, without idling.
         jax.block_until_ready(previous)
@@ -207,3 +253,60 @@ def _load_values(
             raise CheckpointError(f"{where} holds values that are not finite")
         if not after:
             raise CheckpointError(f"{where} overflows {dtype.name}; load it as bfloat16 or float32")
+
+
+def _shardings(config: DecoderConfig, mesh: Mesh, on_host: Set[str]) -> dict[str, NamedSharding]:
+    """Returns where each parameter lies on the mesh, but for those of the host's memory."""
+    table, parts = tensor_table(config), config.family.parts
+    dotted = {name: ".".join(map(str, table[name].path)) for name in table if name not in on_host}
+    return {name: parameter_sharding(path, mesh, parts) for name, path in dotted.items()}
+
+
+def _in_file(sharding: NamedSharding, spec: TensorSpec) -> NamedSharding:
+    """Returns how the tensor of a parameter that is divided so is divided in its file."""
+    if not spec.transpose:
+        return sharding
+    rows, columns = axes_of(sharding.spec)
+    return NamedSharding(sharding.mesh, PartitionSpec(columns, rows))
+
+
+def _parts(sharding: NamedSharding, shape: tuple[int, ...]) -> list[Part]:
+    """Returns the parts of a tensor that this process's devices hold, each once."""
+    indices: Mapping[Any, Any] = sharding.addressable_devices_indices_map(shape)
+    return list(dict.fromkeys(indices.values()))
+
+
+def _assemble(
+    values: Sequence[np.ndarray], sharding: NamedSharding | None, shape: tuple[int, ...]
+) -> Any:
+    """Returns a tensor whose parts go to their devices; without a sharding, the whole one."""
+    if sharding is None:
+        (whole,) = values
+        return whole
+    found: dict[Any, np.ndarray] = dict(zip(_parts(sharding, shape), values, strict=True))
+    return jax.make_array_from_callback(shape, sharding, found.__getitem__)
+
+
+def _places(format: Format, sharding: NamedSharding | None) -> tuple[NamedSharding, ...] | None:
+    """Returns where each stored array lies of a matrix that lies at `sharding`."""
+    if sharding is None:
+        return None
+    return tuple(NamedSharding(sharding.mesh, part) for part in format.parts(sharding.spec))
+
+
+@functools.partial(jax.jit, static_argnames=("transpose", "dtype", "format", "places"))
+def _store(
+    value: jax.Array,
+    transpose: bool,
+    dtype: jnp.dtype,
+    format: Format,
+    places: tuple[NamedSharding, ...] | None,
+):
+    """Returns the parameter, stored and placed, and whether it was finite; see `convert`."""
+    matrix, before, after = convert(value, transpose, dtype)
+    stored = format.store(matrix)
+    if places is not None:
+        leaves, structure = jax.tree.flatten(stored)
+        placed = map(jax.lax.with_sharding_constraint, leaves, places)
+        stored = jax.tree.unflatten(structure, placed)
+    return stored, before, after

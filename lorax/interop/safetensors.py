@@ -4,14 +4,15 @@ import contextlib
 import dataclasses
 import errno
 import json
+import math
 import os
 import re
 import shutil
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -20,6 +21,9 @@ from safetensors.numpy import save_file
 
 from lorax.system.files import CheckpointError, refuse_stand_ins
 from lorax.system.wording import clip
+
+type Part = tuple[slice, ...]
+"""What of a tensor: a slice without steps for each of its first dimensions, all of the others."""
 
 READABLE_DTYPES = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32}
 """By the name that safetensors gives them."""
@@ -92,10 +96,59 @@ def read_tensor(entry: TensorEntry) -> np.ndarray:
     Raises:
         CheckpointError: If the file has become shorter.
     """
-    value = np.empty(entry.shape, READABLE_DTYPES[entry.dtype])
-    left = memoryview(value.reshape(-1).view(np.uint8))
+    return _read_range(entry, 0, math.prod(entry.shape)).reshape(entry.shape)
+
+
+def read_parts(entry: TensorEntry, parts: Sequence[Part]) -> list[np.ndarray]:
+    """Reads parts of one tensor, as `read_tensor` does.
+
+    A part whose elements follow each other in the file is read alone. Others are views of one
+    range, the smallest that covers them, which is read once: the columns of a matrix that is stored
+    row by row, for example.
+
+    Raises:
+        CheckpointError: As `read_tensor`.
+    """
+    ranges, values = [_range_of(part, entry.shape) for part in parts], []
+    scattered = [found for found in ranges if found.stop - found.start > math.prod(found.shape)]
+    first = min((found.start for found in scattered), default=0)
+    cover = _read_range(entry, first, max((found.stop for found in scattered), default=0))
+    strides = [cover.itemsize * math.prod(entry.shape[i + 1 :]) for i in range(len(entry.shape))]
+    for found in ranges:
+        if found in scattered:
+            begin = cover[found.start - first :]
+            values.append(np.lib.stride_tricks.as_strided(begin, found.shape, strides))
+        else:
+            values.append(_read_range(entry, found.start, found.stop).reshape(found.shape))
+    return values
+
+
+class _Range(NamedTuple):
+    """Of a part: the elements from its first to behind its last one, and its own shape."""
+
+    start: int
+    stop: int
+    shape: tuple[int, ...]
+
+
+def _range_of(part: Part, shape: tuple[int, ...]) -> _Range:
+    bounds = [one.indices(size)[:2] for one, size in zip(part, shape, strict=False)]
+    bounds += [(0, size) for size in shape[len(part) :]]
+    own = tuple(stop - start for start, stop in bounds)
+    if 0 in own:
+        return _Range(0, 0, own)
+    steps = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+    first = sum(step * start for step, (start, _) in zip(steps, bounds, strict=True))
+    last = sum(step * (stop - 1) for step, (_, stop) in zip(steps, bounds, strict=True))
+    return _Range(first, last + 1, own)
+
+
+def _read_range(entry: TensorEntry, start: int, stop: int) -> np.ndarray:
+    """Reads the elements from `start` to before `stop`, counted through the whole tensor."""
+    value = np.empty(stop - start, READABLE_DTYPES[entry.dtype])
+    left = memoryview(value.view(np.uint8))
     with entry.file.open("rb", buffering=0) as raw:
-        raw.seek(entry.offset)
+        raw.seek(entry.offset + start * value.itemsize)
         while left:
             if not (count := raw.readinto(left)):
                 raise CheckpointError(f"{entry.file} was cut off while it was read; fetch it again")
@@ -103,19 +156,26 @@ def read_tensor(entry: TensorEntry) -> np.ndarray:
     return value
 
 
-def read_ahead(entries: Mapping[str, TensorEntry]) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields name and value of every tensor as they follow each other in the files.
+def read_ahead(
+    entries: Mapping[str, TensorEntry], parts: Mapping[str, Sequence[Part]]
+) -> Iterator[tuple[str, list[np.ndarray]]]:
+    """Yields name and parts of every tensor as they follow each other in the files.
 
     The next ones are read in threads meanwhile.
+
+    Args:
+        entries: The tensors.
+        parts: What of each; of one that is not named, all, as one part.
 
     Raises:
         CheckpointError: As `read_tensor`.
     """
-    ahead: deque[tuple[str, Future[np.ndarray]]] = deque()
+    ahead: deque[tuple[str, Future[list[np.ndarray]]]] = deque()
     with ThreadPoolExecutor(_READERS, thread_name_prefix="lorax-read") as pool:
         try:
             for name in sorted(entries, key=lambda n: (entries[n].file, entries[n].offset)):
-                ahead.append((name, pool.submit(read_tensor, entries[name])))
+                wanted = parts.get(name, [()])
+                ahead.append((name, pool.submit(read_parts, entries[name], wanted)))
                 if len(ahead) > _READERS:
                     done, value = ahead.popleft()
                     yield done, value.result()

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Key
 
 from lorax.devices.mesh import ROW_AXES
 from lorax.layers.attention import AttentionImplementation
-from lorax_kernels import Kernels, LoraWeights, lora_linear
+from lorax_kernels import Kernels, LoraWeights, Matrix, Weight, lora_linear
 
 INITIAL_DEVIATION = 0.02
 
@@ -52,12 +52,12 @@ class Attached(Protocol):
         """
         ...
 
-    def operands(self, w: Float[Array, "k n"]) -> LoraWeights | None:
+    def operands(self, w: Matrix) -> LoraWeights | None:
         """Returns what the kernels take for W and its update; None if `apply` is all there is."""
         ...
 
     def apply(
-        self, x: Float[Array, "*batch k"], w: Float[Array, "k n"], rate: float
+        self, x: Float[Array, "*batch k"], w: Matrix, rate: float
     ) -> Float[Array, "*batch n"]:
         """Returns x·W and what the adapter makes of it, in `x`'s dtype; `rate` is the dropout's."""
         ...
@@ -67,6 +67,8 @@ class Linear(nnx.Linear):
     """``x·W + b``, and what the active adapter makes of it; called like `nnx.Linear`.
 
     *Adapted* is a state of the layer. Without an active adapter it computes what `nnx.Linear` does.
+
+    W is an array, or stored in another format.
 
     Attributes:
         attached: The adapters by name.
@@ -100,7 +102,7 @@ class Linear(nnx.Linear):
         layer.kernel, layer.bias = base.kernel, base.bias
         return layer
 
-    def freeze(self, kernel: Float[Array, "k n"]) -> None:
+    def freeze(self, kernel: Matrix) -> None:
         """Gives the layer a kernel, which training leaves alone."""
         self.kernel: Any = Frozen(kernel)
 
@@ -136,9 +138,13 @@ class Linear(nnx.Linear):
     @override
     def __call__(self, inputs: Float[Array, "*batch k"], out_sharding: Any = None):
         """Returns the layer's output, (…, n), in the dtype that `nnx.Linear` would give."""
-        if self.computing is None:
-            return super().__call__(inputs, out_sharding)
-        return self.add(inputs, None)
+        if self.computing is not None:
+            return self.add(inputs, None)
+        w = self.kernel.get_value()
+        if isinstance(w, Weight):
+            dtype = self.compute_dtype(inputs.dtype)
+            return self.finish(inputs.astype(dtype) @ w.dense(dtype))
+        return super().__call__(inputs, out_sharding)
 
     def add(self, x: Float[Array, "*batch k"], residual: Float[Array, "*batch n"] | None):
         """Returns the adapted output, (…, n), plus the residual if there is one.
@@ -147,7 +153,7 @@ class Linear(nnx.Linear):
         """
         adapter, rate = self.computing, self.dropout_rate
         assert adapter is not None
-        x, w = x.astype(self.compute_dtype(x.dtype)), self.kernel[...]
+        x, w = x.astype(self.compute_dtype(x.dtype)), self.kernel.get_value()
         operands = adapter.operands(w)
         if operands is None:
             y = adapter.apply(x, w, rate)

@@ -128,9 +128,9 @@ def _group(layers: Sequence[Any], dtype: Any) -> _Group | None:
         if not isinstance(layer, Linear) or obstacle(layer) or not isinstance(layer.kernel, Frozen):
             return None
         adapter = layer.computing
-        member = LoraWeights(layer.kernel[...])
+        member = LoraWeights(layer.kernel.get_value())
         if adapter is not None:
-            member = adapter.operands(layer.kernel[...])
+            member = adapter.operands(member.w)
             ways.add(_Way(layer.dropout_rate, layer.kernels_now))
             key = adapter.key() if layer.dropout_rate and key is None else key
         if member is None:

@@ -8,6 +8,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from lorax.devices.specs import Parts
 from lorax.layers.attention import (
     AttentionImplementation,
     Context,
@@ -127,6 +128,11 @@ class CausalLM(nnx.Module):
         if name == "lm_head":
             return TiedHead(self.model.embed_tokens)
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+    @property
+    def parts(self) -> Parts:
+        """How its parameters are divided over a mesh."""
+        return self.config.family.parts
 
     @property
     def tied_modules(self) -> dict[str, str]:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from flax import nnx
-from jax.sharding import PartitionSpec
 
+from lorax.devices.specs import REPLICATED, Parts
 from lorax.models.stack.recompute import GradientCheckpointing
 from lorax.system.json_fields import JsonFields
 
@@ -96,7 +96,7 @@ class Family:
     kept: Callable[[Any, GradientCheckpointing], Kept]
     together: tuple[tuple[str, ...], ...]
     tensors: tuple[Tensor, ...] = ()
-    parts: tuple[tuple[str, PartitionSpec], ...] = ((r".*", PartitionSpec()),)
+    parts: Parts = REPLICATED
 
     @property
     def model_types(self) -> tuple[str, ...]:

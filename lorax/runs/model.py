@@ -13,6 +13,7 @@ from lorax.adapters.nnx.apply import apply_lora, set_kernels
 from lorax.adapters.targets import TargetError
 from lorax.config.run import RunConfig
 from lorax.devices.host_memory import HostArray, embedding_obstacle
+from lorax.devices.mesh import make_mesh
 from lorax.interop.folder import fetch_weights, resolve_base
 from lorax.interop.load import check_checkpoint, load_hf_config, load_model
 from lorax.interop.peft import load_adapter
@@ -119,6 +120,7 @@ class Blueprint:
             architecture=self.architecture,
             entries=self.entries,
             pace=await_tracing,
+            mesh=make_mesh(config.mesh.data),
         )
 
 

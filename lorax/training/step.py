@@ -17,6 +17,7 @@ from lorax.adapters.nnx.apply import set_dropout_key
 from lorax.adapters.nnx.tree import named_modules, split_trainable
 from lorax.devices.determinism import compiler_options, repeatable_attention
 from lorax.devices.placement import place_parameters, placed_shapes
+from lorax.devices.specs import parts_of
 from lorax.objectives.objective import Batch, LossFunction, Objective
 from lorax.objectives.objectives import as_objective
 from lorax.objectives.sft import SFT
@@ -169,7 +170,7 @@ def make_train_step(
     trainable, opt_state = begin(trainable)
     state = TrainState(jnp.zeros((), jnp.int32), trainable, opt_state, jnp.zeros((), bool))
     if mesh is not None:
-        state, frozen = place_parameters(state, mesh), place_parameters(frozen, mesh)
+        state, frozen = (place_parameters(x, mesh, parts_of(model)) for x in (state, frozen))
 
     objective = as_objective(loss_fn)
 
@@ -231,7 +232,7 @@ def make_abstract_step(
         return state, step.frozen
 
     state, frozen = jax.eval_shape(build, model)
-    state, frozen = placed_shapes(state, mesh), placed_shapes(frozen, mesh)
+    state, frozen = (placed_shapes(x, mesh, parts_of(model)) for x in (state, frozen))
     return dataclasses.replace(found[0], frozen=frozen, mesh=mesh), state
 
 

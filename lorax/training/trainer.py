@@ -15,6 +15,7 @@ from lorax.adapters.nnx.apply import fingerprint_adapters
 from lorax.config.run import RunConfig
 from lorax.data.dataset import EncodedDataset
 from lorax.devices.placement import batch_placer, place_parameters
+from lorax.devices.specs import parts_of
 from lorax.models.stack.recompute import Recomputation, settings_of
 from lorax.objectives.objective import LossFunction, Objective
 from lorax.objectives.objectives import as_objective
@@ -154,7 +155,9 @@ class Trainer:
             CheckpointError: If a checkpoint could not be saved, and `save.on_save_error` is `stop`.
         """
         self._long = LongSteps()
-        self.state = place_parameters(self.state, self.mesh)  # a run that was stopped may go on
+        self.state = place_parameters(
+            self.state, self.mesh, parts_of(self.model)
+        )  # a run that was stopped may go on
         with contextlib.ExitStack() as stack:
             stack.enter_context(jax.set_mesh(self.mesh))
             if not self.keeps_lock:
@@ -234,7 +237,7 @@ class Trainer:
         self.saver.wait()
         self._long.before = None
         if self.saver.best is not None:
-            best = place_parameters(self.saver.best, self.mesh)
+            best = place_parameters(self.saver.best, self.mesh, parts_of(self.model))
             self.state = dataclasses.replace(self.state, trainable=best)
         self.model = self._weights.on_model(self.state.trainable)
         return self.saver.result()

@@ -342,7 +342,7 @@ def three_files(tmp_path):
 def test_tensors_read_ahead_are_those_that_the_library_reads(three_files):
     files, expected = three_files
     entries = read_headers(files)
-    found = list(read_ahead(entries))
+    found = [(name, value) for name, (value,) in read_ahead(entries, {})]
     order = [(entries[name].file, entries[name].offset) for name, _ in found]
     assert order == sorted(order)
     for values in (dict(found), {name: value for _, name, value in read_tensors(files)}):
@@ -357,7 +357,7 @@ def test_a_file_that_is_cut_off_while_it_is_read_is_refused(three_files):
     entries = read_headers(files)
     os.truncate(files[1], files[1].stat().st_size - 1)
     with pytest.raises(CheckpointError, match=f"{files[1]} was cut off while it was read"):
-        list(read_ahead(entries))
+        list(read_ahead(entries, {}))
     assert not [t for t in threading.enumerate() if t.name.startswith("lorax-read")]
 
 

@@ -121,13 +121,14 @@ def _backward(x, group: Group, saved, dys, gate_up=()):
     Where x is ``silu(gate)·up`` and `gate_up` holds the two, theirs come instead of x's, and x may
     be None.
     """
+    again, dys = group.made_again(dys)
     if group.is_kernel:
-        dxs, da, db = _kernel_backward(x, group, saved, dys, gate_up)
+        dxs, da, db = _kernel_backward(x, again, saved, dys, gate_up)
     else:
         pull = lambda dx: [dx]
         if gate_up:
             x, pull = jax.vjp(xla.swiglu, *gate_up)
-        dx, da, db = xla.backward(x, saved, group.multiplied_in(dys[0].dtype), dys)
+        dx, da, db = xla.backward(x, saved, again.multiplied_in(dys[0].dtype), dys)
         dxs = pull(dx)
     like = lambda gradients, leaves: [
         gradient.astype(leaf.dtype) for gradient, leaf in zip(gradients, leaves, strict=True)
@@ -202,11 +203,12 @@ def _swiglu_forward(recompute: bool, x, group: Group, _):
 
 def _swiglu_backward(recompute: bool, residuals, cotangents):
     (x, group, saved, kept), (d_act,) = residuals, cotangents
+    again, d_act = group.made_again(d_act) if recompute else (group, d_act)
     if recompute and group.is_kernel:
-        dys = _swiglu_gradients(x, group, saved, d_act)
+        dys = _swiglu_gradients(x, again, saved, d_act)
     else:
         if recompute:
-            kept, _ = _forward(x, group)
+            kept, _ = _forward(x, again)
         dys = jax.vjp(xla.swiglu, *kept)[1](d_act)
     (dx,), of_group = _backward(x, group, saved, list(dys))
     return dx, of_group, None

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from lorax_kernels.device import device_kind, runs_kernels
 from lorax_kernels.dispatch import Kernels, axis_sizes, check_kernels_name
 from lorax_kernels.lora_linear.weights import LoraWeights
+from lorax_kernels.weights import kernel_obstacle
 
 RANK = 16  # that a group without an update is looked up with
 MAX_RANK = 256  # of a launch; a group of more is launched in parts
@@ -27,7 +28,8 @@ def choose(
     ranks = [member.a.shape[1] for member in members if member.a is not None]
     shards = math.prod(axis_sizes(row_axes).values())
     m = x.size // k // shards if x.size else 0
-    chosen, reason = explain_choice(m, k, ns, ranks, x.dtype, kernels, rate)
+    stored = next(filter(None, (kernel_obstacle(member.w) for member in members)), None)
+    chosen, reason = explain_choice(m, k, ns, ranks, x.dtype, kernels, rate, stored)
     if chosen == "pallas" and shards > 1:
         if x.shape[0] % shards:
             chosen = "xla"
@@ -67,6 +69,7 @@ def explain_choice(
     dtype,
     kernels: Kernels,
     rate: float = 0.0,
+    stored: str | None = None,
 ) -> tuple[Literal["pallas", "xla"], str]:
     """Returns what runs at these sizes on one device, and why not the other.
 
@@ -78,11 +81,13 @@ def explain_choice(
         dtype: Of the operands.
         kernels: What is asked for.
         rate: Of the dropout.
+        stored: Why the kernel cannot read how a weight is stored, if it cannot; see `Weight`.
     """
     check_kernels_name(kernels)
     if kernels == "xla":
         return "xla", "as asked"
-    if (obstacle := find_obstacle(m, k, ns, ranks, dtype, rate)) is not None:
+    obstacle = stored or find_obstacle(m, k, ns, ranks, dtype, rate)
+    if obstacle is not None:
         return "xla", obstacle
     if kernels == "pallas":
         return "pallas", "as asked"

@@ -12,11 +12,12 @@ from lorax_kernels.dispatch import Kernels
 from lorax_kernels.lora_linear import choice, xla
 from lorax_kernels.lora_linear.calls import apply_group, apply_mlp, apply_swiglu, run
 from lorax_kernels.lora_linear.weights import LoraWeights
+from lorax_kernels.weights import Matrix
 
 
 def lora_linear(
     x: Float[Array, "*batch k"],
-    w: Float[Array, "k n"],
+    w: Matrix,
     a: Float[Array, "k r"],
     b: Float[Array, "r n"],
     *,
@@ -39,7 +40,8 @@ def lora_linear(
 
     Args:
         x: Input rows.
-        w: Frozen weight.
+        w: Frozen weight: an array, or a `Weight` that is stored otherwise. Where the kernel cannot
+            read how it is stored, both passes make it dense, multiply, and keep no copy.
         a: Down-projection to the rank r.
         b: Up-projection from the rank r.
         scale: ``alpha / r``, or ``alpha / √r`` under rank stabilisation; a Python number.
@@ -48,8 +50,8 @@ def lora_linear(
         dropout_rate: Probability with which an element of `x` is zeroed on the update's path.
         dropout_key: Decides the dropout mask; required when `dropout_rate` is not 0.
         kernels: ``pallas`` runs the fused kernel (Hopper; k and n multiples of 64 and at least 128,
-            bfloat16 or float16, rank at most 256), ``xla`` plain XLA, ``auto`` whichever was
-            faster when measured at such a shape.
+            bfloat16 or float16, rank at most 256, a weight that it can read), ``xla`` plain XLA,
+            ``auto`` whichever was faster when measured at such a shape.
         row_axes: Mesh axes that divide the first dimension of `x`. The kernel cannot be divided by
             the compiler, so under a mesh it runs once per shard of these axes.
 
@@ -264,7 +266,7 @@ def _validate(x, members: Sequence[LoraWeights], dropout_rate, dropout_key):
         if (a is None) != (b is None):
             raise ValueError("a and b come together, or not at all")
         shapes = f"x {x.shape}, w {w.shape}"
-        fit = x.ndim >= 1 and w.ndim == 2 and x.shape[-1] == w.shape[0]
+        fit = x.ndim >= 1 and len(w.shape) == 2 and x.shape[-1] == w.shape[0]
         if a is not None and b is not None:
             shapes += f", a {a.shape}, b {b.shape}"
             fit = fit and a.ndim == 2 and b.ndim == 2

@@ -5,11 +5,12 @@ from jaxtyping import Array, Float, Key
 
 from lorax_kernels.dtypes import accumulation_dtype
 from lorax_kernels.lora_linear.dropout import apply_dropout
+from lorax_kernels.weights import Matrix, dense
 
 
 def lora_linear_reference(
     x: Float[Array, "m k"],
-    w: Float[Array, "k n"],
+    w: Matrix,
     a: Float[Array, "k r"],
     b: Float[Array, "r n"],
     *,
@@ -25,4 +26,4 @@ def lora_linear_reference(
     dot = lambda p, q: jnp.dot(p, q, preferred_element_type=accumulation_dtype(dtype))
     h = dot(apply_dropout(x, dropout_rate, dropout_key), a.astype(dtype))
     update = dot(h.astype(dtype), b.astype(dtype))
-    return (dot(x, w.astype(dtype)) + scale * update).astype(dtype)
+    return (dot(x, dense(w, dtype)) + scale * update).astype(dtype)

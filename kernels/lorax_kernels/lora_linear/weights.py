@@ -3,9 +3,12 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jaxtyping import Array, Float
+
+from lorax_kernels.weights import Matrix, dense, made_again
 
 
 @functools.partial(
@@ -18,14 +21,14 @@ class LoraWeights:
     A pytree of its arrays; the scale is static.
 
     Attributes:
-        w: Frozen weight.
+        w: Frozen weight, an array or a `Weight`.
         a: Down-projection to the rank r, or None for a layer without an update.
         b: Up-projection from the rank r.
         bias: Frozen bias.
         scale: ``alpha / r``, or ``alpha / √r`` under rank stabilisation.
     """
 
-    w: Float[Array, "k n"]
+    w: Matrix
     a: Float[Array, "k r"] | None = None
     b: Float[Array, "r n"] | None = None
     bias: Float[Array, " n"] | None = None
@@ -44,7 +47,7 @@ class Group:
     A pytree of its arrays; the rest is static.
 
     Attributes:
-        w: Per member.
+        w: Per member, a `Matrix`; `multiplied_in` makes them arrays.
         biases: Per member, or None.
         a: Per update.
         b: Per update.
@@ -56,7 +59,7 @@ class Group:
         axes: Of the mesh, where the kernel runs inside shard_map.
     """
 
-    w: Sequence[jax.Array]
+    w: Sequence[Any]
     biases: Sequence[jax.Array | None]
     a: Sequence[jax.Array]
     b: Sequence[jax.Array]
@@ -92,8 +95,13 @@ class Group:
         )
 
     def multiplied_in(self, dtype: jax.typing.DTypeLike) -> "Group":
-        """Returns the group with its frozen weights in the dtype of what they multiply."""
-        return dataclasses.replace(self, w=[w.astype(dtype) for w in self.w])
+        """Returns the group with its frozen weights as arrays of the dtype that they multiply."""
+        return dataclasses.replace(self, w=[dense(w, dtype) for w in self.w])
+
+    def made_again(self, after: Any) -> "tuple[Group, Any]":
+        """Returns the group and `after` for a backward pass; see `lorax_kernels.weights`."""
+        w, after = made_again(self.w, after)
+        return dataclasses.replace(self, w=w), after
 
     @property
     def is_kernel(self) -> bool:

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Key
 
 from lorax.adapters.method import Cost, Params, Shape, Spec
 from lorax.layers.linear import Linear
-from lorax_kernels import LoraWeights
+from lorax_kernels import LoraWeights, Matrix, dense
 
 NAME = "default"
 """PEFT's name of an adapter that was given none."""
@@ -58,11 +58,11 @@ class Adapter(nnx.Module):
             )
         return key
 
-    def operands(self, w: Float[Array, "k n"]) -> LoraWeights | None:
+    def operands(self, w: Matrix) -> LoraWeights | None:
         """See `Method.operands`."""
         return self.spec.method.operands(self.spec, w, self.params)
 
-    def apply(self, x: Float[Array, "*batch k"], w: Float[Array, "k n"], rate: float):
+    def apply(self, x: Float[Array, "*batch k"], w: Matrix, rate: float):
         """See `Method.apply`."""
         key = self.key() if rate else None
         return self.spec.method.apply(self.spec, w, self.params, x, rate, key)
@@ -70,7 +70,7 @@ class Adapter(nnx.Module):
 
 def attach(layer: Linear, spec: Spec, key: Key[Array, ""], name: str = NAME) -> None:
     """Attaches a new adapter to a layer with a frozen kernel, and makes it the active one."""
-    w = layer.kernel[...]
+    w = layer.kernel.get_value()
     params, base = spec.method.start(Shape(*w.shape), spec, w, key)
     layer.attached[name], layer.active = Adapter(spec, params), name
     if base is not w:
@@ -85,14 +85,14 @@ def cost_of(layer: Linear) -> Cost:
 
 def merged_kernel(layer: Linear) -> Float[Array, "k n"]:
     """Returns the kernel with the active adapter in it, rounded once to the kernel's dtype."""
-    kernel = layer.kernel[...]
+    kernel = layer.kernel.get_value()
     if layer.merged:
-        return kernel
+        return dense(kernel)
     spec = layer.adapter.spec
     return spec.method.merged(spec, kernel, layer.adapter.params).astype(kernel.dtype)
 
 
 def unmerged_kernel(layer: Linear) -> Float[Array, "k n"]:
     """Returns the kernel of a merged layer without its adapter, rounded to the kernel's dtype."""
-    kernel, spec = layer.kernel[...], layer.adapter.spec
+    kernel, spec = layer.kernel.get_value(), layer.adapter.spec
     return spec.method.unmerged(spec, kernel, layer.adapter.params).astype(kernel.dtype)

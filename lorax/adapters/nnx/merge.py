@@ -1,12 +1,12 @@
 """Adapters into the weights, out of them again, and off the model."""
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from lorax.adapters.nnx.adapter import merged_kernel, unmerged_kernel
 from lorax.adapters.nnx.tree import adapted_layers
 from lorax.layers.linear import Linear
+from lorax_kernels import Matrix
 
 
 def merge_lora[M: nnx.Module](model: M, *, keep_adapters: bool = False) -> M:
@@ -69,11 +69,11 @@ def unload_lora[M: nnx.Module](model: M) -> M:
     for name, layer in adapted_layers(unloaded).items():
         if layer.merged:
             raise ValueError(f"{name} is merged; unmerge_lora first")
-        _unload(layer, layer.kernel[...])
+        _unload(layer, layer.kernel.get_value())
     return unloaded
 
 
-def _unload(layer: Linear, kernel: jax.Array) -> None:
+def _unload(layer: Linear, kernel: Matrix) -> None:
     """Takes all adapters off a layer, whose kernel and bias may train then."""
     layer.attached.clear()
     layer.active, layer.kernel = None, nnx.Param(kernel)

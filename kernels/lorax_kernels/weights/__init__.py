@@ -1,0 +1,7 @@
+"""Frozen matrices that are stored as something else than one array."""
+
+from lorax_kernels.weights.weight import Matrix as Matrix
+from lorax_kernels.weights.weight import Weight as Weight
+from lorax_kernels.weights.weight import dense as dense
+from lorax_kernels.weights.weight import kernel_obstacle as kernel_obstacle
+from lorax_kernels.weights.weight import made_again as made_again

@@ -1,0 +1,1 @@
+"""How a frozen matrix is stored: one file per format."""

@@ -1,0 +1,57 @@
+"""What the loader, the planner and the mesh ask of a format; `formats.py` lists them."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from lorax_kernels import Matrix
+
+
+class Format(Protocol):
+    """How a frozen matrix (k, n) is stored: pure functions, and no state.
+
+    It is hashable, so that it can be static in a compiled function.
+    """
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+        ...
+
+    @property
+    def files(self) -> Mapping[str, str]:
+        """How checkpoints that store it so name its parts: what follows the layer's name."""
+        ...
+
+    def store(self, matrix: Float[Array, "k n"]) -> Matrix:
+        """Returns a matrix as it is stored, to be multiplied in the dtype that it has."""
+        ...
+
+    def dense(self, stored: Any, dtype: DTypeLike | None = None) -> Float[Array, "k n"]:
+        """Returns the matrix that is meant: the format's definition. None is its own dtype."""
+        ...
+
+    def bytes(self, shape: tuple[int, int], dtype: DTypeLike) -> int:
+        """Returns what a matrix takes that is multiplied in `dtype`."""
+        ...
+
+    def parts(self, spec: PartitionSpec) -> tuple[PartitionSpec, ...]:
+        """Returns the partition of each stored array, in the order of `jax.tree.leaves`.
+
+        Args:
+            spec: The partition of the matrix.
+        """
+        ...
+
+    def obstacle(self, shape: tuple[int, int], dtype: DTypeLike) -> str | None:
+        """Returns why the fused kernel cannot read such a matrix stored so, or None if it can."""
+        ...
+
+
+def axes_of(spec: PartitionSpec) -> tuple[Any, Any]:
+    """Returns the mesh axes that divide the rows and the columns of a matrix."""
+    rows, columns = (*spec, None, None)[:2]
+    return rows, columns
