@@ -96,11 +96,9 @@ def values_of(model):
 
 def loaded(folder, format):
     """Returns what `load_values` yields on four devices, with the matrices in a format."""
-    table, mesh = tensor_table(CONFIG), make_mesh(4)
+    table, mesh, parts = tensor_table(CONFIG), make_mesh(4), CONFIG.family.parts
     paths = {name: ".".join(map(str, spec.path)) for name, spec in table.items()}
-    places = {
-        name: parameter_sharding(path, mesh, CONFIG.family.parts) for name, path in paths.items()
-    }
+    places = {name: parameter_sharding(path, mesh, parts) for name, path in paths.items()}
     return dict(load_values(table, find_tensors(folder), jnp.dtype("float32"), places, format))
 
 
