@@ -60,7 +60,6 @@ LONG_FUNCTIONS = {
     "lorax_kernels.cross_entropy._kernel": (57, _KERNEL),
     "lorax.objectives.linear_loss.linear_cross_entropy": (81, "loss and gradient in one pass"),
     "lorax.models.stack.offload.run_in_order": (58, "both passes of one custom_vjp"),
-    "lorax.training.step.make_train_step": (53, "the step stands whole, to be read at once"),
     "lorax.runs.run._run": (60, _ROAD),
     "lorax.report.overview.report_data": (58, _ROAD),
     "lorax.report.overview.report_plan": (55, _ROAD),

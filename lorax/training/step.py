@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ from lorax.adapters.nnx.tree import named_modules, split_trainable
 from lorax.devices.determinism import compiler_options, repeatable_attention
 from lorax.devices.placement import place_parameters, placed_shapes
 from lorax.devices.specs import parts_of
-from lorax.objectives.objective import Batch, LossFunction, Objective
+from lorax.objectives.objective import Batch, LossFunction, Objective, Terms
 from lorax.objectives.objectives import as_objective
 from lorax.objectives.sft import SFT
 from lorax.system.threads import TRACING, start_beside
@@ -173,12 +173,7 @@ def make_train_step(
         state, frozen = (place_parameters(x, mesh, parts_of(model)) for x in (state, frozen))
 
     objective = as_objective(loss_fn)
-
-    def terms_of(trainable, micro_batch, key, frozen):
-        merged = nnx.merge(graph, trainable, frozen, copy=True)
-        set_dropout_key(merged, key)
-        _reseed(merged, key)
-        return objective.terms(merged, micro_batch)
+    terms_of = _terms_of(graph, objective)
 
     def step(state: TrainState, frozen: nnx.State, batch: Batch):
         size = jax.tree.leaves(batch)[0].shape[0]
@@ -234,6 +229,18 @@ def make_abstract_step(
     state, frozen = jax.eval_shape(build, model)
     state, frozen = (placed_shapes(x, mesh, parts_of(model)) for x in (state, frozen))
     return dataclasses.replace(found[0], frozen=frozen, mesh=mesh), state
+
+
+def _terms_of(graph: nnx.GraphDef, objective: Objective) -> Callable[..., Terms]:
+    """Returns a function of (trainable, micro-batch, key, frozen): the sums of a model so made."""
+
+    def terms_of(trainable, micro_batch, key, frozen):
+        merged = nnx.merge(graph, trainable, frozen, copy=True)
+        set_dropout_key(merged, key)
+        _reseed(merged, key)
+        return objective.terms(merged, micro_batch)
+
+    return terms_of
 
 
 def merge_state(model: nnx.Module, state: TrainState) -> nnx.Module:
