@@ -16,17 +16,27 @@ def test_every_setting_carries_one_mark():
         assert {f"{section}.{name}" for name in field.annotation.model_fields} <= marks.keys()
 
 
-@pytest.mark.parametrize("annotation, count", [(int, 0), (Annotated[int, OfRun, Free], 2)])
-def test_a_setting_without_a_mark_or_with_two_is_refused(annotation, count):
-    class Part(Section):
-        known: Annotated[int, OfStep] = 1
-        new: annotation = 1
+class Unmarked(Section):
+    known: Annotated[int, OfStep] = 1
+    new: int = 1
 
-    class Whole(Section):
-        part: Part = Part()
 
+class Twice(Section):
+    new: Annotated[int, OfRun, Free] = 1
+
+
+class Whole(Section):
+    part: Unmarked = Unmarked()
+
+
+class Other(Section):
+    part: Twice = Twice()
+
+
+@pytest.mark.parametrize("model, count", [(Whole, 0), (Other, 2)])
+def test_a_setting_without_a_mark_or_with_two_is_refused(model, count):
     with pytest.raises(TypeError, match=rf"part\.new has {count} marks of"):
-        find_marks(Whole)
+        find_marks(model)
 
 
 @pytest.mark.parametrize(
