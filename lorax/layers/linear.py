@@ -194,8 +194,8 @@ def obstacle(linear: nnx.Linear) -> str | None:
         return "it has a dot_general or promote_dtype of its own"
     if linear.precision is not None:
         return f"it sets precision={linear.precision}; set jax_default_matmul_precision instead"
-    if linear.kernel.ndim != 2:
-        return f"its kernel has shape {linear.kernel.shape}, of several layers at once"
+    if len(shape := linear.kernel.get_value().shape) != 2:
+        return f"its kernel has shape {shape}, of several layers at once"
     return None
 
 

@@ -22,12 +22,12 @@ class Terms(NamedTuple):
 
     Attributes:
         total: Σ loss.
-        count: Σ of what it is divided by, such as supervised tokens or pairs.
-        figures: Σ of each figure, which is divided by the count too.
+        divisor: What the sums are divided by in the end, such as supervised tokens or pairs.
+        figures: Σ of each figure, which is divided so too.
     """
 
     total: Float[Array, ""]
-    count: Array
+    divisor: Array
     figures: Mapping[str, Array]
 
 

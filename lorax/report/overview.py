@@ -131,7 +131,7 @@ def report_model(console: Console, config: RunConfig, model: CausalLM) -> None:
         )
 
 
-def report_kernels(console: Console, config: RunConfig, model: nnx.Module) -> None:
+def report_kernels(console: Console, config: RunConfig, model: CausalLM) -> None:
     """Prints what computes each group of adapted layers, and why: one line where all agree."""
     choices = kernel_choices(config, model)
     ways = {(choice.kernel, choice.reason) for choice in choices}

@@ -80,7 +80,7 @@ class Evaluator:
         for last in sums[-3:]:
             wait(last)
         found = jax.device_get(sums)
-        count = sum(int(terms.count) for terms in found)
+        count = sum(int(terms.divisor) for terms in found)
         mean = lambda values: math.fsum(map(float, values)) / count
         names = found[0].figures
         figures = {name: mean(terms.figures[name] for terms in found) for name in names}

@@ -155,7 +155,7 @@ class StepEvents:
             "total_steps": self.course.total_steps,
             "loss": loss,
             **{name: float(numbers[name]) for name in self.course.objective.figures},
-            "learning_rate": float(self.course.schedule(at.step - 1)),
+            "learning_rate": float(np.asarray(self.course.schedule(at.step - 1))),
             "grad_norm": float(numbers["grad_norm"]),
             "supervised_tokens": int(numbers["tokens"]),
             "epoch": at.epoch + 1,

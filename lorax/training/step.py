@@ -170,7 +170,8 @@ def make_train_step(
     trainable, opt_state = begin(trainable)
     state = TrainState(jnp.zeros((), jnp.int32), trainable, opt_state, jnp.zeros((), bool))
     if mesh is not None:
-        state, frozen = (place_parameters(x, mesh, parts_of(model)) for x in (state, frozen))
+        parts = parts_of(model)
+        state, frozen = place_parameters(state, mesh, parts), place_parameters(frozen, mesh, parts)
 
     objective = as_objective(loss_fn)
     terms_of = _terms_of(graph, objective)
@@ -227,7 +228,8 @@ def make_abstract_step(
         return state, step.frozen
 
     state, frozen = jax.eval_shape(build, model)
-    state, frozen = (placed_shapes(x, mesh, parts_of(model)) for x in (state, frozen))
+    parts = parts_of(model)
+    state, frozen = placed_shapes(state, mesh, parts), placed_shapes(frozen, mesh, parts)
     return dataclasses.replace(found[0], frozen=frozen, mesh=mesh), state
 
 

@@ -151,7 +151,7 @@ def test_the_kernels_operands_compute_what_the_method_defines(method):
     params = {n: p + jnp.linspace(0.0, 0.1, p.size).reshape(p.shape) for n, p in params.items()}
     x = jax.random.normal(jax.random.key(2), (7, SHAPE.inputs))
     defined = method.apply(spec, w, params, x, 0.0, None)
-    merged = np.float64(x) @ np.float64(method.merged(spec, w, params))
+    merged = np.asarray(x, np.float64) @ np.asarray(method.merged(spec, w, params), np.float64)
     np.testing.assert_allclose(defined, merged, rtol=1e-4, atol=1e-4)
     layer = Linear(*SHAPE, use_bias=False, rngs=nnx.Rngs(0))
     layer.freeze(w)

@@ -21,12 +21,12 @@ from lorax.interop.load import load_model, load_values
 from lorax.interop.safetensors import read_parts, read_tensor
 from lorax.interop.save import save_model
 from lorax.interop.tensors import tensor_table
-from lorax.models.architecture import DecoderConfig
 from lorax.models.decoder import init_model
+from lorax.models.families import read_architecture
 from lorax.system.files import CheckpointError
 from tests.int8 import INT8, store
 
-CONFIG = DecoderConfig.from_hf(
+CONFIG = read_architecture(
     dict(
         model_type="llama",
         vocab_size=61,

@@ -116,9 +116,9 @@ def test_a_step_and_an_evaluation_tell_its_figures(objective, setup, model):
     terms = objective.terms(
         nnx.merge(*nnx.split(model)), jax.tree.map(lambda x: jnp.asarray(x[0]), batch)
     )
-    assert found["loss"] == pytest.approx(float(terms.total) / int(terms.count), rel=1e-5)
+    assert found["loss"] == pytest.approx(float(terms.total) / int(terms.divisor), rel=1e-5)
     for name in objective.figures:
-        assert found[name] == pytest.approx(float(terms.figures[name]) / int(terms.count))
+        assert found[name] == pytest.approx(float(terms.figures[name]) / int(terms.divisor))
     _, metrics = step(state, next(iter(course.plan.epoch(0))))
     assert set(metrics) == set(step.metrics)
 
