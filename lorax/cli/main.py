@@ -20,7 +20,7 @@ from lorax.recovery.store import SaveError
 from lorax.runs.memory import OutOfMemoryError
 from lorax.system.signals import STOPPED_STATUS, RunStopped, StopRequest
 from lorax.system.streams import Outlet
-from lorax.system.threads import works_beside
+from lorax.system.threads import works_in_background
 from lorax.system.versions import find_version
 from lorax.system.wording import LONGEST, clip_words, describe
 
@@ -38,7 +38,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
     except Exception:
         traceback.print_exc()
         status = 1
-    if works_beside() or stop.dropped:
+    if works_in_background() or stop.dropped:
         # Weights are still read, or a step compiled, for a run that could not begin; or a step that
         # was dropped runs, and would be waited for.
         sys.stdout.flush()

@@ -1,17 +1,17 @@
-"""Work beside the run, in threads that do not keep the process from ending."""
+"""Background threads. They are daemons: a run that fails does not wait for them."""
 
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 
-_PREFIX = "lorax-beside-"
+_PREFIX = "lorax-background-"
 
 TRACING = threading.Lock()
 """Held while a step is traced: one thread runs Python at a time, and the step takes longest."""
 
 
-def start_beside[T](name: str, work: Callable[[], T]) -> Future[T]:
-    """Returns the result to come of `work`, which a thread of its own does."""
+def start_in_background[T](name: str, work: Callable[[], T]) -> Future[T]:
+    """Runs `work` in a thread of its own, and returns its result to come."""
     future: Future[T] = Future()
 
     def run() -> None:
@@ -20,7 +20,6 @@ def start_beside[T](name: str, work: Callable[[], T]) -> Future[T]:
         except BaseException as error:
             future.set_exception(error)
 
-    # A daemon, so that a run that fails meanwhile need not wait for it.
     threading.Thread(target=run, name=_PREFIX + name, daemon=True).start()
     return future
 
@@ -31,13 +30,13 @@ def await_tracing() -> None:
         pass
 
 
-def finish_beside(name: str) -> None:
+def finish_in_background(name: str) -> None:
     """Waits until threads of that name have done what they were started for."""
     for thread in threading.enumerate():
         if thread.name == _PREFIX + name:
             thread.join()
 
 
-def works_beside() -> bool:
-    """Says whether such work goes on: Python's own way out would take its memory from under it."""
+def works_in_background() -> bool:
+    """Says whether such a thread runs: Python's own way out would take its memory away."""
     return any(thread.name.startswith(_PREFIX) for thread in threading.enumerate())

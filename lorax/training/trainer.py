@@ -78,7 +78,7 @@ class Trainer:
             given, the frozen weights have one.
         course: `Course.of` the same config and rows, if it is known already.
         identity: What makes the run itself, with all but its adapters, in the place of `files`.
-        beside: What `save_model` is given besides the model, with the method `full`.
+        save_options: What `save_model` is given besides the model, with the method `full`.
         stop: Hears the signals that ask the run to stop; its own if not given.
 
     Raises:
@@ -100,7 +100,7 @@ class Trainer:
         files: Mapping[str, str] | None = None,
         course: Course | None = None,
         identity: Identity | None = None,
-        beside: Mapping[str, Any] | None = None,
+        save_options: Mapping[str, Any] | None = None,
         stop: StopRequest | None = None,
     ):
         self.config, self.listeners = config, listeners
@@ -120,7 +120,7 @@ class Trainer:
         )
         self._place = batch_placer(self.model, self.mesh)
         self.evaluator = Evaluator.of(course, self.model)
-        self._weights = TrainedWeights(config, self.model, self.step.frozen, beside)
+        self._weights = TrainedWeights(config, self.model, self.step.frozen, save_options)
         self.throughput = Throughput(model_size(self.model), list(self.mesh.devices.flat))
         self.events = StepEvents(course, self.throughput)
         self._pending: _Dispatched | None = None

@@ -20,18 +20,22 @@ class TrainedWeights:
         config: The run's settings.
         model: Decides the structure.
         frozen: What does not train.
-        beside: What `save_model` is given besides the model, with the method `full`; if it is not
+        save_options: What `save_model` is given besides the model, with the method `full`; if it is not
             given, the base model's folder.
     """
 
     def __init__(
-        self, config: RunConfig, model: Any, frozen: nnx.State, beside: Mapping[str, Any] | None
+        self,
+        config: RunConfig,
+        model: Any,
+        frozen: nnx.State,
+        save_options: Mapping[str, Any] | None,
     ):
         self._config, self._graph, self._frozen = config, nnx.graphdef(model), frozen
         # A hub id becomes a folder now: what cannot be found must not wait for the first save.
-        if beside is None and config.train.method == "full":
-            beside = {"source_directory": resolve_base(config.model)}
-        self._beside = dict(beside or {})
+        if save_options is None and config.train.method == "full":
+            save_options = {"source_directory": resolve_base(config.model)}
+        self._save_options = dict(save_options or {})
 
     def on_model(self, trained: nnx.State) -> Any:
         """Returns the model with copies of the weights, which a step may consume."""
@@ -42,7 +46,7 @@ class TrainedWeights:
         model = self._config.model
         if self._config.train.method == "full":
             dtype = jax.numpy.dtype(model.dtype)
-            save_model(self.on_model(trained), folder, dtype=dtype, **self._beside)
+            save_model(self.on_model(trained), folder, dtype=dtype, **self._save_options)
         else:  # fetched all at once: one by one takes longer than writing them
             base = {"base_model_name_or_path": model.name_or_path, "revision": model.revision}
             save_adapter(self._merge(jax.device_get(trained)), folder, **base)

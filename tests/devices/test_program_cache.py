@@ -25,7 +25,7 @@ from lorax.layers.documents import DocumentLayout
 from lorax.models.stack.recompute import Recomputation
 from lorax.runs.model import Blueprint
 from lorax.runs.setup import Setup
-from lorax.system.threads import finish_beside
+from lorax.system.threads import finish_in_background
 from lorax.training import course as training_course
 from lorax.training.ahead import compile_ahead
 from lorax.training.course import Course
@@ -56,9 +56,9 @@ def compile_step(config, inputs, folder, said=None):
     cache = ProgramCache(folder, (said if said is not None else []).append)
     course = Course.of(config, inputs.train, inputs.eval)
     compiled = compile_ahead(inputs.blueprint.shapes, course, programs=cache)
-    finish_beside("compile")
+    finish_in_background("compile")
     cache.keep_waiting()
-    finish_beside("keep")
+    finish_in_background("keep")
     return compiled
 
 
@@ -307,11 +307,11 @@ def test_a_step_is_written_once_when_it_is_time(prepared, compiles_at_once):
     compile_ahead(inputs.blueprint.shapes, course, programs=cache).result(60)
     assert not list(folder.iterdir())
     cache.keep_waiting()
-    finish_beside("keep")
+    finish_in_background("keep")
     (program,) = folder.glob("*.program")
     program.rename(folder / "moved")
     cache.keep_waiting()
-    finish_beside("keep")
+    finish_in_background("keep")
     assert [path.name for path in folder.iterdir()] == ["moved"]
 
 

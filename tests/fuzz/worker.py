@@ -112,12 +112,12 @@ def _await_others() -> bool:
     Returns:
         Whether it has ended; else this process cannot be used again.
     """
-    from lorax.system.threads import works_beside
+    from lorax.system.threads import works_in_background
 
     end = time.monotonic() + 5
-    while works_beside() and time.monotonic() < end:
+    while works_in_background() and time.monotonic() < end:
         time.sleep(0.01)
-    return not works_beside()
+    return not works_in_background()
 
 
 def _await_renderer() -> None:

@@ -17,7 +17,7 @@ from lorax.recovery import files as recovery_files
 from lorax.recovery import identity as recovery_identity
 from lorax.recovery import store as recovery_store
 from lorax.runs import run as runs_run
-from lorax.system.threads import finish_beside
+from lorax.system.threads import finish_in_background
 from lorax.training import course as training_course
 
 pytestmark = pytest.mark.slow
@@ -49,7 +49,7 @@ def run(tmp_path, capsys):
 
     yield call
     for name in ("files", "weights", "compile"):  # of runs that were refused
-        finish_beside(name)
+        finish_in_background(name)
 
 
 @pytest.fixture
