@@ -20,7 +20,7 @@ class TrainedWeights:
         config: The run's settings.
         model: Decides the structure.
         frozen: What does not train.
-        save_options: What `save_model` is given besides the model, with the method `full`; if it is not
+        save_options: What `save_model` is given besides the model, with the method `full`; if not
             given, the base model's folder.
     """
 
