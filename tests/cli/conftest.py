@@ -1,4 +1,4 @@
-"""A folder with a sound run in it, and commands that must refuse what was damaged."""
+"""Folders with sound inputs and with a finished run; commands that must succeed or refuse."""
 
 import re
 import shutil
@@ -12,6 +12,7 @@ from lorax.cli.main import main
 from lorax.interop.load import load_model
 from lorax.interop.peft import save_adapter
 from tests.cli.damage import CONFIG, GOOD_ROWS, TINY, listing
+from tests.cli.runs import prepare
 
 
 @pytest.fixture(scope="session")
@@ -66,3 +67,29 @@ def refused(here, capsys):
         return message
 
     return check
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """The folder of a finished run of three steps."""
+    folder = tmp_path_factory.mktemp("trained")
+    prepare(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main(["train", "run.yaml"]) == 0
+    return folder / "run"
+
+
+@pytest.fixture
+def lorax_prints(capsys):
+    """Runs a command that must succeed; returns what it prints."""
+
+    def run(*arguments):
+        capsys.readouterr()
+        code = main([str(a) for a in arguments])
+        captured = capsys.readouterr()
+        told = [line for line in captured.err.splitlines() if "are those of the run in" not in line]
+        assert (code, told) == (0, [])
+        return captured.out
+
+    return run
