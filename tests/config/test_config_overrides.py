@@ -1,5 +1,6 @@
 """Overrides, configs from Python, and what is said of any value that cannot be."""
 
+import copy
 import datetime
 import re
 import subprocess

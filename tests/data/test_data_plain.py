@@ -9,6 +9,7 @@ import transformers
 from lorax.data.chat.masks import encode_text
 from lorax.data.chat.tokenizer import load_tokenizer
 from lorax.data.preview import render_example
+from tests.data.masked import pieces_with
 
 
 def byte_tokenizer(*, merges=(), bos=True, **named):
