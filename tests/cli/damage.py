@@ -7,6 +7,7 @@ from pathlib import Path
 from safetensors.numpy import save_file
 
 from lorax.interop.safetensors import read_tensors
+from tests.tiny import edit_json
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny" / "model"
 
@@ -50,10 +51,6 @@ def listing(folder):
         content = hashlib.sha256(path.read_bytes()).hexdigest() if is_file else None
         found[str(path.relative_to(folder))] = content
     return found
-
-
-def edit_json(path, **changes):
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def edit_tensors(path, change):

@@ -1,6 +1,5 @@
 """Adapters of PEFT on a tiny base, and what they compute."""
 
-import json
 from typing import Any
 
 import numpy as np
@@ -10,6 +9,8 @@ from peft import (
     get_peft_model,
 )
 from transformers import AutoModelForCausalLM
+
+from tests.tiny import edit_json
 
 TOKENS = np.arange(22).reshape(2, 11) * 4 % 96
 
@@ -51,6 +52,5 @@ def save(model, folder):
 
 
 def edit(folder, **changes):
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    edit_json(folder / "adapter_config.json", **changes)
     return folder

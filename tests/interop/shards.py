@@ -1,22 +1,13 @@
 """A small checkpoint, split into shards."""
 
 import json
-from typing import Any
 
 from safetensors.numpy import save_file
 
 from lorax.interop.safetensors import read_tensors
+from tests import tiny
 
-SMALL: dict[str, Any] = dict(
-    model_type="llama",
-    vocab_size=61,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=64,
-)
+SMALL = tiny.SMALL | dict(model_type="llama")
 
 
 def split_into_shards(folder):

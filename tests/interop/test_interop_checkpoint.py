@@ -1,6 +1,5 @@
 """Nothing doubtful is loaded: every bad checkpoint is refused by file, tensor and reason."""
 
-import json
 import os
 import shutil
 import threading
@@ -17,6 +16,7 @@ from lorax.interop.load import load_model
 from lorax.interop.safetensors import read_ahead, read_headers, read_tensors
 from lorax.system.files import CheckpointError
 from tests.interop.shards import split_into_shards, write_index
+from tests.tiny import edit_json
 
 Q0 = "model.layers.0.self_attn.q_proj.weight"
 
@@ -30,8 +30,7 @@ def edit_tensors(folder, change):
 
 
 def edit_config(folder, **settings):
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    edit_json(folder / "config.json", **settings)
 
 
 def test_sharded_and_single_files_load_the_same(original, folder):

@@ -13,16 +13,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from lorax.layers.rope import RopeConfig, inverse_frequencies
 from lorax.models.architecture import DecoderConfig, stored_dtype
 from lorax.system.json_fields import JsonFields
+from tests import tiny
 
-SMALL: dict[str, Any] = dict(
-    vocab_size=61,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=64,
-)
+SMALL = tiny.SMALL | dict(num_hidden_layers=3)
 WHERE = "model/config.json"
 
 LLAMA3: dict[str, Any] = dict(

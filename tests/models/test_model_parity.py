@@ -10,21 +10,13 @@ import torch
 import transformers
 
 from lorax.interop.load import load_model
+from tests import tiny
 
 pytestmark = pytest.mark.slow
 
 ROWS, LENGTH = 2, 24
 
-SMALL: dict[str, Any] = dict(
-    vocab_size=61,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=64,
-    rms_norm_eps=1e-5,
-)
+SMALL = tiny.SMALL | dict(rms_norm_eps=1e-5)
 LLAMA3: dict[str, Any] = dict(
     rope_type="llama3",
     rope_theta=5e5,

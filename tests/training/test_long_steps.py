@@ -23,23 +23,11 @@ from lorax.training import long_steps
 from lorax.training.calendar import plan_training
 from lorax.training.step import TrainState
 from lorax.training.trainer import Trainer
+from tests.tiny import LLAMA
 
 pytestmark = pytest.mark.slow
 
-ARCHITECTURE = DecoderConfig.from_hf(
-    {
-        "model_type": "llama",
-        "vocab_size": 64,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        "tie_word_embeddings": False,
-    },
-    "test",
-)
+ARCHITECTURE = DecoderConfig.from_hf(LLAMA, "test")
 
 
 MARK = 63
