@@ -32,17 +32,25 @@ import pytest
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
+_KEPT_FROM = "jax_persistent_cache_min_compile_time_secs"
+_SECONDS = getattr(jax.config, _KEPT_FROM)
 
 
-@pytest.fixture(autouse=True)
-def _kernels_are_compiled_anew(request):
-    """An interpreted kernel calls back into the process that compiled it."""
-    name = "jax_persistent_cache_min_compile_time_secs"
-    before = getattr(jax.config, name)
-    if request.path.name.startswith("test_kernel_"):
-        jax.config.update(name, math.inf)
-    yield
-    jax.config.update(name, before)
+def _has_gpu() -> bool:
+    return any(device.platform == "gpu" for device in jax.devices())
+
+
+def pytest_runtest_setup(item):
+    """Sets how the programs of a test, and of the fixtures made for it, are compiled.
+
+    Most run for less time than LLVM would take to optimize them. Not so interpreted kernels, with
+    which it fails, and the real model; nor is a kernel kept, since it calls back into the process
+    that compiled it.
+    """
+    is_kernel = item.path.name.startswith("test_kernel_")
+    is_large = item.path.name.startswith("test_real_model")
+    jax.config.update(_KEPT_FROM, math.inf if is_kernel else _SECONDS)
+    jax.config.update("jax_disable_most_optimizations", not (is_kernel or is_large or _has_gpu()))
 
 
 def _makes_float16():
@@ -66,7 +74,7 @@ def pytest_collection_modifyitems(items):
     if in_float16 and not _makes_float16():
         for item in in_float16:
             item.add_marker(pytest.mark.skip(reason="XLA compiles no float16 for this CPU"))
-    if any(device.platform == "gpu" for device in jax.devices()):
+    if _has_gpu():
         return
     for item in items:
         if item.get_closest_marker("gpu"):

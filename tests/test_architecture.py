@@ -64,6 +64,12 @@ LONG_FUNCTIONS = {
     "lorax.report.overview.report_data": (58, _ROAD),
     "lorax.report.overview.report_plan": (55, _ROAD),
 }
+# Files of more than 400 lines, and why; none may grow beyond what stands here.
+LONG_FILES = {
+    "tests/adapters/test_lora_layers.py": (433, "a layer of each kind meets each check"),
+    "tests/models/test_model_config.py": (450, "the fields of a config, a table"),
+    "tests/training/test_train_trainer.py": (698, "all of it compares runs with one plain run"),
+}
 EVERYWHERE_FORBIDDEN = {"torch", "peft", "pickle", "yaml"}
 WITH_TRANSFORMERS = {"lorax.data.chat.tokenizer", "lorax.data.chat.render_worker"}
 
@@ -149,9 +155,15 @@ def test_kernels_folder_is_not_a_package():
 
 
 def test_files_stay_short_enough_to_read():
-    for module, path in MODULES.items():
+    others = (path for folder in ("tests", "scripts") for path in (ROOT / folder).rglob("*.py"))
+    found = {}
+    for path in (*MODULES.values(), *others):
         lines = path.read_text(encoding="utf-8").count("\n")
-        assert lines <= 400, f"{module} has {lines} lines: there are two ideas in it"
+        if lines > 400:
+            found[path.relative_to(ROOT).as_posix()] = lines
+    assert found.keys() == LONG_FILES.keys()
+    for name, lines in found.items():
+        assert lines <= LONG_FILES[name][0], f"{name} has {lines} lines: there are two ideas in it"
 
 
 def functions(node, name):

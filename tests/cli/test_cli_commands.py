@@ -1,11 +1,7 @@
 """The commands on the shipped tiny model: what each prints, and what it leaves on disk."""
 
-import io
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -22,51 +18,12 @@ from lorax.data.chat.tokenizer import load_tokenizer
 from lorax.interop.export import LOGIT_BOUNDS, ExportError, logit_distance, verify_adapter
 from lorax.interop.load import load_model
 from lorax.interop.peft import load_adapter
+from tests.cli.runs import CONFIG, MODEL, PROMPT, prepare
 
 pytestmark = pytest.mark.slow
 
-TINY = Path(__file__).parents[2] / "examples" / "tiny"
-MODEL = TINY / "model"
-CONFIG = f"""\
-model:
-  name_or_path: {MODEL}
-  dtype: float32
-lora:
-  r: 4
-  lora_alpha: 16
-  target_modules: [q_proj, down_proj]
-  rank_pattern: {{down_proj: 2}}
-data:
-  train: train.jsonl
-  eval: heldout.jsonl
-  max_seq_length: 128
-train:
-  max_steps: 3
-  learning_rate: 3.0e-2
-  lr_scheduler_type: constant
-  gradient_checkpointing: none
-eval:
-  strategy: steps
-  steps: 2
-  exact_match: true
-  exact_match_rows: 2
-  max_new_tokens: 4
-save:
-  output_dir: run
-  save_steps: 1
-log:
-  report_to: [jsonl, tensorboard]
-"""
+
 TENSORS = "adapter_model.safetensors"
-PROMPT = "The basket is brown, made of stone, in aisle 2."
-
-
-def prepare(folder):
-    """Writes a config and a few rows of the example into a folder."""
-    for name, count in (("train.jsonl", 8), ("heldout.jsonl", 4)):
-        rows = (TINY / "data" / name).read_text().splitlines(keepends=True)
-        (folder / name).write_text("".join(rows[:count]))
-    (folder / "run.yaml").write_text(CONFIG)
 
 
 @pytest.fixture
@@ -74,32 +31,6 @@ def here(tmp_path, monkeypatch):
     prepare(tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """The folder of a finished run of three steps."""
-    folder = tmp_path_factory.mktemp("trained")
-    prepare(folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        assert main(["train", "run.yaml"]) == 0
-    return folder / "run"
-
-
-@pytest.fixture
-def lorax_prints(capsys):
-    """Runs a command that must succeed; returns what it prints."""
-
-    def run(*arguments):
-        capsys.readouterr()
-        code = main([str(a) for a in arguments])
-        captured = capsys.readouterr()
-        told = [line for line in captured.err.splitlines() if "are those of the run in" not in line]
-        assert (code, told) == (0, [])
-        return captured.out
-
-    return run
 
 
 @pytest.fixture
@@ -118,9 +49,6 @@ def records(run):
 def distance_to_trained(trained, model, dtype=jnp.float32):
     base = load_model(MODEL, dtype=dtype)
     return logit_distance(load_adapter(base, trained / "adapter"), model)
-
-
-# --- validate and inspect ----------------------------------------------------------------------
 
 
 def test_validate_counts_rows_modules_and_steps(here, lorax_prints):
@@ -149,9 +77,6 @@ def test_inspect_shows_settings_rows_with_their_mask_and_modules(here, lorax_pri
     assert "mlp.down_proj" in printed and "self_attn.q_proj" in printed
     assert "v_proj" not in printed.split("Modules")[1]
     assert not (here / "run").exists()
-
-
-# --- train -------------------------------------------------------------------------------------
 
 
 def test_a_run_leaves_its_config_versions_and_card(trained):
@@ -273,9 +198,6 @@ def test_an_exported_adapter_trains_on(trained, here, lorax_prints):
     assert "lora" not in load_config("on/config.yaml").model_fields_set
 
 
-# --- export ------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("source", [".", "adapter"], ids=["from a run", "from an adapter"])
 @pytest.mark.parametrize("format", ["peft", "peft-portable", "merged"])
 def test_every_format_is_exported_and_loads_again(trained, here, lorax_prints, format, source):
@@ -347,9 +269,6 @@ def test_verification_does_not_depend_on_what_computed_the_training(trained):
     assert {layer.kernels for layer in adapted_layers(model).values()} == {"pallas"}
 
 
-# --- plan --------------------------------------------------------------------------------------
-
-
 def test_plan_shows_every_policy_and_needs_no_data(here, lorax_prints):
     printed = lorax_prints("plan", "run.yaml", "data.train=absent.jsonl")
     lines = [line.split() for line in printed.splitlines()]
@@ -360,72 +279,3 @@ def test_plan_shows_every_policy_and_needs_no_data(here, lorax_prints):
     assert "layers kept" not in printed.partition("what auto takes")[0]
     kept = ("train.gradient_checkpointing=full", "train.kept_layers=2")
     assert "full with 2 layers kept" in lorax_prints("plan", "run.yaml", *kept)
-
-
-# --- generate ----------------------------------------------------------------------------------
-
-
-def test_a_run_generates_with_its_adapter(trained, monkeypatch, lorax_prints):
-    prompt = ("--prompt", PROMPT, "--max-new-tokens", "8", "--dtype", "float32")
-    plain = lorax_prints("generate", MODEL, *prompt)
-    adapted = lorax_prints("generate", MODEL, "--adapter", trained / "adapter", *prompt)
-    assert lorax_prints("generate", trained, *prompt) == adapted
-    assert plain.strip() and plain != adapted  # three steps at a rate of 0.03 change the answer
-
-
-def test_the_shipped_model_answers_every_prompt_alone_as_together(lorax_prints):
-    other = "The radio is green, made of steel, in aisle 4."
-    settings = ("--max-new-tokens", "6", "--dtype", "float32")
-    both = lorax_prints("generate", MODEL, "--prompt", PROMPT, "--prompt", other, *settings)
-    alone = [lorax_prints("generate", MODEL, "--prompt", p, *settings) for p in (PROMPT, other)]
-    heads = (f'[{i}/2] "{text}"\n' for i, text in enumerate((PROMPT, other), start=1))
-    assert both == "\n".join(head + answer for head, answer in zip(heads, alone, strict=True))
-    assert lorax_prints("generate", MODEL, "--prompt", PROMPT, *settings) == alone[0]
-
-
-def test_sampling_is_decided_by_its_seed(lorax_prints):
-    arguments = ("generate", MODEL, "--raw", "--prompt", "The", "--temperature", "2.0")
-    arguments = (*arguments, "--top-k", "50", "--max-new-tokens", "16")
-    first, again, other = (lorax_prints(*arguments, "--seed", seed) for seed in (1, 1, 2))
-    assert first == again != other
-
-
-def test_a_prompt_may_come_from_stdin(monkeypatch, lorax_prints):
-    settings = ("--max-new-tokens", "6")
-    expected = lorax_prints("generate", MODEL, "--prompt", PROMPT, *settings)
-    monkeypatch.setattr("sys.stdin", io.StringIO(PROMPT + "\n"))
-    assert lorax_prints("generate", MODEL, *settings) == expected
-
-
-HEARS = """
-import gc, os, signal, sys, time
-from lorax.cli import train
-from lorax.system.signals import RunStopped
-train._stop_when_asked()
-sent = []
-
-
-def collected(phase, _):
-    if not sent:
-        sent.append(phase)
-        os.kill(os.getpid(), signal.SIGTERM)
-        sum(range(1000))  # the handler runs here, and what it raises is discarded
-
-
-gc.callbacks.append(collected)
-try:
-    gc.collect()
-    while True:  # who does not hear it stays here
-        time.sleep(0.1)
-except RunStopped as stopped:
-    print(stopped)
-"""
-
-
-def test_a_signal_that_comes_while_garbage_is_collected_is_heard():
-    root = Path(__file__).parents[2]
-    environment = os.environ | {"PYTHONPATH": f"{root}:{root / 'kernels'}", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", HEARS]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.stdout.startswith("stopped by SIGTERM while it did not train"), done.stderr
-    assert not done.stderr

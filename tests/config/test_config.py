@@ -1,50 +1,15 @@
-import copy
-import datetime
-import re
-import subprocess
-import textwrap
+"""Configs: defaults, values, conflicts and files, and what is said of them."""
+
 from typing import Any
 
 import pytest
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from lorax.config.adapter import LoraConfig
-from lorax.config.file import ConfigError, check_model
 from lorax.config.model import ModelConfig
 from lorax.config.run import RunConfig, SaveConfig, dump_config, load_config
 from lorax.config.schema import FAMILIAR
-from lorax.config.train import LrSchedulerKwargs, TrainConfig
-
-MINIMAL = """\
-model: {name_or_path: tiny}
-data: {train: rows.jsonl}
-save: {output_dir: out}
-"""
-
-
-@pytest.fixture
-def write(tmp_path):
-    def write_file(text: str | bytes) -> str:
-        path = tmp_path / "run.yaml"
-        path.write_bytes(text if isinstance(text, bytes) else textwrap.dedent(text).encode())
-        return str(path)
-
-    return write_file
-
-
-def problems(path, overrides=()) -> list[str]:
-    with pytest.raises(ConfigError) as caught:
-        load_config(path, overrides)
-    return [line.replace(str(path), "run.yaml") for line in str(caught.value).splitlines()]
-
-
-def problem(path, overrides=()) -> str:
-    found = problems(path, overrides)
-    assert len(found) == 1, found
-    return found[0]
-
-
-# What is accepted.
+from lorax.config.train import TrainConfig
+from tests.config.minimal import MINIMAL, problem, problems
 
 
 def test_minimal_file_gets_the_documented_defaults(write):
@@ -141,9 +106,6 @@ def test_dumped_full_fine_tuning_reads_back_equal(write, tmp_path):
     assert load_config(dumped) == config
 
 
-# The form of an error.
-
-
 def test_all_problems_come_in_the_order_of_the_file(write):
     text = """\
         model:
@@ -213,9 +175,6 @@ def test_missing_sections_name_what_they_need(write):
     ]
 
 
-# Types and ranges.
-
-
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -277,9 +236,6 @@ def test_patterns_must_be_regular_expressions(write, text, start):
 def test_wrong_entry_of_a_list_is_named_by_its_index(write):
     found = problem(write(MINIMAL + "lora:\n  layers_to_transform:\n  - 1\n  - x\n"))
     assert found == "run.yaml:7: lora.layers_to_transform.1: needs a whole number, got the text 'x'"
-
-
-# Values that do not go together.
 
 
 @pytest.mark.parametrize(
@@ -347,9 +303,6 @@ def test_full_fine_tuning_exports_merged_weights_only(write):
     assert config.save.export == ("merged",)
 
 
-# Files that are no config.
-
-
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -380,240 +333,3 @@ def test_byte_order_mark_is_not_part_of_the_first_key(write):
 def test_file_that_cannot_be_read_is_named(tmp_path):
     assert "No such file" in problem(tmp_path / "absent.yaml")
     assert "Is a directory" in problem(tmp_path)
-
-
-# Overrides.
-
-
-def test_overrides_replace_values_and_create_sections(write):
-    overrides = [
-        "train.learning_rate=1e-3",
-        "lora.target_modules=[q_proj, v_proj]",
-        "model.revision=",
-        "data.train=other.jsonl",
-        "train.lr_scheduler_type=polynomial",
-        "train.lr_scheduler_kwargs.power=2",
-        "train.learning_rate=5e-3",
-    ]
-    config = load_config(write(MINIMAL + "train: {learning_rate: -1}\n"), overrides)
-    assert config.train.learning_rate == 5e-3
-    assert config.train.lr_scheduler_kwargs == LrSchedulerKwargs(power=2.0)
-    assert config.lora.target_modules == ("q_proj", "v_proj")
-    assert config.model.revision is None
-    assert config.data.train[0].path == "other.jsonl"
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "meant"),
-    [
-        ("lora.rank_pattern", "{q_proj:8}", "{q_proj: 8}"),
-        ("lora.alpha_pattern", "{v_proj: 2, q_proj:8}", "{q_proj: 8}"),
-        ("lora.rank_pattern", "{self_attn.q_proj:8}", "{self_attn.q_proj: 8}"),
-        ("train.lr_scheduler_kwargs", "{power:2}", "{power: 2}"),
-    ],
-)
-def test_a_colon_without_a_space_is_told(write, key, value, meant):
-    said = f"{key}: a space is missing after the colon: write {meant}"
-    assert problem(write(MINIMAL), [f"{key}={value}"]) == f"override '{key}={value}': {said}"
-    section, name = key.split(".")
-    written = problem(write(f"{MINIMAL}{section}: {{{name}: {value}}}\n"))
-    assert re.fullmatch(r"run\.yaml:\d+: " + re.escape(said), written)
-    problems(write(MINIMAL), [f"{key}={value.replace(':', ': x')}"])  # nothing is missing
-    assert "space" not in problems(write(MINIMAL), ["lora.rank_pattern={'(?:q|k)_proj': }"])[0]
-
-
-@pytest.mark.parametrize(
-    ("override", "expected"),
-    [
-        ("train.max_steps", "needs section.key=value"),
-        ("=3", "needs section.key=value"),
-        ("train..seed=3", "needs section.key=value"),
-        ("train.max_steps=[", "train.max_steps: not valid YAML: "),
-        ("train.max_steps=2024-13-45", "train.max_steps: not valid YAML: "),
-        ("train.max_steps=1.5", "train.max_steps: needs a whole number, got 1.5"),
-        ("train.max_step=1", "train.max_step: unknown key; did you mean train.max_steps?"),
-        ("trian.max_steps=1", "trian: unknown key; did you mean train?"),
-        ("model.dtype.x=1", "model.dtype.x: "),
-        ("data.train.0.path=a", "data.train is the text 'rows.jsonl', not a section"),
-        ("lora.rank_pattern={a: 1, a: 2}", "lora.rank_pattern.a: duplicate key"),
-        ("train.warmup_ratio=2", "train.warmup_ratio: needs a number <= 1.0, got 2"),
-        ("lora={r: 0}", "lora.r: needs a number >= 1, got 0"),
-    ],
-)
-def test_wrong_override_is_named(write, override, expected):
-    found = problems(write(MINIMAL + "lora: {r: 4}\n"), [override])
-    assert found[0].startswith(f"override {override!r}: {expected}") or "model.dtype.x" in override
-    assert len(found) == 1
-
-
-# Overrides that are text.
-
-TEXTS = [
-    "Assistant:",
-    "User: ",
-    "### Response:\n",
-    "[INST]",
-    "[/INST] #",
-    "{assistant}",
-    "{{ x }}",
-    "*assistant*",
-    "&amp",
-    "!x",
-    "%x",
-    "@assistant",
-    "`x`",
-    "- a",
-    "| x",
-    "a: b: c",
-    "12",
-    "true",
-    "2026-11-30",
-    "\tx",
-    "it's",
-]
-
-
-@pytest.mark.parametrize("text", TEXTS)
-def test_an_override_of_a_key_that_takes_text_is_that_text(write, text):
-    overrides = [f"data.response_part={text}", "data.instruction_part=user"]
-    assert load_config(write(MINIMAL), overrides).data.response_part == text
-
-
-def test_quotes_and_null_are_yaml_in_an_override_of_a_key_that_takes_text(write):
-    config = load_config(write(MINIMAL), [r'model.revision="a\nb"', "model.adapter='it''s'"])
-    assert (config.model.revision, config.model.adapter) == ("a\nb", "it's")
-    for nothing in ("null", "~", ""):
-        config = load_config(write(MINIMAL), ["model.revision=a", f"model.revision={nothing}"])
-        assert config.model.revision is None
-
-
-@pytest.mark.parametrize(
-    "override",
-    [
-        "lora.target_modules=[qv]_proj",
-        "lora.target_modules=(?x) q_proj # the query",
-        "lora.exclude_modules=%layer",
-        'lora.exclude_modules=`it\'s` "a"\\b: $HOME',
-        "data.train=rows #1/a.jsonl",
-        "data.train=#1.jsonl",
-        "data.train=a: b.jsonl",
-        "model.revision='a",
-        'model.revision="a',
-    ],
-)
-def test_the_quotes_that_an_error_shows_for_an_override_work_in_a_shell(write, override):
-    key, _, text = override.partition("=")
-    message = problem(write(MINIMAL), [override])
-    assert message.startswith(f"override {override!r}: {key}: ")
-    command = f"printf %s {message.rpartition('quote it for YAML and the shell: ')[2]}"
-    shell = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True)
-    config = load_config(write(MINIMAL), [shell.stdout])
-    section, name = key.split(".")
-    value = getattr(getattr(config, section), name)
-    assert (value[0].path if key == "data.train" else value) == text
-
-
-# From Python.
-
-
-def test_lora_config_takes_lists_and_tuples():
-    assert LoraConfig(r=8, target_modules=["q_proj"]) == LoraConfig(  # pyright: ignore[reportArgumentType]
-        r=8, target_modules=("q_proj",)
-    )
-    assert LoraConfig(modules_to_save=["lm_head"]).modules_to_save == ("lm_head",)  # pyright: ignore[reportArgumentType]
-    config = LoraConfig(target_modules=["q_proj"], layers_to_transform=[0, 2])  # pyright: ignore[reportArgumentType]
-    assert config.layers_to_transform == (0, 2)  # pyright: ignore[reportArgumentType]
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"r": 0}, "greater than or equal to 1"),
-        ({"task_type": "CAUSAL_LM"}, "task_type"),
-        ({"target_modules": "("}, "needs a regular expression"),
-        ({"layers_pattern": "h"}, "is only read together with layers_to_transform"),
-    ],
-)
-def test_lora_config_from_python_raises_a_readable_value_error(settings, words):
-    with pytest.raises(ValueError, match=words):
-        LoraConfig(**settings)
-
-
-def test_defaults_are_not_shared():
-    LoraConfig().rank_pattern["q_proj"] = 3
-    assert LoraConfig().rank_pattern == {}
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("train: {optim: sgd, adam_beta1: 0.8}", "train.adam_beta1: optim `sgd` does not read it"),
-        ("train: {optim: lion, adam_epsilon: 1.0e-6}", "train.adam_epsilon: optim `lion` does not"),
-        (
-            "train: {gradient_checkpointing: selective, kept_layers: 2}",
-            "train.kept_layers: gradient_checkpointing `selective` does not read it, only `full`",
-        ),
-        (
-            "train: {memory_gib: 20}",
-            "train.memory_gib: gradient_checkpointing `full` does not read it, only `auto` does",
-        ),
-        (
-            "train: {gradient_checkpointing: auto, kept_layers: 2}",
-            "train.kept_layers: gradient_checkpointing `auto` decides it itself",
-        ),
-    ],
-)
-def test_a_key_that_nothing_would_read_is_refused(write, text, message):
-    assert message in problem(write(MINIMAL + text + "\n"))
-
-
-# Whatever comes, in words.
-
-JUNK = (
-    None, True, 0, -1, 10**400, 10**5000, 1.5, float("nan"), float("inf"), "", "x", "y" * 20_000,
-    "\ud800", "a\0b", b"x", [], [1], ["x"], [[1]], [None], {}, {"x": 1}, {1: 2}, {"x": 10**400},
-    {"\ud800": 1}, {"x": None}, {"z" * 20_000: 1}, datetime.date(2024, 1, 2),
-)  # fmt: skip
-
-
-def keys_of(model, prefix=()):
-    for name, field in model.model_fields.items():
-        yield (*prefix, name)
-        inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            yield from keys_of(inner, (*prefix, name))
-
-
-@pytest.mark.parametrize("key", list(keys_of(RunConfig)), ids=".".join)
-def test_whatever_comes_is_refused_in_short_words(key):
-    sections: dict[str, Any] = {
-        "model": {"name_or_path": "m"},
-        "data": {"train": "rows.jsonl"},
-        "save": {"output_dir": "run"},
-    }
-    for value in JUNK:
-        data = copy.deepcopy(sections)
-        section = data
-        for name in key[:-1]:
-            section = section.setdefault(name, {})
-        section[key[-1]] = value
-        try:
-            check_model(RunConfig, data, "run.yaml")
-        except ConfigError as error:
-            message = str(error)
-            assert "another value" not in message and "Input should" not in message
-            for line in message.splitlines():
-                assert line.startswith(f"run.yaml: {'.'.join(key)}") and len(line) < 700
-
-
-def test_no_default_message_of_the_checker_is_reachable(write):
-    text = 'train: {optim: "\\ud800"}\n'
-    assert "train.optim: needs text of whole characters" in problem(write(MINIMAL + text))
-
-
-@pytest.mark.parametrize("pattern", ["(" * 20_000, "a{" + "9" * 30 + "}", "x" * 20_000 + "("])
-def test_a_pattern_that_is_none_is_shown_in_short(pattern):
-    with pytest.raises(ConfigError) as refused:
-        check_model(LoraConfig, {"target_modules": pattern}, "adapter_config.json")
-    assert "needs a regular expression, got '" in str(refused.value)
-    assert len(str(refused.value)) < 500

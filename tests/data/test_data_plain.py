@@ -6,11 +6,10 @@ import pytest
 import tokenizers
 import transformers
 
-from lorax.config.data import DataConfig, DataSource
 from lorax.data.chat.masks import encode_text
 from lorax.data.chat.tokenizer import load_tokenizer
-from lorax.data.encode import load_encoded_dataset
 from lorax.data.preview import render_example
+from tests.data.masked import pieces_with
 
 
 def byte_tokenizer(*, merges=(), bos=True, **named):
@@ -30,55 +29,40 @@ def byte_tokenizer(*, merges=(), bos=True, **named):
     return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **names)
 
 
-@pytest.fixture
-def encode(tmp_path):
-    """Encodes rows under given settings; returns the dataset."""
-
-    def run(rows, tokenizer, vocab_size=None, **settings):
-        path = tmp_path / "rows.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        config = DataConfig(train=(DataSource(path=str(path)),), **settings)
-        return load_encoded_dataset(config.train, config, tokenizer, vocab_size=vocab_size)
-
-    return run
-
-
-def _pieces(encode, row, tokenizer, **settings):
-    return render_example(encode([row], tokenizer, **settings), 0, tokenizer)
-
-
-def test_completion_is_supervised_and_bos_and_eos_are_added(encode):
+def test_completion_is_supervised_and_bos_and_eos_are_added(encode_with):
     tokenizer = byte_tokenizer()
-    encoded = encode([{"prompt": "2+2=", "completion": "4"}], tokenizer)
+    encoded = encode_with([{"prompt": "2+2=", "completion": "4"}], tokenizer)
     expected = [("<s>2+2=", False), ("4</s>", True)]
     assert render_example(encoded, 0, tokenizer) == expected
     assert encoded.report.mask_source == "completion"
 
 
-def test_token_across_the_border_of_the_completion_is_supervised(encode):
+def test_token_across_the_border_of_the_completion_is_supervised(encode_with):
     tokenizer = byte_tokenizer(merges=[("Ġ", "w"), ("a", "b")])
     row = {"prompt": "a ", "completion": "wa"}
-    assert _pieces(encode, row, tokenizer) == [("<s>a", False), (" wa</s>", True)]
+    assert pieces_with(encode_with, row, tokenizer) == [("<s>a", False), (" wa</s>", True)]
     row = {"prompt": "xa", "completion": "b"}
-    assert _pieces(encode, row, tokenizer) == [("<s>x", False), ("ab</s>", True)]
+    assert pieces_with(encode_with, row, tokenizer) == [("<s>x", False), ("ab</s>", True)]
 
 
-def test_eos_is_appended_once_and_not_learned_if_so_said(encode):
+def test_eos_is_appended_once_and_not_learned_if_so_said(encode_with):
     tokenizer = byte_tokenizer()
     row = {"prompt": "q", "completion": "a</s>"}
-    assert _pieces(encode, row, tokenizer) == [("<s>q", False), ("a</s>", True)]
-    pieces = _pieces(encode, {"prompt": "q", "completion": "a"}, tokenizer, train_on_eos="none")
+    assert pieces_with(encode_with, row, tokenizer) == [("<s>q", False), ("a</s>", True)]
+    pieces = pieces_with(
+        encode_with, {"prompt": "q", "completion": "a"}, tokenizer, train_on_eos="none"
+    )
     assert pieces == [("<s>q", False), ("a", True), ("</s>", False)]
 
 
-def test_tokenizer_that_adds_eos_itself_gets_no_second_one(encode):
+def test_tokenizer_that_adds_eos_itself_gets_no_second_one(encode_with):
     tokenizer = byte_tokenizer()
     ids = [(name, tokenizer.convert_tokens_to_ids(name)) for name in ("<s>", "</s>")]
     tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
         single="<s> $A </s>", special_tokens=ids
     )
     row = {"prompt": "q", "completion": "a"}
-    assert _pieces(encode, row, tokenizer) == [("<s>q", False), ("a</s>", True)]
+    assert pieces_with(encode_with, row, tokenizer) == [("<s>q", False), ("a</s>", True)]
 
 
 ADDS = {"bos": "<s> $A", "bos and eos": "<s> $A </s>", "eos": "$A </s>", "nothing": "$A"}
@@ -86,7 +70,7 @@ ADDS = {"bos": "<s> $A", "bos and eos": "<s> $A </s>", "eos": "$A </s>", "nothin
 
 @pytest.mark.parametrize("text", ["q", "<s>q", "q</s>", "q</s> ", " q\n", "</s>", "é"])
 @pytest.mark.parametrize("adds", ADDS)
-def test_a_text_that_is_continued_begins_as_the_rows_that_begin_with_it(encode, adds, text):
+def test_a_text_that_is_continued_begins_as_the_rows_that_begin_with_it(encode_with, adds, text):
     tokenizer = byte_tokenizer()
     ids = [(name, tokenizer.convert_tokens_to_ids(name)) for name in ("<s>", "</s>")]
     tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
@@ -95,7 +79,7 @@ def test_a_text_that_is_continued_begins_as_the_rows_that_begin_with_it(encode, 
     prompt = encode_text(tokenizer, text)
     rows = [{"prompt": text, "completion": "a"}, {"text": text + "a"}]
     for row in rows:
-        tokens = encode([row], tokenizer, loss_on="all").row(0)[0].tolist()
+        tokens = encode_with([row], tokenizer, loss_on="all").row(0)[0].tolist()
         assert tokens == [*prompt, *tokenizer.encode("a</s>", add_special_tokens=False)]
 
 
@@ -120,104 +104,106 @@ LONG = {"prompt": "q" * 99, "completion": "a"}
         ([TALK, LONG], True, ("chat",)),  # what is dropped is not trained on
     ],
 )
-def test_the_kinds_of_the_rows_that_are_kept_are_told(encode, rows, template, kinds):
+def test_the_kinds_of_the_rows_that_are_kept_are_told(encode_with, rows, template, kinds):
     tokenizer = byte_tokenizer()
     if template:
         tokenizer.chat_template = "{% for m in messages %}{{ m['content'] + '</s>' }}{% endfor %}"
     settings = {"max_seq_length": 200 if ALPACA in rows else 90, "overlong": "drop"}
-    assert encode(rows, tokenizer, **settings).report.kinds == kinds
+    assert encode_with(rows, tokenizer, **settings).report.kinds == kinds
 
 
-def test_plain_text_without_an_eos_token_is_refused(encode):
+def test_plain_text_without_an_eos_token_is_refused(encode_with):
     tokenizer = byte_tokenizer(eos_token=None)
     row = {"prompt": "q", "completion": "a"}
     with pytest.raises(ValueError, match="tokenizer has no eos_token"):
-        encode([row], tokenizer)
-    pieces = _pieces(encode, row, tokenizer, train_on_eos="none")
+        encode_with([row], tokenizer)
+    pieces = pieces_with(encode_with, row, tokenizer, train_on_eos="none")
     assert pieces == [("<s>q", False), ("a", True)]
 
 
-def test_text_is_learned_whole(encode):
+def test_text_is_learned_whole(encode_with):
     tokenizer = byte_tokenizer()
-    pieces = _pieces(encode, {"text": "abc"}, tokenizer, loss_on="all")
+    pieces = pieces_with(encode_with, {"text": "abc"}, tokenizer, loss_on="all")
     assert pieces == [("<s>", False), ("abc</s>", True)]
 
 
-def test_first_token_is_never_supervised(encode):
+def test_first_token_is_never_supervised(encode_with):
     tokenizer = byte_tokenizer(bos=False)
-    assert _pieces(encode, {"text": "abc"}, tokenizer, loss_on="all")[0] == ("a", False)
-    encoded = encode([{"input_ids": [5, 6], "labels": [5, 6]}], tokenizer)
+    assert pieces_with(encode_with, {"text": "abc"}, tokenizer, loss_on="all")[0] == ("a", False)
+    encoded = encode_with([{"input_ids": [5, 6], "labels": [5, 6]}], tokenizer)
     assert encoded.supervised.tolist() == [False, True]
 
 
 @pytest.mark.parametrize("loss_on", ["assistant", "last_assistant", "completion"])
-def test_alpaca_becomes_prompt_and_completion_where_there_is_none(encode, loss_on):
+def test_alpaca_becomes_prompt_and_completion_where_there_is_none(encode_with, loss_on):
     row = {"instruction": "Add.", "input": "1 2", "output": "3"}
-    (prompt, _), learned = _pieces(encode, row, byte_tokenizer(), loss_on=loss_on)
+    (prompt, _), learned = pieces_with(encode_with, row, byte_tokenizer(), loss_on=loss_on)
     assert learned == ("3</s>", True)
     assert prompt.endswith("### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n")
-    (prompt, _), _ = _pieces(encode, {**row, "input": ""}, byte_tokenizer(), loss_on=loss_on)
+    (prompt, _), _ = pieces_with(
+        encode_with, {**row, "input": ""}, byte_tokenizer(), loss_on=loss_on
+    )
     assert "### Input" not in prompt
 
 
-def test_slow_tokenizer_is_refused(encode):
+def test_slow_tokenizer_is_refused(encode_with):
     tokenizer = transformers.ByT5Tokenizer()
     assert not tokenizer.is_fast
     with pytest.raises(ValueError, match="ByT5Tokenizer is a slow tokenizer"):
-        encode([{"prompt": "q", "completion": "a"}], tokenizer)
+        encode_with([{"prompt": "q", "completion": "a"}], tokenizer)
 
 
-def test_text_and_unlabelled_tokens_need_loss_on_all(encode):
+def test_text_and_unlabelled_tokens_need_loss_on_all(encode_with):
     for row in ({"text": "abc"}, {"input_ids": [1, 2, 3]}):
         with pytest.raises(ValueError, match=r"rows.jsonl:1: .* set data\.loss_on: all"):
-            encode([row], byte_tokenizer())
+            encode_with([row], byte_tokenizer())
 
 
-def test_labels_of_tokenized_rows_decide(encode):
+def test_labels_of_tokenized_rows_decide(encode_with):
     rows = [{"input_ids": [7, 8, 9], "labels": [-100, -100, 9]}]
-    encoded = encode(rows, byte_tokenizer())
+    encoded = encode_with(rows, byte_tokenizer())
     assert encoded.tokens.tolist() == [7, 8, 9]
     assert encoded.supervised.tolist() == [False, False, True]
     assert (encoded.report.format, encoded.report.mask_source) == ("tokenized", "labels")
 
 
-def test_token_outside_of_the_vocabulary_is_refused(encode):
+def test_token_outside_of_the_vocabulary_is_refused(encode_with):
     tokenizer = byte_tokenizer()
     rows = [{"input_ids": [1, 2]}, {"input_ids": [1, 300]}]
     with pytest.raises(ValueError, match=r"rows.jsonl:2: token id 300 is outside .* of 300"):
-        encode(rows, tokenizer, vocab_size=300, loss_on="all")
+        encode_with(rows, tokenizer, vocab_size=300, loss_on="all")
     with pytest.raises(ValueError, match=r"rows.jsonl:1: token id -1 is outside"):
-        encode([{"input_ids": [3, -1]}], tokenizer, loss_on="all")
+        encode_with([{"input_ids": [3, -1]}], tokenizer, loss_on="all")
     with pytest.raises(ValueError, match=r"rows.jsonl:1: token id 257 is outside"):
-        encode([{"prompt": "q", "completion": "a"}], tokenizer, vocab_size=257)
+        encode_with([{"prompt": "q", "completion": "a"}], tokenizer, vocab_size=257)
 
 
-def test_overlong_rows_are_refused_truncated_or_dropped(encode):
+def test_overlong_rows_are_refused_truncated_or_dropped(encode_with):
     rows = [{"prompt": "q", "completion": "a" * n} for n in (3, 20, 30)]
     tokenizer = byte_tokenizer()
     with pytest.raises(ValueError, match=r"2 of 3 rows are longer .*: 10; .*rows.jsonl:2 has 23 t"):
-        encode(rows, tokenizer, max_seq_length=10)
-    cut = encode(rows, tokenizer, max_seq_length=10, overlong="truncate")
+        encode_with(rows, tokenizer, max_seq_length=10)
+    cut = encode_with(rows, tokenizer, max_seq_length=10, overlong="truncate")
     assert cut.lengths.tolist() == [6, 10, 10]
     assert cut.report.rows_truncated == 2
     assert render_example(cut, 1, tokenizer) == [("<s>q", False), ("a" * 8, True)]
-    kept = encode(rows, tokenizer, max_seq_length=10, overlong="drop")
+    kept = encode_with(rows, tokenizer, max_seq_length=10, overlong="drop")
     assert (kept.report.rows_read, kept.report.rows_kept) == (3, 1)
     assert kept.report.rows_dropped_overlong == 2
 
 
-def test_row_as_long_as_allowed_fits(encode):
+def test_row_as_long_as_allowed_fits(encode_with):
     rows = [{"prompt": "q", "completion": "a" * 7}]
-    assert encode(rows, byte_tokenizer(), max_seq_length=10).lengths.tolist() == [10]
+    assert encode_with(rows, byte_tokenizer(), max_seq_length=10).lengths.tolist() == [10]
 
 
-def test_label_of_the_first_token_does_not_count(encode):
+def test_label_of_the_first_token_does_not_count(encode_with):
     rows = [{"input_ids": [5, 6], "labels": [5, -100]}]
     with pytest.raises(ValueError, match="1 of 1 rows have no supervised token"):
-        encode(rows, byte_tokenizer())
+        encode_with(rows, byte_tokenizer())
 
 
-def test_rows_without_a_supervised_token_are_refused_or_dropped(encode):
+def test_rows_without_a_supervised_token_are_refused_or_dropped(encode_with):
     rows = [
         {"prompt": "q", "completion": "a"},
         {"prompt": "q" * 20, "completion": "a"},
@@ -227,18 +213,18 @@ def test_rows_without_a_supervised_token_are_refused_or_dropped(encode):
     with pytest.raises(
         ValueError, match=r"1 of 2 rows have no supervised.*truncated.*rows.jsonl:2"
     ):
-        encode(rows, tokenizer, **settings)
-    kept = encode(rows, tokenizer, unsupervised="drop", **settings)
+        encode_with(rows, tokenizer, **settings)
+    kept = encode_with(rows, tokenizer, unsupervised="drop", **settings)
     assert kept.report.rows_dropped_unsupervised == 1
     assert kept.report.rows_truncated == 1
     assert len(kept) == 1
 
 
 @pytest.mark.parametrize("settings", [{"overlong": "drop"}, {"overlong": "truncate"}])
-def test_losing_every_row_is_refused(encode, settings):
+def test_losing_every_row_is_refused(encode_with, settings):
     rows = [{"prompt": "q" * 20, "completion": "a"}] * 2
     with pytest.raises(ValueError, match=r"none of 2 rows is left.*rows.jsonl:1"):
-        encode(rows, byte_tokenizer(), max_seq_length=10, unsupervised="drop", **settings)
+        encode_with(rows, byte_tokenizer(), max_seq_length=10, unsupervised="drop", **settings)
 
 
 def test_tokenizer_saved_in_a_directory_is_loaded(tmp_path):

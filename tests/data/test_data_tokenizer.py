@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import itertools
 import json
 import random
 import re
@@ -19,28 +18,21 @@ import transformers
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import decoders, normalizers, pre_tokenizers, processors
 
-import lorax
-from lorax.config.data import DataConfig
-from lorax.data.chat.tokenizer import load_tokenizer, tokenize_texts
-from lorax.data.encode import load_encoded_dataset
-from lorax.data.reading.rows import DataError
+from lorax.data.chat.tokenizer import load_tokenizer
 from lorax.interop.export_files import companion_files
 from lorax.interop.folder import write_checkpoint
+from tests.data.llama_tokenizer import LLAMA, NAMED, SENTENCES, byte_level, write_folder
 from tests.real import asset
 
 ROOT = Path(__file__).parents[2]
-POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
 
-NAMED = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-LLAMA = {**NAMED, "add_bos_token": True, "tokenizer_class": "LlamaTokenizer"}
+
 NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
-SENTENCES = [
-    "the cat sat on the mat and the dog ran to the tree",
-    "a cat and a dog: one sat, the other ran   and   ran",
-    "user assistant system the answer is 42, not 4711 or 12",
-    "there the then them tree three  the  cat's mat, the dog's tree",
-]
+
+
 WORDS = [*" ".join(SENTENCES).split()[:30], "é", "e\u0301", "漢字", "👍🏽", "▁", "\u00a0", "\x00"]
+
+
 GAPS = ["", " ", " ", "  ", "   ", " " * 9, "\n", "\n\n", " \n ", "\t", "\r\n"]
 
 
@@ -136,27 +128,12 @@ def convert(model, prefix="always"):
     return backend
 
 
-def write_folder(folder, *, backend=None, model=None, model_type="llama", **settings):
-    """Writes a tokenizer's folder and returns its path."""
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    if backend is not None:
-        backend.save(str(folder / "tokenizer.json"))
-    if model is not None:
-        (folder / "tokenizer.model").write_bytes(model)
-    return str(folder)
-
-
 def ids_of(tokenizer, texts):
     return [tokenizer.encode(text, add_special_tokens=False) for text in texts]
 
 
 def warns():
     return pytest.warns(UserWarning, match="AutoTokenizer of transformers gives others")
-
-
-# --- Llama 2's kind ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("legacy", [True, False, None])
@@ -312,9 +289,6 @@ def test_a_tokenizer_in_the_hubs_cache_gives_its_files_ids_too(tmp_path, model):
     assert done.stdout.split("\n")[0] == str([1, *expected]), done.stderr
 
 
-# --- The real one ------------------------------------------------------------------------------
-
-
 def rebuild_model(path):
     """Makes the SentencePiece model again from which a tokenizer.json of its kind was made.
 
@@ -361,22 +335,6 @@ def test_a_real_tokenizer_of_llama_2s_kind_gives_sentencepieces_ids():
     assert sum(a != b for a, b in zip(rebuilt, expected, strict=True)) > len(texts) / 4
 
 
-# --- Other classes that are built anew ---------------------------------------------------------
-
-
-def byte_level(*before, **settings):
-    """A byte-level tokenizer with a few merges and `before` in front of its pre-tokenizer."""
-    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
-    pairs = [(a, b) for a, b in itertools.product("0123456789", repeat=2)]
-    vocab = {piece: i for i, piece in enumerate([*symbols, *map("".join, pairs), "<|end|>"])}
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, pairs))
-    level = pre_tokenizers.ByteLevel(add_prefix_space=False, **settings)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([*before, level]) if before else level
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(["<|end|>"])
-    return backend
-
-
 def test_steps_that_another_class_replaces_are_the_files_too(tmp_path):
     # SmolLM2's tokenizer.json takes digits one by one; its class, GPT2Tokenizer, knows no such step
     backend = byte_level(pre_tokenizers.Digits(individual_digits=True))
@@ -408,139 +366,3 @@ def test_a_file_whose_model_comes_first_is_read_as_well(tmp_path, model):
         loaded = load_tokenizer(folder)
     texts = make_texts()
     assert ids_of(loaded, texts) == list(encode_by_stretches(model, texts))
-
-
-# --- Files -------------------------------------------------------------------------------------
-
-
-def test_a_pointer_beside_a_whole_tokenizer_json_does_not_matter(tmp_path):
-    folder = write_folder(tmp_path, backend=byte_level(), tokenizer_class="GPT2Tokenizer")
-    expected = load_tokenizer(folder).encode("in 12")
-    for name in ("tokenizer.model", "tokenizer.model.v3", "vocab.json", "merges.txt"):
-        (tmp_path / name).write_text(POINTER)
-    (tmp_path / "tokenizer").mkdir()
-    assert load_tokenizer(folder).encode("in 12") == expected
-
-
-@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "added_tokens.json"])
-def test_a_pointer_in_the_place_of_a_file_that_is_read_is_refused(tmp_path, name):
-    folder = write_folder(tmp_path, backend=byte_level(), tokenizer_class="GPT2Tokenizer")
-    (tmp_path / name).write_text(POINTER)
-    with pytest.raises(ValueError, match=rf"{name} is a Git LFS pointer.*git lfs pull"):
-        load_tokenizer(folder)
-
-
-@pytest.mark.parametrize("name", ["tokenizer.model", "vocab.json", "merges.txt"])
-def test_a_pointer_without_a_tokenizer_json_is_refused(tmp_path, name):
-    folder = write_folder(tmp_path, **LLAMA)
-    (tmp_path / name).write_text(POINTER)
-    with pytest.raises(ValueError, match=rf"{name} is a Git LFS pointer.*git lfs pull"):
-        load_tokenizer(folder)
-
-
-VALUES = {
-    "text": "4096",
-    "a number": 7,
-    "a fraction": -1.5,
-    "true": True,
-    "null": None,
-    "a list": [],
-    "a list of text": ["a"],
-    "a list of numbers": [1],
-    "an object": {},
-    "an object of a number": {"content": 7},
-    "long": "x" * 20_000,
-}
-TOKEN = {"text", "null", "long"}
-FIELDS = {
-    "model_max_length": {"a number", "null"},
-    "add_bos_token": {"true", "null"},
-    "add_eos_token": {"true", "null"},
-    "add_prefix_space": {"true", "null"},
-    "clean_up_tokenization_spaces": {"true", "null"},
-    "legacy": {"true", "null"},
-    "split_special_tokens": {"true", "null"},
-    "eos_token": TOKEN,
-    "bos_token": TOKEN,
-    "unk_token": TOKEN,
-    "pad_token": TOKEN,
-    "added_tokens_decoder": {"an object"},
-    "additional_special_tokens": {"null", "a list", "a list of text", "an object"},
-    "extra_special_tokens": {"null", "a list", "a list of text", "an object"},
-    "chat_template": {"text", "null", "long", "a list"},
-    "tokenizer_class": TOKEN,
-    "padding_side": set(),
-    "truncation_side": set(),
-    "model_input_names": {"a list", "a list of text"},
-    "auto_map": {
-        "a list",
-        "a list of text",
-        "a list of numbers",
-        "an object",
-        "an object of a number",
-    },
-}
-
-
-@pytest.mark.filterwarnings("ignore:.*AutoTokenizer of transformers gives others")
-@pytest.mark.parametrize("field", FIELDS)
-def test_a_field_of_another_type_is_refused_by_name(tmp_path, field):
-    backend = byte_level()
-    for name, value in VALUES.items():
-        settings = {"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|end|>", field: value}
-        folder = write_folder(tmp_path, backend=backend, **settings)
-        if name in FIELDS[field]:
-            try:
-                assert load_tokenizer(folder).encode("12")
-            except ValueError as error:  # of transformers, which refuses some of these
-                assert "cannot load its tokenizer" in str(error)
-            continue
-        with pytest.raises(ValueError) as refused:
-            load_tokenizer(folder)
-        said = str(refused.value)
-        assert re.search(rf"tokenizer_config\.json: {field} must be .*, got ", said), said
-        assert len(said) < 400 + len(folder)
-
-
-def test_all_wrong_fields_are_named_at_once(tmp_path):
-    settings = {"model_max_length": [4096], "eos_token": 7, "add_bos_token": "false"}
-    folder = write_folder(tmp_path, backend=byte_level(), **settings)
-    (tmp_path / "special_tokens_map.json").write_text('{"pad_token": 3}')
-    with pytest.raises(ValueError) as refused:
-        load_tokenizer(folder)
-    assert str(refused.value) == (
-        f"{folder}/tokenizer_config.json: model_max_length must be a number above 0, got [4096]; "
-        'add_bos_token must be true, false or null, got "false"; eos_token must be a token\'s '
-        f"text, an object with its content, or null, got 7. {folder}/special_tokens_map.json: "
-        "pad_token must be a token's text, an object with its content, or null, got 3"
-    )
-
-
-def test_a_token_id_beyond_32_bits_is_refused(tmp_path):
-    folder = write_folder(tmp_path, backend=byte_level())
-    path = tmp_path / "tokenizer.json"
-    read = json.loads(path.read_text())
-    read["model"]["vocab"]["a"] = 2**31
-    path.write_text(json.dumps(read))
-    loaded = load_tokenizer(folder)
-    assert tokenize_texts(loaded, ["12"], add_special_tokens=False)[0].ids.dtype == np.int32
-    with pytest.raises(ValueError, match="the token id 2147483648, more than any model's"):
-        tokenize_texts(loaded, ["12", "a"], add_special_tokens=False)
-
-
-def test_a_real_length_is_any_number(tmp_path):
-    for length in (4096, 1e30, 10**30, 1.0, None):
-        folder = write_folder(tmp_path, backend=byte_level(), model_max_length=length)
-        assert lorax.load_tokenizer(folder).encode("12")
-
-
-def test_a_tokenizer_that_drops_characters_is_refused(tmp_path):
-    """Without byte-level steps and unk_token, unknown characters vanish and all places shift."""
-    folder = Path(shutil.copytree("examples/tiny/model", tmp_path / "model"))
-    settings = json.loads((folder / "tokenizer.json").read_text())
-    (folder / "tokenizer.json").write_text(json.dumps(settings | {"pre_tokenizer": None}))
-    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho ho"}]
-    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": talk}) + "\n")
-    config = DataConfig.model_validate({"train": str(tmp_path / "rows.jsonl")})
-    with pytest.raises(DataError, match=r"rows.jsonl:1.*makes no token of some characters"):
-        load_encoded_dataset(config.train, config, load_tokenizer(str(folder)))

@@ -12,19 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from tests.faults.processes import in_child, start, wait
+from tests.tiny import LLAMA
 
 STEPS = 8
-SIZES = {
-    "model_type": "llama",
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "tie_word_embeddings": False,
-}
 
 
 def make_trainer(folder: Path, *, resume: bool = False, **changes: Any):
@@ -58,7 +48,7 @@ def make_trainer(folder: Path, *, resume: bool = False, **changes: Any):
             section, _, key = name.partition("__")
             settings[section] = settings[section] | {key: value}
     seed = changes.get("seed_of_base", 0)
-    base = CausalLM(read_architecture(SIZES, "tiny"), rngs=nnx.Rngs(seed))
+    base = CausalLM(read_architecture(LLAMA, "tiny"), rngs=nnx.Rngs(seed))
     adapter = lorax.LoraConfig(
         r=changes.get("rank", 4),
         lora_dropout=changes.get("dropout", 0.0),

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from tests.fuzz import seeds, structure
+from tests.fuzz.compare import differences, leaves, numbers, put, second_reading
 from tests.fuzz.edits import WORDS
 from tests.fuzz.kinds import Case
 
@@ -38,81 +39,19 @@ def _of_config(case: Case, folder: Path) -> str | None:
 
     words = _overrides(case)
     taken = load_config("run.yaml", words).model_dump(mode="json")
-    given = _second_reading((folder / "run.yaml").read_text("utf-8-sig"))
+    given = second_reading((folder / "run.yaml").read_text("utf-8-sig"))
     for word in words:
         key, _, value = word.partition("=")
-        _put(given, key.strip().split("."), _second_reading(value))
-    if next(_differences(given, taken), None):
+        put(given, key.strip().split("."), second_reading(value))
+    if next(differences(given, taken), None):
         return None
-    if not all(math.isfinite(number) for number in _numbers(taken)):
+    if not all(math.isfinite(number) for number in numbers(taken)):
         return None
     return "the settings in force are those that a second YAML reader finds"
 
 
-def _numbers(value: Any) -> Iterator[float]:
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list):
-        for item in value:
-            yield from _numbers(item)
-    elif isinstance(value, int | float) and not isinstance(value, bool):
-        yield value if abs(value) < 1e300 else math.inf
-
-
 def _overrides(case: Case) -> list[str]:
     return [word for word in case.changed_words[2:] if "=" in word and word[0] != "-"]
-
-
-def _second_reading(text: str) -> Any:
-    import yaml
-
-    return yaml.safe_load(text)
-
-
-def _put(document: Any, keys: list[str], value: Any) -> None:
-    for key in keys[:-1]:
-        document = document.setdefault(key, {}) if isinstance(document, dict) else document
-        document = {} if document is None else document
-    if isinstance(document, dict):
-        document[keys[-1]] = value
-
-
-def _differences(given: Any, taken: Any, place: str = "") -> Iterator[str]:
-    if isinstance(given, dict) and isinstance(taken, dict):
-        for key, value in given.items():
-            if key not in taken:
-                yield f"{place}{key}"
-            else:
-                yield from _differences(value, taken[key], f"{place}{key}.")
-        return
-    if place in ("data.train.", "data.eval.") and not _same(given, taken):
-        given = [given] if isinstance(given, str | dict) else given or []
-        paths = [{"path": item} if isinstance(item, str) else item for item in given]
-        for one, other in zip(paths, taken, strict=True):
-            yield from _differences(one, other, f"{place}source.")
-        return
-    if isinstance(given, list) and isinstance(taken, list) and len(given) == len(taken):
-        for one, other in zip(given, taken, strict=True):
-            yield from _differences(one, other, place)
-        return
-    if not _same(given, taken):
-        yield f"{place}: {given!r} and {taken!r}"
-
-
-def _same(given: Any, taken: Any) -> bool:
-    if given is None:  # an empty section, or a key that is null as it is when it is not given
-        return taken in (None, [], {}) or isinstance(taken, dict)
-    if isinstance(given, str) and isinstance(taken, float):
-        given = float(given)  # YAML 1.1 takes 1e-4 for text
-    if isinstance(given, str) and isinstance(taken, int | str):
-        return str(taken) == given or str(taken).lower() == given.lower() or _of_octal(given, taken)
-    if isinstance(given, bool) and isinstance(taken, str):
-        return taken in (("yes", "on", "true") if given else ("no", "off", "false"))
-    return type(given) in (type(taken), int, float) and given == taken
-
-
-def _of_octal(given: str, taken: Any) -> bool:
-    return given.startswith("0o") and int(given, 8) == taken
 
 
 # --- Rows, templates, tokenizers ----------------------------------------------------------------
@@ -249,7 +188,7 @@ def _of_model_config(case: Case, folder: Path) -> str | None:
     sound, now = (load_hf_config(place / "model") for place in (garden / "plain", folder))
     reason = "the same is computed"
     if sound != now:
-        if dict(_leaves(config)) == dict(_leaves(seeds.CONFIG)):
+        if dict(leaves(config)) == dict(leaves(seeds.CONFIG)):
             return None
         reason = "another model of the same shapes, as its fields say"
     if case.changed_words[0] == "generate":
@@ -266,14 +205,6 @@ def _named_stops(folder: Path) -> set[Any]:
         value = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
         found |= set(value if isinstance(value, list) else [value]) - {None}
     return found
-
-
-def _leaves(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from _leaves(item, f"{place}.{key}")
-    else:
-        yield place, value
 
 
 def _of_weights(case: Case, folder: Path) -> str | None:

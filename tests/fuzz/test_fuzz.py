@@ -30,7 +30,8 @@ SECONDS = 240.0
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
-def test_changed_inputs_are_refused_clearly_or_rightly_used(tmp_path):
+def test_changed_inputs_are_refused_clearly_or_rightly_used(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # as conftest has it
     garden = make_garden(tmp_path)
     drawn = [(kind, seed) for seed in SEEDS for kind in KINDS]
     rows = list(run_cases([*read_cases(FOUND), *drawn], tmp_path, garden, SECONDS, workers=1))

@@ -20,18 +20,10 @@ from lorax.interop.stop_tokens import (
 )
 from lorax.models.decoder import CausalLM
 from lorax.models.families import read_architecture
+from tests.tiny import SMALL
 
 pytestmark = pytest.mark.slow
 
-SMALL: dict[str, Any] = dict(
-    vocab_size=61,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=64,
-)
 PROMPTS = [[5, 9, 1], [7], [3, 4, 8, 2, 60, 11, 30, 12]]
 
 

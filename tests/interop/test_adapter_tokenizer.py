@@ -15,6 +15,7 @@ from lorax.cli.main import main
 from lorax.config.adapter import LoraConfig
 from lorax.interop.load import load_model
 from lorax.interop.peft import save_adapter
+from tests.tiny import edit_json
 
 pytestmark = pytest.mark.slow
 
@@ -26,10 +27,6 @@ TEMPLATE = (
 INLINE = "INLINE: {{ messages[0]['content'] }}"
 TURN = [{"role": "user", "content": "Hi"}]
 OWN = 0  # the id of the token that the adapter's tokenizer calls otherwise, and ends texts with
-
-
-def edit(path, **changes):
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +54,7 @@ def adapter(plain, tmp_path):
         shutil.copy(MODEL / name, folder)
     path = folder / "tokenizer.json"
     path.write_text(path.read_text().replace("<|pad|>", "<|own|>"))
-    edit(folder / "tokenizer_config.json", eos_token="<|own|>", pad_token="<|own|>")
+    edit_json(folder / "tokenizer_config.json", eos_token="<|own|>", pad_token="<|own|>")
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     return folder
 

@@ -15,6 +15,7 @@ from lorax.cli.main import main
 from lorax.generation.generate import generate
 from lorax.interop import folder as interop_folder
 from lorax.interop.export_files import companion_files
+from tests.tiny import edit_json
 
 pytestmark = pytest.mark.slow
 
@@ -27,10 +28,6 @@ END_OF_TEXT, END_OF_TURN, LONGEST = 0, 2, 32
 PROMPT = "The basket is brown, made of stone, in aisle 2."
 
 
-def edit(path, **changes):
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """The tiny model as a base of another kind: it ends texts, and has an old inline template."""
@@ -40,9 +37,9 @@ def base(tmp_path_factory):
     path = folder / "tokenizer.json"
     path.write_text(path.read_text().replace("<|pad|>", "<|endoftext|>"))
     named = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
-    edit(folder / "tokenizer_config.json", **named, chat_template="OLD{{ messages }}")
+    edit_json(folder / "tokenizer_config.json", **named, chat_template="OLD{{ messages }}")
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": "OLDER"}))
-    edit(folder / "config.json", eos_token_id=END_OF_TEXT)
+    edit_json(folder / "config.json", eos_token_id=END_OF_TEXT)
     settings = {"eos_token_id": END_OF_TEXT, "pad_token_id": 0, "repetition_penalty": 1.0}
     (folder / "generation_config.json").write_text(json.dumps(settings))
     return folder
@@ -171,7 +168,7 @@ def test_of_a_bases_chat_templates_an_export_has_the_one_that_transformers_takes
     shutil.copytree(TINY / "model", base)
     (base / "chat_template.jinja").unlink()
     if inline is not None:
-        edit(base / "tokenizer_config.json", chat_template=inline)
+        edit_json(base / "tokenizer_config.json", chat_template=inline)
     if file is not None:
         (base / "chat_template.jinja").write_bytes(file.encode())
     if old is not None:
@@ -279,7 +276,7 @@ def test_the_revision_goes_with_the_adapter_and_is_honoured(run, hub, tmp_path, 
 
 def test_a_folder_has_no_revisions(run, base, tmp_path, capsys):
     moved = Path(shutil.copytree(run / "adapter", tmp_path / "moved"))
-    edit(moved / "adapter_config.json", revision="v2")
+    edit_json(moved / "adapter_config.json", revision="v2")
     assert main(["export", str(moved), "--format", "peft", "--out", str(tmp_path / "out")]) == 0
     assert f"names revision v2 of {base}, a folder, which has none" in capsys.readouterr().err
 
@@ -287,7 +284,7 @@ def test_a_folder_has_no_revisions(run, base, tmp_path, capsys):
 @pytest.mark.parametrize("field", ["base_model_name_or_path", "revision"])
 def test_a_base_that_is_no_text_is_refused(run, tmp_path, field, capsys):
     moved = Path(shutil.copytree(run / "adapter", tmp_path / "moved"))
-    edit(moved / "adapter_config.json", **{field: ["x"]})
+    edit_json(moved / "adapter_config.json", **{field: ["x"]})
     assert main(["export", str(moved), "--format", "peft", "--out", str(tmp_path / "out")]) == 2
     assert f"{field} must be text or null, got ['x']" in capsys.readouterr().err
 

@@ -1,57 +1,24 @@
 """Nothing doubtful is loaded: every bad checkpoint is refused by file, tensor and reason."""
 
-import errno
-import json
 import os
-import re
 import shutil
 import threading
-from pathlib import Path
-from typing import Any
 
-import httpx2
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
-from huggingface_hub.errors import LocalEntryNotFoundError
-from huggingface_hub.utils import hf_raise_for_status
 from safetensors.numpy import load_file, save_file
 
-from lorax.data.chat.tokenizer import load_tokenizer
-from lorax.interop.folder import resolve_checkpoint
-from lorax.interop.load import load_hf_config, load_model
+from lorax.interop.load import load_model
 from lorax.interop.safetensors import read_ahead, read_headers, read_tensors
-from lorax.interop.save import save_model
-from lorax.models.decoder import init_model
-from lorax.models.families import read_architecture
 from lorax.system.files import CheckpointError
+from tests.interop.shards import split_into_shards, write_index
+from tests.tiny import edit_json
 
-SMALL: dict[str, Any] = dict(
-    model_type="llama",
-    vocab_size=61,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=64,
-)
 Q0 = "model.layers.0.self_attn.q_proj.weight"
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory):
-    path = tmp_path_factory.mktemp("original") / "model"
-    return save_model(init_model(read_architecture(SMALL, "here")), path)
-
-
-@pytest.fixture
-def folder(original, tmp_path):
-    """A copy of a good checkpoint, to be damaged."""
-    return Path(shutil.copytree(original, tmp_path / "model"))
 
 
 def edit_tensors(folder, change):
@@ -63,36 +30,13 @@ def edit_tensors(folder, change):
 
 
 def edit_config(folder, **settings):
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
-
-
-def split_into_shards(folder):
-    """Turns a checkpoint of one file into two shards and an index, and returns the index."""
-    path = folder / "model.safetensors"
-    tensors = {name: value for _, name, value in read_tensors([path])}
-    names = sorted(tensors)
-    shards = {"model-00001-of-00002.safetensors": names[:5]}
-    shards["model-00002-of-00002.safetensors"] = names[5:]
-    for file, part in shards.items():
-        save_file({n: tensors[n] for n in part}, folder / file)
-    path.unlink()
-    index = {"weight_map": {n: file for file, part in shards.items() for n in part}}
-    write_index(folder, index)
-    return index
-
-
-def write_index(folder, index):
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    edit_json(folder / "config.json", **settings)
 
 
 def test_sharded_and_single_files_load_the_same(original, folder):
     split_into_shards(folder)
     ours, single = load_model(folder), load_model(original)
     jax.tree.map(np.testing.assert_array_equal, nnx.state(ours), nnx.state(single))
-
-
-# Harmless extras
 
 
 def test_rotary_buffers_are_ignored(folder):
@@ -111,9 +55,6 @@ def test_a_head_equal_to_tied_embeddings_is_accepted(folder):
     edit_tensors(folder, copy)
     model = load_model(folder)
     assert ("lm_head",) not in {path[:1] for path, _ in nnx.to_flat_state(nnx.state(model))}
-
-
-# Refusals
 
 
 def set_value(name, value):
@@ -191,7 +132,10 @@ def link_out(folder):
 
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
+
+
 GARBAGE = b"\x08\0\0\0\0\0\0\0notjson!" + b"\0" * 64
+
 
 BAD = {
     "missing tensor": (
@@ -359,114 +303,3 @@ def test_a_file_that_is_cut_off_while_it_is_read_is_refused(three_files):
     with pytest.raises(CheckpointError, match=f"{files[1]} was cut off while it was read"):
         list(read_ahead(entries, {}))
     assert not [t for t in threading.enumerate() if t.name.startswith("lorax-read")]
-
-
-def test_links_inside_the_hubs_cache_are_followed(folder, tmp_path):
-    cache = tmp_path / "hub" / "models--a--b"
-    snapshot, blobs = cache / "snapshots" / "abc", cache / "blobs"
-    snapshot.mkdir(parents=True)
-    blobs.mkdir()
-    for index, path in enumerate(sorted(folder.iterdir())):
-        path.rename(blobs / str(index))
-        (snapshot / path.name).symlink_to(Path("../../blobs") / str(index))
-    load_model(snapshot)
-
-
-@pytest.mark.parametrize("name", ["./nowhere", "../nowhere", "a/b/c", "/nowhere/at/all"])
-def test_a_folder_that_does_not_exist_is_not_looked_for_on_the_hub(name, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: pytest.fail("network"))
-    with pytest.raises(CheckpointError, match="no such folder"):
-        resolve_checkpoint(name)
-
-
-def test_a_hub_id_fetches_the_shards_of_its_index_and_no_others(original, folder, monkeypatch):
-    split_into_shards(folder)
-    asked = []
-
-    def snapshot(name, *, revision, allow_patterns):
-        asked.append((name, revision, allow_patterns))
-        return str(folder)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
-    assert resolve_checkpoint("some/model", "main") == folder
-    assert {(name, revision) for name, revision, _ in asked} == {("some/model", "main")}
-    weights = [p for p in asked[-1][2] if p.endswith(".safetensors")]
-    assert weights == [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
-    assert not [p for p in asked[0][2] if p.endswith(".safetensors") or "*" in p]
-
-
-def test_a_hub_id_that_cannot_be_fetched_says_so(monkeypatch):
-    monkeypatch.setattr(os, "environ", os.environ | {"HF_HUB_OFFLINE": "1"})
-    with pytest.raises(CheckpointError, match="some/model: no such folder, and not to be had from"):
-        load_hf_config("some/model")
-
-
-def answered(status: int, code: str = ""):
-    """Makes huggingface_hub itself raise what it raises for an answer of the hub."""
-
-    def raise_it(name, **_):
-        url = f"https://hub.example/api/models/{name}/revision/v1"
-        head = {"X-Error-Code": code} if code else {}
-        hf_raise_for_status(
-            httpx2.Response(status, headers=head, request=httpx2.Request("GET", url))
-        )
-
-    return raise_it
-
-
-def broken_off(name, **_):
-    raise httpx2.ReadTimeout("timed out")
-
-
-def unreachable(name, **_):
-    try:
-        raise ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
-    except OSError as error:
-        raise LocalEntryNotFoundError("Got: ConnectError: [Errno 111]") from error
-
-
-HUB = {
-    "unknown name": (
-        answered(404, "RepoNotFound"),
-        "it shows you none of this name: mend the name",
-    ),
-    "not logged in": (
-        answered(401),
-        "it shows you none of this name: .*`hf auth login` if it is pri",
-    ),
-    "gated": (answered(403, "GatedRepo"), "its owner must agree: ask for access on its page"),
-    "unknown revision": (answered(404, "RevisionNotFound"), "it has no revision 'v1' of it"),
-    "out of order": (answered(503), r"it answers 503 \(Service Unavailable\): try again later"),
-    "no network": (
-        unreachable,
-        r"it cannot be reached \(Connection refused\), and no copy was fet",
-    ),
-    "broken off": (broken_off, "timed out"),
-}
-
-
-@pytest.mark.parametrize("name", HUB)
-def test_why_the_hub_does_not_give_a_model_is_told_in_words(monkeypatch, tmp_path, name):
-    ask, reason = HUB[name]
-    monkeypatch.setattr("huggingface_hub.snapshot_download", ask)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "models" / "llama2").mkdir(parents=True)
-    pattern = (
-        r"^models/llama: no such folder \(did you mean models/llama2\?\), and not to be had from "
-    )
-    with pytest.raises(CheckpointError, match=f"{pattern}the Hugging Face hub: {reason}") as raised:
-        resolve_checkpoint("models/llama", "v1")
-    assert not re.search(r"Errno|Error|Request ID|http|snapshot|\n", str(raised.value))
-
-
-def test_a_tokenizer_that_the_hub_does_not_give_is_told_in_words():
-    with pytest.raises(
-        ValueError, match=r"^some/model: no such folder, and its tokenizer is not to"
-    ):
-        load_tokenizer("some/model")
-
-
-def test_a_revision_of_a_folder_is_refused(original):
-    with pytest.raises(CheckpointError, match="revision='main' is for hub ids only"):
-        load_model(original, revision="main")

@@ -22,18 +22,10 @@ from lorax.interop.tensors import hf_name, tensor_table
 from lorax.models.decoder import CausalLM, init_model
 from lorax.models.families import read_architecture
 from lorax.system.files import CheckpointError
+from tests.tiny import SMALL
 
 pytestmark = pytest.mark.slow
 
-SMALL: dict[str, Any] = dict(
-    vocab_size=61,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=64,
-)
 FAMILIES = {
     "llama": ("Llama", dict(attention_bias=True, mlp_bias=True)),
     "llama-tied": ("Llama", dict(tie_word_embeddings=True)),

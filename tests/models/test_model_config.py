@@ -12,17 +12,10 @@ from lorax.layers.rope import RopeConfig, inverse_frequencies
 from lorax.models.architecture import stored_dtype
 from lorax.models.families import read_architecture
 from lorax.system.json_fields import JsonFields
+from tests import tiny
 from tests.models.contract import LLAMA3, ROPES, YARN
 
-SMALL: dict[str, Any] = dict(
-    vocab_size=61,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=64,
-)
+SMALL = tiny.SMALL | dict(num_hidden_layers=3)
 WHERE = "model/config.json"
 
 FAMILIES = {

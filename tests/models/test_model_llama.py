@@ -14,20 +14,15 @@ from lorax.layers.documents import DocumentLayout
 from lorax.models import llama
 from lorax.models.decoder import CausalLM
 from lorax.models.families import read_architecture
+from tests import tiny
 from tests.bounds import EXACT, distance, in_float64
 from tests.models.contract import draw_documents, pack
 
 pytestmark = pytest.mark.slow
 
-SMALL: dict[str, Any] = dict(
-    model_type="llama",
-    vocab_size=61,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=64,
+SMALL = tiny.SMALL | dict(model_type="llama", num_hidden_layers=3)
+DYNAMIC: dict[str, Any] = dict(
+    max_position_embeddings=6, rope_scaling=dict(type="dynamic", factor=4.0)
 )
 WINDOW: dict[str, Any] = dict(model_type="mistral", sliding_window=4)
 

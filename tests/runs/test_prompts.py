@@ -10,6 +10,7 @@ from lorax.cli.main import main
 from lorax.config.run import load_config
 from lorax.data.chat.tokenizer import load_tokenizer
 from lorax.data.encode import load_encoded_dataset
+from tests.tiny import edit_json
 
 pytestmark = pytest.mark.slow
 
@@ -19,16 +20,12 @@ CHATTED = "<|im_start|>user\nThe basket is brown.\n<|im_end|>\n<|im_start|>assis
 NOTE, LABEL = "The basket is brown.\n", "brown basket"
 
 
-def edit(path, **changes):
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """The tiny model with a tokenizer that puts BOS before a text and EOS behind it."""
     folder = tmp_path_factory.mktemp("base") / "model"
     shutil.copytree(TINY / "model", folder)
-    edit(folder / "tokenizer_config.json", bos_token="<|pad|>")
+    edit_json(folder / "tokenizer_config.json", bos_token="<|pad|>")
     ids = {name: load_tokenizer(str(folder)).convert_tokens_to_ids(name) for name in ADDED}
     single = [
         {"SpecialToken": {"id": "<|pad|>", "type_id": 0}},
@@ -42,7 +39,7 @@ def base(tmp_path_factory):
         "pair": single,
         "special_tokens": special,
     }
-    edit(folder / "tokenizer.json", post_processor=adds)
+    edit_json(folder / "tokenizer.json", post_processor=adds)
     return folder
 
 

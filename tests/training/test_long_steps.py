@@ -23,23 +23,11 @@ from lorax.training import long_steps
 from lorax.training.course import Course
 from lorax.training.step import TrainState
 from lorax.training.trainer import Trainer
+from tests.tiny import LLAMA
 
 pytestmark = pytest.mark.slow
 
-ARCHITECTURE = read_architecture(
-    {
-        "model_type": "llama",
-        "vocab_size": 64,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        "tie_word_embeddings": False,
-    },
-    "test",
-)
+ARCHITECTURE = read_architecture(LLAMA, "test")
 
 
 MARK = 63

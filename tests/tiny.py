@@ -1,0 +1,29 @@
+"""The tiny set-ups that tests share: sizes of models, the shipped one, an edit of a JSON file."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+TINY = Path(__file__).parents[1] / "examples" / "tiny"
+"""The shipped model, and the rows of the demo."""
+
+SMALL: dict[str, Any] = dict(
+    vocab_size=61,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+)
+"""Fields of a config.json, as every family has them."""
+
+LLAMA = SMALL | dict(
+    model_type="llama", vocab_size=64, max_position_embeddings=512, tie_word_embeddings=False
+)
+"""The whole config.json of a model that is trained."""
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    """Sets fields of the object in a file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
