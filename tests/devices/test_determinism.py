@@ -15,6 +15,7 @@ from lorax.devices import determinism
 from lorax.devices.determinism import compiler_options, repeatable_attention
 from lorax.runs.run import run_training
 from lorax.training import trainer
+from lorax.training.evaluate import Evaluator
 from lorax.training.step import make_train_step
 
 BACKWARD = "fmhaSoftmaxBackward"
@@ -98,18 +99,18 @@ def test_elsewhere_there_is_nothing_to_tell():
 def test_the_setting_reaches_the_step_and_the_evaluation(tmp_path, monkeypatch):
     seen = {}
 
-    def note(name):
-        original = getattr(trainer, name)
+    def note(where, name):
+        original = getattr(where, name)
 
         def noting(*arguments, **options):
             seen[name] = options["full_determinism"]
             return original(*arguments, **options)
 
-        monkeypatch.setattr(trainer, name, noting)
+        monkeypatch.setattr(where, name, noting)
 
-    note("make_train_step")
-    note("Evaluator")
+    note(trainer, "make_train_step")
+    note(Evaluator, "__init__")
     overrides = [f"save.output_dir={tmp_path}", "train.max_steps=1", "train.full_determinism=true"]
     overrides += ["eval.exact_match=false", "save.export=[peft]"]
     run_training(load_config("configs/tiny_cpu.yaml", overrides), Console(quiet=True))
-    assert seen == {"make_train_step": True, "Evaluator": True}
+    assert seen == {"make_train_step": True, "__init__": True}

@@ -21,9 +21,6 @@ from tests.models.contract import draw_documents, pack
 pytestmark = pytest.mark.slow
 
 SMALL = tiny.SMALL | dict(model_type="llama", num_hidden_layers=3)
-DYNAMIC: dict[str, Any] = dict(
-    max_position_embeddings=6, rope_scaling=dict(type="dynamic", factor=4.0)
-)
 WINDOW: dict[str, Any] = dict(model_type="mistral", sliding_window=4)
 
 

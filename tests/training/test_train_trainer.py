@@ -354,7 +354,7 @@ def token_weighted_loss(model, data):
 def test_evaluation_comes_when_the_config_says_and_at_the_end(
     make_trainer, rows, monkeypatch, settings, steps
 ):
-    monkeypatch.setattr(Evaluator, "__call__", lambda *_: 1.0)
+    monkeypatch.setattr(Evaluator, "__call__", lambda *_: {"loss": 1.0})
     trainer, events = make_trainer(held_out=rows, eval=settings, train={"max_steps": 7})
     trainer.train()
     assert [e["step"] for e in events if "eval_loss" in e] == steps
@@ -368,7 +368,7 @@ def scripted(make_trainer, rows, monkeypatch):
 
     def build(losses, **sections):
         left = iter(losses)
-        monkeypatch.setattr(Evaluator, "__call__", lambda *_: next(left))
+        monkeypatch.setattr(Evaluator, "__call__", lambda *_: {"loss": next(left)})
         sections["eval"] = {"strategy": "steps", "steps": 1} | sections.get("eval", {})
         sections["train"] = {"max_steps": len(losses) - 1} | sections.get("train", {})
         return make_trainer(held_out=rows, **sections)
