@@ -23,25 +23,44 @@ PACKAGE = ROOT / "kernels" / "lorax_kernels"
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 
-@pytest.fixture(scope="module")
-def checker():
+class Checker:
     """The program that has imported what all checks need, and forks for each."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
-    with subprocess.Popen(
-        [sys.executable, "-m", "tests.kernels.fault_checks"],
-        env=environment,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    ) as program:
-        yield program
-        os.killpg(program.pid, signal.SIGKILL)  # a check that hangs, too
+
+    def __init__(self):
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+        environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+        self.program = subprocess.Popen(
+            [sys.executable, "-m", "tests.kernels.fault_checks"],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def run(self, **request) -> int:
+        """Returns the exit status of a check."""
+        assert self.program.stdin is not None and self.program.stdout is not None
+        print(json.dumps(request), file=self.program.stdin, flush=True)
+        return int(self.program.stdout.readline())
+
+    def end(self):
+        """Ends it, and a check that hangs too."""
+        os.killpg(self.program.pid, signal.SIGKILL)
+        self.program.communicate()
+
+
+@pytest.fixture(scope="module")
+def checkers():
+    """Those that run: one, or none behind a check that hung."""
+    running = []
+    yield running
+    for checker in running:
+        checker.end()
 
 
 @pytest.fixture
-def run_check(checker, tmp_path):
+def run_check(checkers, tmp_path):
     """Runs a check on a copy of the package in which one text of one file is another."""
 
     def run(check, file="kernel.py", old="\n", new="\n"):
@@ -50,9 +69,13 @@ def run_check(checker, tmp_path):
         shutil.copytree(PACKAGE, folder / "lorax_kernels", ignore=ignore)
         path = folder / "lorax_kernels" / "lora_linear" / file
         path.write_text(path.read_text().replace(old, new))
-        request = {"folder": str(folder), "check": check, "log": str(log)}
-        print(json.dumps(request), file=checker.stdin, flush=True)
-        status = int(checker.stdout.readline())
+        checker = checkers.pop() if checkers else Checker()
+        try:
+            status = checker.run(folder=str(folder), check=check, log=str(log))
+        except BaseException:
+            checker.end()
+            raise
+        checkers.append(checker)
         return status, log.read_text()[-4000:]
 
     return run
