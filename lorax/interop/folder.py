@@ -20,7 +20,7 @@ from lorax.system.files import (
     read_json,
     refuse_nul,
     refuse_occupied,
-    write_directory,
+    write_folder,
 )
 from lorax.system.hub import explain_hub
 from lorax.system.wording import clip, describe, explain, kind_of, show
@@ -287,7 +287,7 @@ def write_checkpoint(
     refuse_occupied(directory)
     if source_directory is not None and not Path(source_directory).is_dir():
         raise CheckpointError(f"{source_directory} (source_directory) is no folder")
-    with write_directory(directory) as folder:
+    with write_folder(directory) as folder:
         _write_shards(tensors, folder, max_shard_bytes)
         _write_json(folder / CONFIG_FILE, dict(config))
         for name in (GENERATION_FILE, *TOKENIZER_FILES) if source_directory else ():

@@ -21,7 +21,7 @@ from lorax.interop.peft_config import CONFIG_FILE, AdapterError, read_adapter_co
 from lorax.interop.safetensors import TensorEntry, read_headers, read_tensor, save_tensors
 from lorax.interop.tensors import hf_name
 from lorax.layers.linear import Linear
-from lorax.system.files import write_directory
+from lorax.system.files import write_folder
 from lorax.system.wording import clip
 
 PREFIX = "base_model.model."
@@ -165,7 +165,7 @@ def save_adapter(
         revision=revision,
         portable=portable,
     )
-    with write_directory(directory) as folder:
+    with write_folder(directory) as folder:
         save_tensors(tensors, folder / TENSOR_FILE)
         text = json.dumps(config, indent=2, sort_keys=True)
         (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")

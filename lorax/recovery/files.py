@@ -87,7 +87,7 @@ def write_checkpoint(
     record: Mapping[str, Any],
     versions: Mapping[str, str],
 ) -> None:
-    """Writes a checkpoint into an empty folder, which `write_directory` has flushed."""
+    """Writes a checkpoint into an empty folder, which `write_folder` has flushed."""
     import orbax.checkpoint as ocp
 
     logging.getLogger("absl").addFilter(_is_news)

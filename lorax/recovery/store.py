@@ -29,7 +29,7 @@ from lorax.recovery.files import (
     refuse_nonfinite,
     write_checkpoint,
 )
-from lorax.system.files import CheckpointError, sync, write_directory
+from lorax.system.files import CheckpointError, sync, write_folder
 from lorax.system.special_files import refuse_special_files
 from lorax.system.threads import start_in_background
 from lorax.system.wording import describe
@@ -282,7 +282,7 @@ class CheckpointStore:
                 "disk"
             )
         partial = f".partial-{step:09d}-{secrets.token_hex(4)}"
-        with write_directory(self._folder(step), partial=partial) as fresh:
+        with write_folder(self._folder(step), partial=partial) as fresh:
             write_checkpoint(fresh, step, arrays, record, self.versions)
         if self.prunes:
             self.prune(step)

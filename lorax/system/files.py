@@ -85,7 +85,7 @@ def refuse_nul(path: str | Path) -> None:
 
 
 @contextlib.contextmanager
-def write_directory(directory: str | Path, *, partial: str | None = None) -> Iterator[Path]:
+def write_folder(directory: str | Path, *, partial: str | None = None) -> Iterator[Path]:
     """Gives a fresh folder beside `directory` that takes its place when the block ends.
 
     What was written is on the disk before it gets its name, so that a power cut leaves the whole

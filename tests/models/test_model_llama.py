@@ -20,7 +20,7 @@ from tests.models.contract import draw_documents, pack
 
 pytestmark = pytest.mark.slow
 
-SMALL = tiny.SMALL | dict(model_type="llama", num_hidden_layers=3)
+SMALL: dict[str, Any] = tiny.SMALL | dict(model_type="llama", num_hidden_layers=3)
 WINDOW: dict[str, Any] = dict(model_type="mistral", sliding_window=4)
 
 
