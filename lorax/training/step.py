@@ -197,8 +197,7 @@ def make_train_step(
         metrics = {"loss": loss, "grad_norm": norm, "tokens": count, "applied": applied}
         return TrainState(done, trainable, opt_state, halted), metrics | figures
 
-    options = compiler_options(full_determinism)
-    compiled = jax.jit(step, donate_argnums=0, compiler_options=options)
+    compiled = jax.jit(step, donate_argnums=0, compiler_options=compiler_options(full_determinism))
     return TrainStep(compiled, frozen, mesh, full_determinism, objective.figures), state
 
 
