@@ -21,7 +21,7 @@ from jax.experimental.serialize_executable import deserialize_and_load, serializ
 
 import lorax_kernels
 from lorax.devices.xla_cache import default_directory, make_private
-from lorax.system.threads import start_in_background
+from lorax.system.threads import in_background
 from lorax.system.versions import library_versions
 from lorax.system.wording import describe
 
@@ -89,7 +89,7 @@ class ProgramCache:
     def keep_waiting(self) -> None:
         """Keeps what waits, in threads that `finish_in_background("keep")` waits for."""
         while self._waiting:
-            start_in_background("keep", self._waiting.pop())
+            in_background("keep", self._waiting.pop())
 
     def keep(self, program: Any, facts: Facts, arguments: tuple[Any, ...], results: Any) -> None:
         """Keeps a compiled function; see `find`."""

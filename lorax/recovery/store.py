@@ -31,7 +31,7 @@ from lorax.recovery.files import (
 )
 from lorax.system.files import CheckpointError, sync, write_folder
 from lorax.system.special_files import refuse_special_files
-from lorax.system.threads import start_in_background
+from lorax.system.threads import in_background
 from lorax.system.wording import describe
 
 CHECKPOINT_FOLDER = "checkpoints"
@@ -187,7 +187,7 @@ class CheckpointStore:
             host.clear()  # they may be large
             self._write(step, stacks, record)
 
-        self._saving = start_in_background("checkpoint", work)
+        self._saving = in_background("checkpoint", work)
 
     def check(self) -> None:
         """Raises what a save in the thread raised, if that has ended."""

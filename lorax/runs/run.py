@@ -40,7 +40,7 @@ from lorax.system.clock import Phases
 from lorax.system.files import read_json, write_file
 from lorax.system.hardware import memory_gib
 from lorax.system.signals import StopRequest
-from lorax.system.threads import finish_in_background, start_in_background
+from lorax.system.threads import finish_in_background, in_background
 from lorax.system.versions import library_versions
 from lorax.training.ahead import compile_ahead
 from lorax.training.events import Event
@@ -102,16 +102,12 @@ def _run(
     check_weights(blueprint)
     console.rule("Settings")
     print_config(console, config)
-    data = start_in_background(
-        "data", lambda: Setup.of(blueprint, identity)
-    )  # while the device starts
+    data = in_background("data", lambda: Setup.of(blueprint, identity))  # while the device starts
     programs = _open_caches(console)
     report_notes(console, input_notes(blueprint.architecture, config.model.adapter))
     shapes = check_targets(blueprint)
-    files = start_in_background("files", blueprint.fetch)
-    base = start_in_background(
-        "weights", lambda: blueprint.load(files.result())
-    )  # which need no data
+    files = in_background("files", blueprint.fetch)
+    base = in_background("weights", lambda: blueprint.load(files.result()))  # which need no data
     setup = data.result()
     _report(setup, console)
     identity.add(setup.identify() | ({} if blueprint.is_on_hub else identify_base(files.result())))

@@ -10,7 +10,7 @@ TRACING = threading.Lock()
 """Held while a step is traced: one thread runs Python at a time, and the step takes longest."""
 
 
-def start_in_background[T](name: str, work: Callable[[], T]) -> Future[T]:
+def in_background[T](name: str, work: Callable[[], T]) -> Future[T]:
     """Runs `work` in a thread of its own, and returns its result to come."""
     future: Future[T] = Future()
 

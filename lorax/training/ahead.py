@@ -20,7 +20,7 @@ from lorax.devices.xla_cache import kept_elsewhere
 from lorax.models.decoder import CausalLM
 from lorax.models.stack.recompute import Recomputation
 from lorax.objectives.objectives import OBJECTIVES
-from lorax.system.threads import start_in_background
+from lorax.system.threads import in_background
 from lorax.training.course import Course
 from lorax.training.step import TrainState, TrainStep, make_abstract_step
 
@@ -64,7 +64,7 @@ def compile_ahead(
             return compile_widths(step, state, course, place)
         return compile_widths(step, state, course, place, programs, _describe_step(course, model))
 
-    return start_in_background("compile", compile_steps)
+    return in_background("compile", compile_steps)
 
 
 def _describe_step(course: Course, model: CausalLM) -> dict[str, str]:

@@ -21,7 +21,7 @@ from lorax.devices.specs import parts_of
 from lorax.objectives.objective import Batch, LossFunction, Objective, Terms
 from lorax.objectives.objectives import as_objective
 from lorax.objectives.sft import SFT
-from lorax.system.threads import TRACING, start_in_background
+from lorax.system.threads import TRACING, in_background
 from lorax.system.wording import describe
 from lorax.training.accumulate import accumulate_terms
 from lorax.training.optim.stacking import stack_alike
@@ -112,7 +112,7 @@ def compile_lowered(lowered: Any, options: dict[str, Any] | None = None) -> Any:
         options: The compiler's, added to the function's own.
     """
     on_gpu = jax.default_backend() == "gpu"
-    kernels = start_in_background("kernels", compile_kernels) if on_gpu else None
+    kernels = in_background("kernels", compile_kernels) if on_gpu else None
     try:
         compiled = lowered.compile(compiler_options=options)
     finally:  # no thread is left in the compiler

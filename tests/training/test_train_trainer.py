@@ -564,7 +564,7 @@ def test_scales_of_the_adapters_survive_the_run(make_trainer, model):
     trainer, _ = make_trainer(train={"max_steps": 1})
     trainer.train()
     scales = [
-        {n: layer.adapter.spec.scale for n, layer in adapted_layers(m).items()}
+        {n: x.adapter.spec.scale for n, x in adapted_layers(m).items()}
         for m in (trainer.model, model)
     ]
     assert scales[0] == scales[1]
