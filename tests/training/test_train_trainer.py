@@ -563,11 +563,8 @@ def test_listeners_hear_the_same_events(make_trainer):
 def test_scales_of_the_adapters_survive_the_run(make_trainer, model):
     trainer, _ = make_trainer(train={"max_steps": 1})
     trainer.train()
-    scales = [
-        {n: x.adapter.spec.scale for n, x in adapted_layers(m).items()}
-        for m in (trainer.model, model)
-    ]
-    assert scales[0] == scales[1]
+    scales = lambda m: {n: x.adapter.spec.scale for n, x in adapted_layers(m).items()}
+    assert scales(trainer.model) == scales(model)
 
 
 def resumed(trainer, of, rows, held_out=None, loss_fn=causal_lm_loss):
