@@ -63,6 +63,10 @@ LONG_FUNCTIONS = {
     "lorax.runs.run._run": (60, _ROAD),
     "lorax.report.overview.report_data": (58, _ROAD),
     "lorax.report.overview.report_plan": (55, _ROAD),
+    "scripts.bench.step.main": (87, _ROAD),
+    "tests.faults.runs.poison": (55, "one run's story, told in its order"),
+    "tests.faults.signals.terminate": (55, "one run's story, told in its order"),
+    "tests.kernels.test_kernel_compiled.matmul_cases": (112, "a table of cases"),
 }
 # Files of more than 400 lines, and why; none may grow beyond what stands here.
 LONG_FILES = {
@@ -180,9 +184,13 @@ def functions(node, name):
 
 
 def test_functions_stay_short_enough_to_read():
+    others = [path for root in ("scripts", "tests") for path in (ROOT / root).rglob("*.py")]
+    files = MODULES | {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in others
+    }
     found = {
         name: lines
-        for module, path in MODULES.items()
+        for module, path in files.items()
         for name, lines in functions(ast.parse(path.read_text(encoding="utf-8")), module)
         if lines > 50
     }

@@ -179,3 +179,19 @@ def test_weights_are_known_by_their_names_shapes_and_values():
         {"a": jnp.ones((20, 3)), "b": jnp.ones(())},
     ):
         assert fingerprint_weights(other) != known
+
+
+def test_arrays_of_an_older_layout_are_found_under_their_names_of_today():
+    adapter = {"lora_a": jnp.arange(3.0), "lora_b": jnp.arange(2.0)}
+    like = {"mu": {"q_proj": {"attached": {"default": adapter}, "bias": jnp.ones(2)}}}
+    held = {"mu.q_proj.lora_a": np.ones(3, np.float32), "mu.q_proj.lora_b": np.ones(2, np.float32)}
+    held["mu.q_proj.bias"] = np.zeros(2, np.float32)
+    found = flatten_tree(fill_tree(like, held, "here"))
+    assert {path: float(value.sum()) for path, value in found.items()} == {
+        "mu.q_proj.attached.default.lora_a": 3.0,
+        "mu.q_proj.attached.default.lora_b": 2.0,
+        "mu.q_proj.bias": 0.0,
+    }
+    del held["mu.q_proj.lora_b"]
+    with pytest.raises(CheckpointError, match=r"lacks mu\.q_proj\.attached\.default\.lora_b"):
+        fill_tree(like, held, "here")
