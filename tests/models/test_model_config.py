@@ -15,7 +15,7 @@ from lorax.models.architecture import DecoderConfig, stored_dtype
 from lorax.system.json_fields import JsonFields
 from tests import tiny
 
-SMALL = tiny.SMALL | dict(num_hidden_layers=3)
+SMALL: dict[str, Any] = tiny.SMALL | dict(num_hidden_layers=3)
 WHERE = "model/config.json"
 
 LLAMA3: dict[str, Any] = dict(

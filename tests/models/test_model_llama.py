@@ -19,7 +19,7 @@ from tests.bounds import EXACT, distance, in_float64
 
 pytestmark = pytest.mark.slow
 
-SMALL = tiny.SMALL | dict(model_type="llama", num_hidden_layers=3)
+SMALL: dict[str, Any] = tiny.SMALL | dict(model_type="llama", num_hidden_layers=3)
 DYNAMIC: dict[str, Any] = dict(
     max_position_embeddings=6, rope_scaling=dict(type="dynamic", factor=4.0)
 )

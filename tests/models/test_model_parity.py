@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 ROWS, LENGTH = 2, 24
 
-SMALL = tiny.SMALL | dict(rms_norm_eps=1e-5)
+SMALL: dict[str, Any] = tiny.SMALL | dict(rms_norm_eps=1e-5)
 LLAMA3: dict[str, Any] = dict(
     rope_type="llama3",
     rope_theta=5e5,
