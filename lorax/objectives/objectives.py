@@ -1,7 +1,5 @@
 """The objectives there are."""
 
-from typing import Any
-
 from lorax.config.run import RunConfig
 from lorax.objectives.objective import LossFunction, Objective
 from lorax.objectives.sft import SFT, Supervised
@@ -19,8 +17,4 @@ def as_objective(given: LossFunction | Objective) -> Objective:
     """Returns an objective, or that of a loss function on the rows of supervised fine-tuning."""
     if given is SFT.loss_fn:
         return SFT
-    if hasattr(given, "terms"):
-        objective: Any = given
-        return objective
-    function: Any = given
-    return Supervised("", function)
+    return Supervised("", given) if callable(given) else given

@@ -15,7 +15,7 @@ from lorax.system.json_fields import JsonFields
 from tests import tiny
 from tests.models.contract import LLAMA3, ROPES, YARN
 
-SMALL = tiny.SMALL | dict(num_hidden_layers=3)
+SMALL: dict[str, Any] = tiny.SMALL | dict(num_hidden_layers=3)
 WHERE = "model/config.json"
 
 FAMILIES = {
