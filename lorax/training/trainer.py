@@ -119,6 +119,7 @@ class Trainer:
             self.model, course.optimizer, course.objective, **course.step_options
         )
         self._place = batch_placer(self.model, self.mesh)
+        self._put = lambda tree: place_parameters(tree, self.mesh, parts_of(self.model))
         self.evaluator = Evaluator.of(course, self.model)
         self._weights = TrainedWeights(config, self.model, self.step.frozen, save_options)
         self.throughput = Throughput(model_size(self.model), list(self.mesh.devices.flat))
@@ -155,9 +156,7 @@ class Trainer:
             CheckpointError: If a checkpoint could not be saved, and `save.on_save_error` is `stop`.
         """
         self._long = LongSteps()
-        self.state = place_parameters(
-            self.state, self.mesh, parts_of(self.model)
-        )  # a run that was stopped may go on
+        self.state = self._put(self.state)  # a run that was stopped may go on
         with contextlib.ExitStack() as stack:
             stack.enter_context(jax.set_mesh(self.mesh))
             if not self.keeps_lock:
@@ -237,7 +236,7 @@ class Trainer:
         self.saver.wait()
         self._long.before = None
         if self.saver.best is not None:
-            best = place_parameters(self.saver.best, self.mesh, parts_of(self.model))
+            best = self._put(self.saver.best)
             self.state = dataclasses.replace(self.state, trainable=best)
         self.model = self._weights.on_model(self.state.trainable)
         return self.saver.result()
