@@ -165,8 +165,16 @@ class Course:
         """Returns the widths of the run's rows, each of which needs a compiled step."""
         return sorted({w for e, n in self.epochs() for w in self.plan.step_shapes(e)[:n]})
 
-    def refuse_empty_steps(self) -> None:
-        """Raises ValueError if a step of the run would hold no supervised token."""
+    def check(self) -> None:
+        """Checks what would end the run at one of its steps.
+
+        Raises:
+            ValueError: If a step would hold no supervised token, or there are no rows to evaluate.
+        """
+        if self.held_out is None and self.config.eval.strategy != "no":
+            raise ValueError(
+                f"eval.strategy is {self.config.eval.strategy!r} but the Trainer got no eval_data"
+            )
         for epoch, steps in self.epochs():
             empty = np.flatnonzero(self.plan.supervised_tokens(epoch)[:steps] == 0)
             if len(empty):

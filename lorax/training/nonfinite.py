@@ -55,6 +55,21 @@ def explain_step(
     return report_rows(folder, event, bad, plan.rows(at.epoch, at.at), plan.dataset.lengths)
 
 
+def nonfinite_error(found: str, kept: str, allowed: int) -> FloatingPointError:
+    """Returns the error that ends a run.
+
+    Args:
+        found: From `explain_step`.
+        kept: Says which weights are on the disk.
+        allowed: Steps that may be left out.
+    """
+    return FloatingPointError(
+        f"{found}. The weights are those before it; {kept}. Lower train.learning_rate, look at its "
+        "rows, or go on without it: --resume and a higher train.skip_nonfinite_steps "
+        f"({allowed} allowed)"
+    )
+
+
 def describe_rows(micro_batches: Sequence[int], rows: Sequence[Sequence[int]]) -> str:
     """Says which dataset rows stand in some micro-batches."""
     if not micro_batches:

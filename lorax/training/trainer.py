@@ -35,7 +35,7 @@ from lorax.training.course import Course, Position
 from lorax.training.evaluate import Evaluator
 from lorax.training.events import Event, StepEvents, Throughput, model_size
 from lorax.training.long_steps import LongSteps, StepDroppedError
-from lorax.training.nonfinite import explain_step
+from lorax.training.nonfinite import explain_step, nonfinite_error
 from lorax.training.step import TrainState, TrainStep, make_train_step
 from lorax.training.weights import TrainedWeights
 
@@ -108,11 +108,7 @@ class Trainer:
             course = Course.of(config, train_data, eval_data, as_objective(loss_fn))
         self.course = course
         self.mesh, self.plan, self.total_steps = course.mesh, course.plan, course.total_steps
-        course.refuse_empty_steps()
-        if eval_data is None and config.eval.strategy != "no":
-            raise ValueError(
-                f"eval.strategy is {config.eval.strategy!r} but the Trainer got no eval_data"
-            )
+        course.check()
         self.model = course.prepare_model(model)
         self._compiled_ahead = compiled
         self.step, self.state = make_train_step(
@@ -291,11 +287,7 @@ class Trainer:
         if allowed:  # a run that goes on tries this step again
             progress.step = at.step - 1
             self.state = dataclasses.replace(self.state, step=self.state.step - 1)
-        raise FloatingPointError(
-            f"{found}. The weights are those before it; {self.store.describe()}. Lower "
-            "train.learning_rate, look at its rows, or go on without it: --resume and a higher "
-            f"train.skip_nonfinite_steps ({allowed} allowed)"
-        )
+        raise nonfinite_error(found, self.store.describe(), allowed)
 
     def _evaluate(self, step: int) -> float | None:
         if self.evaluator is None:
