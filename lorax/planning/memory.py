@@ -33,7 +33,7 @@ DEVICES = (24, 48, 80, 141)
 """Nominal sizes of devices, as in their names."""
 
 FILLED = 0.97
-"""Of what there is, by layers kept that could be made again: the estimate errs a little."""
+"""Of what there is, by layers kept that could be recomputed: the estimate errs a little."""
 
 PRODUCT_FLOPS = 705e12  # per second, bfloat16, sustained at the power limit
 ATTENTION_FLOPS = 520e12  # of long sequences
@@ -111,7 +111,7 @@ class Planner:
         """Returns what a micro-batch of `rows` × `length` tokens needs.
 
         Args:
-            policy: What is made again in the backward pass.
+            policy: What is recomputed in the backward pass.
             rows: Of the micro-batch, on one device.
             length: Tokens of a row.
             kept_layers: See `lorax.models.stack.recompute.Recomputation`.
@@ -148,7 +148,7 @@ class Planner:
             more = tokens * (kept_layers * whole - counted * instead)
             again = tokens * (self._kept_per_token("none") - a.hidden_size * c)
             if more + working > layer + again:
-                kept += more  # until the first layer is made again
+                kept += more  # until the first layer is recomputed
             else:
                 working = layer + again
         sums = 2 if self.config.train.gradient_accumulation_steps > 1 else 1

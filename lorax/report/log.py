@@ -35,7 +35,7 @@ class RunLog:
             run_dir: The run's folder.
             report_to: What is written: `jsonl`, `tensorboard`.
             reached: The step after which a run is resumed, whose later lines go; None keeps all.
-            evaluated: Whether the evaluation of that step stays too, or is made again.
+            evaluated: Whether the evaluation of that step stays too, or is repeated.
 
         Raises:
             ValueError: If the directory is missing, or TensorBoard is asked for and not installed.

@@ -68,7 +68,7 @@ class RunSummary:
         loss: Held-out loss before and after, in nats per token.
         exact_match: Share of exactly matched answers before and after.
         files: What was written: a name and its path.
-        gradient_checkpointing: What was made again: what `auto` came to.
+        gradient_checkpointing: What was recomputed: what `auto` came to.
     """
 
     steps: int

@@ -141,7 +141,7 @@ def _check_kept_layers(config: RunConfig, layers: int) -> None:
 
 
 def adapt_base(model: CausalLM, config: RunConfig, recomputation: Recomputation) -> CausalLM:
-    """Puts fresh or loaded adapters on the base model, and says what it makes again.
+    """Puts fresh or loaded adapters on the base model, and says what it recomputes.
 
     Args:
         model: From `Blueprint.load`.

@@ -292,7 +292,7 @@ class Trainer:
     def _evaluate(self, step: int) -> float | None:
         if self.evaluator is None:
             return None
-        # On a signal it is not finished first, but made again by a run that goes on.
+        # On a signal it is not finished first, but repeated by a run that goes on.
         wait = lambda sums: (self._stop.wait(sums), self._beat())
         found = self.evaluator(self.state.trainable, self.step.frozen, wait)
         loss = found["loss"]

@@ -121,7 +121,7 @@ def _backward(x, group: Group, saved, dys, gate_up=()):
     Where x is ``silu(gate)·up`` and `gate_up` holds the two, theirs come instead of x's, and x may
     be None.
     """
-    again, dys = group.made_again(dys)
+    again, dys = group.recomputed(dys)
     if group.is_kernel:
         dxs, da, db = _kernel_backward(x, again, saved, dys, gate_up)
     else:
@@ -203,7 +203,7 @@ def _swiglu_forward(recompute: bool, x, group: Group, _):
 
 def _swiglu_backward(recompute: bool, residuals, cotangents):
     (x, group, saved, kept), (d_act,) = residuals, cotangents
-    again, d_act = group.made_again(d_act) if recompute else (group, d_act)
+    again, d_act = group.recomputed(d_act) if recompute else (group, d_act)
     if recompute and group.is_kernel:
         dys = _swiglu_gradients(x, again, saved, d_act)
     else:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float
 
-from lorax_kernels.weights import Matrix, dense, made_again
+from lorax_kernels.weights import Matrix, dense, recomputed
 
 
 @functools.partial(
@@ -98,9 +98,9 @@ class Group:
         """Returns the group with its frozen weights as arrays of the dtype that they multiply."""
         return dataclasses.replace(self, w=[dense(w, dtype) for w in self.w])
 
-    def made_again(self, after: Any) -> "tuple[Group, Any]":
+    def recomputed(self, after: Any) -> "tuple[Group, Any]":
         """Returns the group and `after` for a backward pass; see `lorax_kernels.weights`."""
-        w, after = made_again(self.w, after)
+        w, after = recomputed(self.w, after)
         return dataclasses.replace(self, w=w), after
 
     @property

@@ -4,4 +4,4 @@ from lorax_kernels.weights.weight import Matrix as Matrix
 from lorax_kernels.weights.weight import Weight as Weight
 from lorax_kernels.weights.weight import dense as dense
 from lorax_kernels.weights.weight import kernel_obstacle as kernel_obstacle
-from lorax_kernels.weights.weight import made_again as made_again
+from lorax_kernels.weights.weight import recomputed as recomputed

@@ -51,7 +51,7 @@ def kernel_obstacle(w: Matrix) -> str | None:
     return w.kernel_obstacle if isinstance(w, Weight) else None
 
 
-def made_again(weights: Sequence[Matrix], after: Any) -> tuple[Sequence[Matrix], Any]:
+def recomputed(weights: Sequence[Matrix], after: Any) -> tuple[Sequence[Matrix], Any]:
     """Returns both as they are, but has a backward pass make its own dense matrices.
 
     The compiler finds that both passes make the same matrix, and would keep the forward pass's copy

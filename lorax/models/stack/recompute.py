@@ -1,4 +1,4 @@
-"""What the backward pass makes again instead of finding it in memory."""
+"""Gradient checkpointing: which activations are stored, and which are recomputed."""
 
 import dataclasses
 from typing import Any, Literal, get_args
@@ -17,7 +17,7 @@ REPEATING = ("full", "offload")
 
 @dataclasses.dataclass(frozen=True)
 class Recomputation:
-    """What the backward pass of a model makes again.
+    """What the backward pass of a model recomputes.
 
     Attributes:
         policy: What each layer keeps.
@@ -82,7 +82,7 @@ def save_products(primitive, *_: Any, **__: Any) -> bool:
     """Says whether "selective" keeps what `primitive` returns: a policy for `jax.checkpoint`.
 
     Products, attention, reductions, kernels and whatever has a name are kept; other elementwise
-    results are made again from them.
+    results are recomputed from them.
     """
     return primitive.name not in _CHEAP
 
@@ -90,7 +90,7 @@ def save_products(primitive, *_: Any, **__: Any) -> bool:
 def save_attention(primitive, *_: Any, **parameters: Any) -> bool:
     """Says whether "offload" keeps what `primitive` returns: cuDNN's attention, and x·A.
 
-    Attention's output is as large as the layer's input, and takes longer to make again, the longer
+    Attention's output is as large as the layer's input, and takes longer to recompute, the longer
     the sequence.
     """
     return "dot_product_attention" in primitive.name or save_lora_h(primitive, *_, **parameters)

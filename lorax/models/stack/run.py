@@ -31,7 +31,7 @@ def run_layers(
         layers: Each is called with (hidden, context), and returns its output and a cache.
         hidden: Input of the first one.
         context: What all of them read besides.
-        recomputation: What the backward pass makes again.
+        recomputation: What the backward pass recomputes.
         from_host: Whether the program copies from the host's memory besides; see `run_in_order`.
     """
     policy, kept = recomputation.policy, recomputation.kept_layers
