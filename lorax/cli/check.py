@@ -24,7 +24,7 @@ def validate(parsed, console: Console) -> None:
     rows = module_rows(check_targets(blueprint))
     context = blueprint.architecture.context
     report_data(console, config, setup.datasets, setup.tokenizer, rows=0, context=context)
-    plan = setup.course.plan
+    batches = setup.course.batches
     modules = sum(row.count for row in rows)
     trained = sum(row.parameters for row in rows)
     if rows:
@@ -32,8 +32,8 @@ def validate(parsed, console: Console) -> None:
             f"lora: {modules} modules, {trained:,} parameters in A and B", highlight=False
         )
     console.print(
-        f"batches: {plan.steps_per_epoch:,} optimizer steps per epoch, rows of up to "
-        f"{max(plan.widths)} tokens",
+        f"batches: {batches.steps_per_epoch:,} optimizer steps per epoch, rows of up to "
+        f"{max(batches.widths)} tokens",
         highlight=False,
     )
     console.print(f"{parsed.config}: valid", highlight=False)

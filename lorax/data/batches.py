@@ -16,7 +16,7 @@ _WIDTH_UNIT = 128
 _MAX_WIDTHS = 5
 
 
-class BatchPlan:
+class Batches:
     """The steps of every epoch over a dataset.
 
     A step is a window of ``micro_batches × rows_per_micro_batch`` batch rows: dataset rows or,

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from lorax.config.data import DataConfig
 from lorax.config.run import RunConfig
-from lorax.data.batches import BatchPlan
+from lorax.data.batches import Batches
 from lorax.data.dataset import EncodedDataset
 
 type Batch = dict[str, Any]
@@ -66,9 +66,9 @@ class Objective(Protocol):
         """
         ...
 
-    def plan(
+    def batches(
         self, rows: EncodedDataset, config: RunConfig, *, size: int, count: int, shuffle: bool
-    ) -> BatchPlan:
+    ) -> Batches:
         """Returns the batches of some rows.
 
         Args:

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from lorax.config.data import DataConfig
 from lorax.config.run import RunConfig
-from lorax.data.batches import BatchPlan
+from lorax.data.batches import Batches
 from lorax.data.dataset import EncodedDataset
 from lorax.data.encode import load_encoded_dataset
 from lorax.objectives.linear_loss import linear_cross_entropy
@@ -61,11 +61,11 @@ class Supervised:
         """See `Objective`."""
         return load_encoded_dataset(sources, data, tokenizer, vocab_size=vocab_size)
 
-    def plan(
+    def batches(
         self, rows: EncodedDataset, config: RunConfig, *, size: int, count: int, shuffle: bool
-    ) -> BatchPlan:
+    ) -> Batches:
         """See `Objective`."""
-        return BatchPlan(
+        return Batches(
             rows,
             rows_per_micro_batch=size,
             micro_batches=count,

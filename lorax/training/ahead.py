@@ -104,7 +104,7 @@ def compile_widths(
         programs: Where compiled steps are kept, if anywhere.
         facts: What decides the step; see `ProgramCache.find`.
     """
-    first = next(iter(course.plan.epoch(0)))
+    first = next(iter(course.batches.epoch(0)))
     compiled = {}
     for width in course.widths():
         fill = lambda x, width=width: np.zeros((*x.shape[:-1], width), x.dtype)

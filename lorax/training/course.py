@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from lorax.config.run import RunConfig
-from lorax.data.batches import BatchPlan
+from lorax.data.batches import Batches
 from lorax.data.dataset import EncodedDataset
 from lorax.data.prefetch import prefetch
 from lorax.devices.mesh import make_mesh
@@ -63,7 +63,7 @@ class Course:
         mesh: Its devices.
         train: Encoded rows to learn from.
         held_out: Encoded held-out rows, if there are any.
-        plan: Its micro-batches, in an order given by its seed.
+        batches: Its micro-batches, in an order given by its seed.
         total_steps: `max_steps` if it is set, else those of its epochs.
         schedule: Learning rate by steps done.
     """
@@ -73,7 +73,7 @@ class Course:
     mesh: Mesh
     train: EncodedDataset
     held_out: EncodedDataset | None
-    plan: BatchPlan
+    batches: Batches
     total_steps: int
     schedule: optax.Schedule
 
@@ -98,7 +98,7 @@ class Course:
                 not fit the run.
         """
         mesh, objective = make_mesh(config.mesh.data), objective or objective_of(config)
-        plan = objective.plan(
+        batches = objective.batches(
             train,
             config,
             size=config.train.per_device_train_batch_size * mesh.size,
@@ -107,12 +107,12 @@ class Course:
         )
         steps = config.train.max_steps
         if steps <= 0:
-            steps = math.ceil(config.train.num_train_epochs * plan.steps_per_epoch)
+            steps = math.ceil(config.train.num_train_epochs * batches.steps_per_epoch)
         schedule = make_schedule(config.train, steps)
-        return cls(config, objective, mesh, train, held_out, plan, steps, schedule)
+        return cls(config, objective, mesh, train, held_out, batches, steps, schedule)
 
     @functools.cached_property
-    def evaluation(self) -> BatchPlan | None:
+    def evaluation(self) -> Batches | None:
         """The batches of the held-out rows, in the order of the data; made when first asked for.
 
         Raises:
@@ -124,7 +124,7 @@ class Course:
         if not data.supervised.any():
             raise ValueError("the held-out rows hold no supervised token: nothing to evaluate")
         size = config.eval.per_device_eval_batch_size * self.mesh.size
-        return self.objective.plan(data, config, size=size, count=1, shuffle=False)
+        return self.objective.batches(data, config, size=size, count=1, shuffle=False)
 
     @functools.cached_property
     def optimizer(self) -> optax.GradientTransformation:
@@ -144,26 +144,26 @@ class Course:
 
     def prepare_model(self, model: Any) -> Any:
         """Returns a copy of the model, set up to train on these batches."""
-        plans = [plan for plan in (self.plan, self.evaluation) if plan is not None]
+        both = [each for each in (self.batches, self.evaluation) if each is not None]
         model = nnx.clone(model)
         model.train()
         # In a fixed order cuDNN takes memory for the square of the longest document, for every
         # document. By a mask it takes no more than for rows that are not packed.
         if self.config.data.packing and not self.config.train.full_determinism:
-            model.document_layout = _common_layout(plans)
+            model.document_layout = _common_layout(both)
         return model
 
     def epochs(self) -> Iterator[tuple[int, int]]:
         """Yields each epoch and how many of its steps are run."""
         left, epoch = self.total_steps, 0
         while left > 0:
-            steps = min(left, self.plan.steps_per_epoch)
+            steps = min(left, self.batches.steps_per_epoch)
             yield epoch, steps
             left, epoch = left - steps, epoch + 1
 
     def widths(self) -> list[int]:
         """Returns the widths of the run's rows, each of which needs a compiled step."""
-        return sorted({w for e, n in self.epochs() for w in self.plan.step_shapes(e)[:n]})
+        return sorted({w for e, n in self.epochs() for w in self.batches.step_shapes(e)[:n]})
 
     def check(self) -> None:
         """Checks what would end the run at one of its steps.
@@ -176,7 +176,7 @@ class Course:
                 f"eval.strategy is {self.config.eval.strategy!r} but the Trainer got no eval_data"
             )
         for epoch, steps in self.epochs():
-            empty = np.flatnonzero(self.plan.supervised_tokens(epoch)[:steps] == 0)
+            empty = np.flatnonzero(self.batches.supervised_tokens(epoch)[:steps] == 0)
             if len(empty):
                 raise ValueError(
                     f"step {int(empty[0]) + 1} of epoch {epoch + 1} holds no supervised token, so "
@@ -195,7 +195,7 @@ class Course:
         for epoch, steps in self.epochs():
             first = min(max(done - before, 0), steps)
             if first < steps:
-                source = itertools.islice(self.plan.epoch(epoch, first), steps - first)
+                source = itertools.islice(self.batches.epoch(epoch, first), steps - first)
                 for at, batch in enumerate(prefetch(source, place), start=first):
                     yield Position(before + at + 1, epoch, at, batch)
             before += steps
@@ -207,12 +207,12 @@ class Course:
         if when.strategy == "steps":
             evaluation |= step % when.steps == 0
         elif when.strategy == "epoch":
-            evaluation |= step % self.plan.steps_per_epoch == 0
+            evaluation |= step % self.batches.steps_per_epoch == 0
         return Due(evaluation, is_last or step % self.config.save.save_steps == 0)
 
 
-def _common_layout(plans: list[BatchPlan]) -> DocumentLayout:
-    """Returns a layout that every plan's packed rows fit."""
-    layouts = [plan.document_window() for plan in plans]
+def _common_layout(both: list[Batches]) -> DocumentLayout:
+    """Returns a layout that the packed rows of both fit."""
+    layouts = [each.document_window() for each in both]
     window = max(width for width, _ in layouts)
     return DocumentLayout(window, max(count * (window // width) for width, count in layouts))

@@ -8,7 +8,7 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from lorax.data.batches import BatchPlan
+from lorax.data.batches import Batches
 from lorax.data.prefetch import prefetch
 from lorax.devices.determinism import compiler_options
 from lorax.devices.placement import batch_placer
@@ -22,7 +22,7 @@ class Evaluator:
 
     Args:
         model: Decides the structure; the weights are passed to each call.
-        plan: Batches of the held-out rows, one micro-batch each, in order.
+        batches: Batches of the held-out rows, one micro-batch each, in order.
         mesh: Where the batches go.
         objective: What is summed.
         full_determinism: As for `make_train_step`.
@@ -31,7 +31,7 @@ class Evaluator:
     def __init__(
         self,
         model: nnx.Module,
-        plan: BatchPlan,
+        batches: Batches,
         mesh: Mesh,
         objective: Objective = SFT,
         *,
@@ -40,7 +40,7 @@ class Evaluator:
         evaluated = nnx.clone(model)
         evaluated.eval()
         graph, _, _ = nnx.split(evaluated, nnx.Param, ...)
-        self.plan = plan
+        self.batches = batches
         self._place = batch_placer(model, mesh)
 
         def sums(trainable, frozen, batch):
@@ -74,7 +74,7 @@ class Evaluator:
             wait: Waits for the sums of each batch.
         """
         sums = []
-        for batch in prefetch(self.plan.epoch(0), self._place):
+        for batch in prefetch(self.batches.epoch(0), self._place):
             sums.append(self._sums(trainable, frozen, batch))
             wait(sums[-4:][0])  # a few ahead, so that the device has work
         for last in sums[-3:]:

@@ -126,9 +126,9 @@ class StepEvents:
     """
 
     def __init__(self, course: Course, throughput: Throughput):
-        self.course, self.throughput, plan = course, throughput, course.plan
-        self._mean_document = len(plan.dataset.tokens) / len(plan.dataset)
-        self._tokens: Callable[[int], np.ndarray] = functools.lru_cache(maxsize=2)(plan.tokens)
+        self.course, self.throughput, batches = course, throughput, course.batches
+        self._mean_document = len(batches.dataset.tokens) / len(batches.dataset)
+        self._tokens: Callable[[int], np.ndarray] = functools.lru_cache(maxsize=2)(batches.tokens)
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -167,7 +167,7 @@ class StepEvents:
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         if is_spike(loss, losses_before):
-            rows = [row for part in self.course.plan.rows(at.epoch, at.at) for row in part]
+            rows = [row for part in self.course.batches.rows(at.epoch, at.at) for row in part]
             event["spike_rows"] = " ".join(map(str, rows))
         return event
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from lorax.data.batches import BatchPlan
+from lorax.data.batches import Batches
 from lorax.objectives.objective import Objective
 from lorax.system.wording import describe
 from lorax.training.course import Position
@@ -37,7 +37,7 @@ def explain_step(
     folder: Path,
     event: Mapping[str, Any],
     at: Position,
-    plan: BatchPlan,
+    batches: Batches,
     model: nnx.Module,
     objective: Objective,
 ) -> str:
@@ -47,12 +47,12 @@ def explain_step(
         folder: Of the run.
         event: Of the step.
         at: Where it stands in the run.
-        plan: Of the run.
+        batches: Of the run.
         model: With the weights before the step.
         objective: Of the run.
     """
     bad = find_micro_batches(model, objective, at.batch)
-    return report_rows(folder, event, bad, plan.rows(at.epoch, at.at), plan.dataset.lengths)
+    return report_rows(folder, event, bad, batches.rows(at.epoch, at.at), batches.dataset.lengths)
 
 
 def nonfinite_error(found: str, kept: str, allowed: int) -> FloatingPointError:

@@ -107,7 +107,7 @@ class Trainer:
         if course is None:
             course = Course.of(config, train_data, eval_data, as_objective(loss_fn))
         self.course = course
-        self.mesh, self.plan, self.total_steps = course.mesh, course.plan, course.total_steps
+        self.mesh, self.batches, self.total_steps = course.mesh, course.batches, course.total_steps
         course.check()
         self.model = course.prepare_model(model)
         self._compiled_ahead = compiled
@@ -278,7 +278,7 @@ class Trainer:
         allowed, progress = self.config.train.skip_nonfinite_steps, self.progress
         self.model = self._weights.on_model(self.state.trainable)
         found = explain_step(
-            self.output_dir, event, at, self.plan, self.model, self.course.objective
+            self.output_dir, event, at, self.batches, self.model, self.course.objective
         )
         if progress.skipped < allowed:
             progress.skipped += 1

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 import lorax
 from lorax.config.data import DataConfig, DataSource
 from lorax.config.train import TrainConfig
-from lorax.data.batches import BatchPlan
+from lorax.data.batches import Batches
 from lorax.data.chat.tokenizer import load_tokenizer
 from lorax.data.dataset import EncodedDataset
 from lorax.data.encode import load_encoded_dataset
@@ -98,7 +98,7 @@ def run(dataset: EncodedDataset, rows: int, micro_batches: int, make_step: Calla
     base = load_model(MODEL, dtype=jnp.float32)
     model = lorax.apply_lora(base, lorax.LoraConfig(r=8), rngs=nnx.Rngs(0))
     step, state = make_step(model)
-    plan = BatchPlan(
+    plan = Batches(
         dataset,
         rows_per_micro_batch=rows,
         micro_batches=micro_batches,

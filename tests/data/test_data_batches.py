@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lorax.data.batches import BatchPlan, width_ladder
+from lorax.data.batches import Batches, width_ladder
 from lorax.data.dataset import EncodedDataset
 from lorax.data.packing import pack_rows
 
@@ -24,7 +24,7 @@ def _dataset(lengths, seed=0, share=0.6):
 
 
 def _plan(dataset, rows=2, micro_batches=3, packing=False, limit=512, seed=5, shuffle=True):
-    return BatchPlan(
+    return Batches(
         dataset,
         rows_per_micro_batch=rows,
         micro_batches=micro_batches,

@@ -91,7 +91,7 @@ def growth_of(work: Callable[[], object]) -> int:
 def read_data(paths: list[Path], length: int) -> Any:
     """Returns the batches of files of rows, as a run has them."""
     from lorax.config.data import DataConfig
-    from lorax.data.batches import BatchPlan
+    from lorax.data.batches import Batches
     from lorax.data.chat.tokenizer import load_tokenizer
     from lorax.data.encode import load_encoded_dataset
     from lorax.recovery.identity import fingerprint_data
@@ -107,7 +107,7 @@ def read_data(paths: list[Path], length: int) -> Any:
     data = load_encoded_dataset(config.train, config, tokenizer, vocab_size=512)
     fingerprint_data(data)
     options: dict[str, Any] = {"max_seq_length": length, "packing": False, "shuffle": True}
-    return BatchPlan(data, rows_per_micro_batch=2, micro_batches=4, seed=0, **options)
+    return Batches(data, rows_per_micro_batch=2, micro_batches=4, seed=0, **options)
 
 
 def seconds_to_first(plan: Any, step: int) -> float:

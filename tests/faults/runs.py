@@ -248,9 +248,9 @@ def poison(count: int, folder: Path) -> tuple[int, int]:
             make_trainer(clean, loss_fn=rotten, **options)[0].train()
             trainer, _ = make_trainer(run, loss_fn=rotten, **options)
             # The token that is poison stands in one row: that of the third step.
-            epoch, at = divmod(2, trainer.plan.steps_per_epoch)
-            (row, *_), *_ = [r for r in trainer.plan.rows(epoch, at) if r]
-            data = trainer.plan.dataset
+            epoch, at = divmod(2, trainer.batches.steps_per_epoch)
+            (row, *_), *_ = [r for r in trainer.batches.rows(epoch, at) if r]
+            data = trainer.batches.dataset
             data.tokens[data.offsets[row]] = 63
             try:
                 trainer.train()
@@ -258,7 +258,7 @@ def poison(count: int, folder: Path) -> tuple[int, int]:
                 bad = 1 + next(
                     s
                     for s in range(4)
-                    if any(row in part for part in rows_of_step(trainer.plan, s))
+                    if any(row in part for part in rows_of_step(trainer.batches, s))
                 )
                 dumped = json.loads((run / f"nonfinite-step-{bad}.json").read_text())
                 named = f"step {bad}:" in str(error) and str(row) in dumped["tokens_by_row"]
@@ -297,7 +297,7 @@ def leave_nothing_to_learn(count: int, folder: Path) -> tuple[int, int]:
         except ValueError as error:
             passed += "no supervised token" in str(error)
     try:
-        rows = trainer.plan.dataset
+        rows = trainer.batches.dataset
         empty = dataclasses.replace(rows, supervised=np.zeros_like(rows.supervised))
         lorax.Trainer(trainer.model, trainer.config, rows, empty)
     except ValueError as error:

@@ -67,9 +67,9 @@ def terminate(count: int, folder: Path) -> tuple[int, int]:
             options["loss_fn"] = make_endless
         trainer, _ = make_trainer(run, **options)
         if is_endless:
-            epoch, at = divmod(2, trainer.plan.steps_per_epoch)
-            data = trainer.plan.dataset
-            data.tokens[data.offsets[trainer.plan.rows(epoch, at)[0][0]]] = 63
+            epoch, at = divmod(2, trainer.batches.steps_per_epoch)
+            data = trainer.batches.dataset
+            data.tokens[data.offsets[trainer.batches.rows(epoch, at)[0][0]]] = 63
         return trainer
 
     def straight(is_endless: bool) -> None:

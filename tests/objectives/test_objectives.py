@@ -78,7 +78,7 @@ def model(setup):
 def test_the_settings_choose_it_and_the_run_is_planned_by_it(objective, setup):
     assert objective_of(setup.config) is objective
     assert setup.course.objective is objective
-    plan = setup.course.plan
+    plan = setup.course.batches
     batch = next(iter(plan.epoch(0)))
     assert batch["input_ids"].shape[:2] == (2, 4)
     assert plan.steps_per_epoch > 2 and setup.course.evaluation is not None
@@ -87,7 +87,7 @@ def test_the_settings_choose_it_and_the_run_is_planned_by_it(objective, setup):
 def test_micro_batches_add_up_to_the_large_batch(objective, setup, model):
     graph, trainable, frozen = split_trainable(model)
     terms_of = lambda t, batch: objective.terms(nnx.merge(graph, t, frozen), batch)
-    batch = next(iter(setup.course.plan.epoch(0)))
+    batch = next(iter(setup.course.batches.epoch(0)))
     together = jax.tree.map(lambda x: x.reshape(1, -1, *x.shape[2:]), batch)
     run = jax.jit(accumulate_terms(terms_of))
     loss, count, figures, gradients = run(trainable, batch)
@@ -112,14 +112,14 @@ def test_a_step_and_an_evaluation_tell_its_figures(objective, setup, model):
     assert evaluator is not None
     found = evaluator(state.trainable, frozen)
     assert set(found) == {"loss", *objective.figures}
-    batch = jax.tree.map(lambda *x: np.concatenate(x, 1), *evaluator.plan.epoch(0))
+    batch = jax.tree.map(lambda *x: np.concatenate(x, 1), *evaluator.batches.epoch(0))
     terms = objective.terms(
         nnx.merge(*nnx.split(model)), jax.tree.map(lambda x: jnp.asarray(x[0]), batch)
     )
     assert found["loss"] == pytest.approx(float(terms.total) / int(terms.divisor), rel=1e-5)
     for name in objective.figures:
         assert found[name] == pytest.approx(float(terms.figures[name]) / int(terms.divisor))
-    _, metrics = step(state, next(iter(course.plan.epoch(0))))
+    _, metrics = step(state, next(iter(course.batches.epoch(0))))
     assert set(metrics) == set(step.metrics)
 
 

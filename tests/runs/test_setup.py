@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lorax.cli.main import main
-from lorax.data.batches import BatchPlan
+from lorax.data.batches import Batches
 from lorax.interop import folder as interop_folder
 from lorax.interop import load as interop_load
 from lorax.recovery import files as recovery_files
@@ -86,7 +86,7 @@ def counted(monkeypatch):
 
     inside = lambda path: "run" not in path.parts[-3:]  # what a run wrote it reads back
     count(
-        BatchPlan,
+        Batches,
         "__init__",
         lambda _, rows, **settings: [f"{len(rows)} rows packed, shuffled: {settings['shuffle']}"],
     )

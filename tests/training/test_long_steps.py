@@ -77,7 +77,7 @@ def build(folder, turns, slow=3, resume=False, **train):
     model = lorax.apply_lora(base, adapter, rngs=nnx.Rngs(1))
     config = RunConfig.model_validate(settings)
     data = EncodedDataset.from_rows(rows)
-    plan = Course.of(config, data).plan
+    plan = Course.of(config, data).batches
     epoch, at = divmod(slow - 1, plan.steps_per_epoch)
     data.tokens[data.offsets[plan.rows(epoch, at)[0][0]]] = MARK
     return Trainer(model, config, data, loss_fn=slow_loss(turns), resume=resume)

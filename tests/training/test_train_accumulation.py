@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 import lorax
-from lorax.data.batches import BatchPlan
+from lorax.data.batches import Batches
 from lorax.data.dataset import EncodedDataset
 from lorax.devices.mesh import make_mesh
 from lorax.devices.placement import place_batch, place_parameters
@@ -65,7 +65,7 @@ def dataset():
 
 
 def batch_of(dataset, micro_batches, packing=False, empty=False):
-    plan = BatchPlan(
+    plan = Batches(
         dataset,
         rows_per_micro_batch=-(-ROWS // micro_batches),
         micro_batches=micro_batches + empty,

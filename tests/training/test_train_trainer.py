@@ -633,7 +633,7 @@ def test_where_too_many_steps_are_left_out_none_that_follows_is_run(make_trainer
         spoiled = jnp.isin(batch["input_ids"].sum(), jnp.asarray(sums))
         return jnp.where(spoiled, jnp.nan, total), count
 
-    plan = make_trainer()[0].plan
+    plan = make_trainer()[0].batches
     sums = [int(b["input_ids"].sum()) for i, b in enumerate(plan.epoch(0), 1) if i in bad]
     settings = {"skip_nonfinite_steps": 1, "lr_scheduler_type": "constant"}
     trainer, events = make_trainer(loss_fn=loss_fn, train=settings)
