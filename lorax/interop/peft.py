@@ -23,6 +23,7 @@ from lorax.interop.tensors import hf_name
 from lorax.layers.linear import Linear
 from lorax.system.files import write_folder
 from lorax.system.wording import clip
+from lorax_kernels import dense
 
 PREFIX = "base_model.model."
 TENSOR_FILE = "adapter_model.safetensors"
@@ -277,7 +278,7 @@ def _check_values(found: dict[str, np.ndarray], model: nnx.Module, path: Path) -
     for name, layer in adapted_layers(model).items():
         key = f"{PREFIX}{name}.base_layer.weight"
         if key in found and key not in expected:
-            kernel = np.asarray(layer.kernel[...]).T.astype(np.float32)
+            kernel = np.asarray(dense(layer.kernel.get_value())).T.astype(np.float32)
             if not np.array_equal(found[key].astype(np.float32), kernel):
                 raise AdapterError(
                     f"{path}: {key} differs from the base model's weight; the adapter was made for "

@@ -13,6 +13,7 @@ from lorax.adapters.nnx.tree import adapted_layers
 from lorax.interop.folder import write_checkpoint
 from lorax.interop.tensors import convert, hf_name, listed, tensor_table
 from lorax.models.decoder import CausalLM
+from lorax_kernels import dense
 
 type Value = jax.Array | Callable[[], jax.Array]
 
@@ -48,7 +49,7 @@ def model_tensors(
             value = overrides[name]
             value = value() if callable(value) else value
         elif spec.path in parameters:
-            value = parameters[spec.path].get_value()
+            value = dense(parameters[spec.path].get_value())
         else:
             where = ".".join(map(str, spec.path))
             raise ValueError(f"the model has no {where}; merge its adapters before saving")

@@ -165,6 +165,7 @@ class Linear(nnx.Linear):
             operands.a,
             operands.b,
             scale=operands.scale,
+            bias=operands.bias,
             residual=residual,
             dropout_rate=rate,
             dropout_key=adapter.key() if rate else None,

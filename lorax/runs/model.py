@@ -8,6 +8,7 @@ from typing import Self
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from lorax.adapters.nnx.apply import apply_lora, set_kernels
 from lorax.adapters.targets import TargetError
@@ -54,6 +55,15 @@ class Blueprint:
     def is_on_hub(self) -> bool:
         """Whether the base model is on the hub, so that its weights may not be here yet."""
         return not Path(self.config.model.name_or_path).expanduser().is_dir()
+
+    @functools.cached_property
+    def mesh(self) -> Mesh:
+        """The devices of the run.
+
+        Raises:
+            ValueError: If there are not as many as are asked for.
+        """
+        return make_mesh(self.config.mesh.data)
 
     @functools.cached_property
     def entries(self) -> dict[str, TensorEntry] | None:
@@ -120,7 +130,7 @@ class Blueprint:
             architecture=self.architecture,
             entries=self.entries,
             pace=await_tracing,
-            mesh=make_mesh(config.mesh.data),
+            mesh=self.mesh,
         )
 
 

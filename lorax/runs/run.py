@@ -95,9 +95,7 @@ def _run(
     if resumed and (ended := output / SUMMARY_FILE).is_file():
         console.print(f"{output}: this run has ended; there is nothing to resume")
         return RunSummary.read(read_json(ended), str(ended))
-    check_reporters(config.log.report_to)
-    if resumed and "jsonl" in config.log.report_to and (output / METRICS_FILE).exists():
-        read_metrics(output / METRICS_FILE)  # what it raises must not wait for the run's end
+    _check_reports(config, output, resumed)
     blueprint = Blueprint.of(config)
     check_weights(blueprint)
     console.rule("Settings")
@@ -106,6 +104,7 @@ def _run(
     programs = _open_caches(console)
     report_notes(console, input_notes(blueprint.architecture, config.model.adapter))
     shapes = check_targets(blueprint)
+    _ = blueprint.mesh  # found before two threads ask for it
     files = in_background("files", blueprint.fetch)
     base = in_background("weights", lambda: blueprint.load(files.result()))  # which need no data
     setup = data.result()
@@ -140,6 +139,13 @@ def _run(
     console.rule("Result")
     print_summary(console, summary)
     return summary
+
+
+def _check_reports(config: RunConfig, output: Path, resumed: bool) -> None:
+    """Raises what must not wait for the run's end: of reporters, and of a log that goes on."""
+    check_reporters(config.log.report_to)
+    if resumed and "jsonl" in config.log.report_to and (output / METRICS_FILE).exists():
+        read_metrics(output / METRICS_FILE)
 
 
 def _look_back(config: RunConfig) -> tuple[RunConfig, Identity]:

@@ -99,7 +99,7 @@ class Setup:
         Raises:
             ValueError: If the mesh asks for absent devices, or the schedule does not fit the run.
         """
-        return Course.of(self.config, self.train, self.eval)
+        return Course.of(self.config, self.train, self.eval, mesh=self.blueprint.mesh)
 
     @functools.cached_property
     def recomputation(self) -> tuple[Recomputation, str]:

@@ -84,6 +84,7 @@ class Course:
         train: EncodedDataset,
         held_out: EncodedDataset | None = None,
         objective: Objective | None = None,
+        mesh: Mesh | None = None,
     ) -> Self:
         """Packs the rows and counts the steps.
 
@@ -92,12 +93,13 @@ class Course:
             train: Encoded rows to learn from.
             held_out: Encoded held-out rows.
             objective: What is learned; what the settings ask for if not given.
+            mesh: The run's devices, if they are known already.
 
         Raises:
             ValueError: If the mesh asks for absent devices, a row is too long, or the schedule does
                 not fit the run.
         """
-        mesh, objective = make_mesh(config.mesh.data), objective or objective_of(config)
+        mesh, objective = mesh or make_mesh(config.mesh.data), objective or objective_of(config)
         batches = objective.batches(
             train,
             config,

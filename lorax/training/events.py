@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from lorax.adapters.nnx.tree import named_modules
+from lorax.adapters.nnx.tree import adapted_layers, named_modules
 from lorax.system.hardware import Device, memory_gib, peak_bf16_tflops
 from lorax.training.course import Course, Position
 
@@ -177,14 +177,17 @@ def model_size(model: Any) -> ModelSize:
     trained = frozen = 0
     for module in named_modules(model).values():
         for name, value in vars(module).items():
-            if not isinstance(value, nnx.Variable) or value.get_value() is None or value.ndim < 2:
+            matrix = value.get_value() if isinstance(value, nnx.Variable) else None
+            if matrix is None or len(matrix.shape) < 2:
                 continue
             if name == "embedding" and not model.config.tie_word_embeddings:
                 continue  # only looked up
             if isinstance(value, nnx.Param):
-                trained += value.size
+                trained += math.prod(matrix.shape)
             else:
-                frozen += value.size
+                frozen += math.prod(matrix.shape)
+    for layer in adapted_layers(model).values():
+        trained += sum(p.size for p in layer.adapter.params.values() if p.ndim > 1)
     config = model.config
     return ModelSize(
         frozen_parameters=frozen,

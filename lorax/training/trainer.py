@@ -19,7 +19,6 @@ from lorax.devices.specs import parts_of
 from lorax.models.stack.recompute import Recomputation, settings_of
 from lorax.objectives.objective import LossFunction, Objective
 from lorax.objectives.objectives import as_objective
-from lorax.objectives.sft import SFT
 from lorax.recovery.identity import (
     Identity,
     fingerprint_weights,
@@ -68,8 +67,8 @@ class Trainer:
             its dtype, for the weights on disk; the lora section is not read.
         train_data: Encoded rows to learn from.
         eval_data: Encoded held-out rows.
-        loss_fn: ``(model, micro_batch) -> (sum of losses, count)``, or an objective; where a course
-            is given, its own counts.
+        loss_fn: ``(model, micro_batch) -> (sum of losses, count)``, or an objective; what the
+            settings ask for if not given.
         listeners: Called with each step's and each evaluation's metrics, in order.
         compiled: From `compile_ahead`, called with the same settings and data.
         resume: Goes on from the newest checkpoint in the run's directory, bit for bit as if it had
@@ -93,7 +92,7 @@ class Trainer:
         train_data: EncodedDataset,
         eval_data: EncodedDataset | None = None,
         *,
-        loss_fn: LossFunction | Objective = SFT,
+        loss_fn: LossFunction | Objective | None = None,
         listeners: tuple[Listener, ...] = (),
         compiled: "Future[dict[int, CompiledStep]] | None" = None,
         resume: bool = False,
@@ -104,8 +103,10 @@ class Trainer:
         stop: StopRequest | None = None,
     ):
         self.config, self.listeners = config, listeners
-        if course is None:
-            course = Course.of(config, train_data, eval_data, as_objective(loss_fn))
+        if course is not None and loss_fn is not None:
+            raise ValueError("a course has its own objective: give loss_fn or course, not both")
+        objective = None if loss_fn is None else as_objective(loss_fn)
+        course = course or Course.of(config, train_data, eval_data, objective)
         self.course = course
         self.mesh, self.batches, self.total_steps = course.mesh, course.batches, course.total_steps
         course.check()

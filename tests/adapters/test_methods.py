@@ -16,7 +16,7 @@ from lorax import LoraConfig, apply_lora, merge_lora, unload_lora, unmerge_lora
 from lorax.adapters.lora import Lora
 from lorax.adapters.method import FileKey, Method, Shape, Spec
 from lorax.adapters.methods import METHODS
-from lorax.adapters.nnx.adapter import Adapter, cost_of
+from lorax.adapters.nnx.adapter import Adapter, attach, cost_of
 from lorax.adapters.nnx.apply import set_dropout_key, use_adapter
 from lorax.adapters.nnx.tree import adapted_layers, split_trainable
 from lorax.layers.linear import Linear
@@ -249,3 +249,23 @@ def test_a_resumed_run_must_share_what_is_stated(method):
     assert len({method.identity(spec) for spec in specs}) == 4
     others = {other.identity(specs[0]) for other in [*METHODS, COLUMNS] if other is not method}
     assert method.identity(specs[0]) not in others
+
+
+def test_the_active_adapter_alone_trains_and_computes(method, x):
+    model = adapt(method)
+    first = np.asarray(model(x))
+    paths = lambda: {".".join(map(str, p)) for p, _ in nnx.to_flat_state(split_trainable(model)[1])}
+    assert {path.split(".")[2] for path in paths()} == {"default"}
+    layer, spec = model.down_proj, model.down_proj.adapter.spec
+    attach(layer, spec, jax.random.key(8), "second")
+    assert {path for path in paths() if path.startswith("down_proj")} == {
+        f"down_proj.attached.second.{name}" for name in method.keys
+    }
+    assert not np.allclose(model(x), first)  # a new one has changed nothing yet
+    use_adapter(model, None)
+    assert not paths()
+    with pytest.raises(ValueError, match="carries adapters already"):
+        apply_lora(model, settings_for(method), rngs=nnx.Rngs(1))
+    assert not any(m.attached for m in (unload_lora(model).down_proj, unload_lora(model).lone))
+    use_adapter(model, "default")
+    np.testing.assert_array_equal(model(x), first)

@@ -16,6 +16,7 @@ from lorax.interop import load as interop_load
 from lorax.recovery import files as recovery_files
 from lorax.recovery import identity as recovery_identity
 from lorax.recovery import store as recovery_store
+from lorax.runs import model as runs_model
 from lorax.runs import run as runs_run
 from lorax.system.threads import finish_in_background
 from lorax.training import course as training_course
@@ -99,7 +100,8 @@ def counted(monkeypatch):
 
     monkeypatch.setattr(interop_folder, "read_headers", read_headers)
     count(interop_load, "read_config", lambda path: ["config.json"] if inside(path) else [])
-    count(training_course, "make_mesh", lambda *_: ["mesh"])
+    for module in (training_course, runs_model):
+        count(module, "make_mesh", lambda *_: ["mesh"])
     for module in (recovery_files, recovery_store):
         count(module, "read_manifest", lambda path: [f"manifest of {path.name}"])
     compared = lambda saved, now, *_: [f"{part} compared" for part in saved.keys() | now.keys()]

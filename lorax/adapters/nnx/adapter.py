@@ -6,7 +6,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from lorax.adapters.method import Cost, Params, Shape, Spec
-from lorax.layers.linear import Linear
+from lorax.layers.linear import Frozen, Linear
 from lorax_kernels import LoraWeights, Matrix, dense
 
 NAME = "default"
@@ -34,6 +34,11 @@ class Adapter(nnx.Module):
     def params(self) -> dict[str, Array]:
         """The values by name."""
         return {name: self.variable(name)[...] for name in self.spec.method.keys}
+
+    def set_trains(self, trains: bool) -> None:
+        """Makes the parameters what trains, or what does not."""
+        for name, value in self.params.items():
+            setattr(self, name, nnx.LoRAParam(value) if trains else Frozen(value))
 
     def variable(self, name: str) -> Any:
         """Returns one parameter as the variable that trains."""
@@ -72,9 +77,17 @@ def attach(layer: Linear, spec: Spec, key: Key[Array, ""], name: str = NAME) -> 
     """Attaches a new adapter to a layer with a frozen kernel, and makes it the active one."""
     w = layer.kernel.get_value()
     params, base = spec.method.start(Shape(*w.shape), spec, w, key)
-    layer.attached[name], layer.active = Adapter(spec, params), name
+    layer.attached[name] = Adapter(spec, params)
+    activate(layer, name)
     if base is not w:
         layer.freeze(base)
+
+
+def activate(layer: Linear, name: str | None) -> None:
+    """Has one attached adapter compute and train, and no other; with None, none does."""
+    layer.active = name
+    for each, adapter in layer.attached.items():
+        adapter.set_trains(each == name)
 
 
 def cost_of(layer: Linear) -> Cost:

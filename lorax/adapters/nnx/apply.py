@@ -12,9 +12,10 @@ from jaxtyping import Array, Key
 
 from lorax.adapters.method import Shape
 from lorax.adapters.methods import spec_of
-from lorax.adapters.nnx.adapter import DropoutKey, attach
+from lorax.adapters.nnx.adapter import DropoutKey, activate, attach
 from lorax.adapters.nnx.tree import (
     adapted_layers,
+    layers_with_adapters,
     module_references,
     named_modules,
     set_child,
@@ -33,7 +34,7 @@ from lorax.adapters.targets import (
 )
 from lorax.config.adapter import LoraConfig
 from lorax.layers.linear import Frozen, Linear
-from lorax_kernels import Kernels, check_kernels_name
+from lorax_kernels import Kernels, check_kernels_name, dense
 
 
 def set_kernels(model: nnx.Module, kernels: Kernels) -> None:
@@ -68,7 +69,7 @@ def apply_lora[M: nnx.Module](model: M, config: LoraConfig, *, rngs: nnx.Rngs) -
     """
     adapted = nnx.clone(model)
     modules = named_modules(adapted)
-    if adapted_layers(adapted):
+    if layers_with_adapters(adapted):
         raise TargetError("the model carries adapters already; merge_lora it first")
     targets = targets_of(adapted, config)
     references = module_references(adapted)
@@ -161,6 +162,8 @@ def set_dropout_key(model: nnx.Module, key: Key[Array, ""]) -> None:
 def use_adapter(model: nnx.Module, name: str | None) -> None:
     """Makes one attached adapter the active one of every layer that has it, in place.
 
+    The active adapter trains; the others are frozen, and compute nothing.
+
     Args:
         model: A model from `apply_lora`.
         name: The adapter's; None: every layer computes what its base does.
@@ -168,14 +171,14 @@ def use_adapter(model: nnx.Module, name: str | None) -> None:
     Raises:
         ValueError: If no layer has an adapter of that name, or one is merged.
     """
-    layers = {n: m for n, m in named_modules(model).items() if isinstance(m, Linear) and m.attached}
+    layers = layers_with_adapters(model)
     if name is not None and not any(name in layer.attached for layer in layers.values()):
         known = ", ".join(sorted({n for layer in layers.values() for n in layer.attached}))
         raise ValueError(f"no layer has an adapter {name!r}; there is {known or 'none'}")
     for where, layer in layers.items():
         if layer.merged:
             raise ValueError(f"{where} is merged; unmerge_lora first")
-        layer.active = name if name in set(layer.attached) else None
+        activate(layer, name if name in set(layer.attached) else None)
 
 
 def _adopt(name: str, modules: dict[str, nnx.Module], references: Any) -> Linear:
@@ -211,7 +214,7 @@ def _biases_to_train(modules, targets: list[Target], config: LoraConfig) -> list
 
 
 def _trainable_value(module: nnx.Module, variable: nnx.Variable) -> jax.Array:
-    value = variable.get_value()
+    value = dense(variable.get_value())
     return value.astype(jnp.float32) if getattr(module, "dtype", None) is not None else value
 
 

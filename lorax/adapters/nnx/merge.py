@@ -4,9 +4,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lorax.adapters.nnx.adapter import merged_kernel, unmerged_kernel
-from lorax.adapters.nnx.tree import adapted_layers
+from lorax.adapters.nnx.tree import adapted_layers, layers_with_adapters
 from lorax.layers.linear import Linear
-from lorax_kernels import Matrix
+from lorax_kernels import Matrix, Weight
 
 
 def merge_lora[M: nnx.Module](model: M, *, keep_adapters: bool = False) -> M:
@@ -66,7 +66,7 @@ def unload_lora[M: nnx.Module](model: M) -> M:
         ValueError: If a layer is merged: its base is not known any more.
     """
     unloaded = nnx.clone(model)
-    for name, layer in adapted_layers(unloaded).items():
+    for name, layer in layers_with_adapters(unloaded).items():
         if layer.merged:
             raise ValueError(f"{name} is merged; unmerge_lora first")
         _unload(layer, layer.kernel.get_value())
@@ -76,6 +76,10 @@ def unload_lora[M: nnx.Module](model: M) -> M:
 def _unload(layer: Linear, kernel: Matrix) -> None:
     """Takes all adapters off a layer, whose kernel and bias may train then."""
     layer.attached.clear()
-    layer.active, layer.kernel = None, nnx.Param(kernel)
+    layer.active = None
+    if isinstance(kernel, Weight):
+        layer.freeze(kernel)
+    else:
+        layer.kernel = nnx.Param(kernel)
     if layer.bias is not None:
         layer.bias = nnx.Param(layer.bias.get_value())

@@ -36,10 +36,15 @@ def named_modules(model: nnx.Module) -> dict[str, nnx.Module]:
     return names
 
 
+def layers_with_adapters(model: nnx.Module) -> dict[str, Linear]:
+    """Returns the layers that have adapters, active or not, under their dotted names."""
+    return {n: m for n, m in named_modules(model).items() if isinstance(m, Linear) and m.attached}
+
+
 def adapted_layers(model: nnx.Module) -> dict[str, Linear]:
     """Returns the layers that have an active adapter, under their dotted names."""
-    linear = {n: m for n, m in named_modules(model).items() if isinstance(m, Linear)}
-    return {name: layer for name, layer in linear.items() if layer.active is not None}
+    layers = layers_with_adapters(model)
+    return {name: layer for name, layer in layers.items() if layer.active is not None}
 
 
 def split_trainable(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
