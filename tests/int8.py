@@ -43,6 +43,9 @@ class _Format:
     name = "int8"
     files = {"codes": "weight", "scales": "SCB"}  # noqa: RUF012
 
+    def claims(self, model):
+        return True
+
     def store(self, matrix):
         return store(matrix)
 

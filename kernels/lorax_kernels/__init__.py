@@ -23,3 +23,4 @@ from lorax_kernels.rms_norm import rms_norm_fork as rms_norm_fork
 from lorax_kernels.weights import Matrix as Matrix
 from lorax_kernels.weights import Weight as Weight
 from lorax_kernels.weights import dense as dense
+from lorax_kernels.weights import kernel_obstacle as kernel_obstacle

@@ -78,6 +78,7 @@ def load_model(
     architecture: DecoderConfig | None = None,
     pace: Callable[[], object] | None = None,
     mesh: Mesh | None = None,
+    format: Format = DENSE,
     entries: Mapping[str, TensorEntry] | None = None,
 ) -> CausalLM:
     """Loads a checkpoint, tensor by tensor, onto JAX's default device or a mesh.
@@ -104,6 +105,7 @@ def load_model(
         pace: Called after each tensor; it may wait for what should come first.
         mesh: Where the weights are to lie, as `make_train_step` then finds them; None is JAX's
             default device.
+        format: How the matrices of linear layers are stored, the head's aside: the loss reads it.
         entries: From `check_checkpoint` of this folder, to read its headers once.
 
     Raises:
@@ -134,7 +136,7 @@ def load_model(
     graph, state = nnx.split(model)
     variables = dict(nnx.to_flat_state(state))
     shardings = {} if mesh is None else _shardings(config, mesh, on_host)
-    for name, value in load_values(table, found, jnp.dtype(param_dtype), shardings):
+    for name, value in load_values(table, found, jnp.dtype(param_dtype), shardings, format):
         if name in on_host:
             value = np.asarray(value).view(HostArray)
         variables[table[name].path].set_value(value)

@@ -9,7 +9,7 @@ from lorax.config.run import RunConfig
 from lorax.layers.linear import Linear
 from lorax.models.decoder import CausalLM
 from lorax.models.family import Family
-from lorax_kernels import explain_choice
+from lorax_kernels import explain_choice, kernel_obstacle
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +45,7 @@ def kernel_choices(config: RunConfig, model: CausalLM) -> list[KernelChoice]:
             config.model.dtype,
             config.model.kernels,
             max(layer.adapter.dropout for layer in adapted_layers(model).values()),
+            stored=next((size.stored for size in sizes if size.stored), None),
         )
         choices[KernelChoice(names, kernel, reason)] = None
     return list(choices)
@@ -54,6 +55,7 @@ class _Size(NamedTuple):
     k: int
     n: int
     r: int  # 0 for a layer that takes part without an update
+    stored: str | None  # why the kernel cannot read how it is stored
 
 
 def _groups(modules: dict[str, Any], family: Family) -> list[tuple[str, list[_Size]]]:
@@ -77,7 +79,9 @@ def _groups(modules: dict[str, Any], family: Family) -> list[tuple[str, list[_Si
 
 def _size(module: Any) -> _Size | None:
     shape = shape_of(module)
-    return None if shape is None else _Size(*shape, _rank(module))
+    if shape is None:
+        return None
+    return _Size(*shape, _rank(module), kernel_obstacle(module.kernel.get_value()))
 
 
 def _rank(module: Any) -> int:

@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from lorax.adapters.nnx.apply import apply_lora, set_kernels
+from lorax.adapters.nnx.tree import named_modules
 from lorax.adapters.targets import TargetError
 from lorax.config.run import RunConfig
 from lorax.devices.host_memory import HostArray, embedding_obstacle
@@ -20,10 +21,14 @@ from lorax.interop.load import check_checkpoint, load_hf_config, load_model
 from lorax.interop.peft import load_adapter
 from lorax.interop.peft_config import read_adapter_config
 from lorax.interop.safetensors import TensorEntry
+from lorax.layers.linear import Frozen, Linear
 from lorax.models.architecture import DecoderConfig
 from lorax.models.decoder import CausalLM
 from lorax.models.stack.recompute import Recomputation
 from lorax.system.threads import await_tracing
+from lorax.weights.dense import DENSE
+from lorax.weights.format import Format
+from lorax.weights.formats import format_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +60,11 @@ class Blueprint:
     def is_on_hub(self) -> bool:
         """Whether the base model is on the hub, so that its weights may not be here yet."""
         return not Path(self.config.model.name_or_path).expanduser().is_dir()
+
+    @property
+    def format(self) -> Format:
+        """How its frozen matrices are stored."""
+        return DENSE if self.config.train.method == "full" else format_of(self.config.model)
 
     @functools.cached_property
     def mesh(self) -> Mesh:
@@ -98,6 +108,7 @@ class Blueprint:
             if not full:
                 model = apply_lora(model, settings, rngs=nnx.Rngs(0))
             set_kernels(model, config.model.kernels)
+            _store(model, self.format)
             return model
 
         try:
@@ -131,7 +142,15 @@ class Blueprint:
             entries=self.entries,
             pace=await_tracing,
             mesh=self.mesh,
+            format=self.format,
         )
+
+
+def _store(model: CausalLM, format: Format) -> None:
+    """Stores the matrices of a model of shapes as the loader would."""
+    for name, layer in named_modules(model).items():
+        if isinstance(layer, Linear) and isinstance(layer.kernel, Frozen) and name != "lm_head":
+            layer.freeze(format.store(layer.kernel.get_value()))
 
 
 def _put_embedding_on_host(model: CausalLM) -> None:

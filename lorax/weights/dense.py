@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 import lorax_kernels
+from lorax.config.model import ModelConfig
 
 
 class _Dense:
@@ -16,6 +17,9 @@ class _Dense:
 
     name = "dense"
     files = MappingProxyType({"matrix": "weight"})
+
+    def claims(self, model: ModelConfig) -> bool:
+        return True
 
     def store(self, matrix: Float[Array, "k n"]) -> Float[Array, "k n"]:
         return matrix

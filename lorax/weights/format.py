@@ -7,6 +7,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from lorax.config.model import ModelConfig
 from lorax_kernels import Matrix
 
 
@@ -24,6 +25,10 @@ class Format(Protocol):
     @property
     def files(self) -> Mapping[str, str]:
         """How checkpoints that store it so name its parts: what follows the layer's name."""
+        ...
+
+    def claims(self, model: ModelConfig) -> bool:
+        """Says whether the settings of a model ask for this format."""
         ...
 
     def store(self, matrix: Float[Array, "k n"]) -> Matrix:

@@ -1,6 +1,13 @@
 """The formats that there are."""
 
+from lorax.config.model import ModelConfig
 from lorax.weights.dense import DENSE
 from lorax.weights.format import Format
 
 FORMATS: list[Format] = [DENSE]
+"""The first that claims a model's settings is taken; `DENSE` claims all, and comes last."""
+
+
+def format_of(model: ModelConfig) -> Format:
+    """Returns how the settings ask for frozen matrices to be stored."""
+    return next(format for format in FORMATS if format.claims(model))

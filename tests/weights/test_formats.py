@@ -7,14 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from rich.console import Console
 
+import lorax
 from lorax.devices.mesh import DATA_AXIS, make_mesh
+from lorax.planning.kernels import kernel_choices
+from lorax.runs.model import Blueprint
+from lorax.runs.run import run_training
 from lorax.weights import formats
 from lorax.weights.dense import DENSE
+from lorax.weights.formats import format_of
 from lorax_kernels import Matrix, dense, lora_linear
 from lorax_kernels.weights import kernel_obstacle
 from tests.bounds import EXACT, distance, rounding
-from tests.int8 import INT8
+from tests.int8 import INT8, Int8
 
 # Four devices can divide either side, in whole blocks of 64 along k.
 SHAPES = [(256, 192), (512, 4)]
@@ -129,3 +135,35 @@ def test_a_format_of_ones_own_is_held_to_it_once_it_is_in_the_list(
     monkeypatch.setattr(formats, "FORMATS", [INT8])
     hold_to_contract(lambda *case: (seen.append(case[0].name), check(*case)), shape, dtype)
     assert seen == ["int8"]
+
+
+@pytest.mark.slow
+def test_a_run_trains_saves_and_exports_on_a_base_that_is_stored_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(formats, "FORMATS", [INT8, *formats.FORMATS])
+    config = lorax.load_config(
+        "configs/tiny_cpu.yaml",
+        [
+            "train.max_steps=3",
+            "eval.exact_match=false",
+            "lora.target_modules=[q_proj, up_proj, down_proj]",
+            "save.export=[peft, peft-portable, merged]",
+            f"save.output_dir={tmp_path / 'run'}",
+        ],
+    )
+    assert format_of(config.model) is INT8
+    blueprint = Blueprint.of(config)
+    for model in (blueprint.shapes, lorax.build_model(config)):
+        layer = model.model.layers[0]
+        kinds = [type(each.kernel.get_value()) for each in (layer.mlp.up_proj, layer.mlp.gate_proj)]
+        assert kinds == [Int8, Int8]
+    choices = kernel_choices(config, blueprint.shapes)
+    assert choices and {choice.kernel for choice in choices} == {"xla"}
+    summary = run_training(config, Console(quiet=True))  # which reads back what it exports
+    assert summary.steps == 3 and {"adapter", "merged"} <= {
+        path.name for path in (tmp_path / "run").iterdir()
+    }
+    merged = lorax.load_model(tmp_path / "run" / "merged", dtype=jnp.float32)
+    exact = lorax.load_model(config.model.name_or_path, dtype=jnp.float32)
+    kernels = [m.model.layers[0].mlp.gate_proj.kernel.get_value() for m in (merged, exact)]
+    np.testing.assert_array_equal(kernels[0], INT8.store(kernels[1]).dense())
+    assert not np.array_equal(*kernels)
