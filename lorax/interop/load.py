@@ -37,7 +37,7 @@ from lorax.weights.format import Format, axes_of
 _IGNORED_TENSORS = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
 """Buffers that older checkpoints carry; the frequencies follow from config.json."""
 
-TIED_HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def load_hf_config(path_or_id: str | Path, *, revision: str | None = None) -> DecoderConfig:
@@ -132,7 +132,7 @@ def load_model(
         )
     found = check_checkpoint(directory, config) if entries is None else entries
     table = tensor_table(config)
-    on_host = {EMBEDDING} if offload_embedding else set()
+    on_host = {config.family.stored_name(_EMBEDDING)} if offload_embedding else set()
     graph, state = nnx.split(model)
     variables = dict(nnx.to_flat_state(state))
     shardings = {} if mesh is None else _shardings(config, mesh, on_host)
@@ -170,15 +170,16 @@ def _check_entries(
     entries: dict[str, TensorEntry],
 ) -> None:
     """Compares names and shapes with what the architecture needs, before any data is read."""
+    head, embedding = map(config.family.stored_name, (_HEAD, _EMBEDDING))
     missing = [name for name in table if name not in entries]
     if missing:
         hint = ""
-        if TIED_HEAD in missing and EMBEDDING in entries:
+        if head in missing and embedding in entries:
             hint = "; config.json says tie_word_embeddings: false, is that right?"
         raise CheckpointError(f"{directory} lacks {listed(missing)}{hint}")
-    if config.tie_word_embeddings and TIED_HEAD in entries:
-        _check_tied_head(entries[TIED_HEAD], entries[EMBEDDING])
-        del entries[TIED_HEAD]
+    if config.tie_word_embeddings and head in entries:
+        _check_tied_head((head, embedding), entries[head], entries[embedding])
+        del entries[head]
     extra = [n for n in entries if n not in table and not _IGNORED_TENSORS.fullmatch(n)]
     if extra:
         raise CheckpointError(
@@ -193,18 +194,18 @@ def _check_entries(
             )
 
 
-def _check_tied_head(head: TensorEntry, embedding: TensorEntry) -> None:
+def _check_tied_head(names: tuple[str, str], head: TensorEntry, embedding: TensorEntry) -> None:
     """Accepts a stored head beside tied embeddings only as an exact copy."""
     equal = head.shape == embedding.shape
     with open_tensors(head.file) as a, open_tensors(embedding.file) as b:
-        heads, embeddings = a.get_slice(TIED_HEAD), b.get_slice(EMBEDDING)
+        heads, embeddings = a.get_slice(names[0]), b.get_slice(names[1])
         for start in range(0, head.shape[0], 4096) if equal else ():
             rows = slice(start, min(start + 4096, head.shape[0]))
             wide = [part[rows].astype(np.float32) for part in (heads, embeddings)]
             equal = equal and np.array_equal(*wide, equal_nan=True)
     if not equal:
         raise CheckpointError(
-            f"{head.file}: {TIED_HEAD} differs from {EMBEDDING}, but config.json says "
+            f"{head.file}: {names[0]} differs from {names[1]}, but config.json says "
             "tie_word_embeddings: true. Set it to false to use both, or remove the head"
         )
 
@@ -237,7 +238,7 @@ def load_values(
     parts = {name: _parts(place, table[name].shape) for name, place in divided.items()}
     for name, values in read_ahead({name: entries[name] for name in table}, parts):
         spec = table[name]
-        held = format if spec.transpose and name != TIED_HEAD else DENSE
+        held = format if spec.transpose and spec.path[0] != "lm_head" else DENSE
         places = _places(held, shardings.get(name))
         # No name holds the tensor itself, so that it is gone from the device before the next one.
         value, before, after = _store(
