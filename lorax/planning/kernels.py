@@ -35,6 +35,7 @@ def kernel_choices(config: RunConfig, model: CausalLM) -> list[KernelChoice]:
         model: The adapted model, or its shapes.
     """
     m = config.train.per_device_train_batch_size * config.data.max_seq_length
+    dropout = max((layer.adapter.dropout for layer in adapted_layers(model).values()), default=0.0)
     choices: dict[KernelChoice, None] = {}
     for names, sizes in _groups(named_modules(model), model.config.family):
         kernel, reason = explain_choice(
@@ -44,7 +45,7 @@ def kernel_choices(config: RunConfig, model: CausalLM) -> list[KernelChoice]:
             [size.r for size in sizes if size.r],
             config.model.dtype,
             config.model.kernels,
-            max(layer.adapter.dropout for layer in adapted_layers(model).values()),
+            dropout,
             stored=next((size.stored for size in sizes if size.stored), None),
         )
         choices[KernelChoice(names, kernel, reason)] = None

@@ -11,6 +11,7 @@ import jax
 from lorax.config.run import RunConfig
 from lorax.models.stack.recompute import Recomputation
 from lorax.planning.memory import POLICIES, Planner
+from lorax.recovery.identity import Identity
 from lorax.recovery.store import CHECKPOINT_FOLDER, CheckpointStore, SaveError
 from lorax.runs.model import Blueprint
 from lorax.system.hardware import GIB, device_gib
@@ -82,9 +83,15 @@ def saved_manifest(config: RunConfig) -> Mapping[str, Any] | None:
 
 def recomputed_before(config: RunConfig) -> Recomputation | None:
     """Returns what the run in `save.output_dir` recomputes, if `auto` goes on with one there."""
-    manifest = saved_manifest(config) if config.train.gradient_checkpointing == "auto" else None
-    identity = None if manifest is None else manifest["record"]["identity"]
-    return None if identity is None else Recomputation.read(identity["gradient checkpointing"])
+    if config.train.gradient_checkpointing != "auto":
+        return None
+    return recomputed_in(Identity(saved_manifest(config)))
+
+
+def recomputed_in(identity: Identity) -> Recomputation | None:
+    """Returns what a run recomputed before, by the checkpoint that it goes on from."""
+    text = identity.saved.get("gradient checkpointing")
+    return None if text is None else Recomputation.read(text)
 
 
 def explain_memory(blueprint: Blueprint, recomputation: Recomputation, error: Exception) -> str:

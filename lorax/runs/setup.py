@@ -21,7 +21,7 @@ from lorax.models.stack.recompute import Recomputation
 from lorax.objectives.objectives import objective_of
 from lorax.recovery.identity import Identity, fingerprint_folder, identify_rows
 from lorax.runs.folder import keep_date
-from lorax.runs.memory import choose_recomputation, recomputed_before
+from lorax.runs.memory import choose_recomputation, recomputed_before, recomputed_in
 from lorax.runs.model import Blueprint, adapt_base
 from lorax.training.course import Course
 
@@ -108,8 +108,7 @@ class Setup:
         Raises:
             ValueError: If `train.memory_gib` is too little.
         """
-        before = self.identity.saved.get("gradient checkpointing")
-        return choose_recomputation(self.blueprint, before and Recomputation.read(before))
+        return choose_recomputation(self.blueprint, recomputed_in(self.identity))
 
     def identify(self) -> dict[str, Any]:
         """Returns the parts of the run's identity that are known before its weights are there."""

@@ -25,20 +25,9 @@ from lorax.models.decoder import init_model
 from lorax.models.families import read_architecture
 from lorax.system.files import CheckpointError
 from tests.int8 import INT8, store
+from tests.interop.shards import SMALL
 
-CONFIG = read_architecture(
-    dict(
-        model_type="llama",
-        vocab_size=61,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-    ),
-    "here",
-)
+CONFIG = read_architecture(SMALL, "here")
 UP, EMBED = "model.layers.0.mlp.up_proj.weight", "model.embed_tokens.weight"  # (48, 32), (61, 32)
 BY_ROWS, BY_COLUMNS = PartitionSpec(DATA_AXIS), PartitionSpec(None, DATA_AXIS)
 

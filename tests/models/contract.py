@@ -37,20 +37,12 @@ from lorax.models.family import Family
 from lorax.objectives.sft import causal_lm_loss
 from lorax.planning.kernels import kernel_choices
 from lorax_kernels import IGNORED
+from tests import tiny
 
 ROOT = Path(__file__).parents[2]
 WHERE = "model/config.json"
-VOCABULARY = 61
-SMALL: dict[str, Any] = dict(
-    vocab_size=VOCABULARY,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=64,
-    rms_norm_eps=1e-5,
-)
+VOCABULARY = tiny.SMALL["vocab_size"]
+SMALL = tiny.SMALL | dict(rms_norm_eps=1e-5)
 LLAMA3: dict[str, Any] = dict(
     rope_type="llama3",
     rope_theta=5e5,

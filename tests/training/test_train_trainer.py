@@ -37,24 +37,12 @@ from lorax.training.evaluate import Evaluator
 from lorax.training.nonfinite import report_rows
 from lorax.training.optim.schedules import make_schedule
 from lorax.training.trainer import Trainer
+from tests.tiny import LLAMA
 
 pytestmark = pytest.mark.slow
 
-VOCAB = 64
-ARCHITECTURE = read_architecture(
-    {
-        "model_type": "llama",
-        "vocab_size": VOCAB,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        "tie_word_embeddings": False,
-    },
-    "test",
-)
+VOCAB = LLAMA["vocab_size"]
+ARCHITECTURE = read_architecture(LLAMA, "test")
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
