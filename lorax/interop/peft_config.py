@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from lorax.adapters.methods import METHODS
 from lorax.config.adapter import LoraConfig
 from lorax.config.file import ConfigError, check_model
 from lorax.system.files import read_json
@@ -10,21 +11,8 @@ from lorax.system.wording import clip, show
 
 CONFIG_FILE = "adapter_config.json"
 
-# Fields that lorax's LoraConfig also has.
-_SHARED_FIELDS = (
-    "r",
-    "lora_alpha",
-    "lora_dropout",
-    "target_modules",
-    "exclude_modules",
-    "layers_to_transform",
-    "layers_pattern",
-    "rank_pattern",
-    "alpha_pattern",
-    "use_rslora",
-    "bias",
-    "modules_to_save",
-)
+# Fields that lorax's LoraConfig also has. The initialisation has values that it has not.
+_SHARED_FIELDS = [name for name in LoraConfig.model_fields if name != "init_lora_weights"]
 
 # Fields that cannot change what a loaded adapter computes.
 _NEUTRAL_FIELDS = {
@@ -92,8 +80,9 @@ def read_adapter_config(directory: str | Path) -> LoraConfig:
     """
     path = Path(directory) / CONFIG_FILE
     raw = read_json(path)
-    if raw.get("peft_type") != "LORA":
-        raise AdapterError(f"{path}: peft_type must be LORA, got {show(raw.get('peft_type'))}")
+    types = sorted({method.settings["peft_type"] for method in METHODS})
+    if (found := raw.get("peft_type")) not in types:
+        raise AdapterError(f"{path}: peft_type must be {' or '.join(types)}, got {show(found)}")
     if problems := [*_other_methods(raw), *_check_names(raw)]:
         raise AdapterError("\n".join(f"{path}: {problem}" for problem in problems))
     # PEFT takes what is empty for what is absent.

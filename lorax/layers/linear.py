@@ -156,6 +156,11 @@ class Linear(nnx.Linear):
         x, w = x.astype(self.compute_dtype(x.dtype)), self.kernel.get_value()
         operands = adapter.operands(w)
         if operands is None:
+            if self.kernels_now == "pallas":
+                raise ValueError(
+                    "kernels is pallas, but no kernel computes this adapter's method; use auto or "
+                    "xla"
+                )
             y = adapter.apply(x, w, rate)
             return self.finish(y if residual is None else residual + y)
         assert operands.a is not None and operands.b is not None

@@ -82,7 +82,16 @@ def _size(module: Any) -> _Size | None:
     shape = shape_of(module)
     if shape is None:
         return None
-    return _Size(*shape, _rank(module), kernel_obstacle(module.kernel.get_value()))
+    return _Size(*shape, _rank(module), _obstacle(module))
+
+
+def _obstacle(module: Any) -> str | None:
+    """Returns why the kernel cannot compute a module, whatever its size, or None."""
+    w = module.kernel.get_value()
+    adapter = module.computing if isinstance(module, Linear) else None
+    if adapter is not None and adapter.operands(w) is None:
+        return f"no kernel computes the adapter method {module.adapter.spec.method.name}"
+    return kernel_obstacle(w)
 
 
 def _rank(module: Any) -> int:
@@ -99,8 +108,10 @@ def check_kernels(config: RunConfig, model: CausalLM) -> None:
     """
     if config.model.kernels != "pallas":
         return
-    for choice in kernel_choices(config, model):
-        if choice.kernel != "pallas":
-            raise ValueError(
-                f"model.kernels is pallas, but for {choice.layers} {choice.reason}; use auto or xla"
-            )
+    problems = [
+        f"for {choice.layers} {choice.reason}"
+        for choice in kernel_choices(config, model)
+        if choice.kernel != "pallas"
+    ]
+    if problems:
+        raise ValueError(f"model.kernels is pallas, but {'; '.join(problems)}; use auto or xla")

@@ -159,6 +159,10 @@ def test_the_kernels_operands_compute_what_the_method_defines(method):
     np.testing.assert_allclose(layer(x), defined, rtol=1e-5, atol=1e-5)
     if (operands := method.operands(spec, w, params)) is not None:
         assert operands.w is w and operands.scale == spec.scale
+    else:
+        layer.kernels = "pallas"
+        with pytest.raises(ValueError, match="no kernel computes this adapter's method"):
+            layer(x)
 
 
 def test_layers_together_compute_what_each_does_alone(method, x):

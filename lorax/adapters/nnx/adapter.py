@@ -33,7 +33,7 @@ class Adapter(nnx.Module):
     @property
     def params(self) -> dict[str, Array]:
         """The values by name."""
-        return {name: self.variable(name)[...] for name in self.spec.method.keys}
+        return {name: self.variable(name).get_value() for name in self.spec.method.keys}
 
     def set_trains(self, trains: bool) -> None:
         """Makes the parameters what trains, or what does not."""
