@@ -17,7 +17,7 @@ CUBLAS_ONLY = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshol
 
 # XLA 0.11.2 compiles and times several ways to run each of the hundreds of fusions of a step. Where
 # both were measured, one billion parameters and 512 tokens, the step was slower with what it took.
-_NO_TRIALS = {"xla_gpu_experimental_enable_fusion_autotuner": False}
+NO_TRIALS = {"xla_gpu_experimental_enable_fusion_autotuner": False}
 
 _interpreted_cores: contextvars.ContextVar[int] = contextvars.ContextVar("cores", default=0)
 
@@ -107,4 +107,4 @@ def compile_kernels(where: jax.sharding.Sharding | None = None) -> int:
 
 def xla_options() -> dict[str, bool | int] | None:
     """Returns compiler options with which XLA's part of a step is at its best, or None."""
-    return CUBLAS_ONLY | _NO_TRIALS if jax.default_backend() == "gpu" else None
+    return CUBLAS_ONLY | NO_TRIALS if jax.default_backend() == "gpu" else None

@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+from tests.tiny import shallow_model
+
 TINY = Path(__file__).parents[2] / "examples" / "tiny"
 
 
-MODEL = TINY / "model"
+MODEL = shallow_model()
 
 
 CONFIG = f"""\

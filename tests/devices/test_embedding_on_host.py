@@ -38,8 +38,9 @@ TINY = ROOT / "examples" / "tiny" / "model"
 
 @pytest.fixture(scope="module")
 def untied(tmp_path_factory):
-    """The tiny model's shape with an output head of its own."""
-    raw = json.loads((TINY / "config.json").read_text()) | {"tie_word_embeddings": False}
+    """The tiny model's shape with two layers and an output head of its own."""
+    raw = json.loads((TINY / "config.json").read_text())
+    raw |= {"tie_word_embeddings": False, "num_hidden_layers": 2}
     model = init_model(read_architecture(raw, "here"), dtype=jnp.float32, seed=3)
     folder = tmp_path_factory.mktemp("untied") / "model"
     return save_model(model, folder, dtype=jnp.float32, source_directory=TINY)
@@ -210,6 +211,7 @@ import jax, jax.numpy as jnp
 from flax import nnx
 from jax.experimental import topologies
 import lorax
+from lorax_kernels.device import CUBLAS_ONLY, NO_TRIALS
 from lorax.config.train import TrainConfig
 from lorax.models.decoder import CausalLM
 from lorax.models.families import read_architecture
@@ -221,7 +223,7 @@ topology = topologies.get_topology_desc(platform="cuda", target_config=target, t
 mesh = topologies.make_mesh(topology, (1,), ("data",))
 whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 sizes = {"model_type": "llama", "vocab_size": 1024, "hidden_size": 1024, "intermediate_size": 4096,
-         "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 2,
+         "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 2,
          "max_position_embeddings": 4096, "tie_word_embeddings": False}
 bf16 = jnp.bfloat16
 
@@ -261,7 +263,7 @@ rows = jax.ShapeDtypeStruct((1, 4, 1024, 1024), bf16, sharding=whole)
 batch = {"input_ids": ids, "labels": ids, "positions": ids}
 for given in (batch, batch | {"inputs_embeds": rows}):
     lowered = found[0].compiled.trace(state, frozen, given).lower(lowering_platforms=("cuda",))
-    compiled = lowered.compile()
+    compiled = lowered.compile(compiler_options=CUBLAS_ONLY | NO_TRIALS)
     print(compiled.memory_analysis().temp_size_in_bytes, "S(5)" in compiled.as_text())
 """
 
@@ -279,4 +281,4 @@ def test_a_copy_from_the_host_does_not_put_off_the_gradients():
     )  # fmt: skip
     plain, copied = (line.split() for line in done.stdout.splitlines())
     assert (plain[1], copied[1]) == ("False", "True")
-    assert int(copied[0]) <= 1.5 * int(plain[0])  # 4.8 times as much
+    assert int(copied[0]) <= 1.25 * int(plain[0])  # 1.6 times as much

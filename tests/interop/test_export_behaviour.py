@@ -15,7 +15,7 @@ from lorax.cli.main import main
 from lorax.generation.generate import generate
 from lorax.interop import folder as interop_folder
 from lorax.interop.export_files import companion_files
-from tests.tiny import edit_json
+from tests.tiny import edit_json, shallow_model
 
 pytestmark = pytest.mark.slow
 
@@ -32,7 +32,7 @@ PROMPT = "The basket is brown, made of stone, in aisle 2."
 def base(tmp_path_factory):
     """The tiny model as a base of another kind: it ends texts, and has an old inline template."""
     folder = tmp_path_factory.mktemp("base") / "model"
-    shutil.copytree(TINY / "model", folder)
+    shutil.copytree(shallow_model(), folder)
     (folder / "chat_template.jinja").unlink()
     path = folder / "tokenizer.json"
     path.write_text(path.read_text().replace("<|pad|>", "<|endoftext|>"))
@@ -165,7 +165,7 @@ TEMPLATES = {
 def test_of_a_bases_chat_templates_an_export_has_the_one_that_transformers_takes(tmp_path, kind):
     inline, file, old = TEMPLATES[kind]
     base, export = tmp_path / "base", tmp_path / "export"
-    shutil.copytree(TINY / "model", base)
+    shutil.copytree(shallow_model(), base)
     (base / "chat_template.jinja").unlink()
     if inline is not None:
         edit_json(base / "tokenizer_config.json", chat_template=inline)

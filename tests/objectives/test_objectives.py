@@ -17,6 +17,7 @@ from lorax.training.accumulate import accumulate_terms
 from lorax.training.course import Course
 from lorax.training.evaluate import Evaluator
 from lorax.training.step import METRICS, make_train_step
+from tests.tiny import shallow_model
 
 SEED = 77
 
@@ -50,6 +51,7 @@ def objective(request, monkeypatch):
 def config(objective, tmp_path):
     seed = SEED if objective is COUNTING else 3
     settings = {
+        "model.name_or_path": shallow_model(),
         "train.seed": seed,
         "train.max_steps": 2,
         "eval.exact_match": "false",

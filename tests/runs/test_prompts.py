@@ -10,11 +10,10 @@ from lorax.cli.main import main
 from lorax.config.run import load_config
 from lorax.data.chat.tokenizer import load_tokenizer
 from lorax.data.encode import load_encoded_dataset
-from tests.tiny import edit_json
+from tests.tiny import edit_json, shallow_model
 
 pytestmark = pytest.mark.slow
 
-TINY = Path(__file__).parents[2] / "examples" / "tiny"
 ADDED = ("<|pad|>", "<|im_end|>")
 CHATTED = "<|im_start|>user\nThe basket is brown.\n<|im_end|>\n<|im_start|>assistant\n"
 NOTE, LABEL = "The basket is brown.\n", "brown basket"
@@ -24,7 +23,7 @@ NOTE, LABEL = "The basket is brown.\n", "brown basket"
 def base(tmp_path_factory):
     """The tiny model with a tokenizer that puts BOS before a text and EOS behind it."""
     folder = tmp_path_factory.mktemp("base") / "model"
-    shutil.copytree(TINY / "model", folder)
+    shutil.copytree(shallow_model(), folder)
     edit_json(folder / "tokenizer_config.json", bos_token="<|pad|>")
     ids = {name: load_tokenizer(str(folder)).convert_tokens_to_ids(name) for name in ADDED}
     single = [

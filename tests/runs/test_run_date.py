@@ -10,6 +10,7 @@ import pytest
 
 from lorax.cli.main import main
 from lorax.config.run import load_config
+from tests.tiny import shallow_model
 
 pytestmark = pytest.mark.slow
 
@@ -45,7 +46,7 @@ def lorax(tmp_path, capsys):
     (tmp_path / "rows.jsonl").write_text("".join(rows[:4]), encoding="utf-8")
     (tmp_path / "dated.jinja").write_text(DATED, encoding="utf-8")
     config = {
-        "model": {"name_or_path": str(TINY / "model"), "dtype": "float32"},
+        "model": {"name_or_path": str(shallow_model()), "dtype": "float32"},
         "data": {
             "train": str(tmp_path / "rows.jsonl"),
             "eval": str(tmp_path / "rows.jsonl"),

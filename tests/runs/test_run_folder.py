@@ -12,6 +12,7 @@ import pytest
 from lorax.cli.main import main
 from lorax.report.log import read_metrics
 from lorax.runs.folder import SavedRun
+from tests.tiny import shallow_model
 
 pytestmark = pytest.mark.slow
 
@@ -25,7 +26,7 @@ def stopped(tmp_path_factory):
     rows = (TINY / "data" / "train.jsonl").read_text().splitlines(keepends=True)
     (folder / "rows.jsonl").write_text("".join(rows[:8]))
     config = {
-        "model": {"name_or_path": str(TINY / "model"), "dtype": "float32"},
+        "model": {"name_or_path": str(shallow_model()), "dtype": "float32"},
         "lora": {"r": 2, "target_modules": ["q_proj"]},
         "data": {"train": str(folder / "rows.jsonl"), "max_seq_length": 128},
         "train": {"max_steps": 2, "gradient_checkpointing": "none"},

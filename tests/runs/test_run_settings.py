@@ -28,6 +28,7 @@ from lorax.runs.memory import make_planner
 from lorax.runs.model import Blueprint
 from lorax.runs.run import run_training
 from lorax.training.trainer import Trainer
+from tests.tiny import shallow_model
 
 pytestmark = pytest.mark.slow
 
@@ -44,7 +45,7 @@ def run(tmp_path, capsys):
     rows = (TINY / "data" / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     (tmp_path / "rows.jsonl").write_text("".join(rows[:6]), encoding="utf-8")
     config = {
-        "model": {"name_or_path": str(TINY / "model"), "dtype": "float32"},
+        "model": {"name_or_path": str(shallow_model()), "dtype": "float32"},
         "data": {"train": str(tmp_path / "rows.jsonl"), "max_seq_length": 128},
         "train": {"max_steps": 1, "gradient_checkpointing": "none"},
         "save": {"output_dir": str(tmp_path / "run")},
@@ -144,7 +145,7 @@ def test_generate_uses_the_template_of_the_run(run, tmp_path, monkeypatch):
         "lorax.cli.generate.generate", lambda _, tokens, **k: seen.append(tokens) or [[5]]
     )
     assert main(["generate", str(tmp_path / "run"), "--prompt", "hello"]) == 0
-    tokenizer = lorax.load_tokenizer(str(TINY / "model"))
+    tokenizer = lorax.load_tokenizer(str(shallow_model()))
     assert tokenizer.decode(seen[0][0]) == "<<user>>hello<|im_end|><<assistant>>"
 
 
@@ -155,7 +156,7 @@ def test_generate_says_that_an_adapter_is_no_model(run, tmp_path, capsys):
 
 
 def test_a_head_and_embedding_trained_apart_are_refused_on_a_tied_base(tmp_path):
-    base = load_model(TINY / "model", dtype=jnp.float32)
+    base = load_model(shallow_model(), dtype=jnp.float32)
     config = lorax.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
     save_adapter(lorax.apply_lora(base, config, rngs=nnx.Rngs(0)), tmp_path / "adapter")
     path = tmp_path / "adapter" / "adapter_model.safetensors"
@@ -171,12 +172,12 @@ def trainer_of(tmp_path):
     """Makes a trainer from Python, on random rows."""
     rows = [(np.arange(3, 12 + i), np.arange(9 + i) > 2) for i in range(4)]
     data = EncodedDataset.from_rows(rows)
-    base = load_model(TINY / "model", dtype=jnp.float32)
+    base = load_model(shallow_model(), dtype=jnp.float32)
     model = lorax.apply_lora(base, lorax.LoraConfig(r=2), rngs=nnx.Rngs(0))
 
     def make(evaluation=None, held_out=None, **train):
         config = RunConfig(
-            model=ModelConfig(name_or_path=str(TINY / "model"), dtype="float32"),
+            model=ModelConfig(name_or_path=str(shallow_model()), dtype="float32"),
             data=DataConfig(train="rows.jsonl", eval="rows.jsonl", max_seq_length=128),
             train=TrainConfig(max_steps=1, **train),
             eval=evaluation or EvalConfig(),
@@ -271,7 +272,7 @@ def test_a_run_that_has_not_ended_says_how_it_ends(run, tmp_path, monkeypatch, c
 
 def test_rows_longer_than_the_model_was_made_for_are_told(run, tmp_path):
     model = tmp_path / "short"
-    shutil.copytree(TINY / "model", model)
+    shutil.copytree(shallow_model(), model)
     settings = json.loads((model / "config.json").read_text()) | {"max_position_embeddings": 8}
     (model / "config.json").write_text(json.dumps(settings))
     for command in ("validate", "inspect"):

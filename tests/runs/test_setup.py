@@ -20,6 +20,7 @@ from lorax.runs import model as runs_model
 from lorax.runs import run as runs_run
 from lorax.system.threads import finish_in_background
 from lorax.training import course as training_course
+from tests.tiny import shallow_model
 
 pytestmark = pytest.mark.slow
 
@@ -33,7 +34,7 @@ def run(tmp_path, capsys):
     (tmp_path / "rows.jsonl").write_text("".join(rows[:6]), encoding="utf-8")
     (tmp_path / "held.jsonl").write_text("".join(rows[6:9]), encoding="utf-8")
     config = {
-        "model": {"name_or_path": str(TINY / "model"), "dtype": "float32"},
+        "model": {"name_or_path": str(shallow_model()), "dtype": "float32"},
         "data": {
             "train": str(tmp_path / "rows.jsonl"),
             "eval": str(tmp_path / "held.jsonl"),
@@ -61,7 +62,7 @@ def hub(tmp_path, monkeypatch):
     def download(name, *, revision, allow_patterns):
         asked.append((revision, any(p.endswith(".safetensors") for p in allow_patterns)))
         folder.mkdir(parents=True, exist_ok=True)
-        for path in (TINY / "model").iterdir():
+        for path in shallow_model().iterdir():
             wanted = any(fnmatch.fnmatch(path.name, pattern) for pattern in allow_patterns)
             if wanted and not (folder / path.name).exists():
                 shutil.copy(path, folder)

@@ -15,6 +15,7 @@ from lorax.runs.model import Blueprint
 from lorax.runs.setup import Setup
 from lorax.system.clock import Phases, process_age
 from lorax.training.ahead import compile_ahead
+from tests.tiny import shallow_model
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,6 +35,7 @@ def test_a_step_compiled_from_shapes_trains_as_one_compiled_from_weights(
 ):
     monkeypatch.chdir(ROOT)
     settings = ["train.max_steps=2", "eval.strategy=no", "eval.exact_match=false", *overrides]
+    settings += [f"model.name_or_path={shallow_model(3)}"]
     settings += [f"train.gradient_checkpointing={policy}", f"save.output_dir={tmp_path}/run"]
     config = lorax.load_config("configs/tiny_cpu.yaml", settings)
     setup = Setup.of(Blueprint.of(config))

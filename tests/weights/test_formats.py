@@ -21,6 +21,7 @@ from lorax_kernels import Matrix, dense, lora_linear
 from lorax_kernels.weights import kernel_obstacle
 from tests.bounds import EXACT, distance, rounding
 from tests.int8 import INT8, Int8
+from tests.tiny import shallow_model
 
 # Four devices can divide either side, in whole blocks of 64 along k.
 SHAPES = [(256, 192), (512, 4)]
@@ -143,6 +144,7 @@ def test_a_run_trains_saves_and_exports_on_a_base_that_is_stored_so(tmp_path, mo
     config = lorax.load_config(
         "configs/tiny_cpu.yaml",
         [
+            f"model.name_or_path={shallow_model()}",
             "train.max_steps=3",
             "eval.exact_match=false",
             "lora.target_modules=[q_proj, up_proj, down_proj]",
