@@ -13,16 +13,9 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 # The tests' processes share the cores: threads of a product's own would wait for each other.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Four virtual devices, so that sharded runs are tested on any machine; and loops written by the
-# older of XLA's two ways for CPUs, which compiles twice as fast. The last flag of a name counts.
+# Four virtual devices, so that sharded runs are tested on any machine; the last flag counts.
 os.environ.update(
-    XLA_FLAGS=" ".join(
-        [
-            "--xla_force_host_platform_device_count=4",
-            "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
-            os.environ.get("XLA_FLAGS", ""),
-        ]
-    ).strip()
+    XLA_FLAGS=f"--xla_force_host_platform_device_count=4 {os.environ.get('XLA_FLAGS', '')}".strip()
 )
 
 # The processes of one run of the tests, and those that they start, compile each program once.
@@ -51,13 +44,13 @@ def pytest_runtest_setup(item):
     """Sets how the programs of a test, and of the fixtures made for it, are compiled.
 
     Most run for less time than LLVM would take to optimize them. Not so interpreted kernels, with
-    which it fails, the real model, and some runs that are as a user's are; nor is a kernel kept,
-    since it calls back into the process that compiled it.
+    which it fails, and what is compiled as a user's programs are; nor is a kernel kept, since it
+    calls back into the process that compiled it.
     """
     is_kernel = item.path.name.startswith("test_kernel_")
-    is_large = item.path.name.startswith(("test_real_model", "test_train_parity", "test_setup"))
+    optimized = is_kernel or _has_gpu() or item.get_closest_marker("as_shipped") is not None
     jax.config.update(_KEPT_FROM, math.inf if is_kernel else _SECONDS)
-    jax.config.update("jax_disable_most_optimizations", not (is_kernel or is_large or _has_gpu()))
+    jax.config.update("jax_disable_most_optimizations", not optimized)
 
 
 def _makes_float16():

@@ -54,8 +54,8 @@ def distance_to_trained(trained, model, dtype=jnp.float32):
 def test_validate_counts_rows_modules_and_steps(here, lorax_prints):
     printed = lorax_prints("validate", "run.yaml", "train.gradient_accumulation_steps=2")
     assert "train: 8 of 8 rows" in printed and "eval: 4 of 4 rows" in printed
-    parameters = 4 * (4 * (128 + 128) + 2 * (384 + 128))
-    assert f"lora: 8 modules, {parameters:,} parameters in A and B" in printed
+    parameters = 2 * (4 * (128 + 128) + 2 * (384 + 128))
+    assert f"lora: 4 modules, {parameters:,} parameters in A and B" in printed
     assert "batches: 2 optimizer steps per epoch" in printed
     assert printed.endswith("run.yaml: valid\n")
     assert not (here / "run").exists()
@@ -114,7 +114,7 @@ def test_the_weights_of_the_last_step_are_the_exported_ones(trained):
     assert folders == {"step-000003", best["path"]}
     exported = load_file(trained / "adapter" / "adapter_model.safetensors")
     saved = load_file(trained / "weights" / "step-000003" / "adapter_model.safetensors")
-    assert exported.keys() == saved.keys() and len(exported) == 16
+    assert exported.keys() == saved.keys() and len(exported) == 8
     for name, value in saved.items():
         np.testing.assert_array_equal(exported[name], value)
         assert value.any()  # B was zero before the run
@@ -247,7 +247,7 @@ def test_an_export_that_was_damaged_on_its_way_is_caught(trained, here, monkeypa
 
 def test_verification_sees_a_missing_tensor_and_another_scale(trained, tmp_path):
     model = load_adapter(load_model(MODEL, dtype=jnp.float32), trained / "adapter")
-    assert verify_adapter(model, trained / "adapter").tensors == 16
+    assert verify_adapter(model, trained / "adapter").tensors == 8
     folder = Path(shutil.copytree(trained / "adapter", tmp_path / "scale"))
     settings = json.loads((folder / "adapter_config.json").read_text())
     settings["lora_alpha"] *= 2

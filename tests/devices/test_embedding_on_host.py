@@ -77,6 +77,7 @@ def train(config, ahead=False):
     return trainer, told, jax.device_get(jax.tree.leaves(nnx.state(trainer.model, nnx.Param)))
 
 
+@pytest.mark.as_shipped
 @pytest.mark.parametrize(
     "overrides, ahead",
     [
@@ -128,6 +129,7 @@ def test_rows_are_looked_up_as_the_model_does(settings, untied):
         np.testing.assert_array_equal(away(ids[0]), model(ids[0]))
 
 
+@pytest.mark.as_shipped
 def test_a_whole_run_answers_and_exports_what_it_does_without(settings, tmp_path):
     lines = ["eval.exact_match=true", "eval.exact_match_rows=4", "eval.strategy=epoch"]
     lines += ["save.export=[peft, merged]"]

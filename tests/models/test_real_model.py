@@ -18,6 +18,7 @@ from tests.real import MODEL, asset
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.as_shipped,
     pytest.mark.timeout(1800),
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning"),
 ]

@@ -45,7 +45,7 @@ def run(tmp_path, capsys):
     rows = (TINY / "data" / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     (tmp_path / "rows.jsonl").write_text("".join(rows[:6]), encoding="utf-8")
     config = {
-        "model": {"name_or_path": str(shallow_model()), "dtype": "float32"},
+        "model": {"name_or_path": str(shallow_model(3)), "dtype": "float32"},
         "data": {"train": str(tmp_path / "rows.jsonl"), "max_seq_length": 128},
         "train": {"max_steps": 1, "gradient_checkpointing": "none"},
         "save": {"output_dir": str(tmp_path / "run")},
@@ -64,8 +64,8 @@ def test_modules_to_save_train_and_export_through_the_command(run, tmp_path):
     assert run("validate", setting)[0] == 0
     assert run("inspect", setting)[0] == 0
     code, printed = run("train", setting, "save.export=[peft, merged]")
-    # The embedding, and nine norms: `norm` takes those of the layers too, as PEFT does.
-    assert code == 0 and f"also trained: {512 * 128 + 9 * 128:,} parameters" in printed
+    # The embedding, and seven norms: `norm` takes those of the layers too, as PEFT does.
+    assert code == 0 and f"also trained: {512 * 128 + 7 * 128:,} parameters" in printed
     keys = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     assert "base_model.model.lm_head.weight" in keys
     assert (tmp_path / "run" / "merged" / "model.safetensors").is_file()
@@ -145,7 +145,7 @@ def test_generate_uses_the_template_of_the_run(run, tmp_path, monkeypatch):
         "lorax.cli.generate.generate", lambda _, tokens, **k: seen.append(tokens) or [[5]]
     )
     assert main(["generate", str(tmp_path / "run"), "--prompt", "hello"]) == 0
-    tokenizer = lorax.load_tokenizer(str(shallow_model()))
+    tokenizer = lorax.load_tokenizer(str(shallow_model(3)))
     assert tokenizer.decode(seen[0][0]) == "<<user>>hello<|im_end|><<assistant>>"
 
 
@@ -156,7 +156,7 @@ def test_generate_says_that_an_adapter_is_no_model(run, tmp_path, capsys):
 
 
 def test_a_head_and_embedding_trained_apart_are_refused_on_a_tied_base(tmp_path):
-    base = load_model(shallow_model(), dtype=jnp.float32)
+    base = load_model(shallow_model(3), dtype=jnp.float32)
     config = lorax.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
     save_adapter(lorax.apply_lora(base, config, rngs=nnx.Rngs(0)), tmp_path / "adapter")
     path = tmp_path / "adapter" / "adapter_model.safetensors"
@@ -172,12 +172,12 @@ def trainer_of(tmp_path):
     """Makes a trainer from Python, on random rows."""
     rows = [(np.arange(3, 12 + i), np.arange(9 + i) > 2) for i in range(4)]
     data = EncodedDataset.from_rows(rows)
-    base = load_model(shallow_model(), dtype=jnp.float32)
+    base = load_model(shallow_model(3), dtype=jnp.float32)
     model = lorax.apply_lora(base, lorax.LoraConfig(r=2), rngs=nnx.Rngs(0))
 
     def make(evaluation=None, held_out=None, **train):
         config = RunConfig(
-            model=ModelConfig(name_or_path=str(shallow_model()), dtype="float32"),
+            model=ModelConfig(name_or_path=str(shallow_model(3)), dtype="float32"),
             data=DataConfig(train="rows.jsonl", eval="rows.jsonl", max_seq_length=128),
             train=TrainConfig(max_steps=1, **train),
             eval=evaluation or EvalConfig(),
@@ -208,31 +208,31 @@ def test_a_run_that_goes_on_makes_again_what_it_did(run, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr("lorax.runs.exports.export_model", stop)
-        asked = ("train.gradient_checkpointing=full", "train.kept_layers=3")
+        asked = ("train.gradient_checkpointing=full", "train.kept_layers=2")
         code, printed = run("train", *asked)
-    assert code == 2 and "gradient checkpointing: full with 3 layers kept; as asked" in printed
+    assert code == 2 and "gradient checkpointing: full with 2 layers kept; as asked" in printed
     auto = "train.gradient_checkpointing=auto"
     code, printed = run("train", "--resume", auto, "train.memory_gib=0.0001")
     assert code == 2 and "train.memory_gib: 0.0001 is less than the run in" in printed
     config = load_config(tmp_path / "run.yaml", [auto, "train.memory_gib=100"])
-    assert lorax.build_model(config).kept_layers == 3
+    assert lorax.build_model(config).kept_layers == 2
     assert make_planner(Blueprint.of(config)).fastest(2, 128, 100.0) == Recomputation("none")
     code, printed = run("train", "--resume", "train.gradient_checkpointing=full")
     assert code == 2 and (
-        "changed: full with 3 layers kept then, full now (go on with "
-        "train.gradient_checkpointing=full train.kept_layers=3)" in printed
+        "changed: full with 2 layers kept then, full now (go on with "
+        "train.gradient_checkpointing=full train.kept_layers=2)" in printed
     )
     code, printed = run("train", "--resume", auto, "train.memory_gib=100")
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["gradient_checkpointing"] == "full with 3 layers kept"
-    assert code == 0 and "full with 3 layers kept; as before, about" in printed
+    assert summary["gradient_checkpointing"] == "full with 2 layers kept"
+    assert code == 0 and "full with 2 layers kept; as before, about" in printed
 
 
 def test_more_layers_than_there_are_cannot_be_kept(run, tmp_path):
     settings = ("train.gradient_checkpointing=full", "train.kept_layers=5")
     for command in ("validate", "plan", "train"):
         code, printed = run(command, *settings)
-        assert code == 2 and "train.kept_layers: needs 0 to the model's 4 layers, got 5" in printed
+        assert code == 2 and "train.kept_layers: needs 0 to the model's 3 layers, got 5" in printed
     assert not (tmp_path / "run").exists()
 
 
@@ -272,7 +272,7 @@ def test_a_run_that_has_not_ended_says_how_it_ends(run, tmp_path, monkeypatch, c
 
 def test_rows_longer_than_the_model_was_made_for_are_told(run, tmp_path):
     model = tmp_path / "short"
-    shutil.copytree(shallow_model(), model)
+    shutil.copytree(shallow_model(3), model)
     settings = json.loads((model / "config.json").read_text()) | {"max_position_embeddings": 8}
     (model / "config.json").write_text(json.dumps(settings))
     for command in ("validate", "inspect"):

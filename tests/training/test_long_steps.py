@@ -127,6 +127,7 @@ def test_a_step_that_takes_too_long_is_dropped_and_made_again(
     assert all(np.array_equal(found[path], wanted[path]) for path in wanted)
 
 
+@pytest.mark.as_shipped
 def test_a_first_step_that_takes_too_long_is_dropped_and_the_trainer_can_go_on(
     tmp_path, turns, monkeypatch, signal_in
 ):

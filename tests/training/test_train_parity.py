@@ -17,6 +17,7 @@ from tests.models.contract import adapted_pair, as_ours, make_batch, torch_loss
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.as_shipped,
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning"),
 ]
 
