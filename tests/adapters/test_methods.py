@@ -21,7 +21,11 @@ from lorax.adapters.nnx.apply import set_dropout_key, use_adapter
 from lorax.adapters.nnx.tree import adapted_layers, split_trainable
 from lorax.layers.linear import Linear
 from lorax.layers.together import apply_added, apply_mlp, apply_together
+from lorax.weights.dense import DENSE
+from lorax.weights.formats import FORMATS
 from lorax_kernels import LoraWeights
+from lorax_kernels.weights import Weight
+from tests.int8 import INT8
 
 SHAPE = Shape(24, 16)
 
@@ -163,6 +167,24 @@ def test_the_kernels_operands_compute_what_the_method_defines(method):
         layer.kernels = "pallas"
         with pytest.raises(ValueError, match="no kernel computes this adapter's method"):
             layer(x)
+
+
+@pytest.mark.parametrize("format", [*FORMATS, INT8], ids=lambda format: format.name)
+def test_a_base_stored_in_any_format_is_adapted_and_merged_as_what_is_meant(method, format, x):
+    whole, stored = Net(), Net()
+    for net in (whole, stored):
+        for layer in (net.gate_proj, net.up_proj, net.down_proj, net.lone):
+            matrix = format.store(layer.kernel[...])
+            layer.freeze(format.dense(matrix) if net is whole else matrix)
+    pair = [adapt(method, net) for net in (whole, stored)]
+    np.testing.assert_allclose(pair[1](x), pair[0](x), rtol=1e-5, atol=1e-5)
+    merged = [merge_lora(model)(x) for model in pair]
+    np.testing.assert_allclose(merged[1], merged[0], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(merged[1], pair[1](x), rtol=2e-5, atol=2e-5)
+    base = unload_lora(pair[1])
+    np.testing.assert_array_equal(base(x), stored(x))
+    for layer in (base.gate_proj, base.lone):
+        assert isinstance(layer.kernel.get_value(), Weight) == (format is not DENSE)
 
 
 def test_layers_together_compute_what_each_does_alone(method, x):
