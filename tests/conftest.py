@@ -43,14 +43,14 @@ def _has_gpu() -> bool:
 def pytest_runtest_setup(item):
     """Sets how the programs of a test, and of the fixtures made for it, are compiled.
 
-    Most run for less time than LLVM would take to optimize them. Not so interpreted kernels, with
-    which it fails, the real model, and some runs that are as a user's are; nor is a kernel kept,
-    since it calls back into the process that compiled it.
+    Most run for less time than LLVM would take to optimize them. Not so the real model, and some
+    runs that are as a user's are. A kernel is not kept: it calls back into the process that
+    compiled it.
     """
     is_kernel = item.path.name.startswith("test_kernel_")
     is_large = item.path.name.startswith(("test_real_model", "test_train_parity", "test_setup"))
     jax.config.update(_KEPT_FROM, math.inf if is_kernel else _SECONDS)
-    jax.config.update("jax_disable_most_optimizations", not (is_kernel or is_large or _has_gpu()))
+    jax.config.update("jax_disable_most_optimizations", not (is_large or _has_gpu()))
 
 
 def _makes_float16():
