@@ -42,8 +42,11 @@ def _evaluate(
     values = dict(zip(jaxpr.constvars, constants, strict=True))
     values.update(zip(jaxpr.invars, arguments, strict=True))
 
-    def read(v):
-        return np.asarray(v.val, v.aval.dtype) if isinstance(v, Literal) else values[v]
+    def read(v: Any) -> np.ndarray:
+        if not isinstance(v, Literal):
+            return values[v]
+        aval: Any = v.aval
+        return np.asarray(v.val, aval.dtype)
 
     for equation in jaxpr.eqns:
         results = _apply(equation, [read(v) for v in equation.invars])

@@ -32,7 +32,7 @@ def _run_thread(jaxpr, constants, *arguments) -> None:
     """Runs one thread of a kernel, in place of what compiles it for XLA first."""
     try:
         evaluate(jaxpr, arguments, constants)
-    except BaseException as error:
+    except Exception as error:
         # Threads that wait for this one end too.
         gpu_callbacks.fail(error, thread_map.NESTED_TOKEN_VALUE)
         raise
