@@ -43,12 +43,11 @@ def _has_gpu() -> bool:
 def pytest_runtest_setup(item):
     """Sets how the programs of a test, and of the fixtures made for it, are compiled.
 
-    Most run for less time than LLVM would take to optimize them. Not so interpreted kernels, with
-    which it fails, and what is compiled as a user's programs are; nor is a kernel kept, since it
-    calls back into the process that compiled it.
+    Most run for less time than LLVM would take to optimize them; not so what is compiled as a
+    user's programs are. A kernel is not kept: it calls back into the process that compiled it.
     """
     is_kernel = item.path.name.startswith("test_kernel_")
-    optimized = is_kernel or _has_gpu() or item.get_closest_marker("as_shipped") is not None
+    optimized = _has_gpu() or item.get_closest_marker("as_shipped") is not None
     jax.config.update(_KEPT_FROM, math.inf if is_kernel else _SECONDS)
     jax.config.update("jax_disable_most_optimizations", not optimized)
 

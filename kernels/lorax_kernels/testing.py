@@ -3,13 +3,16 @@
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from unittest import mock
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 from jax._src.dispatch import runtime_tokens
-from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+from jax._src.pallas.mosaic.interpret import thread_map
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, interpret_pallas_call
 
 from lorax_kernels.device import interpreted
+from lorax_kernels.evaluation import evaluate
 
 
 @dataclass
@@ -23,6 +26,16 @@ class Races:
         """
         jax.effects_barrier()
         return bool(interpret_pallas_call.get_races().races_found)
+
+
+def _run_thread(jaxpr, constants, *arguments) -> None:
+    """Runs one thread of a kernel, in place of what compiles it for XLA first."""
+    try:
+        evaluate(jaxpr, arguments, constants)
+    except Exception as error:
+        # Threads that wait for this one end too.
+        gpu_callbacks.fail(error, thread_map.NESTED_TOKEN_VALUE)
+        raise
 
 
 @contextlib.contextmanager
@@ -40,6 +53,7 @@ def interpret(cores: int = 3) -> Iterator[Races]:
         with (
             interpreted(cores),
             plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)),
+            mock.patch.object(thread_map, "_run_jaxpr", _run_thread),
         ):
             yield Races()
             jax.effects_barrier()  # a kernel that still runs needs the state that goes now

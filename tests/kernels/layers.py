@@ -80,7 +80,7 @@ def exact_group(x, members, dropout_rate=0.0, dropout_key=None):
     return outputs
 
 
-def value_and_gradients(function, x, members):
+def differentiate(function, x, members):
     """Returns the outputs, dx, and every da and db."""
     adapters = [{name: m[name] for name in ("a", "b") if name in m} for m in members]
 
@@ -89,7 +89,15 @@ def value_and_gradients(function, x, members):
 
     outputs, pull = jax.vjp(run, x, adapters)
     cotangents = [draw(90 + i, *y.shape).astype(y.dtype) for i, y in enumerate(outputs)]
-    return jax.tree.map(lambda v: np.asarray(v, np.float64), (outputs, *pull(cotangents)))
+    return (outputs, *pull(cotangents))
+
+
+def value_and_gradients(function, x, members):
+    return widened(differentiate(function, x, members))
+
+
+def widened(tree):
+    return jax.tree.map(lambda v: np.asarray(v, np.float64), tree)
 
 
 def check(function, exact, x, members, **options):
@@ -99,12 +107,13 @@ def check(function, exact, x, members, **options):
             lambda x, members: function("pallas", x, members, **options), x, members
         )
         assert not races.found()
-    base = jax.jit(lambda x, m: function("xla", x, m, **options))
+    base = functools.partial(differentiate, lambda x, m: function("xla", x, m, **options))
     with jax.numpy_rank_promotion("allow"):
-        plain = value_and_gradients(base, x, members)
+        plain = widened(jax.jit(base)(x, members))
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda v: jnp.asarray(v, jnp.float64), (x, members))
-        want = value_and_gradients(jax.jit(functools.partial(exact, **options)), *wide)
+        right = functools.partial(differentiate, functools.partial(exact, **options))
+        want = widened(jax.jit(right)(*wide))
     unit, ceiling = UNIT[str(x.dtype)], CEILING[str(x.dtype)]
     trees = [jax.tree.leaves_with_path(tree) for tree in (got, plain, want)]
     for (path, ours), (_, theirs), (_, right) in zip(*trees, strict=True):
