@@ -1,6 +1,7 @@
 """The tiny set-ups that tests share: sizes of models, the shipped one, an edit of a JSON file."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,21 @@ LLAMA = SMALL | dict(
     model_type="llama", vocab_size=64, max_position_embeddings=512, tie_word_embeddings=False
 )
 """The whole config.json of a model that is trained."""
+
+
+def write_model(folder: Path, **changes: Any) -> Path:
+    """Writes a model of two small layers, its weights random, with the shipped tokenizer."""
+    from flax import nnx
+
+    from lorax.interop.save import save_model
+    from lorax.models.decoder import CausalLM
+    from lorax.models.families import read_architecture
+
+    config = LLAMA | {"vocab_size": 512} | changes
+    save_model(CausalLM(read_architecture(config, "small"), rngs=nnx.Rngs(0)), folder)
+    ours = shutil.ignore_patterns("config.json", "*.safetensors")
+    shutil.copytree(TINY / "model", folder, ignore=ours, dirs_exist_ok=True)
+    return folder
 
 
 def edit_json(path: Path, **changes: Any) -> None:
