@@ -5,6 +5,7 @@ import functools
 import json
 import shutil
 import tempfile
+=======
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,21 @@ def shallow_model(layers: int = 2) -> Path:
     tensors = load_file(weights)
     kept = [n for n in tensors if not n.startswith(tuple(f"model.layers.{i}." for i in cut))]
     save_file({name: tensors[name] for name in kept}, weights, metadata={"format": "pt"})
+    return folder
+
+
+def write_model(folder: Path, **changes: Any) -> Path:
+    """Writes a model of two small layers, its weights random, with the shipped tokenizer."""
+    from flax import nnx
+
+    from lorax.interop.save import save_model
+    from lorax.models.decoder import CausalLM
+    from lorax.models.families import read_architecture
+
+    config = LLAMA | {"vocab_size": 512} | changes
+    save_model(CausalLM(read_architecture(config, "small"), rngs=nnx.Rngs(0)), folder)
+    ours = shutil.ignore_patterns("config.json", "*.safetensors")
+    shutil.copytree(TINY / "model", folder, ignore=ours, dirs_exist_ok=True)
     return folder
 
 

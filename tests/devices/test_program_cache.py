@@ -1,5 +1,6 @@
 """A compiled step that is kept is the one that would be compiled, or it is not used."""
 
+import contextlib
 import dataclasses
 import errno
 import functools
@@ -30,26 +31,37 @@ from lorax.training import course as training_course
 from lorax.training.ahead import compile_ahead
 from lorax.training.course import Course
 from lorax.training.step import TrainStep
+from tests.tiny import write_model
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("model") / "base")
+
+
+def read_inputs(base, *overrides):
+    """Returns the config and the inputs of a run on a small model and few rows."""
+    settings = [f"model.name_or_path={base}", "lora.target_modules=[q_proj, down_proj]"]
+    settings += [
+        "data.eval=[]",
+        "data.train=[{path: examples/tiny/data/train.jsonl, split: 'train[:40]'}]",
+    ]
+    settings += ["train.max_steps=2", "eval.strategy=no", "eval.exact_match=false"]
+    config = lorax.load_config("configs/tiny_cpu.yaml", [*settings, *overrides])
+    return config, Setup.of(Blueprint.of(config))
+
+
 @pytest.fixture
-def prepared(tmp_path, monkeypatch):
-    """Returns a function: settings → (config, inputs, folder of the programs)."""
+def prepared(base, tmp_path, monkeypatch):
+    """Returns a function, settings → (config, inputs), and the folder of the programs."""
     monkeypatch.chdir(ROOT)
-
-    def prepare(*overrides):
-        settings = ["train.max_steps=2", "eval.strategy=no", "eval.exact_match=false"]
-        settings += [f"save.output_dir={tmp_path}/run", *overrides]
-        config = lorax.load_config("configs/tiny_cpu.yaml", settings)
-        return config, Setup.of(Blueprint.of(config))
-
     folder = tmp_path / "programs"
     folder.mkdir()
-    return prepare, folder
+    return functools.partial(read_inputs, base), folder
 
 
 def compile_step(config, inputs, folder, said=None):
@@ -62,21 +74,19 @@ def compile_step(config, inputs, folder, said=None):
     return compiled
 
 
-@functools.cache
-def any_program():
-    settings = ["train.max_steps=2", "eval.strategy=no", "eval.exact_match=false"]
-    config = lorax.load_config("configs/tiny_cpu.yaml", [*settings, "save.output_dir=unused"])
-    setup = Setup.of(Blueprint.of(config))
-    course = Course.of(config, setup.train)
-    (step,) = compile_ahead(setup.blueprint.shapes, course).result().values()
+@pytest.fixture(scope="module")
+def any_program(base):
+    with contextlib.chdir(ROOT):
+        config, inputs = read_inputs(base)
+        ahead = compile_ahead(inputs.blueprint.shapes, Course.of(config, inputs.train))
+    (step,) = ahead.result().values()
     return step.executable
 
 
 @pytest.fixture
-def compiles_at_once(prepared, monkeypatch):
+def compiles_at_once(any_program, monkeypatch):
     """Where it matters what becomes of a program, not which one it is."""
-    program = any_program()
-    compiled = lambda step, *_: dataclasses.replace(step, compiled=program)
+    compiled = lambda step, *_: dataclasses.replace(step, compiled=any_program)
     monkeypatch.setattr(TrainStep, "compile", compiled)
 
 
@@ -135,6 +145,17 @@ def place_of(config, inputs, folder, recomputation=NONE):
     return said[0]
 
 
+PLACES = Path("programs")
+"""Where steps would be kept, if any were."""
+
+
+@pytest.fixture(scope="module")
+def usual(base):
+    """Where the step of the usual settings would be kept."""
+    with contextlib.chdir(ROOT):
+        return place_of(*read_inputs(base), PLACES)
+
+
 @pytest.mark.parametrize(
     "override",
     [
@@ -153,23 +174,25 @@ def place_of(config, inputs, folder, recomputation=NONE):
         "model.dtype=bfloat16",
     ],
 )
-def test_another_setting_is_another_step(prepared, override):
-    prepare, folder = prepared
-    usual = place_of(*prepare(), folder)
-    assert place_of(*prepare(), folder) == usual
-    assert place_of(*prepare(override), folder) != usual
+def test_another_setting_is_another_step(base, usual, monkeypatch, override):
+    monkeypatch.chdir(ROOT)
+    assert place_of(*read_inputs(base, override), PLACES) != usual
 
 
-def test_settings_that_decide_nothing_of_a_step_find_it_again(prepared, tmp_path):
-    prepare, folder = prepared
-    shutil.copytree("examples/tiny/model", tmp_path / "base")
-    usual = place_of(*prepare(), folder)
+def test_the_same_settings_are_the_same_step(base, usual, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert place_of(*read_inputs(base), PLACES) == usual
+
+
+def test_settings_that_decide_nothing_of_a_step_find_it_again(prepared, base, usual, tmp_path):
+    prepare, _ = prepared
+    shutil.copytree(base, tmp_path / "base")
     for overrides in (
         ["train.memory_gib=99", "train.gradient_checkpointing=auto"],
         ["train.gradient_checkpointing=full", "train.kept_layers=2"],  # it is given what that is
         ["train.stuck_after_seconds=7", f"model.name_or_path={tmp_path}/base"],
     ):
-        assert place_of(*prepare(*overrides), folder) == usual
+        assert place_of(*prepare(*overrides), PLACES) == usual
 
 
 def test_what_the_settings_do_not_say_counts_too(prepared, monkeypatch):
@@ -179,7 +202,7 @@ def test_what_the_settings_do_not_say_counts_too(prepared, monkeypatch):
     full = place_of(config, inputs, folder, Recomputation("full"))  # as `auto` picks it
     kept = place_of(config, inputs, folder, Recomputation("full", 2))
     assert len({usual, full, kept}) == 3
-    rows = [inputs.train.row(i) for i in range(200)]  # fewer steps, so another schedule
+    rows = [inputs.train.row(i) for i in range(20)]  # fewer steps, so another schedule
     fewer = dataclasses.replace(inputs, train=EncodedDataset.from_rows(rows))
     monkeypatch.setattr(training_course, "_common_layout", lambda _: DocumentLayout(256, 64))
     same_layout = place_of(config, inputs, folder)
@@ -187,10 +210,9 @@ def test_what_the_settings_do_not_say_counts_too(prepared, monkeypatch):
     assert place_of(config, fewer, folder) != same_layout
 
 
-def test_another_model_or_adapter_in_the_same_folder_is_another_step(prepared, tmp_path):
+def test_another_model_or_adapter_in_the_same_folder_is_another_step(prepared, base, tmp_path):
     prepare, folder = prepared
-    base, adapter = tmp_path / "base", tmp_path / "adapter"
-    shutil.copytree("examples/tiny/model", base)
+    base, adapter = shutil.copytree(base, tmp_path / "base"), tmp_path / "adapter"
     config, inputs = prepare(f"model.name_or_path={base}")
     before = place_of(config, inputs, folder)
     lorax.save_adapter(lorax.build_model(config), adapter, base_model_name_or_path=str(base))
@@ -207,12 +229,12 @@ def test_another_model_or_adapter_in_the_same_folder_is_another_step(prepared, t
 @pytest.mark.parametrize(
     "what", ["code", "libraries", "versions", "runtime", "target", "environment"]
 )
-def test_other_surroundings_are_another_step(prepared, monkeypatch, what):
-    prepare, folder = prepared
-    before, usual = place_of(*prepare(), folder), step_cache._surroundings()
-    assert what in usual
-    monkeypatch.setattr(step_cache, "_surroundings", lambda: usual | {what: "other"})
-    assert place_of(*prepare(), folder) != before
+def test_other_surroundings_are_another_step(base, usual, monkeypatch, what):
+    monkeypatch.chdir(ROOT)
+    surroundings = step_cache._surroundings()
+    assert what in surroundings
+    monkeypatch.setattr(step_cache, "_surroundings", lambda: surroundings | {what: "other"})
+    assert place_of(*read_inputs(base), PLACES) != usual
 
 
 def test_surroundings_are_those_of_the_moment(monkeypatch):
@@ -340,20 +362,18 @@ PROGRAM = """
 import sys
 sys.path[:0] = [".", "kernels", "tests/devices"]
 from pathlib import Path
-import lorax
-from test_program_cache import compile_step
-from lorax.runs.model import Blueprint
-from lorax.runs.setup import Setup
-config = lorax.load_config("configs/tiny_cpu.yaml", ["train.max_steps=2", "eval.strategy=no"])
+from lorax.data.chat.tokenizer import WITHOUT_TORCH
+from test_program_cache import compile_step, read_inputs
+WITHOUT_TORCH.set()
 said = []
-setup = Setup.of(Blueprint.of(config))
-(step,) = compile_step(config, setup, Path(sys.argv[1]), said).result().values()
+folder, base = sys.argv[1:]
+(step,) = compile_step(*read_inputs(base), Path(folder), said).result().values()
 print(step.found, said)
 """
 
 
-def test_another_process_finds_it(tmp_path):
-    command = [sys.executable, "-c", PROGRAM, str(tmp_path)]
+def test_another_process_finds_it(base, tmp_path):
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path), str(base)]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     said = [
         subprocess.run(

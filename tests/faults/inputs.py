@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from unittest import mock
 
 from tests.faults.damages import ADAPTERS, GOOD, MODELS, ROWS, TEMPLATES, TOKENIZERS
 from tests.faults.foreign import search_for_foreign_code
-from tests.faults.processes import in_child, read_status
+from tests.faults.processes import cpu_seconds, in_child, read_status
 
 ROOT = Path(__file__).parents[2]
 TOKENIZER = ROOT / "examples" / "tiny" / "model"
@@ -90,6 +91,7 @@ def read_adapter(folder: Path) -> Callable[[], object]:
 def read_rows(folder: Path, **settings: Any) -> Callable[[], object]:
     """Returns what reads a file of rows."""
     from lorax.config.data import DataConfig
+    from lorax.data.chat.renderer import RENDERER, Part, Request
     from lorax.data.chat.tokenizer import load_tokenizer
     from lorax.data.encode import load_encoded_dataset
 
@@ -100,6 +102,9 @@ def read_rows(folder: Path, **settings: Any) -> Callable[[], object]:
         settings |= {"chat_template": str(template)}
     config = DataConfig.model_validate({"train": str(path), "max_seq_length": 64} | settings)
     tokenizer = load_tokenizer(str(TOKENIZER))
+    # That the process which renders starts is no cost of a template.
+    sound = Request([{"role": "user", "content": ""}], [Part(1)])
+    list(RENDERER.render("", [sound], special_tokens={}))
     return lambda: load_encoded_dataset(config.train, config, tokenizer, vocab_size=512)
 
 
@@ -107,14 +112,6 @@ def listing(folder: Path) -> dict[str, str]:
     """Returns the digest of every file below a folder."""
     files = (p for p in folder.rglob("*") if p.is_file())
     return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
-
-
-def import_once() -> None:
-    """Imports what every trial needs, so that each forked one need not."""
-    import lorax
-    import lorax.interop.peft
-
-    lorax.load_tokenizer(str(TOKENIZER))
 
 
 def is_refused(
@@ -146,11 +143,6 @@ def is_refused(
     return False
 
 
-def processor_seconds() -> float:
-    """Returns what this process and those that it waited for have taken of the processor."""
-    return sum(os.times()[:4])
-
-
 def try_apart(folder: Path, *how: Any) -> bool:
     """Says whether a folder is refused, in a process of its own; see `is_refused`."""
     return in_child(lambda: is_refused(folder, *how), silent=False)
@@ -158,7 +150,6 @@ def try_apart(folder: Path, *how: Any) -> bool:
 
 def refuse_hostile_files(count: int, folder: Path) -> tuple[int, int]:
     """S1: hostile models, adapters, tokenizers, templates: refused by name, bounded, as before."""
-    import_once()
     assert in_child(lambda: make_models(folder / "good") is None)
     cases = [(f"model, {k}", "model", read_model, *v) for k, v in MODELS.items()]
     cases += [(f"adapter, {k}", "adapter", read_adapter, *v) for k, v in ADAPTERS.items()]
@@ -166,7 +157,7 @@ def refuse_hostile_files(count: int, folder: Path) -> tuple[int, int]:
     cases += [(f"template, {k}", None, read_rows, *v) for k, v in TEMPLATES.items()]
     chosen = cases[:: max(1, len(cases) // count)] if count < len(cases) else cases
     # The short form runs beside other tests, so there only its own time counts.
-    clock = time.monotonic if chosen is cases else processor_seconds
+    clock = time.monotonic if chosen is cases else cpu_seconds
     passed = 0
     for name, origin, reader, damage, pattern in chosen:
         place = folder / name
@@ -182,7 +173,6 @@ def refuse_hostile_files(count: int, folder: Path) -> tuple[int, int]:
 
 def refuse_broken_rows(count: int, folder: Path) -> tuple[int, int]:
     """D1: broken rows are refused by file and line."""
-    import_once()
     chosen, passed = list(ROWS.items())[:count], 0
     for name, (damage, pattern, settings) in chosen:
         place = folder / name
@@ -193,6 +183,7 @@ def refuse_broken_rows(count: int, folder: Path) -> tuple[int, int]:
     return passed, len(chosen)
 
 
+DATA = "rows.jsonl", "rows.csv"
 WORDS = "canaryofthequestion", "canaryoftheanswer"
 SECRET = "hf_canaryOfTheEnvironment0123456789"
 TALK = [{"role": "user", "content": WORDS[0]}, {"role": "assistant", "content": WORDS[1]}]
@@ -297,6 +288,7 @@ def run_and_record(folder: Path, command: str, settings: list[str]) -> None:
     os.chdir(folder)
     config = {
         "model": {"name_or_path": str(TOKENIZER), "dtype": "float32"},
+        "lora": {"r": 4, "target_modules": ["q_proj"]},
         "data": {"train": "rows.jsonl", "max_seq_length": 128},
         "train": {"max_steps": 2, "gradient_checkpointing": "none"},
         "save": {"output_dir": "run", "export": ["peft", "merged"]},
@@ -328,21 +320,29 @@ def run_and_record(folder: Path, command: str, settings: list[str]) -> None:
             main([command, "run.yaml", *(s for s in settings if s != "CRASH")])
         except Exception:
             traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
 
 
 def look_for_leaks(count: int, folder: Path) -> tuple[int, int]:
     """S3: no word of the rows and no token of the environment is in a log, file or traceback."""
-    import_once()
     passed, chosen = 0, list(LEAKS.items())[:count]
-    for name, (rows, command, settings, said) in chosen:
+
+    def work() -> bool:
+        for name, (rows, command, settings, _) in chosen:
+            place = folder / name
+            place.mkdir()
+            for data in DATA:
+                (place / data).write_text(rows)
+            run_and_record(place, command, settings)
+        return True
+
+    ended = in_child(work)
+    for name, (*_, said) in chosen:
         place = folder / name
-        place.mkdir()
-        data = {place / "rows.jsonl", place / "rows.csv"}
-        for path in data:
-            path.write_text(rows)
-        work = lambda p=place, c=command, s=settings: run_and_record(p, c, s) is None
-        ended = in_child(work)
-        files = (p for p in place.rglob("*") if p.is_file() and p not in data)
+        files = (
+            p for p in place.rglob("*") if p.is_file() and str(p.relative_to(place)) not in DATA
+        )
         texts = {str(p): p.read_bytes() for p in files}
         canaries = [text.encode() for text in (*WORDS, SECRET)]
         leaks = [path for path, data in texts.items() if any(c in data for c in canaries)]

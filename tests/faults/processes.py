@@ -1,5 +1,7 @@
 """Forked processes: what is tried in them cannot harm the one that counts; what they take."""
 
+import contextlib
+import math
 import os
 import re
 import signal
@@ -32,15 +34,32 @@ def start(work: Callable[[], Any], *, silent: bool = True) -> int:
 
 def wait(child: int, seconds: float) -> int | None:
     """Returns the exit status of a process, negative for a signal; None if it had to be killed."""
+    return wait_and_count(child, seconds)[0]
+
+
+def wait_and_count(child: int, seconds: float) -> tuple[int | None, float]:
+    """Returns what `wait` does, and what the process has taken of the processor."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        done, status = os.waitpid(child, os.WNOHANG)
+        done, status, used = os.wait4(child, os.WNOHANG)
         if done:
-            return os.waitstatus_to_exitcode(status)
+            return os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime
         time.sleep(0.005)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    return None
+    return None, math.inf
+
+
+def cpu_seconds(pid: int | str = "self") -> float:
+    """Returns what a process has taken of the processor, with those that it has started."""
+    seconds = 0.0
+    with contextlib.suppress(OSError):  # it may have ended
+        numbers = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+        seconds = sum(map(int, numbers[11:15])) / os.sysconf("SC_CLK_TCK")
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            for child in (task / "children").read_text().split():
+                seconds += cpu_seconds(child)
+    return seconds
 
 
 def in_child(work: Callable[[], bool], seconds: float = 600.0, *, silent: bool = True) -> bool:

@@ -120,6 +120,8 @@ def resume_everywhere(count: int, folder: Path) -> tuple[int, int]:
 
 def repeat_in_processes(count: int, folder: Path) -> tuple[int, int]:
     """K4: the same run in processes of their own: the same bits, here on a CPU."""
+    from lorax.devices.xla_cache import kept_elsewhere
+
     # The first two, one packed and one not, are what the others are compared with.
     for trial in range(2 + count):
         options: dict[str, Any] = {"dropout": 0.1, "data__packing": trial % 2 == 1}
@@ -127,7 +129,9 @@ def repeat_in_processes(count: int, folder: Path) -> tuple[int, int]:
         run = folder / str(trial)
 
         def work(run=run, options=options):
-            make_trainer(run, **options)[0].train()
+            trainer, _ = make_trainer(run, **options)
+            with kept_elsewhere():  # each compiles the step for itself
+                trainer.train()
 
         wait(start(work), 300)
     # Only now, since reading starts threads, with which this process must not fork again.

@@ -63,6 +63,24 @@ def preload() -> None:
     os.execve(sys.executable, command, environment)
 
 
+WITHOUT_CACHE = {"F1", "F2", "F3", "F4", "F6", "F7", "F8", "F9", "S1", "L1", "L2", "L3"}
+"""They count, fail or kill calls that write, or measure memory: a cache's would be among them."""
+
+
+def import_once() -> None:
+    """Imports what the cases use, so that none of the many processes forked for them has to."""
+    import datasets  # noqa: F401
+    import matplotlib.pyplot  # noqa: F401
+    import orbax.checkpoint  # noqa: F401
+    import tensorstore  # noqa: F401
+
+    from lorax.cli.main import main  # noqa: F401
+    from lorax.data.chat.tokenizer import WITHOUT_TORCH, load_tokenizer
+
+    WITHOUT_TORCH.set()  # as the command does
+    load_tokenizer(str(HERE.parents[1] / "examples" / "tiny" / "model"))
+
+
 def title_of(run: Callable) -> str:
     """Returns what a case says it does."""
     return (run.__doc__ or "").splitlines()[0].partition(": ")[2].rstrip(".")
@@ -95,17 +113,26 @@ def save(out: Path | None, found: dict[str, dict], commit: str) -> None:
 
 
 def run_apart(
-    run: Callable[[int, Path], tuple[Any, ...]], count: int, folder: Path
+    run: Callable[[int, Path], tuple[Any, ...]], count: int, folder: Path, may_cache: bool
 ) -> tuple[int, int, dict[str, float]]:
     """Runs a case in a forked process: once JAX has threads, a process must not fork again.
+
+    Args:
+        run: The case.
+        count: Its trials.
+        folder: Its own.
+        may_cache: Whether JAX may keep what it compiles where the environment says.
 
     Returns:
         What passed, of how many, and figures that it measured, by name.
     """
+    import jax
+
     result = folder / "result.json"
 
     def work() -> None:
         try:
+            jax.config.update("jax_enable_compilation_cache", may_cache)
             result.write_text(json.dumps(run(count, folder)))
         except BaseException:
             traceback.print_exc()
@@ -131,6 +158,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         from tests.faults import checkpoints, inputs, loads, runs, signals
 
+        import_once()
         cases = checkpoints.CASES | signals.CASES | runs.CASES
         cases |= inputs.CASES | loads.CASES
         unknown = sorted(set(parsed.only or ()) - cases.keys())
@@ -143,7 +171,8 @@ def main() -> int:
             folder = Path(temporary) / name
             folder.mkdir()
             started = time.monotonic()
-            passed, total, figures = run_apart(run, count, folder)
+            may_cache = name not in WITHOUT_CACHE
+            passed, total, figures = run_apart(run, count, folder, may_cache)
             seconds = round(time.monotonic() - started, 1)
             found[name] = {"passed": passed, "total": total, "seconds": seconds} | figures
             save(parsed.out, found, parsed.commit)

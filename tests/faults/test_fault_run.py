@@ -4,6 +4,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,10 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from lorax.cli.main import main
 from lorax.recovery.files import read_checkpoint
 from lorax.recovery.snapshots import WeightStore
 from lorax.runs.folder import find_run
 from lorax.system.files import CheckpointError
+from tests.tiny import write_model
 
 pytestmark = pytest.mark.slow
 
@@ -23,7 +26,6 @@ ROOT = Path(__file__).parents[2]
 CANARY = "canaryvogel"
 TOKEN = "hf_" + "c4n4ry" * 6
 SETTINGS = {
-    "model.name_or_path": str(ROOT / "examples" / "tiny" / "model"),
     "model.dtype": "float32",
     "lora.r": 4,
     "lora.lora_dropout": 0.1,
@@ -49,24 +51,41 @@ def data(tmp_path_factory):
         lines = text.splitlines()[:60]
         lines[0] = re.sub(r'("content": ")', rf"\g<1>{CANARY} ", lines[0], count=1)
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    write_model(folder / "model")
     return folder
 
 
-def start(data, run, *more, output=subprocess.PIPE, **changes):
+def words_of(data, run, *more, **changes):
+    """Returns the words of a command that trains on `data`."""
     sources = {"data.train": data / "train.jsonl", "data.eval": data / "heldout.jsonl"}
-    settings = SETTINGS | sources | {"save.output_dir": run} | changes
-    lines = [f"{key}={value}" for key, value in settings.items()]
-    base = ROOT / "configs" / "tiny_cpu.yaml"
-    command = [sys.executable, "-m", "lorax.cli", "train", str(base), *lines, *more]
+    sources |= {"model.name_or_path": data / "model", "save.output_dir": run}
+    lines = [f"{key}={value}" for key, value in (SETTINGS | sources | changes).items()]
     overrides = ["data.packing=true", "eval.exact_match=false", "save.export=[peft]"]
+    return ["train", str(ROOT / "configs" / "tiny_cpu.yaml"), *lines, *more, *overrides]
+
+
+def start(*arguments, output=subprocess.PIPE, **changes):
+    """Starts the command in a process; see `words_of`."""
     return subprocess.Popen(
-        [*command, *overrides],
+        [sys.executable, "-m", "lorax.cli", *words_of(*arguments, **changes)],
         cwd=ROOT,
         env=os.environ | {"HF_TOKEN": TOKEN, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"},
         stdout=output,
         stderr=output,
         text=True,
     )
+
+
+@pytest.fixture
+def run_here(monkeypatch, capsys):
+    """Runs the command in this process, where it does not come to train."""
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+
+    def run_here(*arguments, **changes):
+        code = main(words_of(*arguments, **changes))
+        return code, *capsys.readouterr()
+
+    return run_here
 
 
 def wait_until(process, condition):
@@ -117,7 +136,9 @@ def straight(data, tmp_path_factory):
 
 
 @pytest.mark.timeout(1800)
-def test_a_run_that_is_stopped_and_resumed_equals_one_that_is_not(data, straight, tmp_path):
+def test_a_run_that_is_stopped_and_resumed_equals_one_that_is_not(
+    data, straight, tmp_path, run_here
+):
     run = tmp_path / "run"
     process = start(data, run, **{"log.logging_steps": 1})
     wait_until(process, lambda: holds(run / "metrics.jsonl", '"step": 5,'))
@@ -128,10 +149,10 @@ def test_a_run_that_is_stopped_and_resumed_equals_one_that_is_not(data, straight
     assert 5 <= stopped < 30
     assert arrays(run)[0] == stopped
 
-    code, _, err = finish(start(data, run))
+    code, _, err = run_here(data, run)
     assert code == 2
     assert "holds a run: go on with --resume" in err
-    code, _, err = finish(start(data, run, "--resume", **{"lora.lora_alpha": 64}))
+    code, _, err = run_here(data, run, "--resume", **{"lora.lora_alpha": 64})
     assert code == 2
     assert "lora.lora_alpha was " in err
     assert arrays(run)[0] == stopped
@@ -145,7 +166,7 @@ def test_a_run_that_is_stopped_and_resumed_equals_one_that_is_not(data, straight
     for name in names:
         assert (run / name).read_bytes() == (straight[0] / name).read_bytes()
 
-    code, out, _ = finish(start(data, run, "--resume"))
+    code, out, _ = run_here(data, run, "--resume")
     assert (code, "this run has ended" in out) == (0, True)
 
 
@@ -170,8 +191,8 @@ def test_a_long_first_step_holds_up_neither_a_signal_nor_the_end_of_the_process(
     assert used < 2 * before, (used, before)
 
 
-def test_what_is_to_be_resumed_must_be_there(data, tmp_path):
-    code, _, err = finish(start(data, tmp_path / "none", "--resume"))
+def test_what_is_to_be_resumed_must_be_there(data, tmp_path, run_here):
+    code, _, err = run_here(data, tmp_path / "none", "--resume")
     assert code == 2
     assert "holds no run of lorax to resume" in err
 
@@ -216,15 +237,13 @@ def test_a_reader_that_is_gone_ends_no_run_and_changes_no_status(data, tmp_path)
 
 
 def test_changed_data_is_noticed(data, straight, tmp_path):
-    import shutil
-
     run, other = tmp_path / "run", tmp_path / "data"
     shutil.copytree(straight[0], run)
     (run / "summary.json").unlink()
     shutil.copytree(data, other)
     lines = (other / "train.jsonl").read_text().splitlines()
     (other / "train.jsonl").write_text("\n".join(lines[::-1]) + "\n")
-    code, _, err = finish(start(other, run, "--resume"))
+    code, _, err = finish(start(other, run, "--resume", **{"model.name_or_path": data / "model"}))
     assert code == 2
     assert "the training data changed" in err
 
@@ -238,13 +257,12 @@ def test_tokens_and_training_text_are_written_nowhere(straight):
             assert TOKEN.encode() not in held, path
 
 
-def test_an_error_of_the_data_shows_its_place_and_not_its_text(data, tmp_path):
-    broken = tmp_path / "broken"
-    broken.mkdir()
+def test_an_error_of_the_data_shows_its_place_and_not_its_text(data, tmp_path, run_here):
+    broken = Path(shutil.copytree(data, tmp_path / "broken"))
     for name in ("train", "heldout"):
         text = (data / f"{name}.jsonl").read_text()
         (broken / f"{name}.jsonl").write_text(text + f'{{"messages": "{CANARY}{TOKEN}\n')
-    code, out, err = finish(start(broken, tmp_path / "run"))
+    code, out, err = run_here(broken, tmp_path / "run")
     assert code == 2
     assert "train.jsonl:61" in err
     assert CANARY not in out + err

@@ -12,12 +12,10 @@ import pytest
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-STORE = ["F1", "F2", "F3", "F4", "F6", "F7", "F8", "F9"]
+STORE = ["F1", "F2", "F3", "F4", "F6", "F7", "F8", "F9", "L3"]
 INPUTS = ["D1", "S1", "S2", "S3"]
-GROUPS = [STORE, ["F5"], ["R1"], ["R2", "D2"], ["P1"], ["N1"], ["K4"], INPUTS, ["L3"]]
-"""Cases that one process runs one after another, each in a fork: those that take little alone."""
-MAY_CACHE = {"F5", "R1", "R2", "P1", "N1", "D2"}
-"""Others count, fail or kill calls that write, or measure memory: a cache's would be among them."""
+GROUPS = [STORE, ["F5", "R1", "R2", "P1"], ["D2", "N1", "K4"], INPUTS]
+"""Cases that one process runs one after another, each in a fork: it imports lorax once."""
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
@@ -28,8 +26,6 @@ def test_nothing_is_lost(cases, tmp_path):
     command = [sys.executable, "-m", "tests.faults.scorecard"]
     command += ["--short", "--only", *cases, "--out", str(out)]
     environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # as conftest has it
-    if not MAY_CACHE.issuperset(cases):
-        environment.pop("JAX_COMPILATION_CACHE_DIR", None)
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     rows = json.loads(out.read_text())

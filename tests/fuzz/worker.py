@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tests.faults.processes import cpu_seconds
+
 SPACE = 8 * 2**30
 """Addresses that a case may take beyond what the process has, in bytes; a guard of the machine."""
 
@@ -54,7 +56,7 @@ def _run(command: Any, words: list[str], folder: Path, logs: Path) -> dict[str, 
     """Runs a command in a folder; says what it returned, and what it took."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak becomes what is resident now
     error, status = None, None
-    started, worked = time.monotonic(), _cpu_seconds()
+    started, worked = time.monotonic(), cpu_seconds()
     with _redirected(folder, logs):
         try:
             status = command(words)
@@ -62,14 +64,14 @@ def _run(command: Any, words: list[str], folder: Path, logs: Path) -> dict[str, 
             status = stop.code
         except BaseException:
             error = traceback.format_exc()
-        seconds, cpu_seconds = time.monotonic() - started, _cpu_seconds() - worked
+        seconds, taken = time.monotonic() - started, cpu_seconds() - worked
         is_alone = _await_others()
         _await_renderer()
     return {
         "status": status,
         "error": error,
         "seconds": seconds,
-        "cpu_seconds": cpu_seconds,
+        "cpu_seconds": taken,
         "peak_mib": _peak_mib(),
         "is_alone": is_alone,
     }
@@ -126,16 +128,6 @@ def _await_renderer() -> None:
 
     messages = [{"role": "user", "content": ""}]
     list(RENDERER.render("", [Request(messages, [Part(1)])], special_tokens={}))
-
-
-def _cpu_seconds() -> float:
-    """Returns what this process and those that it has started have taken of the processor."""
-    seconds = sum(os.times()[:4])
-    for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
-        with contextlib.suppress(OSError):
-            numbers = Path(f"/proc/{child}/stat").read_text().rpartition(") ")[2].split()
-            seconds += sum(map(int, numbers[11:15])) / os.sysconf("SC_CLK_TCK")
-    return seconds
 
 
 def _peak_mib() -> float:
