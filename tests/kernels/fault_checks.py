@@ -37,7 +37,7 @@ def wide(*arrays):
 
 
 def run(kernel, expected, cores):
-    from lorax_kernels.testing import interpret
+    from tests.kernels.interpreter import interpret
 
     with interpret(cores) as races:
         results = jax.block_until_ready(kernel())

@@ -13,7 +13,7 @@ from lorax_kernels import (
     lora_swiglu,
 )
 from lorax_kernels.lora_linear import fused, reference
-from lorax_kernels.testing import interpret
+from tests.kernels.interpreter import interpret
 
 UNIT = {"bfloat16": 3.9e-3, "float16": 4.9e-4}
 

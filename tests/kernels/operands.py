@@ -8,7 +8,7 @@ import numpy as np
 
 from lorax_kernels.lora_linear.dropout import keep_mask, keep_probability
 from lorax_kernels.lora_linear.plan import MatmulConfig
-from lorax_kernels.testing import interpret
+from tests.kernels.interpreter import interpret
 
 UNIT = {"bfloat16": 3.9e-3, "float16": 4.9e-4, "float32": 6e-8}
 

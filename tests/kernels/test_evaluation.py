@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from lorax_kernels import evaluation
+from tests.kernels import evaluation
 
 INTEGERS = np.array([[-7, -3, 0], [5, 2, 9]], np.int32)
 DIVISORS = np.array([[2, -2, 3], [-2, 4, 9]], np.int32)
@@ -107,7 +107,7 @@ def test_loops_branches_and_callbacks(n):
 def test_a_failure_of_one_thread_ends_those_that_wait_for_it(monkeypatch):
     import jax.experimental.pallas.mosaic_gpu as plgpu
 
-    from lorax_kernels.testing import interpret
+    from tests.kernels.interpreter import interpret
 
     def body(out, full):
         thread = lax.axis_index("warpgroup")

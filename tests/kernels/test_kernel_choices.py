@@ -19,7 +19,7 @@ from lorax_kernels.lora_linear import choice, fused, project
 from lorax_kernels.lora_linear import gradient as gradient_module
 from lorax_kernels.lora_linear.choice import padded_rank
 from lorax_kernels.lora_linear.plan import SHARED_MEMORY_BYTES, MatmulConfig
-from lorax_kernels.testing import interpret
+from tests.kernels.interpreter import interpret
 from tests.kernels.layers import (
     bundle,
     check,

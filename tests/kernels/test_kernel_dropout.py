@@ -15,7 +15,7 @@ from lorax_kernels.device import interpreted
 from lorax_kernels.lora_linear import fused
 from lorax_kernels.lora_linear.dropout import keep_mask, keep_probability, random_bits, seed_words
 from lorax_kernels.lora_linear.plan import Dropout
-from lorax_kernels.testing import interpret
+from tests.kernels.interpreter import interpret
 from tests.kernels.layers import RATE, draw, draw_members
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_kernel_at_a_time")]

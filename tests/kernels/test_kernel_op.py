@@ -15,8 +15,8 @@ from lorax_kernels import (
     lora_mlp,
 )
 from lorax_kernels.lora_linear import fused, reference
-from lorax_kernels.testing import interpret
 from tests.jaxprs import equations
+from tests.kernels.interpreter import interpret
 from tests.kernels.layers import (
     RATE,
     SCALES,

@@ -9,7 +9,7 @@ from lorax_kernels.lora_linear.kernel import grouped_matmul
 from lorax_kernels.lora_linear.plan import Dropout, MatmulConfig, Term
 from lorax_kernels.lora_linear.project import project
 from lorax_kernels.lora_linear.skinny import SkinnyConfig
-from lorax_kernels.testing import interpret
+from tests.kernels.interpreter import interpret
 from tests.kernels.operands import RATE, SEED, SMALL, check, draw, dropout_factors
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_after_the_other")]

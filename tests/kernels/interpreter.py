@@ -12,7 +12,7 @@ from jax._src.pallas.mosaic.interpret import thread_map
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, interpret_pallas_call
 
 from lorax_kernels.device import interpreted
-from lorax_kernels.evaluation import evaluate
+from tests.kernels.evaluation import evaluate
 
 
 @dataclass
