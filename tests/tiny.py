@@ -5,7 +5,6 @@ import functools
 import json
 import shutil
 import tempfile
-=======
 from pathlib import Path
 from typing import Any
 

@@ -71,7 +71,7 @@ def test_products_are_summed_in_float32():
     wide = np.random.default_rng(0).standard_normal((2, 512)).astype(jnp.bfloat16)
     product = lambda v: jnp.dot(v, v.T, preferred_element_type=jnp.float32)
     (got,) = evaluation.evaluate(jax.make_jaxpr(product)(wide), [wide])
-    exact = np.float64(wide) @ np.float64(wide).T
+    exact = wide.astype(np.float64) @ wide.astype(np.float64).T
     np.testing.assert_allclose(got, exact, rtol=1e-5, atol=1e-4)
 
 
