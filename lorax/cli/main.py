@@ -84,9 +84,11 @@ def _move_resume(words: list[str]) -> list[str]:
     for i, word in enumerate(words):
         if word == "--resume":
             given = words[i + 1 : i + 2] in (["always"], ["auto"])
-            option, after = f"--resume={words[i + 1] if given else 'always'}", i + 1 + given
+            option = f"--resume={words[i + 1] if given else 'always'}"
+            after = i + 1 + given
         elif word.startswith("--resume="):
-            option, after = word, i + 1
+            option = word
+            after = i + 1
         else:
             continue
         command, *rest = [*words[:i], *words[after:]] or [""]

@@ -281,7 +281,8 @@ def _explain_all(
     got: dict[Key, Any] = {}
     settled: set[Key] = set()
     for item in error.errors(include_url=False):
-        kind, context = item["type"], item.get("ctx", {})
+        kind = item["type"]
+        context = item.get("ctx", {})
         key = _find_key(data, item["loc"], keep_last=kind == "missing")
         if written := _without_space(key, item["input"]):
             settled.add(key)

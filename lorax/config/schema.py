@@ -60,7 +60,8 @@ def _models_in(annotation: Any) -> Iterator[tuple[Key, type[BaseModel]]]:
 
 
 def _types_in(annotation: Any) -> Iterator[Any]:
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    origin = typing.get_origin(annotation)
+    arguments = typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
         for argument in arguments:
             yield from _types_in(argument)

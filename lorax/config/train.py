@@ -142,7 +142,8 @@ class TrainConfig(Section):
     def conflicts(self) -> Iterator[Conflict]:
         if self.warmup_ratio and self.warmup_steps:
             yield "warmup_ratio", "set warmup_ratio or warmup_steps, not both"
-        schedule, settings = self.lr_scheduler_type, self.lr_scheduler_kwargs
+        schedule = self.lr_scheduler_type
+        settings = self.lr_scheduler_kwargs
         if schedule == "constant" and (self.warmup_ratio or self.warmup_steps):
             key = "warmup_ratio" if self.warmup_ratio else "warmup_steps"
             yield key, "schedule `constant` does not warm up: use `constant_with_warmup`"
@@ -160,7 +161,8 @@ class TrainConfig(Section):
         if schedule == "polynomial" and lr_end >= self.learning_rate:
             message = f"needs less than learning_rate ({self.learning_rate}), got {lr_end}"
             yield "lr_scheduler_kwargs.lr_end", message
-        policy, readers = self.gradient_checkpointing, ("full", "offload")
+        policy = self.gradient_checkpointing
+        readers = ("full", "offload")
         if self.kept_layers is not None and policy not in readers:
             does = "decides it itself" if policy == "auto" else "does not read it"
             message = f"gradient_checkpointing `{policy}` {does}, only {_listed(readers)} read it"

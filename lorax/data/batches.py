@@ -128,7 +128,8 @@ class Batches:
         """
         if not 0 <= start_step <= self.steps_per_epoch:
             raise ValueError(f"start_step must be in [0, {self.steps_per_epoch}], got {start_step}")
-        order, widths = self._order(epoch), self.step_shapes(epoch)
+        order = self._order(epoch)
+        widths = self.step_shapes(epoch)
         return (
             self._build(order[step * self._window : (step + 1) * self._window], widths[step])
             for step in range(start_step, self.steps_per_epoch)

@@ -152,7 +152,9 @@ class RowWriter(contextlib.AbstractContextManager["RowWriter"]):
     """
 
     def __init__(self):
-        open_file = lambda: tempfile.TemporaryFile(prefix="lorax-data-", buffering=2**20)
+        def open_file():
+            return tempfile.TemporaryFile(prefix="lorax-data-", buffering=2**20)
+
         with self._telling(), contextlib.ExitStack() as stack:
             self._tokens = stack.enter_context(open_file())
             self._supervised = stack.enter_context(open_file())

@@ -30,7 +30,8 @@ from lorax.data.reading.sources import open_source
 from lorax.data.sieve import Sieve
 from lorax.system.wording import explain
 
-_ROWS_PER_BATCH, _SIZE_PER_BATCH = 256, 2**20
+_ROWS_PER_BATCH = 256
+_SIZE_PER_BATCH = 2**20
 _DEEPEST = 100
 _MESSAGE_COLUMNS = ("messages", "conversations", "prompt", "completion")
 
@@ -337,7 +338,8 @@ class _RowEncoder:
             self.mask_sources.add(item.mask_source)
             mask = mask_plain if item.plain else mask_turns
             tokens, supervised = mask(tokenized, item, self.stops)
-        lowest, highest = int(tokens.min(initial=0)), int(tokens.max(initial=0))
+        lowest = int(tokens.min(initial=0))
+        highest = int(tokens.max(initial=0))
         if lowest < 0 or (self._vocab_size is not None and highest >= self._vocab_size):
             size = "any vocabulary" if lowest < 0 else f"a vocabulary of {self._vocab_size}"
             raise RowError(
@@ -360,14 +362,16 @@ def _batches(rows: Rows) -> Iterator[list[tuple[int, Row | MalformedRowError]]]:
         batch.append((index, row))
         if len(batch) == _ROWS_PER_BATCH or size >= _SIZE_PER_BATCH:
             yield batch
-            batch, size = [], 0
+            batch = []
+            size = 0
     if batch:
         yield batch
 
 
 def _size(row: Any) -> int:
     """Returns about how many characters a row has as JSON."""
-    size, level = 0, [row]
+    size = 0
+    level = [row]
     for _ in range(_DEEPEST):
         inner = []
         for value in level:

@@ -34,7 +34,8 @@ def pack_rows(lengths: Int64[np.ndarray, " rows"], capacity: int) -> list[list[i
         length = int(lengths[row])
         place = bisect.bisect_left(rooms, length)
         if place == len(rooms):
-            chosen, room = len(bins), capacity
+            chosen = len(bins)
+            room = capacity
             bins.append([])
         else:
             room = rooms[place]

@@ -24,7 +24,8 @@ class Problems:
 
     def __init__(self):
         self._found: dict[str, Problem] = {}
-        self._rows, self._last = 0, ""
+        self._rows = 0
+        self._last = ""
 
     def __len__(self) -> int:
         """Returns how many rows have a problem; one may have several, told one after another."""

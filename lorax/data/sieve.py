@@ -19,7 +19,8 @@ class Sieve:
     def __init__(self, config: DataConfig, kept: RowWriter) -> None:
         self._config = config
         self._kept = kept
-        self._problems, self._dropped = Problems(), Problems()
+        self._problems = Problems()
+        self._dropped = Problems()
         self._changes: dict[str, Change] = {}
         self._kinds: set[RowKind] = set()
         self._first_overlong = self._first_unsupervised = ""
@@ -68,7 +69,8 @@ class Sieve:
             stopped: Why the rest of the rows was not read.
         """
         config = self._config
-        lost, more = 0, []
+        lost = 0
+        more = []
         if self.overlong and config.overlong == "error":
             lost += self.overlong
             more.append(

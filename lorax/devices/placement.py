@@ -37,13 +37,19 @@ def place_parameters[T](tree: T, mesh: Mesh, parts: Parts = REPLICATED) -> T:
         mesh: The devices.
         parts: How parameters are divided; see `parts_of`.
     """
-    place = lambda leaf, where: leaf if isinstance(leaf, HostArray) else jax.device_put(leaf, where)
+
+    def place(leaf, where):
+        return leaf if isinstance(leaf, HostArray) else jax.device_put(leaf, where)
+
     return jax.tree.map(place, tree, parameter_shardings(tree, mesh, parts))
 
 
 def placed_shapes[T](tree: T, mesh: Mesh, parts: Parts = REPLICATED) -> T:
     """Returns shapes in the place of arrays, with the shardings of `place_parameters`."""
-    place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+    def place(leaf, where):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
     return jax.tree.map(place, tree, parameter_shardings(tree, mesh, parts))
 
 

@@ -52,7 +52,8 @@ class ProgramCache:
     """
 
     def __init__(self, folder: Path, tell: Callable[[str], object]):
-        self.folder, self._tell = folder, tell
+        self.folder = folder
+        self._tell = tell
         self._waiting: list[Callable[[], None]] = []
 
     def find(self, facts: Facts, arguments: tuple[Any, ...], results: Any) -> Any | None:
@@ -69,7 +70,8 @@ class ProgramCache:
         except OSError:
             return None
         try:
-            digest, payload = stored[:32], stored[32:]
+            digest = stored[:32]
+            payload = stored[32:]
             if hashlib.sha256(payload).digest() != digest:
                 raise ValueError("it is damaged")
             lorax_kernels.load_runtime()
@@ -169,6 +171,7 @@ def _fingerprint(packages: Iterable[Path]) -> str:
     digest = hashlib.sha256()
     for package in packages:
         for path in sorted(p for p in package.rglob("*") if p.suffix in (".py", ".json")):
-            name, content = path.relative_to(package.parent).as_posix(), path.read_bytes()
+            name = path.relative_to(package.parent).as_posix()
+            content = path.read_bytes()
             digest.update(f"{name} {len(content)} ".encode() + content)
     return digest.hexdigest()

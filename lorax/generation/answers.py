@@ -68,7 +68,10 @@ def answer_rows(
         written = generate(
             model, filled, max_new_tokens=max_new_tokens, stop_ids=stop_ids, temperature=0.0
         )
-        text = lambda tokens: str(tokenizer.decode(tokens, skip_special_tokens=True))
+
+        def text(tokens):
+            return str(tokenizer.decode(tokens, skip_special_tokens=True))
+
         answers += [
             Answer(text(prompt), text(expected), text(new))
             for (prompt, expected), new in zip(chunk, written, strict=False)

@@ -68,7 +68,10 @@ def choose_tokens(
         logits = jnp.where(logits < kept, -jnp.inf, logits)
     if sampling.top_p is not None:
         logits = jnp.where(_outside_nucleus(logits, sampling.top_p), -jnp.inf, logits)
-    row_key = lambda row: jax.random.fold_in(jax.random.fold_in(key, step), row)
+
+    def row_key(row):
+        return jax.random.fold_in(jax.random.fold_in(key, step), row)
+
     keys = jax.vmap(row_key)(jnp.arange(logits.shape[0]))
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 

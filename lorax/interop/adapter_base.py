@@ -84,5 +84,6 @@ def with_recorded_revision(config: RunConfig, tell: Callable[[str], object]) -> 
 
 
 def _is_same(name: str, other: str) -> bool:
-    here, there = Path(name).expanduser(), Path(other).expanduser()
+    here = Path(name).expanduser()
+    there = Path(other).expanduser()
     return name == other or (here.is_dir() and there.is_dir() and here.samefile(there))

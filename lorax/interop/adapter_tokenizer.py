@@ -11,7 +11,9 @@ from lorax.interop.folder import TOKENIZER_FILES
 from lorax.system.files import MAX_INDEX_BYTES, read_json
 
 _VOCABULARIES = {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"}
-_TEMPLATE_FILE, _SETTINGS, _INLINE = "chat_template.jinja", "tokenizer_config.json", "chat_template"
+_TEMPLATE_FILE = "chat_template.jinja"
+_SETTINGS = "tokenizer_config.json"
+_INLINE = "chat_template"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +69,8 @@ def find_tokenizer(
         return FoundTokenizer(load_tokenizer(str(base)), base)
     if not _VOCABULARIES.isdisjoint(names):
         return _own_tokenizer(base, adapter, listed, tell)
-    tokenizer, template = load_tokenizer(str(base)), _own_template(adapter)
+    tokenizer = load_tokenizer(str(base))
+    template = _own_template(adapter)
     if template is None:
         tell(
             f"{adapter} holds {listed}, but no tokenizer and no chat template: the base's are used"
@@ -79,7 +82,8 @@ def find_tokenizer(
 
 
 def _own_tokenizer(base: Path, adapter: Path, listed: str, tell) -> FoundTokenizer:
-    tokenizer, template = load_tokenizer(str(adapter)), None
+    tokenizer = load_tokenizer(str(adapter))
+    template = None
     if tokenizer.chat_template is None and tokenizer_files(base):
         template = load_tokenizer(str(base)).chat_template
         tokenizer.chat_template = template

@@ -159,7 +159,9 @@ def _weight_dtype(model) -> Any:
 
 def _compare(expected: Iterable[tuple[str, np.ndarray]], files: list[Path]) -> int:
     """Compares named arrays with safetensors files bit by bit, one at a time."""
-    entries, folder, count = read_headers(files), files[0].parent, 0
+    entries = read_headers(files)
+    folder = files[0].parent
+    count = 0
     for name, value in expected:
         count += 1
         if name not in entries:

@@ -10,9 +10,11 @@ from lorax.interop.folder import GENERATION_FILE, TOKENIZER_FILES
 from lorax.interop.stop_tokens import generation_settings
 from lorax.system.files import MAX_INDEX_BYTES, read_json
 
-TEMPLATE_FILE, TOKENIZER_SETTINGS = "chat_template.jinja", "tokenizer_config.json"
+TEMPLATE_FILE = "chat_template.jinja"
+TOKENIZER_SETTINGS = "tokenizer_config.json"
 _OLD_TEMPLATE_FILE = "chat_template.json"
-_INLINE, _CLASS = "chat_template", "tokenizer_class"
+_INLINE = "chat_template"
+_CLASS = "tokenizer_class"
 
 
 # Which of transformers' classes take a tokenizer.json as it is; the second name is known to old

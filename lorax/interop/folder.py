@@ -25,8 +25,10 @@ from lorax.system.files import (
 from lorax.system.hub import explain_hub
 from lorax.system.wording import clip, describe, explain, kind_of, show
 
-CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
-WEIGHT_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+CONFIG_FILE = "config.json"
+GENERATION_FILE = "generation_config.json"
+WEIGHT_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -105,7 +107,8 @@ def resolve_checkpoint(
         CheckpointError: If it is neither, or `revision` is given for a folder.
     """
     try:
-        name, path = str(path_or_id), expand(path_or_id)
+        name = str(path_or_id)
+        path = expand(path_or_id)
         if not path.exists():
             return _fetch_checkpoint(name, revision, weights)
         if not path.is_dir():
@@ -185,7 +188,8 @@ def find_tensors(directory: Path) -> dict[str, TensorEntry]:
             naming a file outside the folder or an absent one, an index that disagrees with the
             files, or a file that `files.read_headers` refuses.
     """
-    single, index = directory / WEIGHT_FILE, directory / INDEX_FILE
+    single = directory / WEIGHT_FILE
+    index = directory / INDEX_FILE
     if single.exists() and index.exists():
         raise CheckpointError(
             f"{directory} holds {WEIGHT_FILE} and {INDEX_FILE}; remove the one that is stale"
@@ -230,7 +234,8 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 def _inside(directory: Path, path: Path) -> Path:
     """Returns `path`, unless it is a link that leaves the folder (or the hub's own cache)."""
-    roots, folder = [directory.resolve()], directory.absolute()
+    roots = [directory.resolve()]
+    folder = directory.absolute()
     if folder.parent.name == "snapshots":
         # The hub's cache: snapshots/<commit>/<file> links to blobs/<hash>.
         roots.append((folder.parent.parent / "blobs").resolve())
@@ -335,7 +340,8 @@ def _group(
     for name, value in tensors:
         if shard and size + value.nbytes > max_bytes:
             yield shard
-            shard, size = {}, 0
+            shard = {}
+            size = 0
         if name in shard:
             raise ValueError(f"{name} is given twice")
         shard[name] = np.ascontiguousarray(value)

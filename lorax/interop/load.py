@@ -37,7 +37,8 @@ from lorax.weights.format import Format, axes_of
 _IGNORED_TENSORS = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
 """Buffers that older checkpoints carry; the frequencies follow from config.json."""
 
-_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_HEAD = "lm_head.weight"
+_EMBEDDING = "model.embed_tokens.weight"
 
 
 def load_hf_config(path_or_id: str | Path, *, revision: str | None = None) -> DecoderConfig:
@@ -198,7 +199,8 @@ def _check_tied_head(names: tuple[str, str], head: TensorEntry, embedding: Tenso
     """Accepts a stored head beside tied embeddings only as an exact copy."""
     equal = head.shape == embedding.shape
     with open_tensors(head.file) as a, open_tensors(embedding.file) as b:
-        heads, embeddings = a.get_slice(names[0]), b.get_slice(names[1])
+        heads = a.get_slice(names[0])
+        embeddings = b.get_slice(names[1])
         for start in range(0, head.shape[0], 4096) if equal else ():
             rows = slice(start, min(start + 4096, head.shape[0]))
             wide = [part[rows].astype(np.float32) for part in (heads, embeddings)]
@@ -260,7 +262,8 @@ def load_values(
 
 def _shardings(config: DecoderConfig, mesh: Mesh, on_host: Set[str]) -> dict[str, NamedSharding]:
     """Returns where each parameter lies on the mesh, but for those of the host's memory."""
-    table, parts = tensor_table(config), config.family.parts
+    table = tensor_table(config)
+    parts = config.family.parts
     dotted = {name: ".".join(map(str, table[name].path)) for name in table if name not in on_host}
     return {name: parameter_sharding(path, mesh, parts) for name, path in dotted.items()}
 

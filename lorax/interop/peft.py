@@ -56,8 +56,12 @@ def adapter_config(
     r, alpha = (Counter(v.values()).most_common(1)[0][0] for v in (ranks, alphas))
     if portable:
         r = alpha = max(ranks.values())
-        ranks, alphas = {}, {}
-    pattern = lambda values, common: {re.escape(n): v for n, v in values.items() if v != common}
+        ranks = {}
+        alphas = {}
+
+    def pattern(values, common):
+        return {re.escape(n): v for n, v in values.items() if v != common}
+
     saved = _saved_modules(model)
     method = LORA if portable else next(iter(specs.values())).method
     config = {
@@ -96,7 +100,8 @@ def adapter_tensors(model: nnx.Module, *, portable: bool = False) -> dict[str, n
     rank = max(layer.adapter.spec.r for layer in layers.values())
     tensors = {}
     for name, layer in layers.items():
-        spec, values = layer.adapter.spec, layer.adapter.params
+        spec = layer.adapter.spec
+        values = layer.adapter.params
         keys = (LORA if portable else spec.method).keys
         if portable:
             values = spec.method.portable(spec, values, rank)
@@ -208,7 +213,8 @@ def check_adapter(model: nnx.Module, directory: str | Path) -> dict[str, TensorE
         AdapterError: Naming the file and the tensor: absent, unknown or of another shape.
     """
     path = _tensor_file(Path(directory))
-    entries, expected = read_headers([path]), _expected_shapes(model)
+    entries = read_headers([path])
+    expected = _expected_shapes(model)
     _refuse_untied(entries, model, path)
     # PEFT saves the weights of an adapted head beside it, which are the base's.
     copies = {
@@ -233,7 +239,8 @@ def _expected_shapes(model: nnx.Module) -> dict[str, tuple[int, ...]]:
     """Returns the shape of every tensor that adapter_model.safetensors must hold."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, layer in _adapted(model).items():
-        spec, shape = layer.adapter.spec, Shape(layer.in_features, layer.out_features)
+        spec = layer.adapter.spec
+        shape = Shape(layer.in_features, layer.out_features)
         for parameter, needed in spec.method.shapes(shape, spec).items():
             key = spec.method.keys[parameter]
             shapes[f"{PREFIX}{name}.{key.suffix}"] = needed[::-1] if key.transposed else needed
@@ -257,7 +264,9 @@ def _tensor_file(directory: Path) -> Path:
 
 
 def _fill(model: nnx.Module, tensors: dict[str, np.ndarray]) -> None:
-    wide = lambda key: tensors[key].astype(np.float32)
+    def wide(key):
+        return tensors[key].astype(np.float32)
+
     for name, layer in adapted_layers(model).items():
         for parameter, key in layer.adapter.spec.method.keys.items():
             value = wide(f"{PREFIX}{name}.{key.suffix}")

@@ -113,7 +113,8 @@ def read_base_name(directory: str | Path) -> tuple[str | None, str | None]:
 def adapter_notes(directory: str | Path) -> list[str]:
     """Returns what a user should know of an adapter that loads: how training it on will differ."""
     path = Path(directory) / CONFIG_FILE
-    raw, notes = read_json(path), []
+    raw = read_json(path)
+    notes = []
     if str(raw.get("init_lora_weights")).lower() == "mica":
         notes.append(f"{path}: MiCA trained A alone; lorax trains A and B")
     if raw.get("fan_in_fan_out"):

@@ -65,7 +65,8 @@ def read_headers(paths: Iterable[Path]) -> dict[str, TensorEntry]:
             offsets = _read_offsets(path)  # as the library has checked them
             for name in file.keys():
                 header = file.get_slice(name)
-                shape, dtype = tuple(header.get_shape()), header.get_dtype()
+                shape = tuple(header.get_shape())
+                dtype = header.get_dtype()
                 entry = TensorEntry(path, shape, dtype, offsets[name])
                 if entry.dtype not in READABLE_DTYPES:
                     raise CheckpointError(
@@ -109,7 +110,8 @@ def read_parts(entry: TensorEntry, parts: Sequence[Part]) -> list[np.ndarray]:
     Raises:
         CheckpointError: As `read_tensor`.
     """
-    ranges, values = [_range_of(part, entry.shape) for part in parts], []
+    ranges = [_range_of(part, entry.shape) for part in parts]
+    values = []
     scattered = [found for found in ranges if found.stop - found.start > math.prod(found.shape)]
     first = min((found.start for found in scattered), default=0)
     cover = _read_range(entry, first, max((found.stop for found in scattered), default=0))

@@ -65,7 +65,8 @@ def generation_settings(directory: str | Path, stop_ids: Sequence[int]) -> dict[
     Returns:
         Its contents, all other fields as they were; None if the base's own files say the same.
     """
-    path, fallback = Path(directory) / GENERATION_FILE, Path(directory) / CONFIG_FILE
+    path = Path(directory) / GENERATION_FILE
+    fallback = Path(directory) / CONFIG_FILE
     source = path if path.exists() else fallback
     settings = read_json(source)
     before = dict.fromkeys(_token_ids(settings, source))

@@ -172,13 +172,14 @@ def store(
         positions: Their slots, unless `empty`.
         empty: Token i of every row goes to slot i: a whole prompt.
     """
-    if empty:
-        put = lambda whole, new: jax.lax.dynamic_update_slice(
-            whole, new.astype(whole.dtype), (0, 0, 0, 0)
-        )
-    else:
+
+    def put(whole, new):
+        new = new.astype(whole.dtype)
+        if empty:
+            return jax.lax.dynamic_update_slice(whole, new, (0, 0, 0, 0))
         row = jnp.broadcast_to(jnp.arange(positions.shape[0])[:, None], positions.shape)
-        put = lambda whole, new: whole.at[row, positions].set(new.astype(whole.dtype), mode="drop")
+        return whole.at[row, positions].set(new, mode="drop")
+
     return put(cache[0], k), put(cache[1], v)
 
 

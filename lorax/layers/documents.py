@@ -129,7 +129,10 @@ def attend_by_mask(attend_plain, q, k, v, segment_ids):
 def attend_windows(q, k, v, starts, lengths, *, sliding_window):
     """Hands over windows as rows; a document may reach into the next, all being one stretch."""
     rows, windows, runs = starts.shape
-    cut = lambda x: x.reshape(rows * windows, -1, *x.shape[2:])
+
+    def cut(x):
+        return x.reshape(rows * windows, -1, *x.shape[2:])
+
     starts, lengths = starts.reshape(-1, runs), lengths.reshape(-1, runs)
     # jax 0.11.2 counts an end that is also the next row's start twice, which gives NaN: only the
     # last row says where it ends.

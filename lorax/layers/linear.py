@@ -82,7 +82,8 @@ class Linear(nnx.Linear):
         super().__init__(in_features, out_features, rngs=rngs, **options)
         self.attached = nnx.Dict()
         self.active: str | None = None
-        self.merged, self.deterministic = False, False
+        self.merged = False
+        self.deterministic = False
         self.kernels: Kernels = "auto"
 
     @classmethod
@@ -99,7 +100,8 @@ class Linear(nnx.Linear):
                 rngs=nnx.Rngs(0),
             )
         )
-        layer.kernel, layer.bias = base.kernel, base.bias
+        layer.kernel = base.kernel
+        layer.bias = base.bias
         return layer
 
     def freeze(self, kernel: Matrix) -> None:
@@ -151,7 +153,8 @@ class Linear(nnx.Linear):
 
         A residual needs the dtype in which outputs are computed and come.
         """
-        adapter, rate = self.computing, self.dropout_rate
+        adapter = self.computing
+        rate = self.dropout_rate
         assert adapter is not None
         x, w = x.astype(self.compute_dtype(x.dtype)), self.kernel.get_value()
         operands = adapter.operands(w)

@@ -17,7 +17,8 @@ class RMSNorm(nnx.Module):
 
     def __init__(self, size: int, epsilon: float, execution: Execution):
         self.weight = nnx.Param(jnp.ones((size,), execution.param_dtype))
-        self.epsilon, self.dtype = epsilon, execution.dtype
+        self.epsilon = epsilon
+        self.dtype = execution.dtype
         self.kernels: Kernels = "auto"
 
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:

@@ -107,7 +107,8 @@ def _object(fields: JsonFields, name: str, value: Any) -> Mapping[str, Any]:
 
 def _read_type(values: dict[str, Any], where: str, prefix: str, theta: float | None) -> RopeConfig:
     fields = JsonFields(values, where, prefix)
-    old, new = fields.raw("type", None), fields.raw("rope_type", None)
+    old = fields.raw("type", None)
+    new = fields.raw("rope_type", None)
     if old is not None and new is not None and old != new:
         raise fields.error("rope_type", f"must equal {prefix}type={old!r}")
     rope_type = next((t for t in (new, old) if t is not None), "default")
@@ -125,7 +126,10 @@ def _read_type(values: dict[str, Any], where: str, prefix: str, theta: float | N
         "high_freq_factor": lambda n: fields.number(n, minimum=0, above=True),
         "truncate": lambda n: fields.boolean(n, None),
     }
-    optional = lambda n: fields.number(n, None, minimum=0)
+
+    def optional(n):
+        return fields.number(n, None, minimum=0)
+
     read = {name: readers.get(name, optional)(name) for name in _FIELDS_OF_TYPE[rope_type]}
     fields.finish()
     config = RopeConfig(
@@ -173,7 +177,8 @@ def _llama3(rope: RopeConfig, frequencies: np.ndarray, max_position: int) -> np.
     """Stretches long wavelengths and blends in between (Llama 3.1)."""
     context = rope.original_max_position_embeddings or max_position
     assert rope.factor and rope.low_freq_factor and rope.high_freq_factor
-    low, high = rope.low_freq_factor, rope.high_freq_factor
+    low = rope.low_freq_factor
+    high = rope.high_freq_factor
     # A scalar over an array is the array's reciprocal times the scalar, in torch.
     wavelengths = np.float32(1) / frequencies * np.float32(2 * math.pi)
     stretched = frequencies / np.float32(rope.factor)
@@ -199,7 +204,8 @@ def _yarn(
         ratio = math.log(context / (rotations * 2 * math.pi))
         return head_dim * ratio / (2 * math.log(rope.rope_theta))
 
-    low, high = dimension(rope.beta_fast or 32), dimension(rope.beta_slow or 1)
+    low = dimension(rope.beta_fast or 32)
+    high = dimension(rope.beta_slow or 1)
     if rope.truncate is not False:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
@@ -214,7 +220,10 @@ def _yarn(
 def _yarn_attention_factor(rope: RopeConfig, factor: float) -> float:
     if rope.attention_factor is not None:
         return rope.attention_factor
-    scale = lambda m: 1.0 if factor <= 1 else 0.1 * m * math.log(factor) + 1.0
+
+    def scale(m):
+        return 1.0 if factor <= 1 else 0.1 * m * math.log(factor) + 1.0
+
     if rope.mscale and rope.mscale_all_dim:
         return scale(rope.mscale) / scale(rope.mscale_all_dim)
     return scale(1.0)

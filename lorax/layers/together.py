@@ -123,7 +123,10 @@ def _group(layers: Sequence[Any], dtype: Any) -> _Group | None:
     Layers without an adapter take part while they are frozen: the operations give no gradient of a
     base weight.
     """
-    members, dtypes, ways, key = [], set(), set(), None
+    members = []
+    dtypes = set()
+    ways = set()
+    key = None
     for layer in layers:
         if not isinstance(layer, Linear) or obstacle(layer) or not isinstance(layer.kernel, Frozen):
             return None

@@ -181,7 +181,8 @@ def stored_dtype(config: Mapping[str, Any], where: str) -> str | None:
     Raises:
         ValueError: If it is no name of a dtype that lorax reads.
     """
-    fields, found = JsonFields(config, where), []
+    fields = JsonFields(config, where)
+    found = []
     for name in ("dtype", "torch_dtype"):
         value = fields.raw(name, "auto")
         known = isinstance(value, str) and value.removeprefix("torch.")
@@ -196,7 +197,8 @@ def stored_dtype(config: Mapping[str, Any], where: str) -> str | None:
 
 
 def _read_shape(fields: JsonFields, defaults: ModelType) -> dict[str, Any]:
-    hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+    hidden = fields.integer("hidden_size")
+    heads = fields.integer("num_attention_heads")
     default = defaults.num_key_value_heads if "num_key_value_heads" not in fields.values else None
     groups = fields.integer("num_key_value_heads", default or heads)
     if heads % groups:

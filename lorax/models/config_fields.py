@@ -131,7 +131,10 @@ def neutral_kind(name: str, value: Any) -> str | None:
         The reason in words, or None if it may change something.
     """
     words = [word.lower() for word in re.findall(r"[A-Z]?[a-z]+\d*|[A-Z]+(?![a-z])|\d+", name)]
-    speaks_of = lambda pattern: any(pattern.match(word) for word in words)
+
+    def speaks_of(pattern):
+        return any(pattern.match(word) for word in words)
+
     if value is None:
         return "null"
     if words[-2:] in (["token", "id"], ["token", "ids"]) and _are_token_ids(value):

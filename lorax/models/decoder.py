@@ -110,7 +110,8 @@ class CausalLM(nnx.Module):
         # Checked here, so that cuDNN where it cannot run is an error before anything is loaded.
         resolve_implementation(attn_impl, jnp.dtype(dtype), config.head_dim, packed=False)
         execution = Execution(dtype, param_dtype, attn_impl)
-        self.config, self.dtype = config, dtype
+        self.config = config
+        self.dtype = dtype
         self.attn_impl: AttentionImplementation = attn_impl
         self.gradient_checkpointing: GradientCheckpointing = check_policy(gradient_checkpointing)
         self.kept_layers = check_kept_layers(kept_layers, config.num_hidden_layers)
@@ -212,7 +213,8 @@ class CausalLM(nnx.Module):
         return self.model.norm(hidden)
 
     def _find_documents(self, segment_ids, hidden):
-        impl, head_dim = self.attn_impl, self.config.head_dim
+        impl = self.attn_impl
+        head_dim = self.config.head_dim
         if resolve_implementation(impl, hidden.dtype, head_dim, packed=True) == "xla":
             return Documents(segment_ids), hidden
         layout = self.document_layout
@@ -224,7 +226,8 @@ class CausalLM(nnx.Module):
         return find_documents(segment_ids, layout), hidden
 
     def _rotary(self, positions, segment_ids) -> Rotary:
-        c, lengths = self.config, document_lengths(positions, segment_ids)
+        c = self.config
+        lengths = document_lengths(positions, segment_ids)
         return rotary_tables(c.rope, c.head_dim, c.max_position_embeddings, positions, lengths)
 
     def _run_with_cache(self, hidden, context: Context, cache: KVCache):

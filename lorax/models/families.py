@@ -54,7 +54,8 @@ def _read_model_type(fields: JsonFields) -> tuple[Family, str]:
 def _check_architectures(fields: JsonFields, model_type: ModelType) -> None:
     """Refuses a class that is another model's, or no causal language model."""
     value = fields.raw("architectures", None)
-    names, needed = value if isinstance(value, list) else [value], model_type.architecture
+    names = value if isinstance(value, list) else [value]
+    needed = model_type.architecture
     every = [name for family in FAMILIES for name in family.architectures]
     supported = {name.lower() for name in every}
     for name in names if value is not None else ():

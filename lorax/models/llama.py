@@ -28,7 +28,8 @@ class Attention(nnx.Module):
     """Grouped-query attention with rotary positions."""
 
     def __init__(self, config: DecoderConfig, index: int, execution: Execution, rngs: nnx.Rngs):
-        width, head_dim = config.hidden_size, config.head_dim
+        width = config.hidden_size
+        head_dim = config.head_dim
         q_size = config.num_attention_heads * head_dim
         kv_size = config.num_key_value_heads * head_dim
         self.q_proj = make_linear(width, q_size, config.qkv_bias, execution, rngs)
@@ -48,7 +49,10 @@ class Attention(nnx.Module):
         empty: bool,
     ) -> tuple[Float[Array, "b t d"], LayerCache | None]:
         """Returns `residual` plus the output, and the cache with this call's tokens added."""
-        heads = lambda y: y.reshape(*x.shape[:2], -1, self.head_dim)
+
+        def heads(y):
+            return y.reshape(*x.shape[:2], -1, self.head_dim)
+
         q, k, v = map(heads, apply_together((self.q_proj, self.k_proj, self.v_proj), x))
         q, k = self.before_rotation(q, k)
         q, k = kept(rotate(q, *context.rotary)), kept(rotate(k, *context.rotary))
@@ -56,7 +60,8 @@ class Attention(nnx.Module):
             cache = store(cache, k, v, context.positions, empty=empty)
         window = self.sliding_window
         if cache is None or empty:
-            documents, impl = context.documents, self.attn_impl
+            documents = context.documents
+            impl = self.attn_impl
             y = attend(q, k, v, documents=documents, sliding_window=window, impl=impl)
         else:
             y = attend_cache(q, *cache, context.positions, sliding_window=window)
@@ -75,9 +80,11 @@ class DecoderLayer(nnx.Module):
     attention = Attention
 
     def __init__(self, config: DecoderConfig, index: int, execution: Execution, rngs: nnx.Rngs):
-        width, epsilon = config.hidden_size, config.rms_norm_eps
+        width = config.hidden_size
+        epsilon = config.rms_norm_eps
         self.self_attn = self.attention(config, index, execution, rngs)
-        inner, bias = config.intermediate_size, config.mlp_bias
+        inner = config.intermediate_size
+        bias = config.mlp_bias
         self.mlp = MLP(width, inner, bias, execution, rngs)
         self.input_layernorm = RMSNorm(width, epsilon, execution)
         self.post_attention_layernorm = RMSNorm(width, epsilon, execution)
@@ -98,7 +105,8 @@ class DecoderLayer(nnx.Module):
 
 def kept_per_token(config: DecoderConfig, policy: GradientCheckpointing) -> Kept:
     """Returns what a layer keeps for the backward pass, as `Family.kept`."""
-    d, f = config.hidden_size, config.intermediate_size
+    d = config.hidden_size
+    f = config.intermediate_size
     q = config.num_attention_heads * config.head_dim
     kv = config.num_key_value_heads * config.head_dim
     if policy == "full":

@@ -4,7 +4,8 @@ from typing import Any
 
 from lorax.system.json_fields import JsonFields
 
-FULL, SLIDING = "full_attention", "sliding_attention"
+FULL = "full_attention"
+SLIDING = "sliding_attention"
 
 
 def read_windows(fields: JsonFields, kind: str, layers: int) -> tuple[int | None, tuple[str, ...]]:

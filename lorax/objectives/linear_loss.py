@@ -117,7 +117,9 @@ def linear_cross_entropy(
         return total, (of_head, join(of_hidden))
 
     def backward(gradients, cotangent):
-        scale = lambda leaf, like: (leaf.astype(zero.dtype) * cotangent).astype(like.dtype)
+        def scale(leaf, like):
+            return (leaf.astype(zero.dtype) * cotangent).astype(like.dtype)
+
         of_head, of_hidden = gradients
         of_head = jax.tree.map(scale, of_head, trainable)
         return of_head, None, scale(of_hidden, hidden), None

@@ -68,7 +68,10 @@ def _groups(modules: dict[str, Any], family: Family) -> list[tuple[str, list[_Si
             continue
         parent, _, last = name.rpartition(".")
         together = family.together_with(last)
-        path = lambda member, parent=parent: f"{parent}.{member}" if parent else member
+
+        def path(member, parent=parent):
+            return f"{parent}.{member}" if parent else member
+
         members = [member for member in together if _size(modules.get(path(member))) is not None]
         done.update(map(path, members))
         sizes = tuple(size for member in members if (size := _size(modules[path(member)])))

@@ -87,13 +87,16 @@ class Planner:
     """
 
     def __init__(self, config: RunConfig, architecture: DecoderConfig, model: CausalLM):
-        self.config, self.architecture = config, architecture
+        self.config = config
+        self.architecture = architecture
         _, trainable, frozen = split_trainable(model)
-        table, on_host = model.model.embed_tokens.embedding, embedding_on_host(model)
+        table = model.model.embed_tokens.embedding
+        on_host = embedding_on_host(model)
         # On the host it takes nothing of the device, so there is nothing left to spare.
         self.spared_by_host = 0.0 if embedding_obstacle(model) else _bytes(table)
         self.host_embedding = 0.0 if on_host is None else float(on_host.nbytes)
-        self.weights, self.trained = _bytes(frozen), _bytes(trainable)
+        self.weights = _bytes(frozen)
+        self.trained = _bytes(trainable)
         self.trained_elements = sum(math.prod(x.shape) for x in jax.tree.leaves(trainable))
         init = make_optimizer(config.train, 1_000_000).init
         self.optimizer = _bytes(jax.eval_shape(init, trainable))
@@ -116,7 +119,8 @@ class Planner:
             length: Tokens of a row.
             kept_layers: See `lorax.models.stack.recompute.Recomputation`.
         """
-        c, a = self.element, self.architecture
+        c = self.element
+        a = self.architecture
         tokens = rows * length
         if policy in REPEATING and kept_layers == a.num_hidden_layers:
             policy = "selective"
@@ -142,7 +146,8 @@ class Planner:
         loss = logits + 3 * tokens * a.hidden_size * c
         working = max(layer, loss)
         if policy in REPEATING:
-            whole, instead = self._kept_per_token("selective"), self._kept_per_token(policy)
+            whole = self._kept_per_token("selective")
+            instead = self._kept_per_token(policy)
             # Of what is offloaded, the last layer's part is counted above.
             counted = kept_layers if policy == "full" else min(kept_layers, 1)
             more = tokens * (kept_layers * whole - counted * instead)
@@ -174,9 +179,14 @@ class Planner:
         self, policy: GradientCheckpointing, rows: int, length: int, kept_layers: int = 1
     ) -> float:
         """Returns the estimated time of a micro-batch on an H200."""
-        a, c, tokens = self.architecture, self.element, rows * length
-        d, f, layers = a.hidden_size, a.intermediate_size, a.num_hidden_layers
-        q, kv = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
+        a = self.architecture
+        c = self.element
+        tokens = rows * length
+        d = a.hidden_size
+        f = a.intermediate_size
+        layers = a.num_hidden_layers
+        q = a.num_attention_heads * a.head_dim
+        kv = a.num_key_value_heads * a.head_dim
         down = f * d
         products = layers * (d * (2 * q + 2 * kv) + 3 * down)
         passes = 3.0 if self.full else 2.0
@@ -226,8 +236,13 @@ class Planner:
 
         Layers beyond the last are kept where they fit `FILLED` of `gib`.
         """
-        peak = lambda r: self.memory(r.policy, rows, length, r.kept_layers).peak / GIB
-        seconds = lambda r: self.seconds(r.policy, rows, length, r.kept_layers)
+
+        def peak(r):
+            return self.memory(r.policy, rows, length, r.kept_layers).peak / GIB
+
+        def seconds(r):
+            return self.seconds(r.policy, rows, length, r.kept_layers)
+
         policies = [Recomputation(policy) for policy in POLICIES]
         fitting = [r for r in policies if peak(r) <= gib]
         if not fitting:

@@ -18,7 +18,8 @@ import numpy as np
 from lorax.system.files import MAX_INDEX_BYTES, CheckpointError, read_json
 
 MANIFEST_FILE = "manifest.json"
-_FORMAT, _PLACE = 2, ("stack", "row")
+_FORMAT = 2
+_PLACE = ("stack", "row")
 _GONE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR}
 """Errors that say that a checkpoint is not whole. Any other says nothing about that."""
 

@@ -36,8 +36,10 @@ class Identity:
         where: str = "",
         settings_of: Callable[[str], str] = str,
     ):
-        self.manifest, self.parts = manifest, dict[str, Any]()
-        self._where, self._settings_of = where, settings_of
+        self.manifest = manifest
+        self.parts = dict[str, Any]()
+        self._where = where
+        self._settings_of = settings_of
         self._left = dict(self.saved)
 
     @property
@@ -106,7 +108,8 @@ def refuse_other_run(
         where: The run's folder.
         settings_of: Returns the settings that ask for a recomputation.
     """
-    before, after = _fixed(saved.get("settings", {})), _fixed(now.get("settings", {}))
+    before = _fixed(saved.get("settings", {}))
+    after = _fixed(now.get("settings", {}))
     differing = [
         f"{key} was {_show(before, key)} and is {_show(after, key)}"
         for key in sorted(before.keys() | after.keys())
@@ -180,7 +183,8 @@ def fingerprint_file(path: Path, *, samples: int = 64, sample_bytes: int = 2**16
     A file of up to 5 MiB is read whole. Larger ones, weights of many GiB, are not: that would take
     longer than the rest of a start.
     """
-    size, head = path.stat().st_size, 2**20
+    size = path.stat().st_size
+    head = 2**20
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
         digest.update(file.read(head))

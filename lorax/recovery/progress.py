@@ -44,7 +44,8 @@ class Progress:
 
     def note(self, step: int, loss: float) -> None:
         """Notes that a step is done, and its loss."""
-        self.step, self.train_loss = step, loss
+        self.step = step
+        self.train_loss = loss
         if math.isfinite(loss):
             self.recent_losses = [*self.recent_losses, loss][-50:]
 

@@ -43,8 +43,11 @@ class Saver:
         identity: Identity,
         tell: Callable[[str], object],
     ):
-        self.config, self.weights, self.checkpoints = config, weights, checkpoints
-        self.identity, self._tell = identity, tell
+        self.config = config
+        self.weights = weights
+        self.checkpoints = checkpoints
+        self.identity = identity
+        self._tell = tell
         self.progress = Progress()
         self.best: Any = None  # trained weights with the lowest held-out loss, on the host
         self._told: tuple[int, float] | None = None
@@ -58,7 +61,8 @@ class Saver:
         tell: Callable[[str], object],
     ) -> Self:
         """Returns that of a run's folder; `write` is as for `WeightStore`."""
-        output, keep = Path(config.output_dir), config.save_total_limit
+        output = Path(config.output_dir)
+        keep = config.save_total_limit
         checkpoints = CheckpointStore(
             output / CHECKPOINT_FOLDER, keep=keep, versions=library_versions(), tell=tell
         )
@@ -108,7 +112,8 @@ class Saver:
         self.checkpoints.prune(found.step, verified=True)  # a run that is stopped leaves its last
         self.best = jax.device_get(restored["best"]) if "best" in restored else None
         self.weights.adopt(progress.weights, progress.best_step, progress.best_loss)
-        then, now = found.versions, library_versions()
+        then = found.versions
+        now = library_versions()
         changed = [f"{k} {then[k]} → {now.get(k)}" for k in sorted(then) if then[k] != now.get(k)]
         if changed:
             self._tell(f"WARNING: the last bits may differ, since {', '.join(changed)}")
@@ -133,7 +138,8 @@ class Saver:
         progress.best_step = self.weights.best_step
         progress.best_loss = None if progress.best_step is None else self.weights.best_loss
         plain = {name: _finite(value) for name, value in dataclasses.asdict(progress).items()}
-        record, arrays = {"identity": self.identity.parts, "progress": plain}, flatten_tree(tree)
+        record = {"identity": self.identity.parts, "progress": plain}
+        arrays = flatten_tree(tree)
         return self._guard(lambda: self.checkpoints.save(progress.step, arrays, record, wait=wait))
 
     def save_weights(self, step: int, eval_loss: float | None = None) -> bool:
@@ -141,7 +147,8 @@ class Saver:
         improved = eval_loss is not None and eval_loss < self.weights.best_loss
         if not self._guard(lambda: self.weights.save(step, eval_loss)) and improved:
             assert eval_loss is not None
-            self.weights.best_step, self.weights.best_loss = step, eval_loss
+            self.weights.best_step = step
+            self.weights.best_loss = eval_loss
         return improved
 
     def keep_evaluated(self, step: int, loss: float, trained: Any, patience: int | None) -> None:
@@ -163,7 +170,8 @@ class Saver:
 
     def result(self) -> TrainResult:
         """Returns what the run came to, with the best weights if those were kept."""
-        progress, weights = self.progress, self.weights
+        progress = self.progress
+        weights = self.weights
         best_step = None if self.best is None else weights.best_step
         return TrainResult(
             steps=progress.step,

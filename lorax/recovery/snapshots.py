@@ -26,7 +26,8 @@ class WeightStore:
     """
 
     def __init__(self, directory: Path, write: Callable[[Path], object]):
-        self.directory, self._write = directory, write
+        self.directory = directory
+        self._write = write
         self._written: dict[int, Path] = {}
         self.best_step: int | None = None
         self.best_loss = math.inf
@@ -36,7 +37,8 @@ class WeightStore:
         folders = {step: self._folder(step) for step in steps}
         self._written = {step: folder for step, folder in folders.items() if folder.is_dir()}
         if best_loss is not None:
-            self.best_step, self.best_loss = best_step, best_loss
+            self.best_step = best_step
+            self.best_loss = best_loss
 
     @property
     def steps(self) -> list[int]:
@@ -52,7 +54,8 @@ class WeightStore:
         """
         if step not in self._written:
             self.directory.mkdir(parents=True, exist_ok=True)
-            folder, left = self._folder(step), None
+            folder = self._folder(step)
+            left = None
             if folder.exists():
                 left = folder.with_name(f".{folder.name}.superseded-{time.time_ns()}")
                 folder.rename(left)
@@ -64,7 +67,8 @@ class WeightStore:
         improved = eval_loss is not None and eval_loss < self.best_loss
         if improved:
             assert eval_loss is not None
-            self.best_loss, self.best_step = eval_loss, step
+            self.best_loss = eval_loss
+            self.best_step = step
             self._point_to_best()
         self._remove_superseded()
         return improved

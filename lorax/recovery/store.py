@@ -37,7 +37,8 @@ from lorax.system.wording import describe
 CHECKPOINT_FOLDER = "checkpoints"
 """In a run's folder: where its checkpoints are."""
 
-MARKER_FILE, LOCK_FILE = "LORAX", "lock"
+MARKER_FILE = "LORAX"
+LOCK_FILE = "lock"
 _STEP = re.compile(r"step-(\d{9})")
 _PARTIAL = re.compile(r"\.partial-(step-)?\d{9}-[0-9a-f]{8}")
 _MARKER = "Checkpoints of a lorax run. Folders step-*, damaged-* and .partial-* belong to lorax.\n"
@@ -80,7 +81,9 @@ class CheckpointStore:
         versions: Mapping[str, str] | None = None,
         tell: Callable[[str], object] = print,
     ):
-        self.directory, self.keep, self.versions = directory, keep, dict(versions or {})
+        self.directory = directory
+        self.keep = keep
+        self.versions = dict(versions or {})
         self.prunes = True
         self.saved: tuple[int, float] | None = None
         self._tell = tell

@@ -103,7 +103,8 @@ def _smooth(values: Sequence[float], window: int) -> list[float]:
     smooth = []
     for index in range(len(values)):
         half = min(window // 2, index, len(values) - 1 - index)
-        start, end = index - half, index + half + 1
+        start = index - half
+        end = index + half + 1
         count = counts[end] - counts[start]
         smooth.append((totals[end] - totals[start]) / count if count else math.nan)
     return smooth

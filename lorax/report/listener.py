@@ -30,7 +30,9 @@ class Recorder:
         phases: Phases,
         on_error: Literal["stop", "warn"] = "stop",
     ):
-        self.console, self.logging_steps, self.phases = console, logging_steps, phases
+        self.console = console
+        self.logging_steps = logging_steps
+        self.phases = phases
         self.on_error = on_error
         self._unlogged = 0
         self.log: RunLog | None = None
@@ -77,7 +79,9 @@ class Recorder:
             )
 
     def _write(self, step: int, event: Event) -> None:
-        say = lambda text: self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        def say(text):
+            return self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
         try:
             if self.log is not None:
                 self.log.write(step, event)

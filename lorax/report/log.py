@@ -153,10 +153,12 @@ def _keep_lines(path: Path, reached: int, evaluated: bool) -> None:
     """Removes the lines of what comes again after step `reached`, all at once or not at all."""
     if not path.exists():
         return
-    lines, kept = 0, {}
+    lines = 0
+    kept = {}
     for line, record in _read_lines(path):
         lines += 1
-        step, is_evaluation = record["step"], _is_evaluation(record)
+        step = record["step"]
+        is_evaluation = _is_evaluation(record)
         if step < reached or (step == reached and (evaluated or not is_evaluation)):
             kept.pop((step, is_evaluation), None)
             kept[step, is_evaluation] = line

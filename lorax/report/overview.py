@@ -144,7 +144,8 @@ def report_kernels(console: Console, config: RunConfig, model: CausalLM) -> None
 
 def report_plan(console: Console, config: RunConfig, planner: Planner) -> None:
     """Prints the memory and the time of a step for every policy, and what would fit devices."""
-    rows, length = config.train.per_device_train_batch_size, config.data.max_seq_length
+    rows = config.train.per_device_train_batch_size
+    length = config.data.max_seq_length
     accumulation = config.train.gradient_accumulation_steps
     console.print(
         f"one device, {rows} × {length:,} tokens, {accumulation} micro-batches per step",
@@ -153,12 +154,14 @@ def report_plan(console: Console, config: RunConfig, planner: Planner) -> None:
     header = ["recompute", "weights", "trained", "activations", "working", "peak GiB", "tokens/s"]
     table = []
     choices = [Recomputation(policy) for policy in POLICIES]
-    asked, kept = config.train.gradient_checkpointing, config.train.kept_layers
+    asked = config.train.gradient_checkpointing
+    kept = config.train.kept_layers
     if asked != "auto" and kept is not None:
         choices.append(Recomputation(asked, kept))
     for choice in dict.fromkeys(choices):
         cell = choice.policy, rows, length, choice.kept_layers
-        m, speed = planner.memory(*cell), rows * length / planner.seconds(*cell)
+        m = planner.memory(*cell)
+        speed = rows * length / planner.seconds(*cell)
         parts = m.weights, m.trained + m.optimizer + m.gradients, m.activations, m.working, m.peak
         table.append([str(choice), *(f"{part / GIB:,.2f}" for part in parts), f"{speed:,.0f}"])
     _print_table(console, header, table)
@@ -221,7 +224,8 @@ def _print_table(console: Console, header: list[str], rows: list[list[str]]) -> 
 
 def _attention(config: RunConfig, model: Any) -> str:
     """Says what runs attention, and why it is not cuDNN on a GPU."""
-    dtype, head_dim = jnp.dtype(config.model.dtype), model.config.head_dim
+    dtype = jnp.dtype(config.model.dtype)
+    head_dim = model.config.head_dim
     packed = config.data.packing
     runs = resolve_implementation(config.model.attn_impl, dtype, head_dim, packed=packed)
     if runs == "cudnn":
@@ -236,7 +240,8 @@ def module_rows(model: nnx.Module) -> list[ModuleRow]:
     """Groups the adapted layers by the last two parts of their names, shape, rank and scale."""
     groups: dict[tuple, int] = {}
     for name, layer in adapted_layers(model).items():
-        kind, spec = ".".join(name.split(".")[-2:]), layer.adapter.spec
+        kind = ".".join(name.split(".")[-2:])
+        spec = layer.adapter.spec
         shape = layer.in_features, layer.out_features
         key = (kind, *shape, spec.r, spec.scale, cost_of(layer).parameters)
         groups[key] = groups.get(key, 0) + 1

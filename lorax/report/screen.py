@@ -195,7 +195,8 @@ def show_progress(
             return
         printed = line.step
         text = f"step {line.step:>{len(str(total_steps))}}/{total_steps}  {_describe_step(line)}"
-        done, seconds = line.step - start[0], now - start[1]
+        done = line.step - start[0]
+        seconds = now - start[1]
         if done:
             text += f"  {_format_time(seconds / done * (total_steps - line.step))} left"
         _print_plain(console, text)
@@ -247,9 +248,12 @@ def _shorten(pieces: Sequence[tuple[str, bool]], longest: int) -> list[tuple[str
     excess = sum(len(text) for text, _ in pieces) - longest
     if excess <= 0:
         return list(pieces)
-    start, end = longest // 2, longest // 2 + excess
+    start = longest // 2
+    end = longest // 2 + excess
     note = f"\n[… {excess:,} characters left out …]\n"
-    head, tail, position = [], [], 0
+    head = []
+    tail = []
+    position = 0
     for text, supervised in pieces:
         head.append((text[: max(0, start - position)], supervised))
         tail.append((text[max(0, end - position) :], supervised))
@@ -277,8 +281,10 @@ def _make_bar(console: Console) -> Progress:
 
 
 def _describe_step(line: StepLine) -> str:
-    loss, rate = _format(line.loss, ".4f"), _format(line.learning_rate, ".2e")
-    norm, speed = _format(line.grad_norm, ".3g"), _format(line.tokens_per_s, ",.0f")
+    loss = _format(line.loss, ".4f")
+    rate = _format(line.learning_rate, ".2e")
+    norm = _format(line.grad_norm, ".3g")
+    speed = _format(line.tokens_per_s, ",.0f")
     return f"loss {loss}  lr {rate}  grad norm {norm}  {speed} tokens/s"
 
 

@@ -30,7 +30,8 @@ def check_targets(blueprint: Blueprint) -> CausalLM:
         ValueError: If a setting matches nothing, a rank does not fit, or the kernels asked for
             cannot run here.
     """
-    config, adapted = blueprint.config, blueprint.shapes
+    config = blueprint.config
+    adapted = blueprint.shapes
     if config.train.method == "full":
         return adapted
     if "peft-portable" in config.save.export and trains_base_weights(adapted):

@@ -31,7 +31,8 @@ def score_model(setup: Setup, model, console: Console, when: str) -> float | Non
         max_new_tokens=config.eval.max_new_tokens,
         stop_ids=setup.needed_stop_ids(),
     )
-    score, shown = exact_match(answers), answers[0]
+    score = exact_match(answers)
+    shown = answers[0]
     console.print(
         f"{when}: exact match {score:.1%} of {len(answers)} held-out rows", highlight=False
     )

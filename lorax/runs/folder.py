@@ -17,7 +17,9 @@ from lorax.system.files import CheckpointError, read_json, refuse_occupied
 from lorax.system.special_files import refuse_special_files
 from lorax.system.wording import clip, explain, show
 
-CONFIG_FILE, VERSIONS_FILE, SUMMARY_FILE = "config.yaml", "versions.json", "summary.json"
+CONFIG_FILE = "config.yaml"
+VERSIONS_FILE = "versions.json"
+SUMMARY_FILE = "summary.json"
 
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 """In a run's folder: the template it was trained with, where that is not the tokenizer's own."""
@@ -233,7 +235,8 @@ def date_of_run(config: RunConfig) -> str | None:
     Raises:
         ValueError: If another day is asked for.
     """
-    asked, path = config.data.date, Path(config.save.output_dir) / CONFIG_FILE
+    asked = config.data.date
+    path = Path(config.save.output_dir) / CONFIG_FILE
     kept = load_config(path).data.date if path.is_file() else None
     if asked is not None and kept is not None and asked != kept:
         raise ValueError(

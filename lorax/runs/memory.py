@@ -41,7 +41,8 @@ def choose_recomputation(
     Raises:
         ValueError: If `train.memory_gib` is too little.
     """
-    config, train = blueprint.config, blueprint.config.train
+    config = blueprint.config
+    train = blueprint.config.train
     if train.gradient_checkpointing != "auto":
         kept = 1 if train.kept_layers is None else train.kept_layers
         return Recomputation(train.gradient_checkpointing, kept), "as asked"
@@ -51,7 +52,10 @@ def choose_recomputation(
         return before or Recomputation("none"), f"{kind} does not tell its memory"
     planner = make_planner(blueprint)
     shape = train.per_device_train_batch_size, config.data.max_seq_length
-    peak_of = lambda r: planner.memory(r.policy, *shape, r.kept_layers).peak / GIB
+
+    def peak_of(r):
+        return planner.memory(r.policy, *shape, r.kept_layers).peak / GIB
+
     if before is not None:
         reason = f"as before, about {peak_of(before):.3g} of {gib:.3g} GiB"
         if peak_of(before) > gib and train.memory_gib:
@@ -96,13 +100,16 @@ def recomputed_in(identity: Identity) -> Recomputation | None:
 
 def explain_memory(blueprint: Blueprint, recomputation: Recomputation, error: Exception) -> str:
     """Returns what to change when the device's memory did not suffice."""
-    train, length = blueprint.config.train, blueprint.config.data.max_seq_length
-    rows, planner = train.per_device_train_batch_size, make_planner(blueprint)
+    train = blueprint.config.train
+    length = blueprint.config.data.max_seq_length
+    rows = train.per_device_train_batch_size
+    planner = make_planner(blueprint)
     gib = train.memory_gib or device_gib() or 0.0
     line = str(error).splitlines()[0]
     if not gib:
         return f"out of memory: {line}. `lorax plan` says what takes less"
-    moves, kept = [], recomputation.kept_layers
+    moves = []
+    kept = recomputation.kept_layers
     now = planner.memory(recomputation.policy, rows, length, kept).peak
     without = "" if train.kept_layers is None else " without train.kept_layers"
     for other in POLICIES:

@@ -91,9 +91,11 @@ class Blueprint:
             TargetError: If the adapter's settings do not fit the model.
             ValueError: If more layers are to be kept than it has.
         """
-        config, architecture = self.config, self.architecture
+        config = self.config
+        architecture = self.architecture
         full = config.train.method == "full"
-        adapter, dtype = config.model.adapter, jnp.dtype(config.model.dtype)
+        adapter = config.model.adapter
+        dtype = jnp.dtype(config.model.dtype)
         settings = read_adapter_config(adapter) if adapter else config.lora
         _check_kept_layers(config, architecture.num_hidden_layers)
 

@@ -75,7 +75,10 @@ def run_training(
         SaveError: If the disk is full or cannot be written.
     """
     with memory_explained(config), disk_explained(config):
-        tell = lambda text: console.print(text, highlight=False, soft_wrap=True)
+
+        def tell(text):
+            return console.print(text, highlight=False, soft_wrap=True)
+
         config = with_recorded_revision(config, tell)
         return _run(config, console, phases or Phases(), resume, stop)
 
@@ -159,7 +162,10 @@ def _open_caches(console: Console) -> ProgramCache | None:
     """Has compiled programs kept, where compiling takes long."""
     if jax.default_backend() != "gpu":
         return None
-    tell = lambda text: console.print(text, highlight=False, soft_wrap=True)
+
+    def tell(text):
+        return console.print(text, highlight=False, soft_wrap=True)
+
     tell(use_compilation_cache()[1])
     return open_program_cache(tell)
 
@@ -168,7 +174,8 @@ def _report(setup: Setup, console: Console) -> None:
     """Shows the rows, once it is known that they make steps, and what is recomputed."""
     _ = setup.course
     console.rule("Data")
-    rows, context = 1 if shows_text(console) else 0, setup.blueprint.architecture.context
+    rows = 1 if shows_text(console) else 0
+    context = setup.blueprint.architecture.context
     report_data(console, setup.config, setup.datasets, setup.tokenizer, rows, context=context)
     if not rows:
         console.print("no row is shown in a log; `lorax inspect` shows some", highlight=False)
@@ -220,8 +227,10 @@ def _score_and_train(
 def _train_and_export(
     trainer: Trainer, recorder: Recorder, setup: Setup, started: float
 ) -> RunSummary:
-    config, console = trainer.config, recorder.console
-    output, before = trainer.output_dir, trainer.progress.notes.get("exact match")
+    config = trainer.config
+    console = recorder.console
+    output = trainer.output_dir
+    before = trainer.progress.notes.get("exact match")
     trainer.checkpoints.open()
     record_run(
         output,
@@ -233,7 +242,8 @@ def _train_and_export(
         versions=library_versions(),
     )
     console.rule("Training")
-    reached, settled = trainer.progress.step, trainer.progress.settled
+    reached = trainer.progress.step
+    settled = trainer.progress.settled
     evaluated = 0 < reached <= settled
     with RunLog(output, config.log.report_to, reached=reached, evaluated=evaluated) as log:
         recorder.log = log
@@ -246,7 +256,8 @@ def _train_and_export(
     if "jsonl" in config.log.report_to:
         files |= draw_curve(output, title_of(config), console)
     files |= {"run": str(output)}
-    memory, speed = memory_gib(), trainer.throughput.mean()
+    memory = memory_gib()
+    speed = trainer.throughput.mean()
     summary = RunSummary(
         steps=result.steps,
         seconds=time.monotonic() - started,

@@ -63,7 +63,8 @@ class Setup:
         Raises:
             ValueError: Naming the file, the line or the setting that cannot be used.
         """
-        config, base = blueprint.config, blueprint.folder
+        config = blueprint.config
+        base = blueprint.folder
         if config.data.format in CHATS:
             RENDERER.start()
         tokenizer = load_tokenizer(str(base))
@@ -112,7 +113,8 @@ class Setup:
 
     def identify(self) -> dict[str, Any]:
         """Returns the parts of the run's identity that are known before its weights are there."""
-        base, adapter = self.blueprint.folder, self.config.model.adapter
+        base = self.blueprint.folder
+        adapter = self.config.model.adapter
         files = ("tokenizer*", "chat_template*", "special_tokens_map.json")
         return {
             "devices": self.course.mesh.size,
@@ -128,12 +130,14 @@ class Setup:
         Raises:
             ValueError: If nothing names any.
         """
-        base, trained = self.blueprint.folder, self.train.report.stop_ids
+        base = self.blueprint.folder
+        trained = self.train.report.stop_ids
         return self.stop_ids or stop_token_ids(base, self.tokenizer, trained)
 
 
 def _encode(name: str, blueprint: Blueprint, tokenizer: Any) -> EncodedDataset:
-    data, vocab_size = blueprint.config.data, blueprint.architecture.vocab_size
+    data = blueprint.config.data
+    vocab_size = blueprint.architecture.vocab_size
     encode = objective_of(blueprint.config).encode
     try:
         return encode(getattr(data, name), data, tokenizer, vocab_size=vocab_size)

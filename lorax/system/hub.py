@@ -22,7 +22,10 @@ def explain_hub(error: BaseException, revision: str | None = None) -> str | None
         revision: The branch, tag or commit that was asked for.
     """
     chain = list(_chain(error))
-    has = lambda kind: any(isinstance(e, kind) for e in chain)
+
+    def has(kind):
+        return any(isinstance(e, kind) for e in chain)
+
     if has(errors.HFValidationError):  # it was not even asked
         return "no model can have this name there, which would be like Qwen/Qwen3-0.6B"
     answers = [e.response for e in chain if isinstance(e, errors.HfHubHTTPError)]

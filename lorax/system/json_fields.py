@@ -23,7 +23,9 @@ class JsonFields:
     """
 
     def __init__(self, values: Mapping[str, Any], where: str, prefix: str = ""):
-        self.values, self.where, self.prefix = values, where, prefix
+        self.values = values
+        self.where = where
+        self.prefix = prefix
         self._read: set[str] = set()
         self.notes: list[str] = []
 
@@ -97,8 +99,11 @@ class JsonFields:
     def only(self, name: str, allowed: Iterable[Any], reason: str) -> None:
         """Refuses any value but those that change nothing."""
         value, allowed = self.raw(name, None), tuple(allowed)
+
         # A bool equals 0 or 1 in Python, but not in JSON.
-        same = lambda a, b: a == b and isinstance(a, bool) == isinstance(b, bool)
+        def same(a, b):
+            return a == b and isinstance(a, bool) == isinstance(b, bool)
+
         if value is not None and not any(same(value, a) for a in allowed):
             needed = " or ".join(repr(a) for a in allowed) or "absent"
             raise self.error(name, f"must be {needed} ({reason})")

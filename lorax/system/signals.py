@@ -77,7 +77,8 @@ class StopRequest:
         Args:
             heard: Is called when a signal has come, from its handler.
         """
-        self.received, self._heard = None, heard
+        self.received = None
+        self._heard = heard
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -118,7 +119,8 @@ class StopRequest:
             self.check()
 
     def _note(self, number: int, _: Any) -> None:
-        self.received, self._since = signal.Signals(number).name, time.monotonic()
+        self.received = signal.Signals(number).name
+        self._since = time.monotonic()
         _await_second()
         self._heard()
         message = f"\n{self.received}: saving and stopping; once more stops at once\n"

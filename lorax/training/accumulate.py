@@ -60,7 +60,8 @@ def accumulate_terms(
     value_and_grad = jax.value_and_grad(total_of, has_aux=True)
 
     def accumulated(parameters, micro_batches, *rest):
-        wide = lambda x: x.astype(accumulation_dtype(x.dtype))
+        def wide(x):
+            return x.astype(accumulation_dtype(x.dtype))
 
         def one(inputs):
             (total, (count, figures)), gradients = value_and_grad(parameters, *inputs)
@@ -78,7 +79,10 @@ def accumulate_terms(
             sums, _ = jax.lax.scan(add, zeros, inputs)
         total, count, figures, gradients = sums
         divisor = jnp.maximum(count, jnp.ones((), count.dtype))
-        divide = lambda x: x / divisor.astype(x.dtype)
+
+        def divide(x):
+            return x / divisor.astype(x.dtype)
+
         return divide(total), count, *jax.tree.map(divide, (dict(figures), gradients))
 
     return accumulated

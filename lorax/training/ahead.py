@@ -54,7 +54,9 @@ def compile_ahead(
     Raises:
         ValueError: If the held-out rows hold no supervised token.
     """
-    optimizer, _ = course.optimizer, course.evaluation  # made here, for both threads
+    # made here, for both threads
+    optimizer = course.optimizer
+    _ = course.evaluation
 
     def compile_steps() -> dict[int, CompiledStep]:
         model = course.prepare_model(shapes)
@@ -107,7 +109,10 @@ def compile_widths(
     first = next(iter(course.batches.epoch(0)))
     compiled = {}
     for width in course.widths():
-        fill = lambda x, width=width: np.zeros((*x.shape[:-1], width), x.dtype)
+
+        def fill(x, width=width):
+            return np.zeros((*x.shape[:-1], width), x.dtype)
+
         batch = place(jax.tree.map(fill, first))
         started = time.perf_counter()
         arguments = state, step.frozen, batch

@@ -120,7 +120,8 @@ class Course:
         Raises:
             ValueError: If no token is supervised.
         """
-        config, data = self.config, self.held_out
+        config = self.config
+        data = self.held_out
         if data is None:
             return None
         if not data.supervised.any():
@@ -157,7 +158,8 @@ class Course:
 
     def epochs(self) -> Iterator[tuple[int, int]]:
         """Yields each epoch and how many of its steps are run."""
-        left, epoch = self.total_steps, 0
+        left = self.total_steps
+        epoch = 0
         while left > 0:
             steps = min(left, self.batches.steps_per_epoch)
             yield epoch, steps
@@ -204,7 +206,8 @@ class Course:
 
     def due_after(self, step: int) -> Due:
         """Returns what is due after a step, counted from 1; after the last one, all is."""
-        is_last, when = step == self.total_steps, self.config.eval
+        is_last = step == self.total_steps
+        when = self.config.eval
         evaluation = is_last
         if when.strategy == "steps":
             evaluation |= step % when.steps == 0

@@ -81,7 +81,10 @@ class Evaluator:
             wait(last)
         found = jax.device_get(sums)
         count = sum(int(terms.divisor) for terms in found)
-        mean = lambda values: math.fsum(map(float, values)) / count
+
+        def mean(values):
+            return math.fsum(map(float, values)) / count
+
         names = found[0].figures
         figures = {name: mean(terms.figures[name] for terms in found) for name in names}
         return {"loss": mean(terms.total for terms in found), **figures}

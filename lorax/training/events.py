@@ -58,7 +58,8 @@ class Throughput:
         """Takes the devices of the run; all of this process's backend when not given."""
         devices = jax.devices() if devices is None else devices
         peaks = [peak_bf16_tflops(device.device_kind) for device in devices]
-        self.size, self.devices = size, devices
+        self.size = size
+        self.devices = devices
         self.peak_flops = None if None in peaks else 1e12 * sum(filter(None, peaks))
         self._steps = 0
         self._tokens = 0
@@ -126,7 +127,9 @@ class StepEvents:
     """
 
     def __init__(self, course: Course, throughput: Throughput):
-        self.course, self.throughput, batches = course, throughput, course.batches
+        self.course = course
+        self.throughput = throughput
+        batches = course.batches
         self._mean_document = len(batches.dataset.tokens) / len(batches.dataset)
         self._tokens: Callable[[int], np.ndarray] = functools.lru_cache(maxsize=2)(batches.tokens)
         self.restart_clock()
@@ -147,7 +150,8 @@ class StepEvents:
         """
         now = time.perf_counter()
         seconds, self._began = now - self._began, now
-        loss, tokens = float(numbers["loss"]), int(self._tokens(at.epoch)[at.at])
+        loss = float(numbers["loss"])
+        tokens = int(self._tokens(at.epoch)[at.at])
         speed = self.throughput.add(tokens, seconds, context_tokens=self._mean_document)
         memory = memory_gib(self.throughput.devices)
         event = {

@@ -29,7 +29,10 @@ def find_micro_batches(
     loss = jax.jit(lambda state, micro: objective.terms(nnx.merge(graph, state), micro).total)
     count = jax.tree.leaves(batch)[0].shape[0]
     batch = jax.device_put(batch, jax.memory.Space.Device)  # some of it may be the host's
-    take = lambda i: jax.tree.map(lambda x: x[i], batch)
+
+    def take(i):
+        return jax.tree.map(lambda x: x[i], batch)
+
     return [i for i in range(count) if not math.isfinite(float(loss(state, take(i))))]
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -163,8 +164,7 @@ def make_train_step(
     graph, trainable, frozen = split_trainable(model)
     if not jax.tree.leaves(trainable):
         raise ValueError("the model has no nnx.Param: nothing would train. apply_lora it first")
-    # The state is donated to the step, so each leaf must be an array of its own.
-    begin = lambda trainable: jax.tree.map(jnp.copy, (trainable, optimizer.init(trainable)))
+    begin = functools.partial(_begin, optimizer)
     if mesh is not None:  # else each array stays where it is, which a compiled function may change
         begin = jax.jit(begin)
     trainable, opt_state = begin(trainable)
@@ -230,6 +230,11 @@ def make_abstract_step(
     parts = parts_of(model)
     state, frozen = placed_shapes(state, mesh, parts), placed_shapes(frozen, mesh, parts)
     return dataclasses.replace(found[0], frozen=frozen, mesh=mesh), state
+
+
+def _begin(optimizer: optax.GradientTransformation, trainable: Any) -> tuple[Any, Any]:
+    """Returns what trains and the optimizer's state, each leaf an array of its own."""
+    return jax.tree.map(jnp.copy, (trainable, optimizer.init(trainable)))
 
 
 def _terms_of(graph: nnx.GraphDef, objective: Objective) -> Callable[..., Terms]:

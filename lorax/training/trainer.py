@@ -102,35 +102,36 @@ class Trainer:
         save_options: Mapping[str, Any] | None = None,
         stop: StopRequest | None = None,
     ):
-        self.config, self.listeners = config, listeners
+        self.config = config
+        self.listeners = listeners
         if course is not None and loss_fn is not None:
             raise ValueError("a course has its own objective: give loss_fn or course, not both")
         objective = None if loss_fn is None else as_objective(loss_fn)
         course = course or Course.of(config, train_data, eval_data, objective)
         self.course = course
-        self.mesh, self.batches, self.total_steps = course.mesh, course.batches, course.total_steps
+        self.batches = course.batches
+        self.total_steps = course.total_steps
         course.check()
         self.model = course.prepare_model(model)
         self._compiled_ahead = compiled
         self.step, self.state = make_train_step(
             self.model, course.optimizer, course.objective, **course.step_options
         )
-        self._place = batch_placer(self.model, self.mesh)
-        self._put = lambda tree: place_parameters(tree, self.mesh, parts_of(self.model))
+        self._place = batch_placer(self.model, course.mesh)
         self.evaluator = Evaluator.of(course, self.model)
         self._weights = TrainedWeights(config, self.model, self.step.frozen, save_options)
-        self.throughput = Throughput(model_size(self.model), list(self.mesh.devices.flat))
+        self.throughput = Throughput(model_size(self.model), list(course.mesh.devices.flat))
         self.events = StepEvents(course, self.throughput)
         self._pending: _Dispatched | None = None
         self._watchdog = Watchdog(config.train.stuck_after_seconds)
-        self._stop, self._long = stop or StopRequest(), LongSteps()
+        self._stop = stop or StopRequest()
+        self._long = LongSteps()
         self._beat: Callable[[], object] = lambda: None
         identity = identity or _identify(course, self.model, self.step.frozen, files)
         identity.add({"adapter settings": fingerprint_adapters(self.model)})
-        tell = lambda text: self._tell({"note": text})
-        write = lambda folder: self._weights.write(folder, self.state.trainable)
-        self.saver = Saver.of(config.save, write, identity, tell)
-        self.store, self.checkpoints = self.saver.weights, self.saver.checkpoints
+        self.saver = Saver.of(config.save, self._write_weights, identity, self._note)
+        self.store = self.saver.weights
+        self.checkpoints = self.saver.checkpoints
         self.output_dir = Path(config.save.output_dir)
         self.keeps_lock = False
         self.state = self.saver.begin(self.state, resume=resume)
@@ -155,7 +156,7 @@ class Trainer:
         self._long = LongSteps()
         self.state = self._put(self.state)  # a run that was stopped may go on
         with contextlib.ExitStack() as stack:
-            stack.enter_context(jax.set_mesh(self.mesh))
+            stack.enter_context(jax.set_mesh(self.course.mesh))
             if not self.keeps_lock:
                 stack.enter_context(contextlib.closing(self.checkpoints))
             self.checkpoints.open()
@@ -169,7 +170,9 @@ class Trainer:
                     raise
                 except BaseException as error:
                     # The state has the last step, whatever its listeners would say.
-                    read = lambda: self._pending and self._note_numbers(self._pending)
+                    def read():
+                        return self._pending and self._note_numbers(self._pending)
+
                     self.saver.rescue(lambda: self._reach(read), error)
                     raise
             return self._finish()
@@ -213,7 +216,8 @@ class Trainer:
 
     def _settle(self, step: int) -> None:
         """Evaluates and saves as it is due after a step."""
-        progress, due = self.progress, self.course.due_after(step)
+        progress = self.progress
+        due = self.course.due_after(step)
         if due.evaluation:
             self._finish_pending()
             self._evaluate_and_keep(step)
@@ -248,7 +252,8 @@ class Trainer:
 
     def _compile(self) -> dict[int, TrainStep]:
         """Compiles every shape of the run before the first step, so that none stops it later."""
-        ahead, arguments = self._compiled_ahead, (self.step, self.state, self.course, self._place)
+        ahead = self._compiled_ahead
+        arguments = (self.step, self.state, self.course, self._place)
         found = ahead.result() if ahead else compile_widths(*arguments)
         for width, (_, seconds, kept) in found.items():
             self._tell({"compiled_width": width, "seconds": seconds, "kept": kept})
@@ -276,14 +281,15 @@ class Trainer:
 
     def _refuse_nonfinite(self, event: Event, at: Position) -> None:
         """Names and dumps the rows of a step that was not applied; counts it or ends the run."""
-        allowed, progress = self.config.train.skip_nonfinite_steps, self.progress
+        allowed = self.config.train.skip_nonfinite_steps
+        progress = self.progress
         self.model = self._weights.on_model(self.state.trainable)
         found = explain_step(
             self.output_dir, event, at, self.batches, self.model, self.course.objective
         )
         if progress.skipped < allowed:
             progress.skipped += 1
-            self._tell({"note": f"WARNING: {found}. Left out, {progress.skipped} of {allowed}"})
+            self._note(f"WARNING: {found}. Left out, {progress.skipped} of {allowed}")
             return
         if allowed:  # a run that goes on tries this step again
             progress.step = at.step - 1
@@ -293,8 +299,12 @@ class Trainer:
     def _evaluate(self, step: int) -> float | None:
         if self.evaluator is None:
             return None
+
         # On a signal it is not finished first, but repeated by a run that goes on.
-        wait = lambda sums: (self._stop.wait(sums), self._beat())
+        def wait(sums):
+            self._stop.wait(sums)
+            self._beat()
+
         found = self.evaluator(self.state.trainable, self.step.frozen, wait)
         loss = found["loss"]
         told = {f"eval_{name}": value for name, value in found.items()}
@@ -305,6 +315,15 @@ class Trainer:
     def _tell(self, event: Event) -> None:
         for listener in self.listeners:
             listener(event)
+
+    def _put(self, tree: Any) -> Any:
+        return place_parameters(tree, self.course.mesh, parts_of(self.model))
+
+    def _note(self, text: str) -> None:
+        self._tell({"note": text})
+
+    def _write_weights(self, folder: Path) -> None:
+        self._weights.write(folder, self.state.trainable)
 
 
 def _identify(course: Course, model: Any, frozen: Any, files: Mapping[str, str] | None) -> Identity:

@@ -31,7 +31,9 @@ class TrainedWeights:
         frozen: nnx.State,
         save_options: Mapping[str, Any] | None,
     ):
-        self._config, self._graph, self._frozen = config, nnx.graphdef(model), frozen
+        self._config = config
+        self._graph = nnx.graphdef(model)
+        self._frozen = frozen
         # A hub id becomes a folder now: what cannot be found must not wait for the first save.
         if save_options is None and config.train.method == "full":
             save_options = {"source_directory": resolve_base(config.model)}

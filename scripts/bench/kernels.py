@@ -48,7 +48,8 @@ class Cell:
 def operand_sets(workload: Workload, m: int, r: int) -> list[tuple]:
     """Returns (x, weights, adapters, dys) per set; adapters are float32 as in training."""
     make = jax.jit(draw, static_argnums=(1, 2, 3))
-    k, bf16 = workload.k, jnp.bfloat16
+    k = workload.k
+    bf16 = jnp.bfloat16
     outputs = 1 if workload.swiglu else len(workload.ns)
     one = 2.0 * (m * k + sum(workload.ns) * (k + 3 * m))
     sets = []
@@ -80,7 +81,8 @@ def apply(workload: Workload, x, weights, adapters, *, kernels: str, rate: float
 
 def programs_of(cell: Cell) -> dict[str, tuple]:
     """Returns name → (function of one operand set, compiler options); the base first."""
-    workload, backward = cell.workload, cell.what == "fwd_bwd"
+    workload = cell.workload
+    backward = cell.what == "fwd_bwd"
 
     def base(x, weights, adapters, dys):
         y = [x @ w for w in weights]
@@ -91,9 +93,11 @@ def programs_of(cell: Cell) -> dict[str, tuple]:
 
     def lora(kernels: str, rate: float = cell.dropout, singly: bool = False):
         def run(x, weights, adapters, dys):
-            function = lambda x, adapters: apply(
-                workload, x, weights, adapters, kernels=kernels, rate=rate, singly=singly
-            )
+            def function(x, adapters):
+                return apply(
+                    workload, x, weights, adapters, kernels=kernels, rate=rate, singly=singly
+                )
+
             if not backward:
                 return function(x, adapters)
             y, pull = jax.vjp(function, x, adapters)
@@ -115,9 +119,14 @@ def programs_of(cell: Cell) -> dict[str, tuple]:
 
 def worst_error(cell: Cell, operands, results) -> float:
     """Returns the largest relative L2 error: y and dx on some rows, dA and dB whole."""
-    workload, backward = cell.workload, cell.what == "fwd_bwd"
-    wide = lambda tree: jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
-    some = lambda tree: jax.tree.map(lambda leaf: wide(leaf[:ERROR_ROWS]), tree)
+    workload = cell.workload
+    backward = cell.what == "fwd_bwd"
+
+    def wide(tree):
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
+
+    def some(tree):
+        return jax.tree.map(lambda leaf: wide(leaf[:ERROR_ROWS]), tree)
 
     def forward(x, weights, adapters):
         y = [
@@ -146,7 +155,10 @@ def worst_error(cell: Cell, operands, results) -> float:
         got = ([v[:ERROR_ROWS] for v in y], dx[:ERROR_ROWS], gradients)
     else:
         got = [v[:ERROR_ROWS] for v in results]
-    distance = lambda p, q: jnp.linalg.norm(p.astype(jnp.float32) - q) / jnp.linalg.norm(q)
+
+    def distance(p, q):
+        return jnp.linalg.norm(p.astype(jnp.float32) - q) / jnp.linalg.norm(q)
+
     return float(max(jax.tree.leaves(jax.tree.map(distance, got, want))))
 
 

@@ -23,7 +23,8 @@ from lorax.data.dataset import EncodedDataset
 from scripts.bench.rows import append_rows, origin
 from scripts.bench.step import build_model
 
-LONGEST, SHORTEST = 800, 50
+LONGEST = 800
+SHORTEST = 50
 
 
 def draw_rows(count: int, vocabulary: int, seed: int) -> EncodedDataset:

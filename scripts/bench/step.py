@@ -168,11 +168,13 @@ def kernel_table(compiled: Compiled, batch, steps: int = 2) -> list[tuple[str, f
         planes = jax.profiler.ProfileData.from_file(file).planes
         lines = [line for plane in planes if "GPU:0" in plane.name for line in plane.lines]
         events = [e for line in lines if line.name.startswith("Stream") for e in line.events]
-        total, calls = collections.Counter(), collections.Counter()
+        total = collections.Counter()
+        calls = collections.Counter()
         for event in events:
             total[event.name] += event.duration_ns / 1e6 / steps
             calls[event.name] += 1
-    idle, until = 0.0, min(event.start_ns for event in events)
+    idle = 0.0
+    until = min(event.start_ns for event in events)
     for event in sorted(events, key=lambda event: event.start_ns):
         idle += max(0.0, event.start_ns - until)
         until = max(until, event.start_ns + event.duration_ns)
@@ -232,7 +234,8 @@ def main() -> None:
     for variant in variants:
         if variant.name not in times:
             continue
-        series, one = times[variant.name], compiled[variant.name]
+        series = times[variant.name]
+        one = compiled[variant.name]
         row = {
             "call": parsed.call,
             "system": "lorax",

@@ -131,7 +131,9 @@ def products(workload: Workload) -> Iterator[tuple[bool, Epilogue]]:
 
 def tune(models: list[str], rows: list[int], layers: list[str], epilogues: list[str], seconds):
     """Returns one row per product, the fastest tiles and what they took."""
-    begin, found, seen = time.monotonic(), [], set()
+    begin = time.monotonic()
+    found = []
+    seen = set()
     for m in rows:
         for model in models:
             for workload in model_workloads(model):
@@ -161,7 +163,8 @@ def tune_one(workload: Workload, m: int, transposed: bool, epilogue: Epilogue) -
         f"{workload.name:28s} m {m:6d} {direction} {epilogue:7s} {ratios} {failed or ''}",
         flush=True,
     )
-    k, n = workload.k, sum(workload.ns)
+    k = workload.k
+    n = sum(workload.ns)
     return {
         "transposed": transposed,
         "epilogue": epilogue,
@@ -177,7 +180,10 @@ def tune_one(workload: Workload, m: int, transposed: bool, epilogue: Epilogue) -
 
 def merge(old: list[dict], new: list[dict]) -> list[dict]:
     """Returns the old rows with those of the same product replaced, and then the others."""
-    key = lambda row: tuple(row[name] for name in ("transposed", "epilogue", "m", "k", "n"))
+
+    def key(row):
+        return tuple(row[name] for name in ("transposed", "epilogue", "m", "k", "n"))
+
     found = {key(row): row for row in new}
     kept = [found.pop(key(row), row) for row in old]
     return kept + list(found.values())

@@ -33,8 +33,10 @@ from lorax.training.optim.optimizer import make_optimizer
 from lorax.training.step import TrainState, make_train_step
 
 ROOT = Path(__file__).parents[2]
-MODEL, DATA = ROOT / "examples/tiny/model", ROOT / "examples/tiny/data/train.jsonl"
-ROWS, STEPS = 16, 60
+MODEL = ROOT / "examples/tiny/model"
+DATA = ROOT / "examples/tiny/data/train.jsonl"
+ROWS = 16
+STEPS = 60
 SPLITS = [(16, 1), (8, 2), (4, 4), (2, 8), (1, 16)]
 NAIVE_SPLITS = [(4, 4), (1, 16)]
 TRAIN = TrainConfig(learning_rate=2e-3, lr_scheduler_type="constant", max_steps=STEPS)

@@ -17,7 +17,9 @@ STREAM_TBS = 4.8  # H200 datasheet
 
 def arithmetic(row: dict) -> tuple[float, float]:
     """Returns the FLOPs of the frozen products and the bytes they must move."""
-    m, k, n = row["m"], row["k"], row["n"]
+    m = row["m"]
+    k = row["k"]
+    n = row["n"]
     flops = 2.0 * m * k * n
     moved = BYTES * (m * k + k * n + m * n)
     return (flops, moved) if row["what"] == "fwd" else (2 * flops, 2 * moved)

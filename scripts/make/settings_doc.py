@@ -70,7 +70,8 @@ def list_words(annotation: Any) -> list[str]:
 
 def describe(section: type[Section], prefix: str) -> list[str]:
     """Returns the rows of a section's table."""
-    meanings, rows = read_attributes(section), []
+    meanings = read_attributes(section)
+    rows = []
     for name, field in section.model_fields.items():
         text = meanings.get(name, "")
         unsaid = [word for word in list_words(field.annotation) if f"`{word}`" not in text]

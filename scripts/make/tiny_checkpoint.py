@@ -86,7 +86,8 @@ def main() -> None:
     if directory.exists():
         raise SystemExit(f"{directory} exists; remove it first to make it anew")
     with tempfile.TemporaryDirectory() as scratch:
-        untrained, run = Path(scratch) / "untrained", Path(scratch) / "run"
+        untrained = Path(scratch) / "untrained"
+        run = Path(scratch) / "run"
         tokenizer = make_tokenizer([DATA / "pretrain.jsonl"])
         config = ARCHITECTURE | {
             "eos_token_id": tokenizer.eos_token_id,

@@ -59,7 +59,10 @@ def run(
         padding = (
             -m % KERNEL_ROWS if implementation == "pallas" and (m % 8 or m < KERNEL_ROWS) else 0
         )
-        flat = lambda v: jnp.pad(v.reshape(m, v.shape[-1]), ((0, padding), (0, 0)))
+
+        def flat(v):
+            return jnp.pad(v.reshape(m, v.shape[-1]), ((0, padding), (0, 0)))
+
         outputs = function(flat(x), *operands, jax.tree.map(flat, residual))
         return [y[:m].reshape(*batch, y.shape[1]) for y in outputs]
 
@@ -125,14 +128,20 @@ def _backward(x, group: Group, saved, dys, gate_up=()):
     if group.is_kernel:
         dxs, da, db = _kernel_backward(x, again, saved, dys, gate_up)
     else:
-        pull = lambda dx: [dx]
+
+        def pull(dx):
+            return [dx]
+
         if gate_up:
             x, pull = jax.vjp(xla.swiglu, *gate_up)
         dx, da, db = xla.backward(x, saved, again.multiplied_in(dys[0].dtype), dys)
         dxs = pull(dx)
-    like = lambda gradients, leaves: [
-        gradient.astype(leaf.dtype) for gradient, leaf in zip(gradients, leaves, strict=True)
-    ]
+
+    def like(gradients, leaves):
+        return [
+            gradient.astype(leaf.dtype) for gradient, leaf in zip(gradients, leaves, strict=True)
+        ]
+
     frozen: dict[str, Any] = dict.fromkeys(("w", "biases", "key"))
     return list(dxs), dataclasses.replace(group, a=like(da, group.a), b=like(db, group.b), **frozen)
 
@@ -202,7 +211,8 @@ def _swiglu_forward(recompute: bool, x, group: Group, _):
 
 
 def _swiglu_backward(recompute: bool, residuals, cotangents):
-    (x, group, saved, kept), (d_act,) = residuals, cotangents
+    x, group, saved, kept = residuals
+    (d_act,) = cotangents
     again, d_act = group.recomputed(d_act) if recompute else (group, d_act)
     if recompute and group.is_kernel:
         dys = _swiglu_gradients(x, again, saved, d_act)

@@ -24,7 +24,8 @@ def choose(
     Raises:
         ValueError: If ``pallas`` is asked for where the kernel cannot run.
     """
-    k, ns = members[0].w.shape[0], [member.w.shape[1] for member in members]
+    k = members[0].w.shape[0]
+    ns = [member.w.shape[1] for member in members]
     ranks = [member.a.shape[1] for member in members if member.a is not None]
     shards = math.prod(axis_sizes(row_axes).values())
     m = x.size // k // shards if x.size else 0
@@ -35,7 +36,8 @@ def choose(
             chosen = "xla"
             reason = f"x has {x.shape[0]} rows of rows, which {shards} shards do not divide"
         elif rate and m % 16:
-            chosen, reason = "xla", f"with dropout a shard needs a multiple of 16 rows, got {m}"
+            chosen = "xla"
+            reason = f"with dropout a shard needs a multiple of 16 rows, got {m}"
     if kernels == "pallas" and chosen == "xla":
         raise ValueError(f"kernels is pallas, but {reason}; use auto or xla")
     return chosen

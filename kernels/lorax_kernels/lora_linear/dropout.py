@@ -34,7 +34,10 @@ def random_bits(seed0, seed1, row, column):
 
     Source: the rounds are `lowbias32` of C. Wellons's hash-prospector, public domain.
     """
-    word = lambda value: jnp.uint32(value)
+
+    def word(value):
+        return jnp.uint32(value)
+
     bits = (row * word(0x9E3779B1)) ^ (column * word(0x85EBCA77) + seed0)
     bits = (bits ^ (bits >> word(16))) * word(0x7FEB352D)
     bits = ((bits ^ (bits >> word(15))) + seed1) * word(0x846CA68B)

@@ -85,7 +85,8 @@ class Saved(NamedTuple):
 
 def lay_out(group: Group) -> Layout:
     """Places the updates one after another; where one does not fit a block, it begins the next."""
-    starts, end = [], 0
+    starts = []
+    end = 0
     for r in group.ranks:
         if end % STEP and end % STEP + r > STEP:
             end = -(-end // STEP) * STEP
@@ -98,7 +99,8 @@ def lay_out(group: Group) -> Layout:
 
 def _stack(parts, layout: Layout, dtype) -> jax.Array:
     """Puts the updates' parts below each other, in `layout.size` rows."""
-    pieces, end = [], 0
+    pieces = []
+    end = 0
     for part, start in zip(parts, layout.starts, strict=True):
         pieces.append(jnp.pad(part, ((start - end, 0), (0, 0))))
         end = start + part.shape[0]
@@ -114,7 +116,8 @@ def pack(group: Group, layout: Layout, dtype) -> tuple[jax.Array, jax.Array]:
             blocks.append(jnp.zeros((layout.size, w.shape[1]), dtype))
             continue
         index = group.adapter(member)
-        start, b = layout.starts[index], group.b[index].astype(jnp.float32)
+        start = layout.starts[index]
+        b = group.b[index].astype(jnp.float32)
         rows = (start, layout.size - start - b.shape[0])
         blocks.append(jnp.pad(group.scales[index] * b, (rows, (0, 0))).astype(dtype))
     a = _stack([a.T for a in group.a], layout, dtype)
@@ -141,10 +144,12 @@ def forward(
     """
     if not group.ranks:
         return multiply(x, None, group, residual=residual), None
-    (m, k), n = x.shape, sum(w.shape[1] for w in group.w)
+    m, k = x.shape
+    n = sum(w.shape[1] for w in group.w)
     layout = lay_out(group)
     a, b = pack(group, layout, x.dtype)
-    begun, n0 = None, group.w[0].shape[1]
+    begun = None
+    n0 = group.w[0].shape[1]
     width = 0 if dropout else inline_width(m, k, n, n0, layout.size)
     if width and residual is not None and inline_config(layout.size).store_n != STEP:
         # Its buffers leave no room to stage the residual. One of two passes more: x read again for
@@ -187,8 +192,10 @@ def multiply(
         residual: What the output of a group of one is added to.
     """
     epilogue, tail = ("store", []) if residual is None else ("add", [residual])
-    layout, config = lay_out(group), _forward_config(x, group, epilogue)
-    groups, update = [[Term(x, (w,))] for w in group.w], None
+    layout = lay_out(group)
+    config = _forward_config(x, group, epilogue)
+    groups = [[Term(x, (w,))] for w in group.w]
+    update = None
     if saved is not None and layout.is_short:
         update = Update(saved.h, saved.b)
     elif saved is not None:
@@ -208,7 +215,8 @@ def multiply(
 
 
 def _forward_config(x, group: Group, epilogue: Epilogue = "store") -> MatmulConfig:
-    (m, k), n = x.shape, sum(w.shape[1] for w in group.w)
+    m, k = x.shape
+    n = sum(w.shape[1] for w in group.w)
     short = lay_out(group).is_short
     return matmul_config(m, k, n, transposed=False, epilogue=epilogue, short=short)
 
@@ -238,7 +246,9 @@ def backward(
     Where x is ``silu(gate)·up`` and `gate_up` holds the two, theirs come instead of x's, and x is
     made from them: it may be None.
     """
-    m, k, n = dys[0].shape[0], group.w[0].shape[0], sum(w.shape[1] for w in group.w)
+    m = dys[0].shape[0]
+    k = group.w[0].shape[0]
+    n = sum(w.shape[1] for w in group.w)
     layout = lay_out(group)
     if gate_up and dropout is not None and not layout.is_short:
         act, pull = jax.vjp(xla.swiglu, *gate_up)
@@ -278,7 +288,8 @@ def backward(
     if gate_up:
         *dxs, x = dxs
     assert x is not None
-    config, columns = gradient_config(m, k, layout.size), (0, layout.size)
+    config = gradient_config(m, k, layout.size)
+    columns = (0, layout.size)
     (parts,) = gradient(x, g, config=config, columns=columns, mask=dropout)
     if gate_up:
         # x is as large as either, and done with before their gradients are read.
@@ -289,7 +300,8 @@ def backward(
 
 def _gradient_of_b(h, group: Group, index: int, layout: Layout, dy) -> jax.Array:
     """Returns ``dB = scale·hᵀ·dy``, float32."""
-    (m, n), (first, width) = dy.shape, layout.block(index)
+    m, n = dy.shape
+    first, width = layout.block(index)
     config = gradient_config(m, n, width)
     # Called as for dA, so that passes of one shape are one kernel.
     (sums,) = gradient(dy, h, config=config, columns=(first, width), mask=None)
@@ -304,9 +316,11 @@ def _own_rows(sums, group: Group, index: int, layout: Layout) -> jax.Array:
 
 def _through_b(saved: Saved, group: Group, index: int, layout: Layout, dy):
     """Returns ``dB = scale·hᵀ·dy`` and ``g = scale·dy·Bᵀ`` (m, r), both float32."""
-    (m, n), r = dy.shape, group.ranks[index]
+    m, n = dy.shape
+    r = group.ranks[index]
     first, rows = layout.block(index)
-    start, column = layout.starts[index], layout.columns[group.members[index]]
+    start = layout.starts[index]
+    column = layout.columns[group.members[index]]
     b = saved.b
     if len(group.w) > 1 or rows < layout.size:
         own = b[start : start + r, column : column + n]
@@ -324,7 +338,8 @@ def swiglu(
     x, h, b, group: Group, epilogue: Epilogue, tail: Sequence[jax.Array] = ()
 ) -> list[jax.Array]:
     """Runs gate and up with a SwiGLU epilogue; see `grouped_matmul`."""
-    (m, k), n = x.shape, group.w[0].shape[1]
+    m, k = x.shape
+    n = group.w[0].shape[1]
     config = matmul_config(m, k, 2 * n, transposed=False, epilogue=epilogue)
     terms = [Term(x, (group.w[0], group.w[1]))]
     if h is not None:

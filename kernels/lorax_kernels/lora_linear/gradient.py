@@ -46,12 +46,20 @@ def gradient(
     """
     m, c = t.shape
     first, r = columns or (0, v.shape[1])
-    wide, stages = -(-r // STEP) * STEP, config.stages
+    wide = -(-r // STEP) * STEP
+    stages = config.stages
     u_rank = 0 if u is None else u.shape[0]
-    row_blocks, column_blocks = config.row_blocks, -(-c // config.block_c)
-    chunks, tiles = -(-m // ROWS), config.block_c // COLUMNS
-    first_chunk = lambda i: lax.div(i * chunks, jnp.int32(row_blocks))
-    dtype, both, v_slots = t.dtype, u is not None, config.v_slots
+    row_blocks = config.row_blocks
+    column_blocks = -(-c // config.block_c)
+    chunks = -(-m // ROWS)
+    tiles = config.block_c // COLUMNS
+
+    def first_chunk(i):
+        return lax.div(i * chunks, jnp.int32(row_blocks))
+
+    dtype = t.dtype
+    both = u is not None
+    v_slots = config.v_slots
 
     def body(
         *refs, t_ring, v_ring, staging, full, empty, v_full, v_empty, u_ring=None, narrow=None
@@ -59,13 +67,18 @@ def gradient(
         outputs = refs[-2:] if both else refs[-1:]
         t_hbm, v_hbm, *rest = refs[: -len(outputs)]
         warpgroup = lax.axis_index("warpgroup")
-        slot_of = lambda count: lax.rem(count, jnp.int32(stages))
-        v_slot_of = lambda count: lax.rem(count, jnp.int32(v_slots))
+
+        def slot_of(count):
+            return lax.rem(count, jnp.int32(stages))
+
+        def v_slot_of(count):
+            return lax.rem(count, jnp.int32(v_slots))
 
         def feed():
             def block(info, count):
                 i, j = info.index
-                begin, own = first_chunk(i), first_chunk(i + 1) - first_chunk(i)
+                begin = first_chunk(i)
+                own = first_chunk(i + 1) - first_chunk(i)
 
                 @pl.loop(0, own)
                 def _chunk(s):
@@ -149,7 +162,8 @@ def gradient(
 
             def block(info, count):
                 i, j = info.index
-                begin, own = first_chunk(i), first_chunk(i + 1) - first_chunk(i)
+                begin = first_chunk(i)
+                own = first_chunk(i + 1) - first_chunk(i)
                 scope = [plgpu.ACC((64, wide), jnp.float32)] * tiles
                 totals = pl.run_scoped(functools.partial(walk, count, begin, own, j), *scope)
                 for tile, total in enumerate(totals):

@@ -88,7 +88,8 @@ def inline_matmul(
     """
     arrays: list[jax.Array] = []
     number = functools.partial(place, arrays)
-    r, m = b.shape[0], terms[0].lhs.shape[0]
+    r = b.shape[0]
+    m = terms[0].lhs.shape[0]
     placed = tuple(PlacedTerm(number(t.lhs), (number(t.rhs),), t.lhs.shape[1]) for t in terms)
     plan = _InlinePlan(
         config=config,
@@ -108,7 +109,8 @@ def inline_matmul(
         rank=r,
         width=width,
     )
-    dtype, c = terms[0].lhs.dtype, config
+    dtype = terms[0].lhs.dtype
+    c = config
     # The matrix unit wants both operands of h·b in one swizzle, that of h's short rows.
     rows = functools.partial(swizzled_memory, dtype=dtype, minor=min(r, STEP))
     y, h = launch_roles(

@@ -202,8 +202,12 @@ def launch_roles(
         )
 
     def body(*refs, **memory):
-        feed = lambda: feeder(plan, refs, **memory).run()
-        multiply = lambda: multiplier(plan, refs, **memory).run()
+        def feed():
+            return feeder(plan, refs, **memory).run()
+
+        def multiply():
+            return multiplier(plan, refs, **memory).run()
+
         divide(feed, multiply, plan.registers)
 
     memory = {

@@ -215,7 +215,8 @@ def lora_mlp(
         ValueError: As `lora_linear`, and if the layers do not fit each other, or gate or up has a
             bias.
     """
-    first, second = [gate, up], [down]
+    first = [gate, up]
+    second = [down]
     _validate_pair(gate, up)
     _validate(x, first, _rate(first, dropout_rate), dropout_keys[0])
     inner = jax.ShapeDtypeStruct((*x.shape[:-1], gate.w.shape[1]), x.dtype)
@@ -229,7 +230,8 @@ def lora_mlp(
         options: dict[str, Any] = {"kernels": kernels, "row_axes": row_axes}
         options |= {"dropout_rate": _rate(first, dropout_rate)}
         product = lora_swiglu(x, gate, up, dropout_key=dropout_keys[0], **options)
-        rate, key = _rate(second, dropout_rate), dropout_keys[1]
+        rate = _rate(second, dropout_rate)
+        key = dropout_keys[1]
         options = {"kernels": kernels, "row_axes": row_axes, "residual": residual}
         return _apply(product, second, rate, key, **options)[0]
     (implementation,) = implementations
@@ -262,7 +264,10 @@ def _validate(x, members: Sequence[LoraWeights], dropout_rate, dropout_key):
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"x must be floating point, got {x.dtype}")
     for member in members:
-        w, a, b, bias = member.w, member.a, member.b, member.bias
+        w = member.w
+        a = member.a
+        b = member.b
+        bias = member.bias
         if (a is None) != (b is None):
             raise ValueError("a and b come together, or not at all")
         shapes = f"x {x.shape}, w {w.shape}"

@@ -33,8 +33,12 @@ def project(
         mask: Dropout of t.
         sms: CTAs to launch; None asks the device.
     """
-    (m, c), r = t.shape, u.shape[0]
-    rows, parts, stages, boxes = -(-m // 64), -(-c // config.block_c), config.stages, config.boxes
+    m, c = t.shape
+    r = u.shape[0]
+    rows = -(-m // 64)
+    parts = -(-c // config.block_c)
+    stages = config.stages
+    boxes = config.boxes
     steps = -(-min(c, config.block_c) // (boxes * STEP))
     dtype = t.dtype
     out_dtype = dtype if parts == 1 else jnp.float32
@@ -43,8 +47,12 @@ def project(
     def body(*refs, t_ring, u_ring, sums, staging, full, empty, given, taken):
         t_hbm, u_hbm, *seed, out = refs
         warpgroup = lax.axis_index("warpgroup")
-        slot_of = lambda count: lax.rem(count, jnp.int32(stages))
-        column = lambda part, s, box: part * config.block_c + (s * boxes + box) * STEP
+
+        def slot_of(count):
+            return lax.rem(count, jnp.int32(stages))
+
+        def column(part, s, box):
+            return part * config.block_c + (s * boxes + box) * STEP
 
         def feed():
             def block(info, count):

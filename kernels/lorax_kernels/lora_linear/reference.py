@@ -23,7 +23,10 @@ def lora_linear_reference(
     Source: Hu et al. 2021, "LoRA", eq. 3, https://arxiv.org/abs/2106.09685
     """
     dtype = x.dtype
-    dot = lambda p, q: jnp.dot(p, q, preferred_element_type=accumulation_dtype(dtype))
+
+    def dot(p, q):
+        return jnp.dot(p, q, preferred_element_type=accumulation_dtype(dtype))
+
     h = dot(apply_dropout(x, dropout_rate, dropout_key), a.astype(dtype))
     update = dot(h.astype(dtype), b.astype(dtype))
     return (dot(x, dense(w, dtype)) + scale * update).astype(dtype)

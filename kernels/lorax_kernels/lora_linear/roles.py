@@ -28,15 +28,22 @@ class Role:
     short_empty: Any
 
     def __init__(self, plan: Plan, refs, *, lhs, rhs, staging, full, empty, **scratch):
-        self.plan, self.config = plan, plan.config
-        self.refs, self.outputs = refs, refs[-plan.outputs :]
-        self.lhs, self.rhs, self.staging, self.full, self.empty = lhs, rhs, staging, full, empty
+        self.plan = plan
+        self.config = plan.config
+        self.refs = refs
+        self.outputs = refs[-plan.outputs :]
+        self.lhs = lhs
+        self.rhs = rhs
+        self.staging = staging
+        self.full = full
+        self.empty = empty
         for name, ref in scratch.items():
             setattr(self, name, ref)
 
     def for_each_tile(self, body) -> Any:
         """Runs ``body(row tile, column tile, ring count) -> ring count`` for this CTA's tiles."""
-        c, (rows, columns) = self.config, self.plan.tiles
+        c = self.config
+        rows, columns = self.plan.tiles
         rows //= c.cluster
 
         @plgpu.nd_loop((rows * columns,), collective_axes="sm", init_carry=jnp.int32(0))
@@ -76,7 +83,8 @@ class Feeder(Role):
 
     def feed_tile(self, row, column, count):
         """Copies what one output tile needs and returns the ring count after it."""
-        plan, first_tile = self.plan, count == 0
+        plan = self.plan
+        first_tile = count == 0
         plan.for_each_group(column, functools.partial(self.feed_group, row, column, count))
         steps = [plan.steps(g) + plan.masked_steps for g in range(len(plan.columns))]
         count += plan.select(column, steps)
@@ -108,7 +116,8 @@ class Feeder(Role):
 
     def feed_update(self, row, column, group: int) -> None:
         """Copies the operands of the short step, which has one buffer and is awaited last."""
-        plan, c = self.plan, self.config
+        plan = self.plan
+        c = self.config
         assert plan.update is not None
         lhs, rhs = (self.refs[index] for index in plan.update)
         n0 = sum(plan.columns[:group]) + (column - plan.first_tiles[group]) * c.block_n
@@ -129,8 +138,11 @@ class Feeder(Role):
 
     def copy_tail(self, count, row, n0) -> None:
         """Copies some columns of the tail into a slot, as if they were operands."""
-        c, plan, slot = self.config, self.plan, self.claim(count)
-        rows, columns = pl.ds(row * c.block_m, c.block_m), pl.ds(n0, STEP)
+        c = self.config
+        plan = self.plan
+        slot = self.claim(count)
+        rows = pl.ds(row * c.block_m, c.block_m)
+        columns = pl.ds(n0, STEP)
         for index, place in zip(plan.tail, self.tail_places(slot), strict=False):
             source = self.refs[index].at[rows, columns]
             plgpu.copy_gmem_to_smem(source, place.at[pl.ds(0, c.block_m)], self.full.at[slot])
@@ -139,12 +151,16 @@ class Feeder(Role):
 
     def copy(self, count, term: PlacedTerm, row, lhs_k0, k0, n0) -> None:
         """Copies one step's operands into its slot of the ring, once the slot is free."""
-        c, plan, slot = self.config, self.plan, self.claim(count)
-        rows, ks = pl.ds(row * c.block_m, c.block_m), pl.ds(k0, STEP)
+        c = self.config
+        plan = self.plan
+        slot = self.claim(count)
+        rows = pl.ds(row * c.block_m, c.block_m)
+        ks = pl.ds(k0, STEP)
         source = self.refs[term.lhs].at[rows, pl.ds(lhs_k0, STEP)]
         plgpu.copy_gmem_to_smem(source, self.lhs.at[slot], self.full.at[slot])
         for half, index in enumerate(term.rhs):
-            source, ns = self.refs[index], pl.ds(term.columns[half] + n0, plan.tile_n)
+            source = self.refs[index]
+            ns = pl.ds(term.columns[half] + n0, plan.tile_n)
             plgpu.copy_gmem_to_smem(
                 source.at[ns, ks] if plan.transposed else source.at[ks, ns],
                 self.rhs.at[half, slot],
@@ -219,7 +235,8 @@ class Multiplier(Role):
 
     def store(self, sums, row, column, count) -> None:
         """Stages the sums `store_n` columns at a time and copies them out."""
-        plan, c = self.plan, self.config
+        plan = self.plan
+        c = self.config
         m0 = row * c.block_m + self.warpgroup * plan.warpgroup_m
         local = column - plan.select(column, plan.first_tiles)
         piece = 0
@@ -241,7 +258,8 @@ class Multiplier(Role):
 
     def finish(self, part, at, column, count, i: int, j: int):
         """Returns what to store of one piece of the tile, per output."""
-        plan, c = self.plan, self.config
+        plan = self.plan
+        c = self.config
         if plan.bias is not None:
             n0 = column * plan.tile_n + j * c.store_n
             source = self.refs[plan.bias].at[pl.ds(n0, c.store_n)]
@@ -282,7 +300,8 @@ class Multiplier(Role):
 
     def dropped(self, at, count, i: int, j: int):
         """Returns the dropped product's part of one piece, ``mask ∘ (lhs·rhs) / keep``."""
-        plan, width = self.plan, self.config.store_n
+        plan = self.plan
+        width = self.config.store_n
         rows = pl.ds(self.warpgroup * plan.warpgroup_m + i * 64, 64)
 
         def multiply(accumulator):
@@ -304,7 +323,8 @@ class Multiplier(Role):
 
     def copy_out(self, value, at, column, output: int, piece: int) -> None:
         """Stages one piece and copies it to its place in an output."""
-        plan, c = self.plan, self.config
+        plan = self.plan
+        c = self.config
         slots = plan.staging_slots
         slot = piece % slots
         # The copy that used this buffer last must have read it.

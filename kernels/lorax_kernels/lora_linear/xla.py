@@ -36,7 +36,8 @@ def _reads_all(group: Group) -> bool:
 
 def _rows(group: Group, member: int) -> slice:
     """Returns where the member's own columns lie in its span."""
-    own, span = group.columns(member), _span(group, member)
+    own = group.columns(member)
+    span = _span(group, member)
     assert own is not None and span is not None
     return slice(own.start - span.start, own.stop - span.start)
 
@@ -46,7 +47,9 @@ def _scaled_b(group: Group, member: int, dtype):
 
     It is multiplied before it is rounded: elsewhere that would be a pass more.
     """
-    index, rows, span = group.adapter(member), _rows(group, member), _span(group, member)
+    index = group.adapter(member)
+    rows = _rows(group, member)
+    span = _span(group, member)
     assert span is not None
     scaled = group.scales[index] * group.b[index].astype(accumulation_dtype(dtype))
     outside = (rows.start, span.stop - span.start - rows.stop)
@@ -85,9 +88,11 @@ def forward(x, group: Group, residual=None):
 def backward(x, h, group: Group, dys):
     """Returns the gradients of x, of every A and of every B."""
     dtype = x.dtype
-    g, db = [], []
+    g = []
+    db = []
     for member in group.members:
-        span, scale = _span(group, member), group.scales[group.adapter(member)]
+        span = _span(group, member)
+        scale = group.scales[group.adapter(member)]
         g.append(jnp.dot(dys[member], _scaled_b(group, member, dtype).T))
         db.append(scale * _wide(h[:, span].T, dys[member])[_rows(group, member)])
     dx = None

@@ -26,7 +26,8 @@ class Adapter(nnx.Module):
     """
 
     def __init__(self, spec: Spec, params: Params):
-        self.spec, self.dropout_key = spec, DropoutKey(None)
+        self.spec = spec
+        self.dropout_key = DropoutKey(None)
         for name, value in params.items():
             setattr(self, name, nnx.LoRAParam(value))
 
@@ -107,5 +108,6 @@ def merged_kernel(layer: Linear) -> Float[Array, "k n"]:
 
 def unmerged_kernel(layer: Linear) -> Float[Array, "k n"]:
     """Returns the kernel of a merged layer without its adapter, rounded to the kernel's dtype."""
-    kernel, spec = layer.kernel.get_value(), layer.adapter.spec
+    kernel = layer.kernel.get_value()
+    spec = layer.adapter.spec
     return spec.method.unmerged(spec, kernel, layer.adapter.params).astype(kernel.dtype)

@@ -99,7 +99,8 @@ def targets_of(model: nnx.Module, config: LoraConfig) -> list[Target]:
     Raises:
         TargetError: As `apply_lora`.
     """
-    modules, tied = named_modules(model), tied_modules(model)
+    modules = named_modules(model)
+    tied = tied_modules(model)
     # `match_targets` asks the same, and gets the same answer at once: what follows matches before.
     refuse_patterns(config, modules.keys() | tied.keys())
     _refuse_odd_layers(model, modules, config)

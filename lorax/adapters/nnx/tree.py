@@ -24,7 +24,9 @@ def named_modules(model: nnx.Module) -> dict[str, nnx.Module]:
     seen = {id(model)}
 
     def visit(parent: nnx.Module, prefix: str) -> None:
-        numeric = lambda item: (not item[0].isdigit(), item[0].zfill(9))
+        def numeric(item):
+            return (not item[0].isdigit(), item[0].zfill(9))
+
         for key, child in sorted(vars(parent).items(), key=numeric):
             if isinstance(child, nnx.Module) and id(child) not in seen:
                 seen.add(id(child))

@@ -79,7 +79,10 @@ def unread_keys(messages: Sequence[Message], template: str) -> list[str]:
         and not (key == "name" and _names_a_call(message, called))
     )
     reads_thinking = any(_is_named(key, template) for key in REASONING_KEYS)
-    read = lambda key: _is_named(key, template) or (key in REASONING_KEYS and reads_thinking)
+
+    def read(key):
+        return _is_named(key, template) or (key in REASONING_KEYS and reads_thinking)
+
     return [f"message.{key}" if is_word(key) else "message.…" for key in keys if not read(key)]
 
 
@@ -101,7 +104,10 @@ def unread_tool_keys(tools: Sequence[Mapping[str, Any]], template: str, text: st
     A template says them that writes them, or that names them and says what they mean.
     """
     keys = dict.fromkeys(key for tool in tools for key in _schema_keys(tool))
-    written = lambda key: f'"{key}"' in text or f"'{key}'" in text
+
+    def written(key):
+        return f'"{key}"' in text or f"'{key}'" in text
+
     unread = (key for key in keys if not written(key) and not _is_named(key, template))
     return list(dict.fromkeys(map(_of_tools, unread)))
 
@@ -125,7 +131,8 @@ def _of_tools(key: str) -> str:
 
 
 def _parts_of(message: Message) -> Iterator[tuple[str, tuple[str, ...]]]:
-    role, content = message["role"], message.get("content") or ""
+    role = message["role"]
+    content = message.get("content") or ""
     for key in REASONING_KEYS:
         if words := tuple(_texts_in(message.get(key))):
             yield f"message.{key}", words

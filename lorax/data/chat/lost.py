@@ -23,7 +23,8 @@ def lost_fields(fields: Sequence[Field], text: str) -> list[Field]:
     """
     if end_of_fields(fields, text, 0) is not None:
         return []
-    left, lost = text, set[int]()
+    left = text
+    lost = set[int]()
     order = {i: (f.rank, -i if f.is_thinking else i) for i, f in enumerate(fields)}
     wanted = [(i, words) for i, field in enumerate(fields) for words in field.texts]
     for i, words in sorted(wanted, key=lambda pair: (-len(pair[1]), order[pair[0]])):
@@ -55,7 +56,8 @@ class LostError(RowError):
     """
 
     def __init__(self, lost: Iterable[Field], unread: Iterable[str]) -> None:
-        self.lost, self.unread = list(dict.fromkeys(lost)), list(dict.fromkeys(unread))
+        self.lost = list(dict.fromkeys(lost))
+        self.unread = list(dict.fromkeys(unread))
         places = list(dict.fromkeys(_what(field) for field in self.lost))
         keys = [name.removeprefix("message.") for name in self.unread]
         said = [f"leaves out the {_listed(places)}"] * bool(places)
@@ -100,5 +102,6 @@ def _find(words: str, text: str, start: int) -> tuple[int, int] | None:
 
 
 def _is_inside_a_word(form: str, text: str, place: int) -> bool:
-    before, behind = text[place - 1 : place], text[place + len(form) :][:1]
+    before = text[place - 1 : place]
+    behind = text[place + len(form) :][:1]
     return bool(_GLUED.fullmatch(before + form[0]) or _GLUED.fullmatch(form[-1] + behind))

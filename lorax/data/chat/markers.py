@@ -25,7 +25,8 @@ def spans_between_markers(
     Raises:
         RowError: If the markers cannot bound every assistant turn.
     """
-    instruction, response = config.instruction_part, config.response_part
+    instruction = config.instruction_part
+    response = config.response_part
     assert instruction is not None and response is not None
     starts = [match.end() for match in re.finditer(re.escape(response), text)]
     size = len(text)

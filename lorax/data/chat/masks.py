@@ -40,7 +40,8 @@ class StopTokens:
     @classmethod
     def of(cls, tokenizer: Tokenizer, train_on_eos: str) -> "StopTokens":
         """Returns the stop tokens of a tokenizer."""
-        begin, eos = named_token_id(tokenizer, "bos"), named_token_id(tokenizer, "eos")
+        begin = named_token_id(tokenizer, "bos")
+        eos = named_token_id(tokenizer, "eos")
         begin = None if begin == eos else begin
         unknown = named_token_id(tokenizer, "unk")
         special = frozenset(special_tokens(tokenizer).values()) - ({begin, unknown} - {eos})
@@ -117,7 +118,8 @@ def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
     """
     stops = StopTokens.of(tokenizer, "none")
     (tokenized,) = tokenize_texts(tokenizer, [text], add_special_tokens=True)
-    end, widths = len(tokenized.ids), tokenized.ends - tokenized.starts
+    end = len(tokenized.ids)
+    widths = tokenized.ends - tokenized.starts
     while end and not widths[end - 1] and int(tokenized.ids[end - 1]) in stops.special:
         end -= 1
     return tokenized.ids[_begins_twice(tokenized, text, stops) : end].tolist()

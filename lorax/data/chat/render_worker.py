@@ -37,7 +37,8 @@ class Bounds:
     """Keeps a rendering within time and memory, with two system calls in the usual case."""
 
     def __init__(self):
-        self._armed, self._longest = -math.inf, 0
+        self._armed = -math.inf
+        self._longest = 0
 
     def __enter__(self) -> None:
         # The alarm interrupts a loop; a single operation without end is ended by the kernel.
@@ -89,7 +90,10 @@ def render(
     text where those are not all. Or the error of the first part that fails, and whether it took
     more than it may.
     """
-    length, whole, blocks, parts = len(request["messages"]), None, [], []
+    length = len(request["messages"])
+    whole = None
+    blocks = []
+    parts = []
     try:
         for length, is_prompt in request["parts"]:
             with bounds:
@@ -102,7 +106,8 @@ def render(
             if len(texts[0]) > CHARACTERS + 4 * size:
                 raise _LimitError(f"it renders {len(texts[0]):,} characters")
             if whole is None:
-                whole, blocks = texts[0], found[0] if found else []
+                whole = texts[0]
+                blocks = found[0] if found else []
             shared = len(os.path.commonprefix([whole, texts[0]]))
             parts.append((len(texts[0]), shared, texts[0] if shared < len(texts[0]) else None))
     except _LimitError as error:
@@ -143,7 +148,8 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    bounds, options = Bounds(), {}
+    bounds = Bounds()
+    options = {}
     answers.write("ready\n")
     answers.flush()
     for line in sys.stdin:

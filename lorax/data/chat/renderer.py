@@ -166,7 +166,8 @@ class Renderer:
     def _converse(self, lines: Sequence[str], group: Sequence[Request]) -> list[dict[str, Any]]:
         """Returns the answers to a beginning of some requests: all, or up to one beyond limits."""
         answers: list[dict[str, Any]] = []
-        process, whole = self._running(), False
+        process = self._running()
+        whole = False
         assert process.stdin is not None and process.stdout is not None
         writer = threading.Thread(target=_write, args=(process.stdin, lines), daemon=True)
         writer.start()

@@ -28,7 +28,8 @@ class SpecialTexts:
     def of(cls, tokenizer: Tokenizer) -> "SpecialTexts":
         """Returns those of a tokenizer."""
         ids = special_tokens(tokenizer)
-        begin, eos = named_token_id(tokenizer, "bos"), named_token_id(tokenizer, "eos")
+        begin = named_token_id(tokenizer, "bos")
+        eos = named_token_id(tokenizer, "eos")
         names = {token: text for text, token in ids.items()}
         return cls(ids, None if begin is None or begin == eos else names[begin])
 

@@ -181,7 +181,8 @@ class ChatTemplate:
 
     def _parts(self, template: str, talk: Conversation) -> tuple[Part, ...]:
         """Returns the whole, and what tells where learned turns start and end."""
-        length, learned = len(talk.messages), talk.learned_replies(self.config.loss_on)
+        length = len(talk.messages)
+        learned = talk.learned_replies(self.config.loss_on)
         parts = {Part(length): None}  # a set that keeps its order
         if self.config.loss_on == "all" or GENERATION.search(template):
             return tuple(parts)

@@ -148,7 +148,10 @@ def _replaces_steps(tokenizer: Any, file: Path | None) -> bool:
         # A SentencePiece model alone, whose scores and settings TokenizersBackend follows, or
         # vocabulary and merges, which name no steps.
         return type(backend.pre_tokenizer).__name__ == "Metaspace"
-    state = lambda step: step and json.loads(step.__getstate__())
+
+    def state(step):
+        return step and json.loads(step.__getstate__())
+
     options = {name: getattr(backend.model, name, None) for name in MODEL_OPTIONS}
     steps = comparable_steps(state(backend.normalizer), state(backend.pre_tokenizer), options)
     return steps != read_steps(file)
@@ -275,11 +278,13 @@ def tokenize_in_parts(
 
     While it tokenizes, the library takes a hundred bytes and more for each character.
     """
-    part, size = [], 0
+    part = []
+    size = 0
     for text in texts:
         if part and size + len(text) > _CHARACTERS_AT_ONCE:
             yield from tokenize_texts(tokenizer, part, add_special_tokens=add_special_tokens)
-            part, size = [], 0
+            part = []
+            size = 0
         part.append(text)
         size += len(text)
     yield from tokenize_texts(tokenizer, part, add_special_tokens=add_special_tokens)
@@ -311,7 +316,8 @@ def _narrow(ids: Sequence[int]) -> Int32[np.ndarray, " tokens"]:
 def _with_reach(
     ids: Int32[np.ndarray, " tokens"], offsets: Int64[np.ndarray, "tokens 2"]
 ) -> TokenizedText:
-    starts, ends = offsets[:, 0], offsets[:, 1]
+    starts = offsets[:, 0]
+    ends = offsets[:, 1]
     # A byte-level tokenizer that trims offsets leaves a token of white space with no characters:
     # it stands for those after the token before it.
     before = np.concatenate([np.zeros(1, np.int64), np.maximum.accumulate(ends)])[:-1]

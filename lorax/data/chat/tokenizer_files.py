@@ -9,7 +9,8 @@ from typing import Any
 
 from lorax.system.files import MAX_INDEX_BYTES, CheckpointError, read_json, refuse_stand_ins
 
-TOKENIZER_FILE, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
+TOKENIZER_FILE = "tokenizer.json"
+CONFIG_FILE = "tokenizer_config.json"
 
 VOCABULARY_FILES = ("tokenizer.model", "vocab.json", "vocab.txt", "merges.txt")
 """What a tokenizer is made of where there is no tokenizer.json, and is not read beside one."""
@@ -60,7 +61,8 @@ def explain_field(error: BaseException) -> str | None:
 
     It reads the tokenizer's class from there.
     """
-    field, types = _FIELD.search(str(error)), _TYPES.findall(str(error))
+    field = _FIELD.search(str(error))
+    types = _TYPES.findall(str(error))
     if type(error).__name__ != "StrictDataclassFieldValidationError" or not (field and types):
         return None
     needed = dict.fromkeys(str(_NAMES.get(wanted, wanted)) for wanted, _ in types)
@@ -107,7 +109,8 @@ def read_steps(path: Path) -> Steps:
     """
     # Vocabulary and merges come last as a rule; they are most of the file, and slow to parse.
     with path.open(encoding="utf-8") as file:
-        text, steps = file.read(_HEAD), {}
+        text = file.read(_HEAD)
+        steps = {}
         with contextlib.suppress(ValueError):
             head = text.partition('"vocab"')[0].rstrip().removesuffix(",")
             steps = json.loads(head + "}}")
@@ -137,9 +140,11 @@ def _is_token(value: Any) -> bool:
 
 
 def _is_template(value: Any) -> bool:
-    named = lambda v: (
-        isinstance(v, dict) and all(isinstance(v.get(key), str) for key in ("name", "template"))
-    )
+    def named(v):
+        return isinstance(v, dict) and all(
+            isinstance(v.get(key), str) for key in ("name", "template")
+        )
+
     return value is None or isinstance(value, str) or _is_list(value, named)
 
 

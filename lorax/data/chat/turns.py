@@ -113,7 +113,10 @@ class Rendering:
             self._refuse_cut(rendered)
         self.special.refuse_begin(self.talk.messages, rendered.text)
         answers = self.talk.replies if self.config.loss_on == "all" else self._learned
-        tokens_of = lambda index: self.special.inside(self.talk.messages[index], rendered.text)
+
+        def tokens_of(index):
+            return self.special.inside(self.talk.messages[index], rendered.text)
+
         rendered = dataclasses.replace(
             rendered,
             words_ends=self._words_ends(rendered),
@@ -241,7 +244,8 @@ class Rendering:
                 raise LostError(lost, ())
 
     def _find_turns(self) -> RenderedText:
-        text, loss_on = self.found.text, self.config.loss_on
+        text = self.found.text
+        loss_on = self.config.loss_on
         if loss_on == "all":
             last = len(self.talk.messages) - 1
             before = [field for field in self._fields if field.message != last]
@@ -286,10 +290,12 @@ class Rendering:
         the text. Else the prompt opens the turn with more than a finished turn has, such as a
         thought, and the turn stays where it is.
         """
-        (index,), text = self._learned, self.found.text
+        (index,) = self._learned
+        text = self.found.text
         prompt = self.found.others[Part(index, is_prompt=True)]
         if start := self._start_behind(prompt, index):
-            end, size = self._end(index, start), self._ends.of_conversation(index, start)
+            end = self._end(index, start)
+            size = self._ends.of_conversation(index, start)
             spans = ((len(prompt), len(prompt) + end - start),)
             text = prompt + text[start:size]
             return RenderedText(text, spans, "prefix", plain=False, notes=(OWN_PROMPT,))
@@ -315,7 +321,8 @@ class Rendering:
         opening = prompt[end + len(words) :]
         if end < 0 or not opening.strip():
             return None
-        text, limit = self.found.text, len(self.found.text)
+        text = self.found.text
+        limit = len(self.found.text)
         while (found := text.rfind(words + opening, 0, limit)) >= 0:
             start = found + len(words + opening)
             if not lost_fields(self._ends.fields_of(index), self._words[start:]):
@@ -325,7 +332,8 @@ class Rendering:
 
     def _start_of_words(self, index: int) -> int | None:
         """Returns where a turn's words start, if its prompt and the text are alike up to there."""
-        text, alike = self._words, self.found.shared[Part(index, is_prompt=True)]
+        text = self._words
+        alike = self.found.shared[Part(index, is_prompt=True)]
         fields = self._ends.fields_of(index)
         words = next((words for field in fields for words in field.texts), None)
         if words is None:
@@ -355,7 +363,8 @@ class Rendering:
         return f"give {marked}"
 
     def _by_generation(self) -> RenderedText:
-        text, replies = self.found.text, self.talk.replies
+        text = self.found.text
+        replies = self.talk.replies
         spans = tuple((start, end) for start, end in self.found.blocks if start < end)
         if len(spans) != len(replies):
             spans = _join_adjacent(spans)

@@ -138,7 +138,8 @@ def read_messages(row: Row, column: str) -> tuple[list[Message], dict[int, bool]
     Raises:
         MalformedRowError: Naming the message and the key, what came and what was needed.
     """
-    messages, flags = [], {}
+    messages = []
+    flags = {}
     for index, (item, where) in enumerate(list_of_dicts(row, column)):
         flag = read_flag(item, f"{where}.")
         if flag is not None:
@@ -185,7 +186,8 @@ def _read_sharegpt(turn: Message, where: str) -> Message:
     own = turn.get("role")
     if not is_empty(own) and own not in (role, message["role"]):
         raise MalformedRowError(f"{where}.from and {where}.role say different things; keep one")
-    value, content = turn.get("value"), turn.get("content")
+    value = turn.get("value")
+    content = turn.get("content")
     if not is_empty(value) and not is_empty(content) and value != content:
         raise MalformedRowError(f"{where}.value and {where}.content say different things; keep one")
     if "value" in turn and (is_empty(content) or not is_empty(value)):
@@ -204,7 +206,8 @@ def _read_calls(calls: Any, where: str) -> list[Any]:
 
 def _read_call(call: Any, where: str) -> Mapping[str, Any]:
     function_name(call, where)
-    inner, arguments = call.get("function", call), {}
+    inner = call.get("function", call)
+    arguments = {}
     if not is_empty(inner.get("arguments")):  # else it has none
         place = f"{where}.{'function.' * ('function' in call)}"
         arguments = _parse_arguments(inner["arguments"], place)

@@ -170,7 +170,8 @@ def alpaca_prompt(instruction: str, extra: str = "", system: str = "") -> str:
 
 
 def _read_prompt_completion(row: Row) -> Example:
-    prompt, completion = row["prompt"], row["completion"]
+    prompt = row["prompt"]
+    completion = row["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):
         opening, flags = read_messages(row, "prompt")
         answer, more = read_messages(row, "completion")

@@ -123,7 +123,8 @@ def index_lines(
     path: Path,
 ) -> tuple[Int64[np.ndarray, " rows"], Int64[np.ndarray, " rows"]]:
     """Returns number, from 0, and offset of each line that is not blank; holds one at a time."""
-    numbers, offsets = array.array("q"), array.array("q")
+    numbers = array.array("q")
+    offsets = array.array("q")
     with path.open("rb") as file:
         offset = 3 if file.read(3) == b"\xef\xbb\xbf" else 0
         file.seek(offset)

@@ -10,7 +10,8 @@ from jaxtyping import Array, Float
 type Hidden = Float[Array, "b t d"]
 type RunLayer = Callable[[nnx.Module, Hidden, Any], Hidden]
 
-_HOST, _DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
+_HOST = jax.memory.Space.Host
+_DEVICE = jax.memory.Space.Device
 _SMALL = 0.25
 """Of the layer's input: what is smaller stays on the device."""
 
@@ -53,7 +54,8 @@ def run_in_order(
         return hidden
 
     def forward(trainable, rest, hidden, context):
-        pulls, kept = [], []
+        pulls = []
+        kept = []
         for index, (own, other) in enumerate(zip(trainable, rest, strict=True)):
             following, pull = jax.vjp(
                 lambda own, x, index=index, other=other: apply(index, own, other, x, context),
@@ -113,7 +115,9 @@ class _Pull:
     """A pullback of a layer without its large arrays, which it is called with to become one."""
 
     def __init__(self, leaves: Sequence[Any], slots: tuple[int | None, ...], structure: Any):
-        self.leaves, self.slots, self.structure = leaves, slots, structure
+        self.leaves = leaves
+        self.slots = slots
+        self.structure = structure
 
     @classmethod
     def whole(cls, pull: Any) -> "_Pull":

@@ -56,7 +56,8 @@ class Recomputation:
 
     def put_on(self, model: Any) -> None:
         """Sets what `of` returns."""
-        model.gradient_checkpointing, model.kept_layers = self.policy, self.kept_layers
+        model.gradient_checkpointing = self.policy
+        model.kept_layers = self.kept_layers
 
 
 def settings_of(text: str) -> str:

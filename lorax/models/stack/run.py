@@ -34,8 +34,10 @@ def run_layers(
         recomputation: What the backward pass recomputes.
         from_host: Whether the program copies from the host's memory besides; see `run_in_order`.
     """
-    policy, kept = recomputation.policy, recomputation.kept_layers
-    runs, offloaded = [checkpointed(_run_layer, policy)] * len(layers), 0
+    policy = recomputation.policy
+    kept = recomputation.kept_layers
+    runs = [checkpointed(_run_layer, policy)] * len(layers)
+    offloaded = 0
     if policy in REPEATING:
         repeated = len(layers) - check_kept_layers(kept, len(layers))
         runs = [checkpointed(_repeat_layer, policy)] * repeated

@@ -35,7 +35,10 @@ def make_optimizer(train: TrainConfig, total_steps: int) -> optax.GradientTransf
     Raises:
         ValueError: As `make_schedule`.
     """
-    matrices = lambda params: jax.tree.map(lambda leaf: leaf.ndim >= 2, params)
+
+    def matrices(params):
+        return jax.tree.map(lambda leaf: leaf.ndim >= 2, params)
+
     stages = [
         _choose_direction(train),
         optax.add_decayed_weights(train.weight_decay, mask=matrices),
@@ -71,7 +74,9 @@ def _chain(
     in launches than in arithmetic. `stacked` must treat every element by itself, and not read the
     parameters: where XLA finds them read in a stack, it cannot write the new ones over them.
     """
-    first, last, n = optax.chain(*stacked), optax.chain(*apart), len(stacked)
+    first = optax.chain(*stacked)
+    last = optax.chain(*apart)
+    n = len(stacked)
 
     def init(params: PyTree) -> optax.OptState:
         return *cast(tuple, first.init(stack_alike(params))), *cast(tuple, last.init(params))
