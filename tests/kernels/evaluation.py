@@ -19,13 +19,16 @@ def evaluate(
 ) -> list[np.ndarray]:
     """Returns the results of a traced function.
 
-    What NumPy is not told how to do here, JAX does. Callbacks get scalars that are integers or
-    booleans as Python's own, and all else as NumPy's arrays.
+    Callbacks get scalars that are integers or booleans as Python's own, and all else as NumPy's
+    arrays.
 
     Args:
         jaxpr: The function.
         arguments: Its flat arguments.
         constants: Instead of its own, which are tracers where it was traced inside another.
+
+    Raises:
+        NotImplementedError: Naming the operation that NumPy is not told how to do.
     """
     constants = jaxpr.consts if constants is None else constants
     with np.errstate(all="ignore"):
@@ -62,8 +65,8 @@ def _apply(equation: JaxprEqn, operands: Arrays) -> Sequence[Any]:
         return [_ARITHMETIC[name](*operands)]
     if name in _SHAPES:
         return [_SHAPES[name](*operands, **params)]
-    results = equation.primitive.bind(*operands, **params)
-    return results if equation.primitive.multiple_results else [results]
+    # JAX would compile it, in one of a kernel's many threads.
+    raise NotImplementedError(f"{name}: say in this file how NumPy does it")
 
 
 def _loop(operands, *, cond_jaxpr, cond_nconsts, body_jaxpr, body_nconsts, **_):
