@@ -23,7 +23,16 @@ def causal_lm_loss(model: Any, batch: Batch) -> tuple[Float[Array, ""], Int[Arra
         batch: ``input_ids``, ``labels`` (already shifted: the label at t is token t + 1, or
             `IGNORED`), ``positions`` and, when packed, ``segment_ids``, each rows × sequence; and
             ``inputs_embeds``, rows × sequence × d, where the model's embedding is not to be read.
+
+    Raises:
+        ValueError: If ``input_ids`` has another number of axes.
     """
+    if len(shape := batch["input_ids"].shape) != 2:
+        raise ValueError(
+            f"input_ids of a micro-batch must be rows × sequence, got the shape {shape}; the batch "
+            "of a training step has one axis of micro-batches before these: for a single one, "
+            "jax.tree.map(lambda x: x[None], batch)"
+        )
     labels = batch["labels"]
     hidden = model.hidden_states(
         batch["input_ids"],

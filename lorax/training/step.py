@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from lorax.adapters.nnx.apply import set_dropout_key
-from lorax.adapters.nnx.tree import named_modules, split_trainable
+from lorax.adapters.nnx.tree import adapted_layers, named_modules, split_trainable
 from lorax.devices.determinism import compiler_options, repeatable_attention
 from lorax.devices.placement import place_parameters, placed_shapes
 from lorax.devices.specs import parts_of
@@ -158,12 +158,14 @@ def make_train_step(
             memory.
 
     Raises:
-        ValueError: If nothing trains, or a batch norm would update its statistics.
+        ValueError: If nothing trains, an adapter is merged, or a batch norm would update its
+            statistics.
     """
     _refuse_batch_statistics(model)
     graph, trainable, frozen = split_trainable(model)
     if not jax.tree.leaves(trainable):
         raise ValueError("the model has no nnx.Param: nothing would train. apply_lora it first")
+    _refuse_merged(model)
     begin = functools.partial(_begin, optimizer)
     if mesh is not None:  # else each array stays where it is, which a compiled function may change
         begin = jax.jit(begin)
@@ -260,6 +262,16 @@ def _reseed(model: nnx.Module, key: jax.Array) -> None:
     streams = [n for _, n in nnx.iter_graph(model) if isinstance(n, nnx.RngStream)]
     for index, stream in enumerate(streams):
         stream.key.set_value(jax.random.fold_in(key, 1_000_000 + index))
+
+
+def _refuse_merged(model: nnx.Module) -> None:
+    """Refuses merged adapters: the layer no longer reads their parameters, so no gradient comes."""
+    merged = [name for name, layer in adapted_layers(model).items() if layer.merged]
+    if merged:
+        raise ValueError(
+            f"{len(merged)} layers are merged, {merged[0]} is the first: their adapters would not "
+            "train. unmerge_lora the model first"
+        )
 
 
 def _refuse_batch_statistics(model: nnx.Module) -> None:

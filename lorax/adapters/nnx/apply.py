@@ -13,6 +13,7 @@ from jaxtyping import Array, Key
 from lorax.adapters.method import Shape
 from lorax.adapters.methods import spec_of
 from lorax.adapters.nnx.adapter import DropoutKey, activate, attach
+from lorax.adapters.nnx.arguments import as_rngs, check_arguments, refuse_other_adapters
 from lorax.adapters.nnx.tree import (
     adapted_layers,
     layers_with_adapters,
@@ -50,7 +51,9 @@ def set_kernels(model: nnx.Module, kernels: Kernels) -> None:
             module.kernels = kernels
 
 
-def apply_lora[M: nnx.Module](model: M, config: LoraConfig, *, rngs: nnx.Rngs) -> M:
+def apply_lora[M: nnx.Module](
+    model: M, config: LoraConfig, *, rngs: nnx.Rngs | int | Key[Array, ""]
+) -> M:
     """Returns `model` with adapters on its linear layers and every other weight frozen.
 
     The result shares the base weights' arrays with `model`, which stays as it was. Afterwards
@@ -61,16 +64,20 @@ def apply_lora[M: nnx.Module](model: M, config: LoraConfig, *, rngs: nnx.Rngs) -
     Args:
         model: Any module tree holding `nnx.Linear` layers.
         config: PEFT's settings.
-        rngs: Source of the A matrices (stream ``params``).
+        rngs: Source of the A matrices (stream ``params``), or the seed or key of one.
 
     Raises:
+        TypeError: If one of them is something else.
         TargetError: If a setting matches nothing or something that cannot carry an adapter, if
             the model is adapted already, or a rank exceeds a layer's dimensions.
     """
+    check_arguments(model, config)
+    rngs = as_rngs(rngs)
     adapted = nnx.clone(model)
     modules = named_modules(adapted)
     if layers_with_adapters(adapted):
         raise TargetError("the model carries adapters already; merge_lora it first")
+    refuse_other_adapters(model)
     targets = targets_of(adapted, config)
     references = module_references(adapted)
     trained_biases = _biases_to_train(modules, targets, config)

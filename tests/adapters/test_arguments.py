@@ -1,0 +1,87 @@
+"""What `apply_lora` is given: taken in the forms that people have it, or refused in plain words."""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import lorax
+from lorax import LoraConfig, apply_lora
+from lorax.adapters.targets import TargetError
+
+CONFIG = LoraConfig(r=2)
+
+
+class Net(nnx.Module):
+    def __init__(self, rngs):
+        self.first, self.second = (nnx.Linear(8, 8, rngs=rngs) for _ in range(2))
+
+    def __call__(self, x):
+        return self.second(self.first(x))
+
+
+@pytest.fixture(scope="module")
+def net():
+    return Net(nnx.Rngs(0))
+
+
+def values(model):
+    return jax.tree.leaves(nnx.state(model, nnx.LoRAParam))
+
+
+@pytest.mark.parametrize(
+    "rngs",
+    [7, np.int64(7), jax.random.key(7), jax.random.PRNGKey(7)],
+    ids=["seed", "numpy", "key", "old key"],
+)
+def test_a_seed_or_a_key_is_a_source_of_random_numbers(net, rngs):
+    ours = values(apply_lora(net, CONFIG, rngs=rngs))
+    right = values(apply_lora(net, CONFIG, rngs=nnx.Rngs(7)))
+    for got, want in zip(ours, right, strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize(
+    "rngs, found",
+    [
+        (True, "True"),
+        ("7", "'7'"),
+        (jax.random.split(jax.random.key(0), 2), r"key<fry>\[2\]"),
+        (jax.random.PRNGKey(0)[None], r"uint32\[1, 2\]"),
+    ],
+    ids=["bool", "text", "keys", "old keys"],
+)
+def test_what_is_no_source_of_random_numbers_is_refused(net, rngs, found):
+    with pytest.raises(TypeError, match=rf"rngs must be an nnx.Rngs, a seed or one .*{found}"):
+        apply_lora(net, CONFIG, rngs=rngs)
+
+
+def test_what_is_no_model_is_refused_with_the_way_to_one(net):
+    state = nnx.state(net)
+    for given in (state, nnx.to_pure_dict(state)):
+        with pytest.raises(TypeError, match=r"model must be an nnx.Module, got .*nnx\.merge\("):
+            apply_lora(given, CONFIG, rngs=0)
+    with pytest.raises(TypeError, match=r"model must be an nnx.Module, got function$"):
+        apply_lora(lambda x: x, CONFIG, rngs=0)
+    # The remedy works.
+    module = nnx.merge(nnx.graphdef(net), state)
+    assert len(values(apply_lora(module, CONFIG, rngs=0))) == 4
+
+
+def test_what_are_no_settings_is_refused_with_the_way_to_them(net):
+    with pytest.raises(TypeError, match=r"LoraConfig, got dict: write lorax.LoraConfig\(\*\*conf"):
+        apply_lora(net, {"r": 2}, rngs=0)
+    with pytest.raises(TypeError, match=r"config must be a lorax.LoraConfig, got int$"):
+        apply_lora(net, 2, rngs=0)
+
+
+def test_parameters_of_other_adapters_are_not_frozen_silently(net):
+    class Adapted(nnx.Module):
+        def __init__(self):
+            self.inner = nnx.LoRALinear(8, 8, lora_rank=2, rngs=nnx.Rngs(0))
+            self.last = nnx.Linear(8, 8, rngs=nnx.Rngs(0))
+
+    with pytest.raises(TargetError, match=r"inner\.lora has an nnx\.LoRAParam already.* frozen"):
+        apply_lora(Adapted(), CONFIG, rngs=0)
+    again = lorax.merge_lora(apply_lora(net, CONFIG, rngs=0))
+    assert values(apply_lora(again, CONFIG, rngs=0))  # what was merged is gone
