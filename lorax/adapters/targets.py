@@ -138,6 +138,8 @@ def nearest(entry: str, names: Iterable[str], listed: str | Iterable[str] = ()) 
     free = [n for n in suffixes if not any(_is_suffix(other, n) for other in others)]
     close = difflib.get_close_matches(re.sub(r"[^\w.]", "", entry), free, n=3, cutoff=0.5)
     known = close or suffixes
+    if not known:
+        return "the model has none"
     return ("did you mean " if close else "the model has ") + _listed(known)
 
 
@@ -239,7 +241,7 @@ def _refuse_unmatched(matched, linear_names, other_names, config, output_layer):
             raise TargetError(
                 f"lora.target_modules: {show(entry)} matches no linear module; "
                 f"{nearest(entry, linear_names, targets)}"
-                f"{_REGEX_HINT if isinstance(targets, str) else ''}"
+                f"{_REGEX_HINT if isinstance(targets, str) and not is_all_linear(config) else ''}"
             )
     exclude = config.exclude_modules
     for entry in (exclude,) if isinstance(exclude, str) else exclude or ():

@@ -21,6 +21,7 @@ from lorax.interop.peft_config import CONFIG_FILE, AdapterError, read_adapter_co
 from lorax.interop.safetensors import TensorEntry, read_headers, read_tensor, save_tensors
 from lorax.interop.tensors import hf_name
 from lorax.layers.linear import Linear
+from lorax.models.decoder import CausalLM
 from lorax.system.files import write_folder
 from lorax.system.wording import clip
 from lorax_kernels import dense
@@ -66,7 +67,7 @@ def adapter_config(
     method = LORA if portable else next(iter(specs.values())).method
     config = {
         **method.settings,
-        "task_type": "CAUSAL_LM",
+        "task_type": "CAUSAL_LM" if isinstance(model, CausalLM) else None,
         "base_model_name_or_path": base_model_name_or_path,
         "revision": revision,
         "inference_mode": True,

@@ -7,7 +7,12 @@ from flax import nnx
 
 import lorax
 from lorax import LoraConfig, apply_lora
+from lorax.adapters.nnx.tree import adapted_layers
 from lorax.adapters.targets import TargetError
+from lorax.interop.peft import adapter_config
+from lorax.models.decoder import CausalLM
+from lorax.models.families import read_architecture
+from tests.tiny import LLAMA
 
 CONFIG = LoraConfig(r=2)
 
@@ -85,3 +90,41 @@ def test_parameters_of_other_adapters_are_not_frozen_silently(net):
         apply_lora(Adapted(), CONFIG, rngs=0)
     again = lorax.merge_lora(apply_lora(net, CONFIG, rngs=0))
     assert values(apply_lora(again, CONFIG, rngs=0))  # what was merged is gone
+
+
+def test_a_model_without_layers_to_adapt_is_told_so():
+    class Norms(nnx.Module):
+        def __init__(self):
+            self.norm = nnx.LayerNorm(8, rngs=nnx.Rngs(0))
+
+    for config in (CONFIG, LoraConfig(r=2, target_modules=("q_proj",))):
+        with pytest.raises(TargetError, match=r"matches no linear module; the model has none$"):
+            apply_lora(Norms(), config, rngs=0)
+
+
+def test_the_task_is_written_where_it_is_known(net):
+    def adapt():
+        model = CausalLM(read_architecture(LLAMA, "here"), rngs=nnx.Rngs(0))
+        return apply_lora(model, CONFIG, rngs=nnx.Rngs(0))
+
+    assert adapter_config(nnx.eval_shape(adapt))["task_type"] == "CAUSAL_LM"
+    assert adapter_config(apply_lora(net, CONFIG, rngs=0))["task_type"] is None
+
+
+def test_all_linear_leaves_out_a_classifier_s_head_and_says_so():
+    class Classifier(nnx.Module):
+        def __init__(self):
+            self.body = nnx.Linear(8, 8, rngs=nnx.Rngs(0))
+            self.head = nnx.Linear(8, 3, rngs=nnx.Rngs(1))
+
+    with pytest.warns(
+        UserWarning, match=r"all-linear leaves out head \(rank 4\): .*modules_to_save"
+    ):
+        model = apply_lora(Classifier(), LoraConfig(r=4), rngs=0)
+    assert list(adapted_layers(model)) == ["body"]
+    # What it says to do is done without a word.
+    for more in ({"modules_to_save": ("head",)}, {"exclude_modules": ("head",)}):
+        again = apply_lora(Classifier(), LoraConfig(r=4, **more), rngs=0)
+        assert list(adapted_layers(again)) == ["body"]
+    with pytest.raises(TargetError, match=r"head: rank must be in \[1, 3\]"):
+        apply_lora(Classifier(), LoraConfig(r=4, target_modules=("head",)), rngs=0)

@@ -116,7 +116,8 @@ def targets_of(model: nnx.Module, config: LoraConfig) -> list[Target]:
     head = "lm_head" if "lm_head" in linear else None
     try:
         others = (modules.keys() | tied.keys()) - set(linear)
-        return match_targets(linear, others, config, output_layer=head)
+        found = match_targets(linear, others, config, output_layer=head)
+        return _without_narrow(found, modules) if is_all_linear(config) else found
     except TargetError as error:
         names = [
             f"{name} is tied to {source}" for name, source in tied.items() if name in str(error)
@@ -136,6 +137,26 @@ def _name_what_is_left_out(modules: dict[str, nnx.Module], config: LoraConfig) -
             "nnx.LinearGeneral or nnx.Einsum. Name them in lora.exclude_modules if that is meant",
             stacklevel=4,
         )
+
+
+def _without_narrow(targets: list[Target], modules: dict[str, nnx.Module]) -> list[Target]:
+    """Leaves out the head of a classifier: what has fewer outputs than its rank, in no layer."""
+
+    def is_head(target: Target) -> bool:
+        shape = shape_of(modules[target.name])
+        numbered = any(part.isdigit() for part in target.name.split("."))
+        return shape is not None and shape.outputs < target.r and not numbered
+
+    narrow = [target for target in targets if is_head(target)]
+    if not narrow or len(narrow) == len(targets):
+        return targets
+    names = ", ".join(f"{target.name} (rank {target.r})" for target in narrow)
+    warnings.warn(
+        f"all-linear leaves out {names}: fewer outputs than the rank, as a classifier's head has. "
+        "Train it whole with lora.modules_to_save, or name it in lora.exclude_modules",
+        stacklevel=4,
+    )
+    return [target for target in targets if target not in narrow]
 
 
 def _refuse_odd_layers(model, modules: dict[str, nnx.Module], config: LoraConfig) -> None:
