@@ -117,9 +117,8 @@ def test_all_linear_leaves_out_a_classifier_s_head_and_says_so():
             self.body = nnx.Linear(8, 8, rngs=nnx.Rngs(0))
             self.head = nnx.Linear(8, 3, rngs=nnx.Rngs(1))
 
-    with pytest.warns(
-        UserWarning, match=r"all-linear leaves out head \(rank 4\): .*modules_to_save"
-    ):
+    said = r"all-linear leaves out head \(rank 4\): .*lora\.modules_to_save"
+    with pytest.warns(UserWarning, match=said):
         model = apply_lora(Classifier(), LoraConfig(r=4), rngs=0)
     assert list(adapted_layers(model)) == ["body"]
     # What it says to do is done without a word.
@@ -128,3 +127,6 @@ def test_all_linear_leaves_out_a_classifier_s_head_and_says_so():
         assert list(adapted_layers(again)) == ["body"]
     with pytest.raises(TargetError, match=r"head: rank must be in \[1, 3\]"):
         apply_lora(Classifier(), LoraConfig(r=4, target_modules=("head",)), rngs=0)
+    layers = nnx.Sequential(nnx.Linear(8, 8, rngs=nnx.Rngs(0)), nnx.Linear(8, 3, rngs=nnx.Rngs(1)))
+    with pytest.raises(TargetError, match=r"layers\.1: rank must be in \[1, 3\]"):
+        apply_lora(layers, LoraConfig(r=4), rngs=0)  # no head, but one layer of many
