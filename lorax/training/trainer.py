@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
 from lorax.adapters.nnx.apply import fingerprint_adapters
 from lorax.config.run import RunConfig
@@ -135,6 +136,11 @@ class Trainer:
         self.output_dir = Path(config.save.output_dir)
         self.keeps_lock = False
         self.state = self.saver.begin(self.state, resume=resume)
+
+    @property
+    def mesh(self) -> Mesh:
+        """The devices that it trains on."""
+        return self.course.mesh
 
     @property
     def progress(self) -> Progress:

@@ -225,7 +225,7 @@ topology = topologies.get_topology_desc(platform="cuda", target_config=target, t
 mesh = topologies.make_mesh(topology, (1,), ("data",))
 whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 sizes = {"model_type": "llama", "vocab_size": 1024, "hidden_size": 1024, "intermediate_size": 4096,
-         "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 2,
+         "num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 2,
          "max_position_embeddings": 4096, "tie_word_embeddings": False}
 bf16 = jnp.bfloat16
 
@@ -283,4 +283,4 @@ def test_a_copy_from_the_host_does_not_put_off_the_gradients():
     )  # fmt: skip
     plain, copied = (line.split() for line in done.stdout.splitlines())
     assert (plain[1], copied[1]) == ("False", "True")
-    assert int(copied[0]) <= 1.25 * int(plain[0])  # 1.6 times as much
+    assert int(copied[0]) <= 1.25 * int(plain[0])  # twice as much

@@ -18,7 +18,7 @@ from lorax.recovery.files import read_checkpoint
 from lorax.recovery.snapshots import WeightStore
 from lorax.runs.folder import find_run
 from lorax.system.files import CheckpointError
-from tests.tiny import write_model
+from tests.tiny import TINY, write_model
 
 pytestmark = pytest.mark.slow
 
@@ -77,13 +77,13 @@ def start(*arguments, output=subprocess.PIPE, **changes):
 
 
 @pytest.fixture
-def run_here(monkeypatch, capsys):
+def run_here(monkeypatch, capfd):
     """Runs the command in this process, where it does not come to train."""
     monkeypatch.setenv("HF_TOKEN", TOKEN)
 
     def run_here(*arguments, **changes):
         code = main(words_of(*arguments, **changes))
-        return code, *capsys.readouterr()
+        return code, *capfd.readouterr()
 
     return run_here
 
@@ -175,6 +175,7 @@ def test_a_long_first_step_holds_up_neither_a_signal_nor_the_end_of_the_process(
     (tmp_path / "many.jsonl").write_text(lines * 200)
     changes = {"data.train": tmp_path / "many.jsonl", "eval.strategy": "no"}
     changes |= {"train.gradient_accumulation_steps": 1000, "save.load_best_model_at_end": "false"}
+    changes["model.name_or_path"] = TINY / "model"  # whose step takes long enough
     run = tmp_path / "run"
     others = cpu_seconds_of_children()
     process = start(data, run, **changes)

@@ -14,6 +14,10 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 Arrays = Sequence[np.ndarray]
 
 
+class EvaluationError(Exception):
+    """NumPy is not told how to do this."""
+
+
 def evaluate(
     jaxpr: ClosedJaxpr, arguments: Sequence[Any], constants: Sequence[Any] | None = None
 ) -> list[np.ndarray]:
@@ -28,7 +32,7 @@ def evaluate(
         constants: Instead of its own, which are tracers where it was traced inside another.
 
     Raises:
-        NotImplementedError: Naming the operation that NumPy is not told how to do.
+        EvaluationError: Naming the operation that NumPy is not told how to do.
     """
     constants = jaxpr.consts if constants is None else constants
     with np.errstate(all="ignore"):
@@ -52,8 +56,12 @@ def _evaluate(
         return np.asarray(v.val, aval.dtype)
 
     for equation in jaxpr.eqns:
-        results = _apply(equation, [read(v) for v in equation.invars])
-        values.update(zip(equation.outvars, map(np.asarray, results), strict=True))
+        results = [np.asarray(r) for r in _apply(equation, [read(v) for v in equation.invars])]
+        for result, variable in zip(results, equation.outvars, strict=True):
+            aval: Any = variable.aval
+            found, promised = (result.shape, result.dtype), (aval.shape, aval.dtype)
+            _demand(found == promised, f"{equation.primitive}: {found} in the place of {promised}")
+            values[variable] = result
     return [read(v) for v in jaxpr.outvars]
 
 
@@ -66,7 +74,12 @@ def _apply(equation: JaxprEqn, operands: Arrays) -> Sequence[Any]:
     if name in _SHAPES:
         return [_SHAPES[name](*operands, **params)]
     # JAX would compile it, in one of a kernel's many threads.
-    raise NotImplementedError(f"{name}: say in this file how NumPy does it")
+    raise EvaluationError(f"{name}: say in this file how NumPy does it")
+
+
+def _demand(holds: Any, what: str) -> None:
+    if not holds:
+        raise EvaluationError(what)
 
 
 def _loop(operands, *, cond_jaxpr, cond_nconsts, body_jaxpr, body_nconsts, **_):
@@ -79,7 +92,7 @@ def _loop(operands, *, cond_jaxpr, cond_nconsts, body_jaxpr, body_nconsts, **_):
 
 def _repeat(operands, *, jaxpr, length, ft_in, **_):
     held, carry, scanned = map(list, ft_in.update(operands).unpack())
-    assert not scanned, "a loop over arrays"
+    _demand(not scanned and len(jaxpr.out_avals) == len(carry), "scan: a loop over arrays")
     for _ in range(length):
         carry = _evaluate_closed(jaxpr, [*held, *carry])
     return carry
@@ -90,9 +103,14 @@ def _branch(operands, *, branches, **_):
     return _evaluate_closed(branches[min(max(int(index), 0), len(branches) - 1)], operands)
 
 
-def _call_back(operands, *, callback, **_):
+def _call_back(operands, *, callback, result_avals, **_):
     plain = lambda v: v.item() if v.ndim == 0 and v.dtype.kind in "iub" else v
-    return callback(*map(plain, operands))
+    results = callback(*map(plain, operands))
+    # Python's numbers take the promised type; what is an array must have it.
+    return [
+        result if isinstance(result, np.ndarray | np.generic) else np.asarray(result, aval.dtype)
+        for result, aval in zip(results, result_avals, strict=True)
+    ]
 
 
 _CONTROL: dict[str, Callable[..., Sequence[Any]]] = {
@@ -107,8 +125,14 @@ _CONTROL: dict[str, Callable[..., Sequence[Any]]] = {
 def _divide(p, q):
     if p.dtype.kind == "f":
         return p / q
+    _demand(np.all(q != 0), "div: a whole number divided by zero")
     whole = p // q  # rounded down, and not towards zero
     return whole + ((whole < 0) & (whole * q != p)).astype(whole.dtype)
+
+
+def _shift_right(v, count):
+    _demand(v.dtype.kind == "u", "shift_right_logical of signed numbers")
+    return np.right_shift(v, count)
 
 
 _ARITHMETIC: dict[str, Callable[..., Any]] = {
@@ -133,7 +157,7 @@ _ARITHMETIC: dict[str, Callable[..., Any]] = {
     "rsqrt": lambda v: (1.0 / np.sqrt(v)).astype(v.dtype),
     "select_n": lambda which, *cases: np.choose(which.astype(np.int32), cases),
     "shift_left": np.left_shift,
-    "shift_right_logical": np.right_shift,
+    "shift_right_logical": _shift_right,
     "sign": np.sign,
     "sub": np.subtract,
     "xor": np.bitwise_xor,
@@ -160,7 +184,8 @@ def _slice_at(v, *starts, slice_sizes, **_):
 
 def _multiply(p, q, *, dimension_numbers, preferred_element_type, **_):
     contracted, (p_batch, q_batch) = dimension_numbers
-    assert not p_batch and not q_batch
+    narrow = all(v.dtype.itemsize <= 4 and v.dtype.kind not in "iub" for v in (p, q))
+    _demand(narrow and not p_batch and not q_batch, "dot_general: other than of float32 matrices")
     product = np.tensordot(p.astype(np.float32), q.astype(np.float32), contracted)
     return product.astype(preferred_element_type or p.dtype)
 

@@ -34,7 +34,7 @@ MARK = 63
 """A token that makes the step on its row take long."""
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def turns():
     """How many turns of the loop take about five seconds."""
     spin = jax.jit(lambda x, n: jax.lax.fori_loop(0, n, turn, x))
@@ -107,6 +107,7 @@ def signal_in(monkeypatch):
     return plan
 
 
+@pytest.mark.as_shipped
 @pytest.mark.parametrize("skip", [0, 2])
 def test_a_step_that_takes_too_long_is_dropped_and_made_again(
     tmp_path, turns, monkeypatch, signal_in, skip
