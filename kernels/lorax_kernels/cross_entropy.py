@@ -119,7 +119,8 @@ def _where_supervised(weight, values):
 
 def _gradient(logits, labels, *, soft_cap: float | None, z_loss: float):
     scores, lse, slope, weight = _scores(logits, labels, soft_cap)
-    lse, weight = lse[..., None], weight[..., None]
+    lse = lse[..., None]
+    weight = weight[..., None]
     gradient = jnp.exp(scores - lse) * (1.0 + 2.0 * z_loss * lse)
     gradient -= _is_label(scores, labels).astype(gradient.dtype)
     if slope is not None:

@@ -117,7 +117,8 @@ def _cdiv(a: int, b: int) -> int:
 
 def project_config(m: int, c: int, r: int, sms: int | None = None) -> SkinnyConfig:
     """Returns how to cut ``t·uᵀ``: as few parts as keep every multiprocessor reading."""
-    rows, sms = _cdiv(m, 64), sms or core_count()
+    rows = _cdiv(m, 64)
+    sms = sms or core_count()
     parts = 1 if rows >= sms * 3 // 4 else min(_cdiv(sms, rows), _cdiv(c, 8 * COLUMNS))
     boxes = 4 if r <= STEP else 2
     slot = boxes * STEP * (64 + r) * 2
@@ -129,7 +130,8 @@ def gradient_config(
     m: int, c: int, r: int, u_rank: int = 0, sms: int | None = None
 ) -> SkinnyConfig:
     """Returns how to cut ``tᵀ·v``, with ``t·uᵀ`` in the same pass if `u_rank` is not 0."""
-    sms, wide = sms or core_count(), _cdiv(r, STEP) * STEP
+    sms = sms or core_count()
+    wide = _cdiv(r, STEP) * STEP
     tiles = 2 if wide <= 2 * STEP else 1  # the sums of a block's tiles stay in registers
     columns = _cdiv(c, tiles * COLUMNS)
     chunks = _cdiv(m, ROWS)
@@ -166,7 +168,8 @@ def inline_width(m: int, k: int, n: int, n0: int, r: int, sms: int | None = None
     """
     if r not in INLINE_COST:
         return 0
-    config, sms = inline_config(r), sms or core_count()
+    config = inline_config(r)
+    sms = sms or core_count()
     rows = _cdiv(m, config.block_m)
     columns = _cdiv(n, config.block_n)
     tile = TILE_SECONDS_PER_K * k

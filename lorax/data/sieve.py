@@ -34,7 +34,8 @@ class Sieve:
             self._first_overlong = self._first_overlong or f"{place} has {len(tokens)} tokens"
             if self._config.overlong == "truncate":
                 self.truncated += 1
-                tokens, supervised = tokens[:limit], supervised[:limit]
+                tokens = tokens[:limit]
+                supervised = supervised[:limit]
             else:
                 self.overlong += 1
                 return

@@ -63,7 +63,8 @@ def find_tokenizer(
     names = tokenizer_files(adapter) if adapter is not None else []
     if adapter is None or not names:
         return FoundTokenizer(load_tokenizer(str(base)), base)
-    adapter, listed = Path(adapter), ", ".join(names)
+    adapter = Path(adapter)
+    listed = ", ".join(names)
     if run is not None:
         tell(f"{adapter} holds {listed}, which are not used: the run in {run} trained without them")
         return FoundTokenizer(load_tokenizer(str(base)), base)

@@ -288,7 +288,8 @@ def write_checkpoint(
     Raises:
         ValueError: If `directory` holds something, or a name comes twice.
     """
-    directory, files = Path(directory), files or {}
+    directory = Path(directory)
+    files = files or {}
     refuse_occupied(directory)
     if source_directory is not None and not Path(source_directory).is_dir():
         raise CheckpointError(f"{source_directory} (source_directory) is no folder")

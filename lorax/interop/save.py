@@ -36,7 +36,8 @@ def model_tensors(
         ValueError: If the model lacks a parameter that no override gives, an override names no
             tensor, or a value has another shape.
     """
-    overrides, table = overrides or {}, tensor_table(model.config)
+    overrides = overrides or {}
+    table = tensor_table(model.config)
     unknown = [name for name in overrides if name not in table]
     if unknown:
         raise ValueError(f"overrides name {listed(unknown)}, which this model does not have")

@@ -133,7 +133,8 @@ def attend_windows(q, k, v, starts, lengths, *, sliding_window):
     def cut(x):
         return x.reshape(rows * windows, -1, *x.shape[2:])
 
-    starts, lengths = starts.reshape(-1, runs), lengths.reshape(-1, runs)
+    starts = starts.reshape(-1, runs)
+    lengths = lengths.reshape(-1, runs)
     # jax 0.11.2 counts an end that is also the next row's start twice, which gives NaN: only the
     # last row says where it ends.
     ends = jnp.full((rows * windows, 1), -1, starts.dtype).at[-1].set(q.shape[1] // windows)

@@ -156,7 +156,8 @@ class Linear(nnx.Linear):
         adapter = self.computing
         rate = self.dropout_rate
         assert adapter is not None
-        x, w = x.astype(self.compute_dtype(x.dtype)), self.kernel.get_value()
+        x = x.astype(self.compute_dtype(x.dtype))
+        w = self.kernel.get_value()
         operands = adapter.operands(w)
         if operands is None:
             if self.kernels_now == "pallas":

@@ -207,8 +207,10 @@ def _yarn(
     low = dimension(rope.beta_fast or 32)
     high = dimension(rope.beta_slow or 1)
     if rope.truncate is not False:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, head_dim - 1)
+        low = math.floor(low)
+        high = math.ceil(high)
+    low = max(low, 0)
+    high = min(high, head_dim - 1)
     high += 0.001 if low == high else 0
     ramp = (np.arange(head_dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(high - low)
     kept = np.float32(1) - np.clip(ramp, np.float32(0), np.float32(1))
@@ -276,6 +278,7 @@ def rotate(
 ) -> Float[Array, "b t heads d"]:
     """Turns each pair (x_i, x_{i + d/2}) by its angle; float32 inside, `x`'s dtype outside."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
+    cos = cos[:, :, None, :]
+    sin = sin[:, :, None, :]
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x.dtype)

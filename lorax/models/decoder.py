@@ -245,7 +245,8 @@ class CausalLM(nnx.Module):
             length: Slots; a token whose position is not below it is not stored.
             dtype: Of keys and values; None is the model's.
         """
-        config, dtype = self.config, self.dtype if dtype is None else dtype
+        config = self.config
+        dtype = self.dtype if dtype is None else dtype
         shape = (batch, length, config.num_key_value_heads, config.head_dim)
         layers = [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in self.model.layers]
         return KVCache(tuple(layers), empty=True)

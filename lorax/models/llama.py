@@ -55,7 +55,8 @@ class Attention(nnx.Module):
 
         q, k, v = map(heads, apply_together((self.q_proj, self.k_proj, self.v_proj), x))
         q, k = self.before_rotation(q, k)
-        q, k = kept(rotate(q, *context.rotary)), kept(rotate(k, *context.rotary))
+        q = kept(rotate(q, *context.rotary))
+        k = kept(rotate(k, *context.rotary))
         if cache is not None:
             cache = store(cache, k, v, context.positions, empty=empty)
         window = self.sliding_window

@@ -275,7 +275,8 @@ def _last(fits) -> int:
     high = 1
     while fits(2 * high):
         high *= 2
-    low, high = high, 2 * high
+    low = high
+    high = 2 * high
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)

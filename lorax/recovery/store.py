@@ -156,7 +156,8 @@ class CheckpointStore:
         """
         self.open()
         self._join()
-        before, self._error = self._error, None
+        before = self._error
+        self._error = None
         if not self._has(step):  # a step of a run is the same whenever it is saved
             self._begin(step, arrays, record)
         if wait:
@@ -197,7 +198,8 @@ class CheckpointStore:
         if self._saving is not None and self._saving.done():
             self._join()
         if self._error is not None:
-            error, self._error = self._error, None
+            error = self._error
+            self._error = None
             if isinstance(error, CheckpointError):
                 raise SaveError(str(error)) from error
             found = self.steps()

@@ -98,7 +98,8 @@ class JsonFields:
 
     def only(self, name: str, allowed: Iterable[Any], reason: str) -> None:
         """Refuses any value but those that change nothing."""
-        value, allowed = self.raw(name, None), tuple(allowed)
+        value = self.raw(name, None)
+        allowed = tuple(allowed)
 
         # A bool equals 0 or 1 in Python, but not in JSON.
         def same(a, b):

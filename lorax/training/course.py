@@ -99,7 +99,8 @@ class Course:
             ValueError: If the mesh asks for absent devices, a row is too long, or the schedule does
                 not fit the run.
         """
-        mesh, objective = mesh or make_mesh(config.mesh.data), objective or objective_of(config)
+        mesh = mesh or make_mesh(config.mesh.data)
+        objective = objective or objective_of(config)
         batches = objective.batches(
             train,
             config,
@@ -163,7 +164,8 @@ class Course:
         while left > 0:
             steps = min(left, self.batches.steps_per_epoch)
             yield epoch, steps
-            left, epoch = left - steps, epoch + 1
+            left -= steps
+            epoch += 1
 
     def widths(self) -> list[int]:
         """Returns the widths of the run's rows, each of which needs a compiled step."""

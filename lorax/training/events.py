@@ -149,7 +149,8 @@ class StepEvents:
             losses_before: Of the steps before it, which tell a spike.
         """
         now = time.perf_counter()
-        seconds, self._began = now - self._began, now
+        seconds = now - self._began
+        self._began = now
         loss = float(numbers["loss"])
         tokens = int(self._tokens(at.epoch)[at.at])
         speed = self.throughput.add(tokens, seconds, context_tokens=self._mean_document)

@@ -71,7 +71,8 @@ class LongSteps:
                 self._dropped = stop.dropped = True
                 raise StepDroppedError(stop.received)
         now = time.perf_counter()
-        seconds, self._ended = now - max(begun, self._ended), now
+        seconds = now - max(begun, self._ended)
+        self._ended = now
         # Of one that had ended before it was waited for, only a bound is known.
         known = math.inf if waited else self._seconds.get(width, math.inf)
         self._seconds[width] = min(seconds, known)

@@ -173,8 +173,8 @@ def make_train_step(
     state = TrainState(jnp.zeros((), jnp.int32), trainable, opt_state, jnp.zeros((), bool))
     if mesh is not None:
         parts = parts_of(model)
-        state, frozen = place_parameters(state, mesh, parts), place_parameters(frozen, mesh, parts)
-
+        state = place_parameters(state, mesh, parts)
+        frozen = place_parameters(frozen, mesh, parts)
     objective = as_objective(loss_fn)
     terms_of = _terms_of(graph, objective)
 
@@ -230,7 +230,8 @@ def make_abstract_step(
 
     state, frozen = jax.eval_shape(build, model)
     parts = parts_of(model)
-    state, frozen = placed_shapes(state, mesh, parts), placed_shapes(frozen, mesh, parts)
+    state = placed_shapes(state, mesh, parts)
+    frozen = placed_shapes(frozen, mesh, parts)
     return dataclasses.replace(found[0], frozen=frozen, mesh=mesh), state
 
 

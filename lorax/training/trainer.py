@@ -267,7 +267,8 @@ class Trainer:
 
     def _finish_pending(self, following: _Dispatched | None = None) -> None:
         """Waits for the numbers of the last step, passes them on, and stops if not finite."""
-        pending, self._pending = self._pending, following
+        pending = self._pending
+        self._pending = following
         if pending is None:
             return
         before = self.progress.recent_losses

@@ -160,6 +160,23 @@ def load_much(count: int, folder: Path) -> tuple[int, int]:
     return sum(in_child(trial, 7200, silent=False) for trial in trials), len(trials)
 
 
+def hold_up(store: Any, arrays: Any, clock: Callable[[], float]) -> float:
+    """Returns how long a save holds up who asks; one that waits for its writer never ends."""
+    asked_back = threading.Event()
+    write = store._write
+
+    def write_later(*given):
+        asked_back.wait()
+        write(*given)
+
+    store._write = write_later
+    started = clock()
+    store.save(1, arrays, {})
+    seconds = clock() - started
+    asked_back.set()
+    return seconds
+
+
 def weigh_checks(count: int, folder: Path) -> tuple[int, int, dict[str, float]]:
     """L3: a step's checks take < 1 % of 8B's on a GPU; saving 500 MB holds a run up for < 1 s."""
     import numpy as np
@@ -190,19 +207,8 @@ def weigh_checks(count: int, folder: Path) -> tuple[int, int, dict[str, float]]:
     rows = count * MIB // 4 // 500
     arrays = {f"m.{i}": np.full(rows, i, np.float32) for i in range(500)}
     store = CheckpointStore(folder / "large" / "checkpoints")
-    written = threading.Event()
-    write = store._write
-
-    def write_later(*given):
-        # A save that waits for what it writes would wait here for ever.
-        written.wait()
-        write(*given)
-
-    store._write = write_later  # type: ignore[method-assign]
-    started, before = time.perf_counter(), clock()
-    store.save(1, arrays, {})
-    held_up = clock() - before
-    written.set()
+    started = time.perf_counter()
+    held_up = hold_up(store, arrays, clock)
     store.wait()
     on_disk = time.perf_counter() - started
     store.close()

@@ -60,6 +60,17 @@ def make_endless(model, batch):
     return total + 0 * spun.sum(), count
 
 
+def wait_until(child: int, sign: Path, seconds: float = 600.0) -> None:
+    """Waits for a file of a process, which is killed if it ends or hangs before."""
+    end = time.monotonic() + seconds
+    while not sign.exists():
+        hangs = time.monotonic() > end
+        if hangs or os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            os.kill(child, signal.SIGKILL)
+            raise AssertionError(f"no {sign.name}: it {'hangs' if hangs else 'ended'}")
+        time.sleep(0.01)
+
+
 def terminate(count: int, folder: Path) -> tuple[int, int]:
     """P1: SIGTERM during steps, short ones and endless ones: saved, status 75, within 10 s."""
 
@@ -101,13 +112,7 @@ def terminate(count: int, folder: Path) -> tuple[int, int]:
             make(run, is_endless, listeners=(slowly,), save__save_steps=500).train()
 
         child = start(work)
-        given_up = time.monotonic() + 600
-        while not (run / "trains").exists():
-            hangs = time.monotonic() > given_up
-            if hangs or os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-                os.kill(child, signal.SIGKILL)
-                raise AssertionError("it never trains" if hangs else "it ended before it trained")
-            time.sleep(0.01)
+        wait_until(child, run / "trains")
         time.sleep(random.Random(trial).uniform(0.3, 2.0) + 2.0 * is_endless)
         asked = clock() if clock else cpu_seconds(child)
         os.kill(child, signal.SIGTERM)

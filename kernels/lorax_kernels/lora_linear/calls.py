@@ -188,7 +188,8 @@ def _swiglu(x, group: Group, *, keep: bool):
 def _swiglu_kernel(epilogue, x, group: Group):
     from lorax_kernels.lora_linear import fused
 
-    dropout, group = _kernel_dropout(x, group), group.multiplied_in(x.dtype)
+    dropout = _kernel_dropout(x, group)
+    group = group.multiplied_in(x.dtype)
     if not group.ranks:
         return fused.swiglu(x, None, None, group, epilogue), None
     packed = fused.pack(group, fused.lay_out(group), x.dtype)

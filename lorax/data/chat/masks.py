@@ -79,7 +79,8 @@ def mask_plain(tokenized: TokenizedText, rendered: RenderedText, stops: StopToke
     if adds_eos and stop is None:
         stop = len(tokens) - 1
     elif adds_eos:
-        tokens, supervised = tokens[:-1], supervised[:-1]
+        tokens = tokens[:-1]
+        supervised = supervised[:-1]
     if stop is None and stops.eos is not None:
         stop = len(tokens)
         tokens = np.append(tokens, np.int32(stops.eos))
@@ -103,7 +104,8 @@ def mask_plain(tokenized: TokenizedText, rendered: RenderedText, stops: StopToke
             "or set data.train_on_eos: none"
         )
     if _begins_twice(tokenized, rendered.text, stops):
-        tokens, supervised = tokens[1:], supervised[1:]
+        tokens = tokens[1:]
+        supervised = supervised[1:]
     return tokens, supervised
 
 

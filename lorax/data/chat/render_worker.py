@@ -129,7 +129,8 @@ def _without_words(error: Exception, texts: list[Any], template: str) -> str:
 
     The template's own words may be said, and so may short ones.
     """
-    said, template = str(error), template.casefold()
+    said = str(error)
+    template = template.casefold()
     row = json.dumps(texts, ensure_ascii=False, default=str).casefold()
     words = {word for word in re.findall(r"\w+", said.casefold()) if len(word) > 3}
     if len(said) > 200 or any(word in row and word not in template for word in words):

@@ -230,7 +230,8 @@ class Renderer:
 
     def close(self) -> None:
         """Ends the process; the next rendering starts another."""
-        process, self._process = self._process, None
+        process = self._process
+        self._process = None
         if process is None or self._owner != os.getpid():
             return
         process.kill()

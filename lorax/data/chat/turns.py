@@ -212,7 +212,8 @@ class Rendering:
 
         `ALL_TOOLS` stands for the tools where it writes none.
         """
-        text, elsewhere = self.special.hide(text), self.talk.elsewhere
+        text = self.special.hide(text)
+        elsewhere = self.talk.elsewhere
         tools = [field for field in self._all_of_tools if field.name not in self._ignored]
         # Answers that are learned elsewhere are here as the template means them to be.
         fields = [

@@ -69,7 +69,8 @@ def run_in_order(
                     (jax.device_put(large, _HOST), following)
                 )
             else:
-                pull, large = _Pull.whole(pull), []
+                pull = _Pull.whole(pull)
+                large = []
             pulls.append(pull)
             kept.append(large)
             hidden = following
