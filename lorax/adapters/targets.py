@@ -301,9 +301,11 @@ def _refuse_layers(config: LoraConfig, targets: list[str], linear_names: Sequenc
     for index in _layers(config):
         if not any(_layer_index(n, config) == index for n in targets):
             known = {i for n in linear_names if (i := _layer_index(n, config)) is not None}
+            where = f"the model's layers are {_listed(sorted(known))}"
+            if not known:
+                where = "no layers are found; name the list that holds them in lora.layers_pattern"
             raise TargetError(
-                f"lora.layers_to_transform: no target module lies in layer {index}; the model's "
-                f"layers are {_listed(sorted(known))}"
+                f"lora.layers_to_transform: no target module lies in layer {index}; {where}"
             )
 
 

@@ -50,11 +50,12 @@ def test_a_seed_or_a_key_is_a_source_of_random_numbers(net, rngs):
     "rngs, found",
     [
         (True, "True"),
+        (None, "None"),
         ("7", "'7'"),
         (jax.random.split(jax.random.key(0), 2), r"key<fry>\[2\]"),
         (jax.random.PRNGKey(0)[None], r"uint32\[1, 2\]"),
     ],
-    ids=["bool", "text", "keys", "old keys"],
+    ids=["bool", "none", "text", "keys", "old keys"],
 )
 def test_what_is_no_source_of_random_numbers_is_refused(net, rngs, found):
     with pytest.raises(TypeError, match=rf"rngs must be an nnx.Rngs, a seed or one .*{found}"):
@@ -130,3 +131,15 @@ def test_all_linear_leaves_out_a_classifier_s_head_and_says_so():
     layers = nnx.Sequential(nnx.Linear(8, 8, rngs=nnx.Rngs(0)), nnx.Linear(8, 3, rngs=nnx.Rngs(1)))
     with pytest.raises(TargetError, match=r"layers\.1: rank must be in \[1, 3\]"):
         apply_lora(layers, LoraConfig(r=4), rngs=0)  # no head, but one layer of many
+
+
+def test_layers_that_are_not_found_are_found_by_the_name_of_their_list():
+    class Stack(nnx.Module):
+        def __init__(self):
+            self.layers = nnx.List([Net(nnx.Rngs(i)) for i in range(2)])
+
+    settings = {"r": 2, "target_modules": ("first",), "layers_to_transform": (1,)}
+    with pytest.raises(TargetError, match=r"no layers are found; name the list .*layers_pattern$"):
+        apply_lora(Stack(), LoraConfig(**settings), rngs=0)
+    model = apply_lora(Stack(), LoraConfig(**settings, layers_pattern="layers"), rngs=0)
+    assert list(adapted_layers(model)) == ["layers.1.first"]

@@ -10,7 +10,7 @@ from flax import nnx
 
 from lorax.adapters.targets import TargetError
 from lorax.config.adapter import LoraConfig
-from lorax.system.wording import show
+from lorax.system.wording import clip
 
 
 def check_arguments(model: Any, config: Any) -> None:
@@ -45,7 +45,7 @@ def as_rngs(rngs: Any) -> nnx.Rngs:
         is_key = jnp.issubdtype(rngs.dtype, jax.dtypes.prng_key) and rngs.shape == ()
         if is_key or (rngs.dtype == jnp.uint32 and rngs.shape == (2,)):  # of jax.random.PRNGKey
             return nnx.Rngs(rngs)
-    found = f"{rngs.dtype}{list(rngs.shape)}" if isinstance(rngs, jax.Array) else show(rngs)
+    found = f"{rngs.dtype}{list(rngs.shape)}" if isinstance(rngs, jax.Array) else clip(repr(rngs))
     raise TypeError(f"rngs must be an nnx.Rngs, a seed or one jax.random.key, got {found}")
 
 
