@@ -47,7 +47,7 @@ def shallow_model(layers: int = 2) -> Path:
     return folder
 
 
-def write_model(folder: Path, **changes: Any) -> Path:
+def write_model(folder: Path) -> Path:
     """Writes a model of two small layers, its weights random, with the shipped tokenizer."""
     from flax import nnx
 
@@ -55,11 +55,9 @@ def write_model(folder: Path, **changes: Any) -> Path:
     from lorax.models.decoder import CausalLM
     from lorax.models.families import read_architecture
 
-    config = LLAMA | {"vocab_size": 512} | changes
-    save_model(CausalLM(read_architecture(config, "small"), rngs=nnx.Rngs(0)), folder)
-    ours = shutil.ignore_patterns("config.json", "*.safetensors")
-    shutil.copytree(TINY / "model", folder, ignore=ours, dirs_exist_ok=True)
-    return folder
+    architecture = read_architecture(LLAMA | {"vocab_size": 512}, "small")
+    model = CausalLM(architecture, rngs=nnx.Rngs(0))
+    return save_model(model, folder, source_directory=TINY / "model")
 
 
 def edit_json(path: Path, **changes: Any) -> None:

@@ -2,8 +2,10 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -75,11 +77,7 @@ def run_training(
         SaveError: If the disk is full or cannot be written.
     """
     with memory_explained(config), disk_explained(config):
-
-        def tell(text):
-            return console.print(text, highlight=False, soft_wrap=True)
-
-        config = with_recorded_revision(config, tell)
+        config = with_recorded_revision(config, _teller(console))
         return _run(config, console, phases or Phases(), resume, stop)
 
 
@@ -158,14 +156,16 @@ def _look_back(config: RunConfig) -> tuple[RunConfig, Identity]:
     return config, Identity(saved_manifest(config), where, settings_of)
 
 
+def _teller(console: Console) -> Callable[[str], None]:
+    """Returns what prints a line as it is: not coloured, and broken by the terminal alone."""
+    return functools.partial(console.print, highlight=False, soft_wrap=True)
+
+
 def _open_caches(console: Console) -> ProgramCache | None:
     """Has compiled programs kept, where compiling takes long."""
     if jax.default_backend() != "gpu":
         return None
-
-    def tell(text):
-        return console.print(text, highlight=False, soft_wrap=True)
-
+    tell = _teller(console)
     tell(use_compilation_cache()[1])
     return open_program_cache(tell)
 
