@@ -1,5 +1,6 @@
 """What the commands share."""
 
+import functools
 import sys
 from collections.abc import Callable
 
@@ -7,6 +8,7 @@ from rich.console import Console
 
 from lorax.config.run import RunConfig, load_config
 from lorax.interop.adapter_base import with_recorded_revision
+from lorax.report.lines import print_line
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -18,8 +20,5 @@ def note(command: str) -> Callable[[str], object]:
 
 def read_config(parsed, console: Console) -> RunConfig:
     """Returns the settings, with the base revision that an adapter names."""
-
-    def tell(text):
-        return console.print(text, highlight=False, soft_wrap=True)
-
+    tell = functools.partial(print_line, console)
     return with_recorded_revision(load_config(parsed.config, parsed.overrides), tell)

@@ -15,6 +15,7 @@ from lorax.interop.peft import load_adapter
 from lorax.interop.peft_config import CONFIG_FILE
 from lorax.interop.stop_tokens import stop_token_ids
 from lorax.report.card import write_card
+from lorax.report.lines import print_line
 from lorax.runs.folder import EXPORT_FOLDERS, SavedRun, find_adapter, read_run, run_of
 from lorax.runs.setup import input_notes
 from lorax.system.files import refuse_occupied
@@ -24,11 +25,19 @@ def add_export(add) -> None:
     """Adds the command, by a function that makes one of its name, action and description."""
     command = add("export", _export, "Export a run's adapter in another format, and verify it.")
     command.add_argument("source", metavar="RUN", help="the folder of a run, or of a PEFT adapter")
-    command.add_argument("--format", choices=tuple(EXPORT_FOLDERS), required=True)
-    command.add_argument("--out", required=True, help="a folder that does not exist yet")
-    command.add_argument("--base", help="the base model, if it is not where the adapter says")
-    command.add_argument("--revision", help="of the base, if it is not the one the adapter names")
-    command.add_argument("--dtype", choices=DTYPES, default=None)
+    command.add_argument(
+        "--format",
+        choices=tuple(EXPORT_FOLDERS),
+        required=True,
+        help="peft: an adapter as it was trained; peft-portable: of one rank, its scale within B; "
+        "merged: a whole model (needed)",
+    )
+    command.add_argument("--out", required=True, help="a folder that does not exist yet (needed)")
+    command.add_argument("--base", help="the base model (default: the one that RUN names)")
+    command.add_argument("--revision", help="of the base (default: the one that RUN names)")
+    command.add_argument(
+        "--dtype", choices=DTYPES, help="of the base's weights (default: the run's, or the base's)"
+    )
 
 
 def _export(parsed, console: Console) -> None:
@@ -65,11 +74,8 @@ def _export(parsed, console: Console) -> None:
         tokenizer=found and found.tokenizer,
         tokenizer_folder=found and found.folder,
     )
-    console.print(
-        f"{parsed.format}: {parsed.out} (base in {dtype.name})\nverified: {verified.describe()}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    print_line(console, f"{parsed.format}: {parsed.out} (base in {dtype.name})")
+    print_line(console, f"verified: {verified.describe()}")
 
 
 def _recorded(run: SavedRun | None, adapter: Path) -> tuple[BaseModel | None, Path]:

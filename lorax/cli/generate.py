@@ -54,38 +54,62 @@ def add_generate(add) -> None:
     """Adds the command, by a function that makes one of its name, action and description."""
     command = add("generate", _generate, "Let a model answer a prompt.")
     command.add_argument("model", help="a checkpoint folder, a hub id, or the folder of a run")
-    command.add_argument("--adapter", help="a PEFT adapter folder to put on the model")
+    command.add_argument(
+        "--adapter", help="a PEFT adapter folder to put on the model (default: the run's)"
+    )
     command.add_argument(
         "--prompt",
         action="append",
-        help="stdin if absent. The answer alone is written; of several prompts, which may be given "
-        "by several --prompt, each one's number and text as a JSON string before its answer",
+        help="a text to answer (default: standard input). The answer alone is written; of several "
+        "prompts, which may be given by several --prompt, each one's number and text as a JSON "
+        "string before its answer",
     )
-    command.add_argument("--system", help="a system message before each prompt")
+    command.add_argument("--system", help="a system message before each prompt (default: none)")
     form = command.add_mutually_exclusive_group()
     form.add_argument(
         "--raw",
         dest="form",
         action="store_const",
         const="text",
-        help="continue the text, no chat template: so it is for runs that were trained on text",
+        help="continue the text, without a chat template (default: for a run on plain text)",
     )
     form.add_argument(
         "--chat",
         dest="form",
         action="store_const",
         const="chat",
-        help="put the prompt into the chat template, whatever the run was trained on",
+        help="put the prompt into the chat template (default: but for a run on plain text)",
+    )
+    _add_sampling(command)
+    command.add_argument("--revision", help="of a hub id (default: main, or the run's)")
+    command.add_argument(
+        "--dtype", choices=DTYPES, help="of the weights (default: the run's, or the model's)"
+    )
+
+
+def _add_sampling(command) -> None:
+    command.add_argument(
+        "--max-new-tokens",
+        type=int,
+        help=f"longest answer (default: {NEW_TOKENS}, or as many as the context has room for)",
     )
     command.add_argument(
-        "--max-new-tokens", type=int, help=f"{NEW_TOKENS}, or as many as the context has room for"
+        "--temperature",
+        type=float,
+        default=0.0,
+        help="above 0 an answer is sampled; 0 takes the likeliest token (default: %(default)s)",
     )
-    command.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    command.add_argument("--top-k", type=int)
-    command.add_argument("--top-p", type=float)
-    command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--revision", help="of a hub id")
-    command.add_argument("--dtype", choices=DTYPES, default=None)
+    command.add_argument(
+        "--top-k", type=int, help="sample among so many likeliest tokens (default: all)"
+    )
+    command.add_argument(
+        "--top-p",
+        type=float,
+        help="sample among the likeliest tokens of this probability together (default: all)",
+    )
+    command.add_argument(
+        "--seed", type=int, default=0, help="of the sampling (default: %(default)s)"
+    )
 
 
 def _generate(parsed, _: Console) -> None:

@@ -14,7 +14,8 @@ def train(parsed, console: Console) -> None:
     phases.end("imports")
     stop = _stop_when_asked(parsed.stop)
     config = load_config(parsed.config, parsed.overrides)
-    run_training(config, console, phases, resume=parsed.resume, stop=stop)
+    resume = parsed.resume
+    run_training(config, console, phases, resume=resume, stop=stop, verbose=parsed.verbose)
 
 
 def _stop_when_asked(stop: StopRequest | None = None) -> StopRequest:

@@ -3,7 +3,8 @@
 It adds up what is stated elsewhere: what a layer keeps per token, by its family, for each policy of
 `lorax.models.stack.recompute`; the columns of the adapters; the bytes of what is stored. To these
 come the working set of the layer or of the loss that stands at the peak, and the arithmetic. The
-rates are those measured on one H200 (docs/measurements/step_h200.jsonl).
+rates are those measured on one H200 (docs/measurements/step_h200.jsonl); another GPU's follow from
+them by the ratios of data sheets.
 """
 
 import dataclasses
@@ -24,13 +25,12 @@ from lorax.models.decoder import CausalLM
 from lorax.models.family import Family
 from lorax.models.stack.recompute import REPEATING, GradientCheckpointing, Recomputation
 from lorax.objectives.linear_loss import logit_chunks
+from lorax.system.gpus import H200, Gpu
 from lorax.system.hardware import GIB
 from lorax.training.optim.optimizer import make_optimizer
 from lorax_kernels import padded_rank
 
 POLICIES: tuple[GradientCheckpointing, ...] = ("none", "selective", "full", "offload")
-DEVICES = (24, 48, 80, 141)
-"""Nominal sizes of devices, as in their names."""
 
 FILLED = 0.97
 """Of what there is, by layers kept that could be recomputed: the estimate errs a little."""
@@ -40,7 +40,6 @@ ATTENTION_FLOPS = 520e12  # of long sequences
 ATTENTION_HALF = 800  # tokens at which half of it is reached
 REPEATABLE_ATTENTION = 1.25  # times the time, where the backward pass adds up in a fixed order
 STREAM_BYTES = 3.3e12
-COPY_BYTES = 55e9  # each way between device and host
 COPY_SECONDS = 15e-6  # of a copy, not hidden behind anything
 LAUNCH_SECONDS = 2.6e-6  # of a kernel too small to take longer
 LAUNCHES = 88  # of one layer, forward and backward
@@ -80,14 +79,18 @@ class Planner:
         config: The run's settings.
         architecture: Of the base model.
         model: The model that trains, or its shapes.
+        gpu: The GPU that a step is planned for.
 
     Attributes:
         spared_by_host: Bytes that `model.offload_embedding` would spare on the device.
         host_embedding: Bytes of the embedding where it is in the host's memory.
     """
 
-    def __init__(self, config: RunConfig, architecture: DecoderConfig, model: CausalLM):
+    def __init__(
+        self, config: RunConfig, architecture: DecoderConfig, model: CausalLM, gpu: Gpu = H200
+    ):
         self.config = config
+        self.gpu = gpu
         self.architecture = architecture
         _, trainable, frozen = split_trainable(model)
         table = model.model.embed_tokens.embedding
@@ -139,7 +142,7 @@ class Planner:
             scores = 2.0 * length - 4.0 * a.head_dim
             layer += max(0.0, tokens * a.num_attention_heads * scores)
             layer += 2.0 * tokens * length * self.config.data.packing
-        in_place = c == 2 and self.config.model.kernels != "xla"  # on an H200
+        in_place = c == 2 and self.config.model.kernels != "xla" and self.gpu.is_hopper
         _, chunk = logit_chunks(rows, length, a.vocab_size, in_place)
         # Logits and their gradient, and the states and their gradient, chunk by chunk.
         logits = rows * chunk * a.vocab_size * c * (1.0 if in_place else 2.0)
@@ -178,7 +181,7 @@ class Planner:
     def seconds(
         self, policy: GradientCheckpointing, rows: int, length: int, kept_layers: int = 1
     ) -> float:
-        """Returns the estimated time of a micro-batch on an H200."""
+        """Returns the estimated time of a micro-batch."""
         a = self.architecture
         c = self.element
         tokens = rows * length
@@ -208,10 +211,16 @@ class Planner:
         if self.config.train.full_determinism and not self._writes_scores:
             attention *= REPEATABLE_ATTENTION
         rate = ATTENTION_FLOPS * length / (length + ATTENTION_HALF)
-        seconds = flops / PRODUCT_FLOPS + attention / rate + streamed / STREAM_BYTES
+        arithmetic = flops / PRODUCT_FLOPS + attention / rate
+        seconds = arithmetic * H200.tflops / self.gpu.tflops
+        seconds += streamed / STREAM_BYTES * H200.tb_per_s / self.gpu.tb_per_s
         if policy == "offload":
             seconds += 2.0 * (layers - max(kept_layers, 1)) * COPY_SECONDS
-        copies = 2.0 * self.host_bytes(policy, rows, length, kept_layers) / COPY_BYTES
+        copies = (
+            2.0
+            * self.host_bytes(policy, rows, length, kept_layers)
+            / (1e9 * self.gpu.host_gb_per_s)
+        )
         return max(seconds + launches * LAUNCH_SECONDS, copies)
 
     def host_bytes(

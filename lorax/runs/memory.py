@@ -14,16 +14,23 @@ from lorax.planning.memory import POLICIES, Planner
 from lorax.recovery.identity import Identity
 from lorax.recovery.store import CHECKPOINT_FOLDER, CheckpointStore, SaveError
 from lorax.runs.model import Blueprint
-from lorax.system.hardware import GIB, device_gib
+from lorax.system.gpus import H200, Gpu
+from lorax.system.hardware import GIB, device_gib, local_gpu
 
 
 class OutOfMemoryError(RuntimeError):
     """A step that did not fit the device, with what would."""
 
 
-def make_planner(blueprint: Blueprint) -> Planner:
-    """Returns the planner of a run: it needs no weights."""
-    return Planner(blueprint.config, blueprint.architecture, blueprint.shapes)
+def make_planner(blueprint: Blueprint, gpu: Gpu | None = None) -> Planner:
+    """Returns the planner of a run, which needs no weights.
+
+    Args:
+        blueprint: Of the run's model.
+        gpu: That it is for; if not given, the one here, or an H200 where that is not known.
+    """
+    gpu = gpu or local_gpu() or H200
+    return Planner(blueprint.config, blueprint.architecture, blueprint.shapes, gpu)
 
 
 def choose_recomputation(

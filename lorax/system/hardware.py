@@ -1,7 +1,6 @@
-"""What the hardware can do and hold: peaks of devices, memory of devices and process."""
+"""What the hardware here can do and hold: peaks of devices, memory of devices and process."""
 
 import dataclasses
-import fnmatch
 import resource
 import sys
 from collections.abc import Sequence
@@ -9,26 +8,7 @@ from typing import Protocol
 
 import jax
 
-# Dense bfloat16 TFLOP/s with float32 accumulation, from NVIDIA's data sheets (half of the figure
-# "with sparsity"), by the name the device gives itself.
-PEAK_BF16_TFLOPS = {
-    "NVIDIA B200": 2250.0,
-    "NVIDIA H200": 989.5,
-    "NVIDIA H200 NVL": 835.5,
-    "NVIDIA GH200 *": 989.5,
-    "NVIDIA H100 80GB HBM3": 989.5,
-    "NVIDIA H100 NVL": 835.5,
-    "NVIDIA H100 PCIe": 756.5,
-    "NVIDIA A100[- ]*": 312.0,
-    "NVIDIA A10": 125.0,
-    "NVIDIA L40S": 362.05,
-    "NVIDIA L40": 181.05,
-    "NVIDIA L4": 121.0,
-    "NVIDIA RTX 6000 Ada Generation": 364.2,
-    "NVIDIA RTX A6000": 154.8,
-    "NVIDIA GeForce RTX 4090": 165.2,
-    "NVIDIA GeForce RTX 3090": 71.0,
-}
+from lorax.system.gpus import Gpu, gpu_of
 
 
 class Device(Protocol):
@@ -46,12 +26,8 @@ class Device(Protocol):
 
 def peak_bf16_tflops(device_kind: str) -> float | None:
     """Returns the dense bfloat16 peak of a device in TFLOP/s, or None if it is not in the table."""
-    if "MIG" in device_kind:  # a slice of the device, of unknown size
-        return None
-    for name, peak in PEAK_BF16_TFLOPS.items():
-        if fnmatch.fnmatchcase(device_kind, name):
-            return peak
-    return None
+    gpu = gpu_of(device_kind)
+    return None if gpu is None else gpu.tflops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +54,12 @@ def memory_gib(devices: Sequence[Device] | None = None) -> MemoryUse:
 GIB = 2.0**30
 
 USABLE = 0.95
-"""Of a device's nominal GiB: the rest is CUDA's own, and what lies between arrays."""
+"""Of a device's GiB: the rest is CUDA's own, and what lies between arrays."""
+
+
+def local_gpu() -> Gpu | None:
+    """Returns what this process's first device is, or None if it is in no table."""
+    return gpu_of(jax.local_devices()[0].device_kind)
 
 
 def device_gib() -> float | None:

@@ -1,6 +1,9 @@
 """How values and failures are put into a message: short, and in words."""
 
+import difflib
+import math
 import re
+from collections.abc import Iterable
 from typing import Any
 
 LONGEST = 100
@@ -36,6 +39,44 @@ def show(value: Any) -> str:
         return clip(repr(value))
     except (ValueError, RecursionError):
         return "a value that is too large to be shown"
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Returns what to put after a word that is not known: ` (did you mean …?)`, or nothing."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def plural(count: int, noun: str, many: str | None = None) -> str:
+    """Returns how many there are of a thing, as `1 row` or `2,000 rows`; `many` are its plural."""
+    return f"{count:,} {noun if count == 1 else many or f'{noun}s'}"
+
+
+def format_number(value: float | None) -> str:
+    """Returns a number in at most six characters, as `0.250`, `12.3k` or `3e-07`; None is `-`."""
+    if value is None:
+        return "-"
+    if 0 < abs(value) < 0.01:
+        return f"{value:.1g}"
+    unit = ""
+    for larger in "kMGT":
+        if not 999.5 <= abs(value) < math.inf:
+            break
+        value /= 1000
+        unit = larger
+    return f"{value:#.3g}".rstrip(".") + unit
+
+
+def format_time(seconds: float) -> str:
+    """Returns a duration in at most seven characters: `1:02:05`, `31h05m` or `12d04h`."""
+    if not math.isfinite(seconds):
+        return "-"
+    whole = round(seconds)
+    minutes = whole // 60
+    hours = minutes // 60
+    if hours < 10:
+        return f"{hours}:{minutes % 60:02}:{whole % 60:02}"
+    return f"{hours}h{minutes % 60:02}m" if hours < 100 else f"{hours // 24}d{hours % 24:02}h"
 
 
 def kind_of(value: Any) -> str:

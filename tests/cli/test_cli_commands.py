@@ -71,11 +71,12 @@ def test_validate_of_a_full_run_names_no_adapter(here, lorax_prints):
 @pytest.mark.parametrize("rows", [1, 3])
 def test_inspect_shows_settings_rows_with_their_mask_and_modules(here, lorax_prints, rows):
     printed = lorax_prints("inspect", "run.yaml", "--rows", rows)
-    assert "learning_rate: 0.03" in printed
+    assert "learning_rate: 0.03" in printed and "warmup_steps" not in printed
     assert printed.count("⟦{") == rows  # each answer is JSON, and nothing before it is a target
     assert printed.count("<|im_end|>⟧") == rows
     assert "mlp.down_proj" in printed and "self_attn.q_proj" in printed
     assert "v_proj" not in printed.split("Modules")[1]
+    assert "warmup_steps: 0" in lorax_prints("inspect", "run.yaml", "--verbose")
     assert not (here / "run").exists()
 
 
@@ -270,12 +271,14 @@ def test_verification_does_not_depend_on_what_computed_the_training(trained):
 
 
 def test_plan_shows_every_policy_and_needs_no_data(here, lorax_prints):
-    printed = lorax_prints("plan", "run.yaml", "data.train=absent.jsonl")
+    printed = lorax_prints("plan", "run.yaml", "data.train=absent.jsonl", "--gpu", "l40s")
     lines = [line.split() for line in printed.splitlines()]
-    first = {line[0]: line for line in lines[2:6] if line}
+    first = {line[0]: line for line in lines[4:8]}
     peaks = {policy: float(first[policy][5]) for policy in ("none", "selective", "full")}
     assert peaks["none"] >= peaks["selective"] >= peaks["full"]
-    assert "largest batch of rows of" in printed and "141 GB" in printed
-    assert "layers kept" not in printed.partition("what auto takes")[0]
+    assert "auto takes none: 0.0 of 42.8 GiB" in printed and "rows of 128 tokens" in printed
+    others = printed.partition("what auto takes on other GPUs")[2]
+    assert "h200" in others and "4090" in others and "l40s" not in others
+    assert "kept" not in printed.partition("auto takes")[0]
     kept = ("train.gradient_checkpointing=full", "train.kept_layers=2")
-    assert "full with 2 layers kept" in lorax_prints("plan", "run.yaml", *kept)
+    assert "full, 2 kept" in lorax_prints("plan", "run.yaml", *kept)

@@ -1,4 +1,5 @@
 import math
+import re
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from transformers.optimization import Adafactor
 from lorax.config.train import LrSchedulerKwargs, TrainConfig
 from lorax.training.optim.adam import scale_by_adam
 from lorax.training.optim.optimizer import make_optimizer
-from lorax.training.optim.schedules import make_schedule
+from lorax.training.optim.schedules import make_schedule, warmup_note
 from tests.bounds import assert_equal_after_steps
 
 HUGGING_FACE_NAMES = {
@@ -295,3 +296,32 @@ def test_optimizer_takes_the_state_of_an_nnx_module():
     gradients = jax.tree.map(jnp.ones_like, state)
     updates, _ = jax.jit(optimizer.update)(gradients, optimizer.init(state), state)
     assert jax.tree.structure(updates) == jax.tree.structure(state)
+
+
+@pytest.mark.parametrize(
+    "settings, told",
+    [
+        (dict(warmup_steps=19), None),
+        (dict(warmup_ratio=0.9), None),
+        (
+            dict(warmup_steps=20),
+            "train.warmup_steps: the warm-up takes 20 steps and the run has 20",
+        ),
+        (
+            dict(warmup_steps=500),
+            r"500 steps and the run has 20, .* ends at 7.6e-06 and never reaches 0.0002: ",
+        ),
+        (
+            dict(warmup_ratio=1.0),
+            "train.warmup_ratio: the warm-up takes 20 steps and the run has 20",
+        ),
+    ],
+)
+def test_a_warm_up_as_long_as_the_run_is_told_with_where_it_ends(settings, told):
+    train = TrainConfig(lr_scheduler_type="linear", **settings)
+    found = warmup_note(train, 20)
+    assert (found is None) == (told is None)
+    if told is not None:
+        assert re.search(told, found), found
+        last = float(make_schedule(train, 20)(19))
+        assert f"{last:.2g}" in str(found) and last < train.learning_rate

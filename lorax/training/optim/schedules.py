@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
 from lorax.config.train import TrainConfig
+from lorax.system.wording import plural
 
 type Schedule = Callable[[ArrayLike], Float[Array, ""]]
 """0-based step to learning rate; an `optax.Schedule`."""
@@ -34,7 +35,7 @@ def make_schedule(train: TrainConfig, total_steps: int) -> Schedule:
     """
     if total_steps < 1:
         raise ValueError(f"a schedule needs total_steps >= 1, got {total_steps}")
-    warmup = train.warmup_steps or math.ceil(train.warmup_ratio * total_steps)
+    warmup = _warmup_steps(train, total_steps)
     factor = _choose_decay(train, warmup, total_steps)
 
     def schedule(step: ArrayLike) -> Float[Array, ""]:
@@ -43,6 +44,29 @@ def make_schedule(train: TrainConfig, total_steps: int) -> Schedule:
         return train.learning_rate * jnp.where(time < float(warmup), rising, factor(time))
 
     return schedule
+
+
+def warmup_note(train: TrainConfig, total_steps: int) -> str | None:
+    """Says that a warm-up takes the whole run, so that the highest rate is never reached; or None.
+
+    Args:
+        train: Kind of schedule, highest rate and warm-up.
+        total_steps: Optimizer steps of the whole run.
+    """
+    warmup = _warmup_steps(train, total_steps)
+    if warmup < total_steps:
+        return None
+    key = "warmup_steps" if train.warmup_steps else "warmup_ratio"
+    last = float(make_schedule(train, total_steps)(total_steps - 1))
+    return (
+        f"train.{key}: the warm-up takes {plural(warmup, 'step')} and the run has {total_steps:,}, "
+        f"so the learning rate ends at {last:.2g} and never reaches {train.learning_rate:.2g}: "
+        f"lower train.{key}, or train longer"
+    )
+
+
+def _warmup_steps(train: TrainConfig, total_steps: int) -> int:
+    return train.warmup_steps or math.ceil(train.warmup_ratio * total_steps)
 
 
 def _choose_decay(train: TrainConfig, warmup: int, total: int) -> Factor:
