@@ -78,7 +78,16 @@ class SaveConfig(Section):
 
 
 class LogConfig(Section):
-    """What is recorded: every `logging_steps` steps, in `metrics.jsonl` and for TensorBoard."""
+    """What is recorded of the steps, and where.
+
+    Attributes:
+        logging_steps: Steps between two that are recorded, in the files of `report_to` and as a
+            line in a log; so are the first and the last step, and one whose loss is not finite or
+            far above those before. A log has a line of a step after a minute without one all the
+            same; a terminal shows every step.
+        report_to: `jsonl`: a line of `metrics.jsonl` in the run's folder, and `loss.png` of them at
+            the end; `tensorboard`: scalars in its folder `tensorboard`.
+    """
 
     logging_steps: Annotated[Count, Free] = 1
     report_to: Annotated[tuple[Literal["jsonl", "tensorboard"], ...], FromList, Free] = ("jsonl",)
@@ -165,11 +174,17 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     return read_model(RunConfig, path, overrides)
 
 
-def dump_config(config: RunConfig) -> str:
-    """Writes a config with all its defaults as YAML, which `load_config` reads back unchanged."""
-    sections = config.model_dump(mode="json")
-    settings = config.train.lr_scheduler_kwargs
-    sections["train"]["lr_scheduler_kwargs"] = settings.model_dump(exclude_none=True)
-    if config.train.method == "full" or config.model.adapter is not None:
-        del sections["lora"]
+def dump_config(config: RunConfig, *, defaults: bool = True) -> str:
+    """Writes a config as YAML, which `load_config` reads back unchanged.
+
+    Args:
+        config: The settings.
+        defaults: Whether settings that have their defaults are written too.
+    """
+    sections = config.model_dump(mode="json", exclude_defaults=not defaults)
+    if defaults:
+        settings = config.train.lr_scheduler_kwargs
+        sections["train"]["lr_scheduler_kwargs"] = settings.model_dump(exclude_none=True)
+        if config.train.method == "full" or config.model.adapter is not None:
+            del sections["lora"]
     return write_yaml(sections)

@@ -21,7 +21,8 @@ def draw_loss_curve(
 ) -> None:
     """Draws loss, learning rate and gradient norm over the steps of a `metrics.jsonl`.
 
-    Read are `loss`, `eval_loss`, `learning_rate` and `grad_norm`, where a line has them.
+    Read are `loss`, `eval_loss`, `learning_rate` and `grad_norm`, where a line has them. The step
+    with the lowest held-out loss is marked.
 
     Raises:
         ValueError: If the file has no loss yet, or a line of it is broken.
@@ -74,12 +75,24 @@ def _draw_losses(
     if eval_steps:
         label = f"held-out loss, at the end {eval_losses[-1]:.4f}"
         axes.plot(eval_steps, eval_losses, "o-", color="tab:orange", markersize=5, label=label)
+        _mark_best(axes, eval_steps, eval_losses)
     for step, loss in zip(steps, losses, strict=True):
         if not math.isfinite(loss):
             axes.axvline(step, color="tab:red", linewidth=1, label="not finite")
     axes.set_ylabel("loss (nats per token)")
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     axes.legend(handles.values(), handles.keys(), frameon=False)
+
+
+def _mark_best(axes: Axes, steps: list[int], losses: list[float]) -> None:
+    """Marks the lowest held-out loss, the first of equal ones."""
+    found = [(loss, step) for step, loss in zip(steps, losses, strict=True) if math.isfinite(loss)]
+    if not found:
+        return
+    loss, step = min(found)
+    label = f"best step {step:,}, held-out loss {loss:.4f}"
+    axes.axvline(step, color="tab:green", linewidth=1, linestyle=":", zorder=1)
+    axes.plot([step], [loss], "*", color="tab:green", markersize=15, zorder=4, label=label)
 
 
 def _draw_smoothed(

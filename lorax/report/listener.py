@@ -6,10 +6,11 @@ from typing import Literal
 
 from rich.console import Console
 
+from lorax.report.lines import print_line
 from lorax.report.log import RunLog
-from lorax.report.screen import StepLine
+from lorax.report.progress import StepLine
 from lorax.system.clock import Phases
-from lorax.system.wording import describe
+from lorax.system.wording import describe, plural
 from lorax.training.events import Event
 
 
@@ -18,7 +19,7 @@ class Recorder:
 
     Args:
         console: The screen.
-        logging_steps: Steps between two that are logged.
+        logging_steps: Steps between two that are logged, in files and in lines.
         phases: Of the start.
         on_error: What follows when the log cannot be written, as for `save.on_save_error`.
     """
@@ -39,34 +40,25 @@ class Recorder:
         self.show: Callable[[StepLine], object] = lambda _: None
 
     def __call__(self, event: Event) -> None:
-        """Logs and shows one event, if it is due."""
+        """Logs one event, if it is due, and shows it."""
         event = dict(event)
         if "note" in event:
-            self.console.print(event["note"], highlight=False, markup=False, soft_wrap=True)
+            print_line(self.console, event["note"])
             return
         step = event.pop("step", None)
         if step is None:
-            self.phases.end("waiting for the compiler")
-            done = "read the program" if event["kept"] else "compiled the step"
-            self.console.print(
-                f"{done} for rows of {event['compiled_width']} tokens in {event['seconds']:.1f} s, "
-                "beside the weights",
-                highlight=False,
-            )
+            self._tell_compiled(event)
             return
         if step == 0:
             self.phases.end("held-out loss")
         if step == 1 and "loss" in event:
             self.phases.end("first step")
-            line = f"first step after {self.phases}"
-            self.console.print(line, highlight=False, soft_wrap=True)
+            print_line(self.console, f"first step after {self.phases}")
         if "eval_loss" in event:
-            self.console.print(
-                f"step {step}: held-out loss {event['eval_loss']:.4f}", highlight=False
-            )
-        elif not self._is_logged(step, event):
-            return
-        self._write(step, event)
+            print_line(self.console, f"step {step:,}: held-out loss {event['eval_loss']:.4f}")
+        due = "eval_loss" in event or self._is_logged(step, event)
+        if due:
+            self._write(step, event)
         if "loss" in event:
             self.show(
                 StepLine(
@@ -75,12 +67,19 @@ class Recorder:
                     learning_rate=event["learning_rate"],
                     grad_norm=event["grad_norm"],
                     tokens_per_s=event["tokens_per_s"],
+                    due=due,
                 )
             )
 
+    def _tell_compiled(self, event: Event) -> None:
+        self.phases.end("waiting for the compiler")
+        done = "read the program" if event["kept"] else "compiled the step"
+        rows = f"rows of {event['compiled_width']:,} tokens"
+        print_line(self.console, f"{done} for {rows} in {event['seconds']:.1f} s")
+
     def _write(self, step: int, event: Event) -> None:
         def say(text):
-            return self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            return print_line(self.console, text)
 
         try:
             if self.log is not None:
@@ -94,7 +93,9 @@ class Recorder:
             self._unlogged += 1
             return
         if self._unlogged:
-            say(f"logged again from step {step} on; {self._unlogged} lines were not")
+            lost = plural(self._unlogged, "line")
+            verb = "was" if self._unlogged == 1 else "were"
+            say(f"logged again from step {step} on; {lost} {verb} not")
             self._unlogged = 0
 
     def _is_logged(self, step: int, event: Event) -> bool:

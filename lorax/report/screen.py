@@ -1,20 +1,19 @@
-"""What a person sees of a run: settings, modules, one example, progress and a summary."""
+"""What a person sees of a run: settings, modules, one example and a summary."""
 
-import contextlib
 import dataclasses
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import timedelta
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 
 from lorax.config.run import RunConfig, dump_config
+from lorax.report.lines import print_line
+from lorax.system.wording import format_time, plural
 
 LONGEST_EXAMPLE = 6000
 """Characters of an example that are shown; what lies between its two ends is left out."""
@@ -41,17 +40,6 @@ class ModuleRow:
     rank: int
     scale: float
     parameters: int
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class StepLine:
-    """What is shown of one step; None stands for what is not known."""
-
-    step: int
-    loss: float | None
-    learning_rate: float | None
-    grad_norm: float | None
-    tokens_per_s: float | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,24 +75,33 @@ class RunSummary:
         """Returns the summary that a file holds; what another version added is left out.
 
         Raises:
-            ValueError: If it lacks what every summary has.
+            ValueError: If it lacks what every summary has, or holds something of another type.
         """
+        remedy = "remove it, and the run is ended again from its last checkpoint"
         if missing := [name for name in ("steps", "seconds") if name not in values]:
-            raise ValueError(
-                f"{where} lacks {' and '.join(missing)}: remove it, and the run is ended again "
-                "from its last checkpoint"
-            )
-        names = {field.name for field in dataclasses.fields(cls)}
-        return cls(**{name: value for name, value in values.items() if name in names})
+            raise ValueError(f"{where} lacks {' and '.join(missing)}: {remedy}")
+        try:
+            return TypeAdapter(cls).validate_python(dict(values))
+        except ValidationError as error:
+            wrong = sorted({str(problem["loc"][0]) for problem in error.errors()})
+            raise ValueError(f"{where}: {', '.join(wrong)} cannot be read: {remedy}") from None
 
 
-def print_config(console: Console, config: RunConfig) -> None:
-    """Prints all settings with their defaults, as YAML that can be run again."""
-    text = dump_config(config).rstrip()
+def print_config(console: Console, config: RunConfig, *, verbose: bool = True) -> None:
+    """Prints settings as YAML that can be run again.
+
+    Args:
+        console: Where to.
+        config: The run's settings.
+        verbose: Whether all are printed, or those that differ from their defaults.
+    """
+    text = dump_config(config, defaults=verbose).rstrip()
+    if not verbose:
+        text += "\n# The other settings have their defaults: --verbose prints all of them."
     if console.is_terminal:
         console.print(Syntax(text, "yaml", background_color="default", word_wrap=True))
     else:
-        _print_plain(console, text)
+        print_line(console, text)
 
 
 def print_modules(
@@ -134,7 +131,7 @@ def print_modules(
     console.print(table)
     if model_parameters is not None:
         share = f"{100 * trained / model_parameters:.3f} %"
-        _print_plain(console, f"trained {trained:,} of {model_parameters:,} parameters ({share})")
+        print_line(console, f"trained {trained:,} of {model_parameters:,} parameters ({share})")
 
 
 def print_example(
@@ -163,47 +160,6 @@ def print_example(
     console.print(shown, soft_wrap=not console.is_terminal)
 
 
-@contextlib.contextmanager
-def show_progress(
-    console: Console, total_steps: int, *, first_step: int = 0, every: int = 10
-) -> Iterator[Callable[[StepLine], None]]:
-    """Shows a progress bar on a terminal, and one line every few steps elsewhere.
-
-    Args:
-        console: Where to; what is printed to it meanwhile appears above the bar.
-        total_steps: Steps of the whole run.
-        first_step: Steps done by an earlier part of the run.
-        every: Steps between two lines where there is no terminal.
-
-    Yields:
-        A function to call after each step.
-    """
-    if console.is_terminal:
-        with _make_bar(console) as bar:
-            task = bar.add_task("", total=total_steps, completed=first_step, values="")
-            yield lambda line: bar.update(task, completed=line.step, values=_describe_step(line))
-        return
-    # The clock starts at the end of the first step: that one compiles.
-    start: tuple[int, float] | None = None
-    printed = -every
-
-    def print_line(line: StepLine) -> None:
-        nonlocal start, printed
-        now = time.monotonic()
-        start = start or (line.step, now)
-        if line.step - printed < every and line.step < total_steps:
-            return
-        printed = line.step
-        text = f"step {line.step:>{len(str(total_steps))}}/{total_steps}  {_describe_step(line)}"
-        done = line.step - start[0]
-        seconds = now - start[1]
-        if done:
-            text += f"  {_format_time(seconds / done * (total_steps - line.step))} left"
-        _print_plain(console, text)
-
-    yield print_line
-
-
 def print_summary(console: Console, summary: RunSummary) -> None:
     """Prints what the run came to and where its files are."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
@@ -216,21 +172,17 @@ def print_summary(console: Console, summary: RunSummary) -> None:
         table.add_row("exact match", *(_format(value, ".1%") for value in summary.exact_match))
     if table.row_count:
         console.print(table)
-    facts = [f"{summary.steps:,} steps in {_format_time(summary.seconds)}"]
+    facts = [f"{plural(summary.steps, 'step')} in {format_time(summary.seconds)}"]
     if summary.tokens_per_s is not None:
         facts.append(f"{summary.tokens_per_s:,.0f} tokens/s")
     if summary.mfu is not None:
         facts.append(f"MFU {_format(summary.mfu, '.1%')}")
     if summary.memory_gib is not None:
         facts.append(f"peak memory {summary.memory_gib:.2f} GiB ({summary.memory_source})")
-    _print_plain(console, " · ".join(facts))
+    print_line(console, " · ".join(facts))
     width = max(map(len, summary.files), default=0)
     for name, path in summary.files.items():
-        _print_plain(console, f"{name:<{width}}  {path}")
-
-
-def _print_plain(console: Console, text: str) -> None:
-    console.print(Text(text), soft_wrap=True, highlight=False)
+        print_line(console, f"{name:<{width}}  {path}")
 
 
 def _join(pieces: Sequence[tuple[str, bool]]) -> list[tuple[str, bool]]:
@@ -269,28 +221,5 @@ def _show_controls(text: str) -> str:
     )
 
 
-def _make_bar(console: Console) -> Progress:
-    return Progress(
-        BarColumn(bar_width=10),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[values]}", markup=False),
-        TimeRemainingColumn(compact=True),
-        TextColumn("left"),
-        console=console,
-    )
-
-
-def _describe_step(line: StepLine) -> str:
-    loss = _format(line.loss, ".4f")
-    rate = _format(line.learning_rate, ".2e")
-    norm = _format(line.grad_norm, ".3g")
-    speed = _format(line.tokens_per_s, ",.0f")
-    return f"loss {loss}  lr {rate}  grad norm {norm}  {speed} tokens/s"
-
-
 def _format(value: float | None, specification: str) -> str:
     return "-" if value is None else format(value, specification).replace("%", " %")
-
-
-def _format_time(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))

@@ -10,10 +10,12 @@ from rich.console import Console
 from lorax.generation.answers import answer_rows, exact_match
 from lorax.interop.export import export_model
 from lorax.report.card import write_card
+from lorax.report.lines import print_line
 from lorax.report.log import METRICS_FILE
 from lorax.report.overview import shows_text
 from lorax.runs.folder import EXPORT_FOLDERS
 from lorax.runs.setup import Setup
+from lorax.system.wording import plural
 
 
 def score_model(setup: Setup, model, console: Console, when: str) -> float | None:
@@ -33,14 +35,13 @@ def score_model(setup: Setup, model, console: Console, when: str) -> float | Non
     )
     score = exact_match(answers)
     shown = answers[0]
-    console.print(
-        f"{when}: exact match {score:.1%} of {len(answers)} held-out rows", highlight=False
-    )
+    rows = plural(len(answers), "held-out row")
+    print_line(console, f"{when}: exact match {score:.1%} of {rows}")
     if not shows_text(console):
         return score
-    console.print(f"  asked     {shown.prompt.strip()!r}", markup=False, highlight=False)
-    console.print(f"  expected  {shown.expected.strip()!r}", markup=False, highlight=False)
-    console.print(f"  answered  {shown.generated.strip()!r}", markup=False, highlight=False)
+    print_line(console, f"  asked     {shown.prompt.strip()!r}")
+    print_line(console, f"  expected  {shown.expected.strip()!r}")
+    print_line(console, f"  answered  {shown.generated.strip()!r}")
     return score
 
 
@@ -73,11 +74,8 @@ def export_all(setup: Setup, model, console, result, scores) -> dict[str, str]:
             dtype=jnp.dtype(config.model.dtype),
             card=write_card(config, format, facts),
         )
-        console.print(f"{format}: {folder}", highlight=False, soft_wrap=True)
-        console.print(
-            f"  verified: {found.describe()}",
-            highlight=False,
-        )
+        print_line(console, f"{format}: {folder}")
+        print_line(console, f"  verified: {found.describe()}")
         files[format] = str(folder)
     return files
 
@@ -90,6 +88,6 @@ def draw_curve(output: Path, title: str, console: Console) -> dict[str, str]:
         draw_loss_curve(output / METRICS_FILE, output / "loss.png", title=title)
     except Exception as error:
         said = f"WARNING: no loss curve: {str(error) or type(error).__name__}"
-        console.print(said, highlight=False, markup=False, soft_wrap=True)
+        print_line(console, said, "yellow")
         return {}
     return {"loss curve": str(output / "loss.png")}

@@ -25,7 +25,8 @@ HEAD = """# Settings
 Every key of a config, made from the docstrings by `scripts/make/settings_doc.py`. A key that is
 not here is an error, and so is a value of another type. `lorax train CONFIG key=value …` overrides
 single keys, such as `train.learning_rate=1e-4`. Values are YAML; a key that takes nothing but text
-takes it as it stands: `data.response_part=Assistant:`.
+takes it as it stands: `data.response_part=Assistant:`. `lorax inspect CONFIG` prints what a config
+changes, and with `--verbose` every setting.
 """
 
 

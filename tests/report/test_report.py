@@ -1,27 +1,27 @@
+import dataclasses
 import io
 import json
 import math
-import re
 
 import pytest
 from matplotlib import colors
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 from rich.console import Console
 
 from lorax.config.data import DataConfig, DataSource
 from lorax.config.model import ModelConfig
-from lorax.config.run import RunConfig, SaveConfig, load_config
-from lorax.report.curve import _smooth, draw_loss_curve
+from lorax.config.run import RunConfig, SaveConfig, dump_config, load_config
+from lorax.config.train import LrSchedulerKwargs, TrainConfig
+from lorax.report.curve import _draw_losses, _smooth, draw_loss_curve
 from lorax.report.log import read_metrics
 from lorax.report.screen import (
     ModuleRow,
     RunSummary,
-    StepLine,
     print_config,
     print_example,
     print_modules,
     print_summary,
-    show_progress,
 )
 
 GREEN, DIM, RESET = "\x1b[32m", "\x1b[2m", "\x1b[0m"
@@ -66,6 +66,36 @@ def test_config_in_a_log_can_be_run_again(config, tmp_path):
     path = tmp_path / "again.yaml"
     path.write_text(output(console))
     assert load_config(path) == config
+
+
+def test_a_short_config_is_what_differs_and_can_be_run_again(config, tmp_path):
+    console = log()
+    model = config.model.model_copy(update={"dtype": "float32"})
+    schedule = LrSchedulerKwargs(min_lr_rate=0.1)
+    kind = "cosine_with_min_lr"
+    train = TrainConfig(lr_scheduler_type=kind, lr_scheduler_kwargs=schedule, max_steps=7)
+    config = config.model_copy(update={"model": model, "train": train})
+    print_config(console, config, verbose=False)
+    *settings, told = output(console).splitlines()
+    assert [line.strip() for line in settings] == [
+        *("model:", f"name_or_path: '{config.model.name_or_path}'", "dtype: float32"),
+        *("data:", "train:", "- path: rows.jsonl"),
+        *("train:", "max_steps: 7", f"lr_scheduler_type: {kind}"),
+        *("lr_scheduler_kwargs:", "min_lr_rate: 0.1", "save:", "output_dir: out"),
+    ]
+    assert told.startswith("# ") and "--verbose prints all" in told and len(told) <= 80
+    path = tmp_path / "again.yaml"
+    path.write_text(output(console))
+    assert load_config(path) == config
+
+
+def test_a_short_config_of_a_full_run_and_of_an_adapter_is_read_back(config, tmp_path):
+    path = tmp_path / "again.yaml"
+    for overrides in (["train.method=full"], ["model.adapter=adapters"]):
+        path.write_text(dump_config(config, defaults=False))
+        changed = load_config(path, overrides)
+        path.write_text(dump_config(changed, defaults=False))
+        assert load_config(path) == changed
 
 
 def test_config_has_colours_on_a_terminal_only(config):
@@ -161,54 +191,6 @@ def test_long_example_keeps_both_ends():
     assert text.count("a") > 3000 and "⟦cccccccccc⟧" in text and len(text) < 6200
 
 
-# Progress.
-
-
-def line(step: int, loss: float | None = 1.5) -> StepLine:
-    return StepLine(step=step, loss=loss, learning_rate=2e-4, grad_norm=0.25, tokens_per_s=12345.6)
-
-
-def test_progress_in_a_log_is_one_line_every_few_steps():
-    console = log()
-    with show_progress(console, 25, every=10) as advance:
-        for step in range(1, 26):
-            advance(line(step))
-    lines = output(console).splitlines()
-    assert [text.split()[1] for text in lines] == ["1/25", "11/25", "21/25", "25/25"]
-    values = "loss 1.5000  lr 2.00e-04  grad norm 0.25  12,346 tokens/s"
-    assert lines[0] == f"step  1/25  {values}"
-    assert lines[-1] == f"step 25/25  {values}  0:00:00 left"
-
-
-def test_progress_in_a_log_estimates_the_time_left_without_compilation(monkeypatch):
-    console, clock = log(), iter([100.0, 102.0, 104.0])
-    monkeypatch.setattr("time.monotonic", lambda: next(clock))
-    with show_progress(console, 103, first_step=100, every=1) as advance:
-        for step in (101, 102, 103):
-            advance(line(step))
-    assert [text.split("s/s")[-1] for text in output(console).splitlines()] == [
-        *("", "  0:00:02 left", "  0:00:00 left")
-    ]
-
-
-def test_unknown_values_are_dashes():
-    console = log()
-    with show_progress(console, 1) as advance:
-        advance(StepLine(step=1, loss=None, learning_rate=None, grad_norm=None, tokens_per_s=None))
-    assert output(console) == "step 1/1  loss -  lr -  grad norm -  - tokens/s\n"
-
-
-def test_progress_on_a_terminal_is_one_bar_within_the_width():
-    console = terminal()
-    with show_progress(console, 100_000, first_step=99_998) as advance:
-        advance(line(99_999))
-        advance(line(100_000, loss=math.nan))
-    frames = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", output(console)).replace("\r", "\n")
-    last = [frame for frame in frames.splitlines() if "100000/100000" in frame][-1]
-    assert "loss nan  lr 2.00e-04  grad norm 0.25  12,346 tokens/s" in last
-    assert last.rstrip().endswith("left") and len(last.rstrip()) <= 100
-
-
 # The summary.
 
 
@@ -238,6 +220,18 @@ def test_summary_leaves_out_what_was_not_measured():
     console = log()
     print_summary(console, RunSummary(steps=3, seconds=1.0))
     assert output(console) == "3 steps in 0:00:01\n"
+
+
+def test_a_summary_is_read_back_from_its_file_or_refused_by_name():
+    written = RunSummary(steps=3, seconds=1.5, loss=(2.0, None), files={"run": "out"})
+    values = json.loads(json.dumps(dataclasses.asdict(written)))
+    assert RunSummary.read(values | {"of a later version": 1}, "summary.json") == written
+    for wrong in ({"seconds": "long"}, {"loss": [1.0]}, {"files": {"run": [1]}}):
+        name = next(iter(wrong))
+        with pytest.raises(ValueError, match=f"summary.json: {name} cannot be read: remove it"):
+            RunSummary.read(values | wrong, "summary.json")
+    with pytest.raises(ValueError, match=r"summary.json lacks steps: remove it"):
+        RunSummary.read({"seconds": 1.0}, "summary.json")
 
 
 # The curve.
@@ -271,6 +265,19 @@ def test_curve_marks_steps_that_are_not_finite(tmp_path):
     write_metrics(metrics, records)
     draw_loss_curve(metrics, png)
     assert count_pixels(png, "tab:red") > 50
+
+
+def test_curve_marks_the_best_step_with_its_value(tmp_path):
+    axes = Figure().subplots()
+    _draw_losses(axes, [1, 2], [3.0, 1.0], [0, 60, 80, 90], [3.0, 1.25, math.nan, 1.5])
+    labels = axes.get_legend_handles_labels()[1]
+    assert "best step 60, held-out loss 1.2500" in labels
+    records = [{"step": step, "loss": 1.0} for step in range(1, 6)]
+    metrics, png = tmp_path / "metrics.jsonl", tmp_path / "loss.png"
+    for more, marked in (([], False), ([{"step": 3, "eval_loss": 0.5}], True)):
+        write_metrics(metrics, [*records, *more])
+        draw_loss_curve(metrics, png)
+        assert (count_pixels(png, "tab:green") > 50) == marked
 
 
 @pytest.mark.parametrize("records", [[], [{"step": 1, "loss": None}], [{"step": 1}]])
