@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from lorax.data.reading.rows import DataError, MalformedRowError
+from lorax.system.wording import plural
 
 _PLACES = 3
 _KINDS = 20
@@ -68,16 +69,17 @@ class Problems:
             lines = [f"{problems[0].places[0]}: {problems[0].message}"]
         else:
             rows = min(len(self) + lost, read)  # a conversation may become several that are lost
-            lines = [f"{rows:,} of {read:,} rows cannot be used{stopped}:"]
+            lines = [f"{rows:,} of {plural(read, 'row')} cannot be used{stopped}:"]
             lines += map(_describe, problems[:_KINDS])
         if others := problems[_KINDS:]:
             rows = sum(problem.rows for problem in others)
             firsts = ", ".join(problem.places[0] for problem in others)
-            lines.append(f"{rows:,} rows with {len(others):,} other problems, first: {firsts}")
+            what = plural(len(others), "other problem")
+            lines.append(f"{plural(rows, 'row')} with {what}, first: {firsts}")
         raise DataError("\n  ".join([*lines, *more, *filter(None, [remedy])]))
 
 
 def _describe(problem: Problem) -> str:
     more = problem.rows - len(problem.places)
-    places = ", ".join(problem.places) + f" and {more:,} more rows" * (more > 0)
+    places = ", ".join(problem.places) + f" and {plural(more, 'more row')}" * (more > 0)
     return f"{places}: {problem.message}"

@@ -5,6 +5,7 @@ from lorax.data.dataset import Change, EncodedRow, EncodeReport, RowWriter, tell
 from lorax.data.problems import Problems
 from lorax.data.reading.formats import ROW_KINDS, RowKind
 from lorax.data.reading.rows import DataError, MalformedRowError
+from lorax.system.wording import plural
 
 _TRIED = 1000
 """If none of so many rows can be used, reading stops."""
@@ -83,7 +84,7 @@ class Sieve:
             lost += self.unsupervised
             more.append(
                 f"{self.unsupervised} of {self.read} rows have no supervised token"
-                f"{f' ({self.truncated} rows were truncated)' if self.truncated else ''}; the "
+                f"{f' ({plural(self.truncated, "row")} truncated)' if self.truncated else ''}; the "
                 f"first is {self._first_unsupervised}. Mend them, or set data.unsupervised: drop"
             )
         self._problems.check(self.read, stopped=stopped, lost=lost, more=more)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ import numpy as np
 from lorax.config.marks import find_marks
 from lorax.config.run import RunConfig
 from lorax.data.dataset import EncodedDataset
+from lorax.recovery.snapshots import WEIGHTS_FOLDER
+
+_LENGTH = ("train.num_train_epochs", "train.max_steps")
 
 
 class Identity:
@@ -125,10 +129,26 @@ def refuse_other_run(
             differing.append(f"the {name} changed{got}")
     if differing:
         raise ValueError(
-            f"{where} cannot be resumed as another run: {'; '.join(differing)}. Undo the change, "
-            "or start anew in another save.output_dir (model.adapter: a folder of adapters, such "
-            f"as one of {where}/weights, begins with its weights)"
+            f"{where} cannot be resumed as another run: {'; '.join(differing)}. "
+            f"{_explain_ways(where, before, after)}"
         )
+
+
+def _explain_ways(where: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """Says what to do with a run that is asked to be another one."""
+    saved = sorted((Path(where) / WEIGHTS_FOLDER).glob("step-*"))
+    begins = "begin another run: save.output_dir=FOLDER"
+    if saved:
+        key = "model.name_or_path" if after.get("train.method") == "full" else "model.adapter"
+        lora = "" if key == "model.name_or_path" else "lora=null "
+        newest = shlex.quote(str(saved[-1]))
+        begins += f", and {lora}{key}={newest} for this one's weights"
+    if any(before.get(key) != after.get(key) for key in _LENGTH):
+        return (
+            "A run keeps its length, which its learning rates depend on. To train longer, "
+            f"{begins}. Or undo the change"
+        )
+    return f"Undo the change, or {begins}"
 
 
 def _is_default(key: str, settings: Mapping[str, Any]) -> bool:

@@ -121,7 +121,7 @@ def find_run(output: Path, resume: Resume) -> bool:
             f"{output} holds a run: go on with --resume, or choose another save.output_dir"
         )
     if resume == "always" and not is_run:
-        raise CheckpointError(f"{output} holds no run of lorax to resume; leave out --resume")
+        raise CheckpointError(f"{output} holds no run of lorax to resume{_where_else(output)}")
     if not is_run:
         try:
             refuse_occupied(output)
@@ -130,6 +130,18 @@ def find_run(output: Path, resume: Resume) -> bool:
         return False
     refuse_special_files(output)
     return True
+
+
+def _where_else(output: Path) -> str:
+    """Says what to do where no run was found."""
+    if output.is_absolute():
+        return (
+            ": set save.output_dir to the folder of one, or leave out --resume to begin one there"
+        )
+    return (
+        f" (looked for from {Path.cwd()}): if it was begun in another directory, go there and run "
+        "this again, with the config's path from there; to begin one here, leave out --resume"
+    )
 
 
 def record_run(

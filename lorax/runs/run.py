@@ -21,10 +21,18 @@ from lorax.interop.export_files import companion_files
 from lorax.models.stack.recompute import Recomputation, settings_of
 from lorax.recovery.identity import Identity, fixed_settings
 from lorax.report.card import title_of
+from lorax.report.lines import print_line
 from lorax.report.listener import Recorder
 from lorax.report.log import METRICS_FILE, RunLog, check_reporters, read_metrics
-from lorax.report.overview import report_data, report_model, report_notes, shows_text
-from lorax.report.screen import RunSummary, print_config, print_summary, show_progress
+from lorax.report.overview import (
+    report_course,
+    report_data,
+    report_model,
+    report_notes,
+    shows_text,
+)
+from lorax.report.progress import show_progress
+from lorax.report.screen import RunSummary, print_config, print_summary
 from lorax.runs.checks import check_targets, check_weights
 from lorax.runs.exports import draw_curve, export_all, score_model
 from lorax.runs.folder import (
@@ -56,6 +64,7 @@ def run_training(
     *,
     resume: Resume = "never",
     stop: StopRequest | None = None,
+    verbose: bool = True,
 ) -> RunSummary:
     """Trains as `config` says, exports, verifies the exports, and reports.
 
@@ -70,6 +79,7 @@ def run_training(
         resume: `always` goes on with the run in `save.output_dir`, bit for bit as if it had never
             stopped; `auto` does so if there is one, and else begins; `never` begins.
         stop: Hears the signals that ask the run to stop while it trains.
+        verbose: Whether all settings are shown, or those that differ from their defaults.
 
     Raises:
         ValueError: Naming what cannot be used and what to do.
@@ -78,7 +88,7 @@ def run_training(
     """
     with memory_explained(config), disk_explained(config):
         config = with_recorded_revision(config, _teller(console))
-        return _run(config, console, phases or Phases(), resume, stop)
+        return _run(config, console, phases or Phases(), resume, stop, verbose)
 
 
 def _run(
@@ -87,6 +97,7 @@ def _run(
     phases: Phases,
     resume: Resume,
     stop: StopRequest | None,
+    verbose: bool,
 ) -> RunSummary:
     started = time.monotonic()
     output = Path(config.save.output_dir)
@@ -94,13 +105,12 @@ def _run(
     config, identity = _look_back(config) if resumed else (config, Identity(where=str(output)))
     identity.add({"settings": fixed_settings(config)})
     if resumed and (ended := output / SUMMARY_FILE).is_file():
-        console.print(f"{output}: this run has ended; there is nothing to resume")
-        return RunSummary.read(read_json(ended), str(ended))
+        return _show_ended(console, output, RunSummary.read(read_json(ended), str(ended)))
     _check_reports(config, output, resumed)
     blueprint = Blueprint.of(config)
     check_weights(blueprint)
     console.rule("Settings")
-    print_config(console, config)
+    print_config(console, config, verbose=verbose)
     data = in_background("data", lambda: Setup.of(blueprint, identity))  # while the device starts
     programs = _open_caches(console)
     report_notes(console, input_notes(blueprint.architecture, config.model.adapter))
@@ -113,7 +123,8 @@ def _run(
     identity.add(setup.identify() | ({} if blueprint.is_on_hub else identify_base(files.result())))
     phases.end("data and device")
     setup.recomputation[0].put_on(shapes)
-    compiled = compile_ahead(shapes, setup.course, programs=programs)
+    left = _has_steps_left(identity, setup)
+    compiled = compile_ahead(shapes, setup.course, programs=programs) if left else None
     if blueprint.is_on_hub:  # the compiler has work while they come
         identity.add(identify_base(files.result()))
     model = adapt_base(base.result(), setup.config, setup.recomputation[0])
@@ -142,6 +153,21 @@ def _run(
     return summary
 
 
+def _show_ended(console: Console, output: Path, summary: RunSummary) -> RunSummary:
+    """Shows what a run came to that has nothing left to do."""
+    print_line(console, f"{output}: this run has ended, nothing is left to train; it came to")
+    print_summary(console, summary)
+    return summary
+
+
+def _has_steps_left(identity: Identity, setup: Setup) -> bool:
+    """Says whether a run has steps to train, by the newest checkpoint if it goes on from one."""
+    if identity.manifest is None:
+        return True
+    progress = identity.manifest["record"]["progress"]
+    return progress["step"] < setup.course.total_steps and not progress["stopped_early"]
+
+
 def _check_reports(config: RunConfig, output: Path, resumed: bool) -> None:
     """Raises what must not wait for the run's end: of reporters, and of a log that goes on."""
     check_reporters(config.log.report_to)
@@ -157,8 +183,7 @@ def _look_back(config: RunConfig) -> tuple[RunConfig, Identity]:
 
 
 def _teller(console: Console) -> Callable[[str], None]:
-    """Returns what prints a line as it is: not coloured, and broken by the terminal alone."""
-    return functools.partial(console.print, highlight=False, soft_wrap=True)
+    return functools.partial(print_line, console)
 
 
 def _open_caches(console: Console) -> ProgramCache | None:
@@ -172,18 +197,17 @@ def _open_caches(console: Console) -> ProgramCache | None:
 
 def _report(setup: Setup, console: Console) -> None:
     """Shows the rows, once it is known that they make steps, and what is recomputed."""
-    _ = setup.course
+    course = setup.course
     console.rule("Data")
     rows = 1 if shows_text(console) else 0
     context = setup.blueprint.architecture.context
     report_data(console, setup.config, setup.datasets, setup.tokenizer, rows, context=context)
     if not rows:
-        console.print("no row is shown in a log; `lorax inspect` shows some", highlight=False)
+        print_line(console, "no row is shown in a log; `lorax inspect` shows some")
+    report_course(console, course)
     console.rule("Model")
     recomputation, reason = setup.recomputation
-    console.print(
-        f"gradient checkpointing: {recomputation}; {reason}", highlight=False, soft_wrap=True
-    )
+    print_line(console, f"gradient checkpointing: {recomputation}; {reason}")
 
 
 def _companions(setup: Setup) -> dict[str, Any]:
@@ -209,7 +233,7 @@ def _keep_after_a_step(programs: ProgramCache | None) -> Listener:
 
 
 def _score_and_train(
-    trainer: Trainer, recorder: Recorder, setup: Setup, compiled: Future[Any], started: float
+    trainer: Trainer, recorder: Recorder, setup: Setup, compiled: Future[Any] | None, started: float
 ) -> RunSummary:
     phases = recorder.phases
     # The exports belong to the run, so its lock is held until they are done, or have failed.
@@ -219,7 +243,7 @@ def _score_and_train(
             before = score_model(setup, trainer.model, recorder.console, "before training")
             trainer.progress.notes["exact match"] = before
         phases.end("first answers" if setup.config.eval.exact_match else "trainer")
-        if compiled.done():
+        if compiled is not None and compiled.done():
             compiled.result()  # raises what the compiler raised, before anything is written
         return _train_and_export(trainer, recorder, setup, started)
 
@@ -247,7 +271,7 @@ def _train_and_export(
     evaluated = 0 < reached <= settled
     with RunLog(output, config.log.report_to, reached=reached, evaluated=evaluated) as log:
         recorder.log = log
-        with show_progress(console, trainer.total_steps) as show:
+        with show_progress(console, trainer.total_steps, reached=reached) as show:
             recorder.show = show
             result = trainer.train()
     after = score_model(setup, trainer.model, console, "after training")

@@ -147,6 +147,10 @@ class Trainer:
         """Where the run stands."""
         return self.saver.progress
 
+    @property
+    def _is_done(self) -> bool:
+        return self.progress.stopped_early or self.progress.step >= self.total_steps
+
     def train(self) -> TrainResult:
         """Runs all steps; the trainer's `model` then has the trained (or the best) weights.
 
@@ -167,7 +171,7 @@ class Trainer:
                 stack.enter_context(contextlib.closing(self.checkpoints))
             self.checkpoints.open()
             self.checkpoints.prunes = True
-            compiled = self._compile()
+            compiled = {} if self._is_done else self._compile()
             with self._stop.listening(self._watchdog.beat), self._watchdog.watching():
                 self._beat = lambda: (self._watchdog.beat(), self._stop.check())
                 try:

@@ -1,7 +1,9 @@
 """A run's folder: what is damaged or no file in it is told before anything trains or hangs."""
 
 import json
+import logging
 import os
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +13,8 @@ import pytest
 
 from lorax.cli.main import main
 from lorax.report.log import read_metrics
-from lorax.runs.folder import SavedRun
+from lorax.runs.folder import SavedRun, find_run
+from lorax.system.files import CheckpointError
 from tests.tiny import shallow_model
 
 pytestmark = pytest.mark.slow
@@ -150,3 +153,68 @@ def test_a_run_that_has_not_ended_names_commands_for_its_last_save(tmp_path):
     saved = tmp_path / "weights" / "step-000002"
     assert f"`lorax generate 'some/base model' --adapter {saved}`" in str(refused.value)
     assert f"`lorax export {saved} --base 'some/base model' --format merged" in str(refused.value)
+
+
+@pytest.fixture
+def compilations():
+    """The names of the functions that XLA compiles while the test runs."""
+    found, log = [], logging.getLogger("jax._src.interpreters.pxla")
+    handler = logging.Handler()
+    handler.emit = lambda record: found.append(record.getMessage())
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.DEBUG)
+    yield lambda: [re.findall(r"Compiling (\S+)", text)[0] for text in found if "Compil" in text]
+    log.removeHandler(handler)
+    log.setLevel(level)
+
+
+def test_a_run_with_no_step_left_is_exported_without_a_compiled_step(run, compilations):
+    here, resume = run
+    code, printed = resume()
+    assert code == 0 and "resumed after step 2" in printed and "compiled the step" not in printed
+    assert (here / "summary.json").exists() and (here / "adapter").is_dir()
+    assert compilations() and not [name for name in compilations() if "step" in name]
+    # And one that has ended does nothing but tell what it came to.
+    before = len(compilations())
+    code, again = resume()
+    assert code == 0 and len(compilations()) == before
+    assert f"{here}: this run has ended, nothing is left to train; it came to" in again
+    assert printed.partition(" Result ")[2].splitlines()[1:] == again.splitlines()[1:]
+
+
+def test_a_run_that_is_looked_for_from_another_directory_says_where(stopped, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = stopped / "run.yaml"
+    with pytest.raises(CheckpointError) as refused:
+        find_run(Path("run"), "always")
+    assert f"run holds no run of lorax to resume (looked for from {tmp_path})" in str(refused.value)
+    assert "begun in another directory, go there" in str(refused.value)
+    monkeypatch.chdir(stopped)
+    assert find_run(Path("run"), "always") and config.is_file()
+
+
+def test_a_longer_run_is_told_how_to_begin_from_its_weights_which_works(run, capsys, tmp_path):
+    here, _ = run
+    words = ["train", str(here / "config.yaml"), f"save.output_dir={here}", "train.max_steps=3"]
+    assert main([*words, "--resume"]) == 2
+    said = capsys.readouterr().err
+    assert "train.max_steps was 2 and is 3. A run keeps its length" in said
+    found = re.search(
+        r"To train longer, begin another run: save.output_dir=FOLDER, and (\S+ \S+) ", said
+    )
+    assert found is not None
+    new = tmp_path / "new"
+    assert main([*words, *found[1].split(), f"save.output_dir={new}"]) == 0
+    assert (new / "adapter").is_dir()
+
+
+def test_validate_tells_a_folder_that_holds_a_run(run, stopped, capsys):
+    here, _ = run
+    words = ["validate", str(stopped / "run.yaml"), f"save.output_dir={here}"]
+    assert main([*words, "train.warmup_steps=9"]) == 0
+    printed = capsys.readouterr().out
+    assert f"WARNING: save.output_dir: {here} holds a run: `lorax train` needs --resume" in printed
+    assert "WARNING: train.warmup_steps: the warm-up takes 9 steps and the run has 2" in printed
+    assert main([*words[:2], f"save.output_dir={here}-new"]) == 0
+    assert "WARNING" not in capsys.readouterr().out

@@ -244,7 +244,7 @@ def test_memory_that_runs_out_before_the_first_step_is_explained_too(run, monkey
     monkeypatch.setattr(where, exhausted)
     code, printed = run("train")
     assert code == 1 and "out of memory" in printed.lower() and "Traceback" not in printed
-    assert "per_device_train_batch_size" in printed
+    assert "`lorax plan`" in printed  # which on a CPU is all that can be told
 
 
 def test_a_checkpoint_that_cannot_be_written_is_a_failure_and_no_bad_input(run, monkeypatch):
