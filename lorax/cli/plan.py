@@ -14,14 +14,14 @@ from lorax.system.hardware import USABLE, device_gib, local_gpu
 
 def plan(parsed, console: Console) -> None:
     """Shows what each policy takes on a GPU, and what fits it."""
-    target = _choose_gpu(parsed.gpu)
+    target = choose_gpu(parsed.gpu)
     config = read_config(parsed, console)
     blueprint = Blueprint.of(config)
     report_plan(console, config, target, lambda gpu: make_planner(blueprint, gpu))
     report_notes(console, blueprint.architecture.notes)
 
 
-def _choose_gpu(asked: str | None) -> Target:
+def choose_gpu(asked: str | None) -> Target:
     """Returns the GPU that is asked for, or the one here, or the one that was measured."""
     if asked is not None:
         try:

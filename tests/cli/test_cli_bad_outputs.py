@@ -77,7 +77,7 @@ def test_a_base_that_overflows_the_dtype_is_refused(base, here, refused):
 def test_tensorboard_that_is_not_installed_is_refused(refused, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     refused(
-        r"log.report_to names tensorboard, which is not installed: pip install",
+        r"which is not installed: pip install 'lorax-train\[tensorboard\]', or remove it from log",
         "train",
         "run.yaml",
         "log.report_to=[jsonl, tensorboard]",

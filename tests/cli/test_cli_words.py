@@ -10,6 +10,8 @@ import pytest
 
 from lorax.cli.main import main
 from lorax.cli.parser import _SHELLS, make_parser, parse
+from lorax.cli.plan import choose_gpu
+from lorax.system.gpus import find_gpu
 from lorax.system.signals import STOPPED_STATUS
 from lorax.system.watchdog import STUCK_STATUS
 
@@ -154,3 +156,20 @@ def test_plan_says_first_which_gpu_it_is_for(capsys):
     assert (
         "lorax plan: error: --gpu: 'h300' is not in the table of GPUs (did you mean h200?)" in said
     )
+
+
+@pytest.mark.parametrize(
+    "here, gib, title, reason",
+    [
+        (find_gpu("l40s"), 40.0, "NVIDIA L40S", "the one here (--gpu NAME: another)"),
+        (None, 15.2, "cpu", "the one here; its speed is not known, so times are an H200's"),
+    ],
+)
+def test_plan_is_for_the_gpu_here_and_its_memory(monkeypatch, here, gib, title, reason):
+    monkeypatch.setattr("jax.default_backend", lambda: "gpu")
+    monkeypatch.setattr("lorax.cli.plan.device_gib", lambda: gib)
+    monkeypatch.setattr("lorax.cli.plan.local_gpu", lambda: here)
+    target = choose_gpu(None)
+    assert (target.gib, target.gpu.title, target.reason) == (gib, title, reason)
+    assert target.gpu.gb == (48 if here else 16)
+    assert choose_gpu("h100").gpu.name == "h100"

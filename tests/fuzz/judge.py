@@ -113,7 +113,7 @@ def _places(case: Case) -> Iterator[str]:
     if case.kind == "command line" or any(edit.file == WORDS for edit in case.edits):
         parts = (part for word in case.changed_words[1:] for part in word.split("=", 1))
         yield from map(_pattern_of_word, parts)
-        yield r"\b(argument|override|arguments|standard input|MODEL)\b"
+        yield r"\b(argument|override|arguments|standard input|MODEL|is no command)\b"
     options = (word.partition("=")[0] for word in case.changed_words if word.startswith("--"))
     yield from (rf"{re.escape(option)}(?![\w-])" for option in options)
     for edit in case.edits:

@@ -2,6 +2,8 @@ import dataclasses
 import io
 import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 from matplotlib import colors
@@ -9,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from rich.console import Console
 
+import lorax
 from lorax.config.data import DataConfig, DataSource
 from lorax.config.model import ModelConfig
 from lorax.config.run import RunConfig, SaveConfig, dump_config, load_config
@@ -24,6 +27,7 @@ from lorax.report.screen import (
     print_summary,
 )
 
+LORAX = Path(lorax.__file__).parent
 GREEN, DIM, RESET = "\x1b[32m", "\x1b[2m", "\x1b[0m"
 
 
@@ -104,6 +108,16 @@ def test_config_has_colours_on_a_terminal_only(config):
     print_config(coloured, config)
     assert "\x1b" not in output(plain)
     assert "\x1b[" in output(coloured)
+
+
+def test_text_of_users_is_printed_by_one_function_that_reads_no_markup():
+    found = [
+        f"{path.relative_to(LORAX)}: {line.strip()}"
+        for path in LORAX.rglob("*.py")
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if re.search(r"console\.print\(\s*f?[\"']|console\.print\($", line)
+    ]
+    assert not found, "print_line prints brackets as they are: " + "; ".join(found)
 
 
 # Modules.
