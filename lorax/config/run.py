@@ -24,6 +24,7 @@ from lorax.config.types import (
     Section,
     Text,
 )
+from lorax.system.wording import show
 
 
 class EvalConfig(Section):
@@ -161,7 +162,12 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     Raises:
         ConfigError: With one line per problem: file and line (or the override), dotted key, what
             came and what was needed.
+        TypeError: If the overrides are no list of text.
     """
+    if isinstance(overrides, str) or not all(isinstance(each, str) for each in overrides):
+        raise TypeError(f"overrides must be a list such as ['lora.r=8'], got {show(overrides)}")
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"path must be that of a YAML file, got {show(path)}")
     return read_model(RunConfig, path, overrides)
 
 

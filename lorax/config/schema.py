@@ -29,6 +29,12 @@ FAMILIAR = {
 }
 """The keys that people coming from other trainers mean, by what they type."""
 
+_WRITTEN = "lorax writes it into adapter_config.json itself: leave it out"
+UNNEEDED = dict.fromkeys(
+    ("task_type", "inference_mode", "peft_type", "base_model_name_or_path"), _WRITTEN
+)
+"""The keys of PEFT's `LoraConfig` that are no settings here, and why."""
+
 
 def find_sections(model: type[BaseModel]) -> dict[Key, type[BaseModel]]:
     """Returns every model below `model` by its key; the entries of a list have the key `*`."""

@@ -5,7 +5,8 @@ from typing import Any
 
 from lorax.adapters.methods import METHODS
 from lorax.config.adapter import LoraConfig
-from lorax.config.file import ConfigError, check_model
+from lorax.config.explain import ConfigError
+from lorax.config.file import check_model
 from lorax.system.files import read_json
 from lorax.system.wording import clip, show
 
