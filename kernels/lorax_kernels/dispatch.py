@@ -6,6 +6,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from lorax_kernels.device import has_triton, runs_kernels
 
@@ -54,3 +55,19 @@ def axis_sizes(row_axes: Sequence[str]) -> dict[str, int]:
         return {}
     open_axes = [a for a in row_axes if a in mesh.shape and a not in mesh.manual_axes]
     return {a: mesh.shape[a] for a in open_axes if mesh.shape[a] > 1}
+
+
+def explicit_rows(x: jax.Array) -> NamedSharding | None:
+    """Returns how the rows of `x` are divided over a mesh that has axes of JAX's type Explicit.
+
+    On such axes JAX asks for the sharding of every product that sums over a divided dimension. An
+    operation runs in `jax.sharding.auto_axes` instead, where the compiler divides it.
+
+    Returns:
+        The sharding of an output with the rows of `x`, its last dimension whole; None on another
+        mesh.
+    """
+    sharding = jax.typeof(x).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return None
+    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[: x.ndim - 1], None))

@@ -8,7 +8,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from lorax.devices.mesh import ROW_AXES
-from lorax.layers.linear import Frozen, Linear, obstacle
+from lorax.layers.linear import (
+    Frozen,
+    Linear,
+    add,
+    compute_dtype,
+    finish,
+    obstacle,
+    promises,
+)
 from lorax_kernels import (
     Kernels,
     LoraWeights,
@@ -35,7 +43,7 @@ def apply_together(layers: Sequence[Any], x: Float[Array, "*batch k"]) -> list[A
     outputs = lora_linear_group(
         x.astype(group.dtype), group.members, dropout_key=group.key, **_options(group.way)
     )
-    return [layer.finish(y) for layer, y in zip(layers, outputs, strict=True)]
+    return [finish(layer, y) for layer, y in zip(layers, outputs, strict=True)]
 
 
 def apply_added(
@@ -43,8 +51,8 @@ def apply_added(
 ) -> Float[Array, "*batch n"]:
     """Returns ``residual + layer(x)``, in one operation where they have one dtype."""
     adapted = isinstance(layer, Linear) and layer.computing is not None
-    if adapted and layer.promises(residual.dtype, x.dtype):
-        return layer.add(x, residual)
+    if adapted and promises(layer, residual.dtype, x.dtype):
+        return add(layer, x, residual)
     return residual + layer(x)
 
 
@@ -71,7 +79,7 @@ def apply_mlp(
         return residual + down(_multiply(*apply_together((gate, up), x)))
     single = _group((down,), pair.dtype)
     way = None if single is None else _common_way(pair, single)
-    if single is not None and way is not None and down.promises(residual.dtype, pair.dtype):
+    if single is not None and way is not None and promises(down, residual.dtype, pair.dtype):
         y = lora_mlp(
             x.astype(pair.dtype),
             *pair.members,
@@ -81,7 +89,7 @@ def apply_mlp(
             repeated=repeated,
             **_options(way),
         )
-        return down.finish(y)
+        return finish(down, y)
     if pair.way is None:
         return residual + down(_multiply(gate(x), up(x)))
     options = _options(pair.way)
@@ -139,7 +147,7 @@ def _group(layers: Sequence[Any], dtype: Any) -> _Group | None:
         if member is None:
             return None
         members.append(member)
-        dtypes.add(layer.compute_dtype(dtype))
+        dtypes.add(compute_dtype(layer, dtype))
     if len(dtypes) > 1 or len(ways) > 1:
         return None
     return _Group(members, dtypes.pop(), ways.pop() if ways else None, key)

@@ -8,6 +8,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from lorax.devices.mesh import refuse_explicit_axes
 from lorax.devices.specs import Parts
 from lorax.layers.attention import (
     AttentionImplementation,
@@ -185,8 +186,10 @@ class CausalLM(nnx.Module):
                 memory; the embedding itself is not read then.
 
         Raises:
-            ValueError: If packed rows are given a cache, or a used cache no positions.
+            ValueError: If packed rows are given a cache, a used cache no positions, or the tokens
+                lie on a mesh with axes of the type Explicit.
         """
+        refuse_explicit_axes(input_ids)
         if cache is not None and segment_ids is not None:
             raise ValueError("a cache holds one document per row: pass no segment_ids with it")
         if positions is None:

@@ -99,7 +99,7 @@ class DecoderLayer(nnx.Module):
     ) -> tuple[Float[Array, "b t d"], LayerCache | None]:
         """Returns the layer's output and its cache."""
         x, normed = self.input_layernorm.fork(x)
-        x, cache = self.self_attn(normed, x, context, cache, empty)
+        x, cache = self.self_attn(normed, x, context=context, cache=cache, empty=empty)
         x, normed = self.post_attention_layernorm.fork(kept(x))
         return self.mlp(normed, x, context.repeated), cache
 

@@ -14,7 +14,8 @@ from lorax.data.batches import Batches
 from lorax.data.dataset import EncodedDataset
 
 type Batch = dict[str, Any]
-type LossFunction = Callable[[nnx.Module, Batch], tuple[jax.Array, jax.Array]]
+type LossFunction = Callable[[nnx.Module, Batch], tuple[jax.Array, ...]]
+"""Returns (sum of losses, count), and a dict of further sums if there are any."""
 
 
 class Terms(NamedTuple):
@@ -85,18 +86,41 @@ class Objective(Protocol):
         ...
 
 
-def checked(loss_fn: Callable[..., Any]) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """Holds a loss function to its contract, in words instead of a tracer's error."""
+RESERVED = ("applied", "grad_norm", "loss", "tokens")
+"""What a step reports of itself, whatever is learned: no figure has these names."""
 
-    def check(*arguments: Any) -> tuple[jax.Array, jax.Array]:
+
+def checked(loss_fn: Callable[..., Any]) -> Callable[..., Terms]:
+    """Holds a loss function to its contract, and explains what breaks it.
+
+    Args:
+        loss_fn: A function that returns ``(sum of losses, count)`` or ``(sum of losses, count,
+            figures)`` with a dict of sums.
+
+    Returns:
+        The function with its sums as `Terms`; it raises ValueError where these are something else.
+    """
+
+    def check(*arguments: Any) -> Terms:
         found = loss_fn(*arguments)
-        if isinstance(found, tuple) and len(found) == 2:
-            total, count = map(jnp.asarray, found)
-            if total.shape == count.shape == ():
-                return total, count
+        if isinstance(found, tuple) and len(found) in (2, 3):
+            total, count, figures = (*found, {})[:3]
+            if isinstance(figures, Mapping) and _are_scalars((total, count, *figures.values())):
+                sums = {str(name): jnp.asarray(value) for name, value in figures.items()}
+                if taken := sorted(set(sums) & set(RESERVED)):
+                    raise ValueError(
+                        f"loss_fn names a figure {taken[0]!r}, which the step reports itself: "
+                        "choose another name"
+                    )
+                return Terms(jnp.asarray(total), jnp.asarray(count), sums)
         raise ValueError(
             "loss_fn must return (sum of losses, count), two scalars, so that micro-batches can be "
-            f"weighted exactly: `return (nll * mask).sum(), mask.sum()`; got {found}"
+            "weighted exactly: `return (nll * mask).sum(), mask.sum()`; a third value may be a "
+            f"dict of further sums, each one scalar; got {found}"
         )
 
     return check
+
+
+def _are_scalars(values: Any) -> bool:
+    return all(jnp.shape(value) == () for value in values)

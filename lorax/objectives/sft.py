@@ -86,7 +86,7 @@ class Supervised:
 
     def terms(self, model: Any, batch: Batch) -> Terms:
         """See `Objective`."""
-        return Terms(*checked(self.loss_fn)(model, batch), {})
+        return checked(self.loss_fn)(model, batch)
 
 
 SFT = Supervised("sft", causal_lm_loss)

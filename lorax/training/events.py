@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from lorax.adapters.nnx.tree import adapted_layers, named_modules
+from lorax.objectives.objective import RESERVED
 from lorax.system.hardware import Device, memory_gib, peak_bf16_tflops
 from lorax.training.course import Course, Position
 
@@ -159,7 +160,7 @@ class StepEvents:
             "step": at.step,
             "total_steps": self.course.total_steps,
             "loss": loss,
-            **{name: float(numbers[name]) for name in self.course.objective.figures},
+            **{name: float(x) for name, x in numbers.items() if name not in RESERVED},
             "learning_rate": float(np.asarray(self.course.schedule(at.step - 1))),
             "grad_norm": float(numbers["grad_norm"]),
             "supervised_tokens": int(numbers["tokens"]),

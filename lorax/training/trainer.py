@@ -36,7 +36,7 @@ from lorax.training.evaluate import Evaluator
 from lorax.training.events import Event, StepEvents, Throughput, model_size
 from lorax.training.long_steps import LongSteps, StepDroppedError
 from lorax.training.nonfinite import explain_step, nonfinite_error
-from lorax.training.step import TrainState, TrainStep, make_train_step
+from lorax.training.step import TrainState, TrainStep, build_step
 from lorax.training.weights import TrainedWeights
 
 type Listener = Callable[[Event], None]
@@ -115,7 +115,7 @@ class Trainer:
         course.check()
         self.model = course.prepare_model(model)
         self._compiled_ahead = compiled
-        self.step, self.state = make_train_step(
+        self.step, self.state = build_step(
             self.model, course.optimizer, course.objective, **course.step_options
         )
         self._place = batch_placer(self.model, course.mesh)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
-from lorax_kernels.dispatch import axis_sizes
+from lorax_kernels.dispatch import axis_sizes, explicit_rows
 from lorax_kernels.lora_linear import xla
 from lorax_kernels.lora_linear.dropout import seed_words
 from lorax_kernels.lora_linear.weights import Group, LoraWeights
@@ -66,13 +66,15 @@ def run(
         outputs = function(flat(x), *operands, jax.tree.map(flat, residual))
         return [y[:m].reshape(*batch, y.shape[1]) for y in outputs]
 
-    if not axes:
-        return local(x, operands, residual)
-    rows = PartitionSpec(axes)
-    # Without shard_map the compiler would gather every operand and run the kernel whole on each
-    # device. The gradients of a and b are summed over the shards, as they enter unsharded.
-    specs = (rows, PartitionSpec(), rows)
-    sharded = jax.shard_map(local, in_specs=specs, out_specs=rows, check_vma=False)
+    sharded: Callable[..., Any] = local
+    if axes:
+        rows = PartitionSpec(axes)
+        # Without shard_map the compiler would gather every operand and run the kernel whole on each
+        # device. The gradients of a and b are summed over the shards, as they enter unsharded.
+        specs = (rows, PartitionSpec(), rows)
+        sharded = jax.shard_map(local, in_specs=specs, out_specs=rows, check_vma=False)
+    if (rows := explicit_rows(x)) is not None:
+        sharded = jax.sharding.auto_axes(sharded, out_sharding=rows)
     return sharded(x, operands, residual)
 
 

@@ -52,7 +52,7 @@ def run_layers(
 
 
 def _run_layer(layer: Any, hidden: Float[Array, "b t d"], context: Context):
-    return layer(hidden, context)[0]
+    return layer(hidden, context=context)[0]
 
 
 def _repeat_layer(layer: Any, hidden: Float[Array, "b t d"], context: Context):
