@@ -5,6 +5,7 @@ import dataclasses
 import datetime
 import itertools
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from lorax.config.data import DataConfig, DataSource
@@ -26,8 +27,9 @@ from lorax.data.reading.formats import (
     read_example,
 )
 from lorax.data.reading.rows import DataError, MalformedRowError, Row, RowError, Rows
-from lorax.data.reading.sources import open_source
+from lorax.data.reading.sources import open_source, sources_of
 from lorax.data.sieve import Sieve
+from lorax.system.arguments import check_kind
 from lorax.system.wording import explain
 
 _ROWS_PER_BATCH = 256
@@ -37,7 +39,7 @@ _MESSAGE_COLUMNS = ("messages", "conversations", "prompt", "completion")
 
 
 def load_encoded_dataset(
-    sources: Sequence[DataSource],
+    sources: Sequence[DataSource | str] | str,
     config: DataConfig,
     tokenizer: Tokenizer,
     *,
@@ -46,7 +48,7 @@ def load_encoded_dataset(
     """Reads and encodes all rows of all sources, in order.
 
     Args:
-        sources: `config.train` or `config.eval`.
+        sources: `config.train` or `config.eval`; or a path, or several.
         config: The format, what is supervised, and what happens to rows that do not fit.
         tokenizer: A fast one, unless all rows are tokenized already.
         vocab_size: Rows of the model's embedding; a token id outside of them is refused.
@@ -55,15 +57,18 @@ def load_encoded_dataset(
         The rows kept, each with at least one supervised token and at most `max_seq_length` tokens.
 
     Raises:
+        TypeError: If an argument is of another kind.
         DataError: Naming the setting that cannot be used; or the rows, all of them: each kind of
             problem once, with its number, the file and line (or row) of the first, and the remedy.
     """
-    if not sources:
-        raise DataError("a dataset needs at least one source, got none")
+    check_kind("config", config, DataConfig, "a lorax.DataConfig, such as config.data")
+    if isinstance(tokenizer, str | Path):
+        raise TypeError(f"tokenizer must be one: pass lorax.load_tokenizer({str(tokenizer)!r})")
+    opened = sources_of(sources)
     with RowWriter() as kept:
         sieve = Sieve(config, kept)
         encoder = _RowEncoder(config, tokenizer, vocab_size, sieve)
-        for source in sources:
+        for source in opened:
             try:
                 with open_source(source) as rows:
                     encoder.encode(rows)
@@ -71,7 +76,7 @@ def load_encoded_dataset(
                 raise DataError(f"{source.path}: cannot be read: {explain(error)}") from error
         sieve.check()
         report = dataclasses.replace(
-            sieve.report(tuple(source.path for source in sources)),
+            sieve.report(tuple(source.path for source in opened)),
             format=", ".join(sorted(encoder.formats)),
             mask_source=", ".join(sorted(encoder.mask_sources)),
             date=encoder.date,

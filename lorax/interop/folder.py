@@ -150,12 +150,13 @@ def _fetch(name: str, revision: str | None, files: Iterable[str]) -> Path:
 
 
 def _near(path: Path) -> str:
-    """Returns which folder may be meant by one that does not exist, as a part of a sentence."""
+    """Returns where a folder was looked for, and which may be meant, as a part of a sentence."""
+    where = "" if path.is_absolute() or str(path).startswith("~") else f" in {Path.cwd()}"
     names: list[str] = []
     with contextlib.suppress(OSError):
         names = [entry.name for entry in path.expanduser().parent.iterdir() if entry.is_dir()]
     near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
-    return f" (did you mean {path.parent / near[0]}?)" if near else ""
+    return where + (f" (did you mean {path.parent / near[0]}?)" if near else "")
 
 
 def read_config(directory: Path) -> dict[str, Any]:

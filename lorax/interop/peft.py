@@ -1,6 +1,7 @@
 """Adapters in PEFT's format: adapter_config.json and adapter_model.safetensors, both ways."""
 
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from lorax.interop.safetensors import TensorEntry, read_headers, read_tensor, sa
 from lorax.interop.tensors import hf_name
 from lorax.layers.linear import Linear
 from lorax.models.decoder import CausalLM
+from lorax.system.arguments import check_kind
 from lorax.system.files import write_folder
 from lorax.system.wording import clip
 from lorax_kernels import dense
@@ -158,9 +160,12 @@ def save_adapter(
         card: Text of the README.md beside the adapter.
 
     Raises:
+        TypeError: If an argument is of another kind.
         ValueError: If `directory` holds something, a value is not finite, or the format cannot
             hold what was trained.
     """
+    check_kind("model", model, nnx.Module, "an nnx.Module with adapters")
+    check_kind("directory", directory, (str, os.PathLike), "the path of a folder")
     portable = format == "peft-portable"
     tensors = adapter_tensors(model, portable=portable)
     bad = [name for name, value in tensors.items() if not np.isfinite(value).all()]
@@ -188,9 +193,12 @@ def load_adapter[M: nnx.Module](model: M, directory: str | Path) -> M:
     config asks for on this model: PEFT itself ignores what is missing or left over.
 
     Raises:
+        TypeError: If an argument is of another kind.
         AdapterError: Naming the file and the tensor or field.
         TargetError: If the config names modules that the model does not have.
     """
+    check_kind("model", model, nnx.Module, "an nnx.Module with the base weights")
+    check_kind("directory", directory, (str, os.PathLike), "the path of an adapter's folder")
     directory = Path(directory)
     config = read_adapter_config(directory)
     try:

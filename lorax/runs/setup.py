@@ -23,6 +23,7 @@ from lorax.recovery.identity import Identity, fingerprint_folder, identify_rows
 from lorax.runs.folder import keep_date
 from lorax.runs.memory import choose_recomputation, recomputed_before, recomputed_in
 from lorax.runs.model import Blueprint, adapt_base
+from lorax.system.arguments import check_kind
 from lorax.training.course import Course
 
 CHATS = ("auto", "messages", "sharegpt", "alpaca")
@@ -170,7 +171,13 @@ def input_notes(
 
 
 def build_model(config: RunConfig) -> CausalLM:
-    """Loads the base model and puts fresh or loaded adapters on it, as the config says."""
+    """Loads the base model and puts fresh or loaded adapters on it, as the config says.
+
+    Raises:
+        TypeError: If `config` is no `RunConfig`.
+        ValueError: Naming the setting, the file or the tensor that cannot be used.
+    """
+    check_kind("config", config, RunConfig, "a lorax.RunConfig, as lorax.load_config returns")
     blueprint = Blueprint.of(with_recorded_revision(config, print))
     model = blueprint.load(blueprint.fetch())
     recomputation, _ = choose_recomputation(blueprint, recomputed_before(config))

@@ -1,5 +1,6 @@
 """What `make_train_step` and its step are given: refused where a step would not train rightly."""
 
+from types import NoneType
 from typing import Any
 
 import jax
@@ -9,6 +10,9 @@ from flax import nnx
 from jax.sharding import AxisType
 
 from lorax.adapters.nnx.tree import adapted_layers, named_modules
+from lorax.config.run import RunConfig
+from lorax.data.dataset import EncodedDataset
+from lorax.system.arguments import check_kind
 from lorax.system.wording import clip
 
 _SMALLEST = 0.01
@@ -22,8 +26,7 @@ def check_arguments(model: Any, optimizer: Any, loss_fn: Any) -> None:
         TypeError: Naming what came and what is needed.
         ValueError: If the optimizer would hardly move what starts at zero.
     """
-    if not isinstance(model, nnx.Module):
-        raise TypeError(f"model must be an nnx.Module, got {type(model).__name__}")
+    check_kind("model", model, nnx.Module, "an nnx.Module")
     if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
         raise TypeError(
             "optimizer must be an optax transformation, such as optax.adamw(1e-3), got "
@@ -56,6 +59,24 @@ def refuse_untrainable(model: nnx.Module) -> None:
                 f"{name} would update batch statistics, which this step does not carry; freeze "
                 "them with model.set_attributes(use_running_average=True)"
             )
+
+
+def check_run(
+    model: Any, config: Any, train_data: Any, eval_data: Any, *, one_objective: bool
+) -> None:
+    """Refuses what a trainer cannot be made of.
+
+    Raises:
+        TypeError: Naming what came and what is needed.
+        ValueError: If there are two objectives, a course's and a loss function.
+    """
+    if not one_objective:
+        raise ValueError("a course has its own objective: give loss_fn or course, not both")
+    check_kind("model", model, nnx.Module, "an nnx.Module, as lorax.build_model returns")
+    check_kind("config", config, RunConfig, "a lorax.RunConfig, as lorax.load_config returns")
+    rows = "encoded rows, as lorax.load_encoded_dataset returns"
+    check_kind("train_data", train_data, EncodedDataset, rows)
+    check_kind("eval_data", eval_data, (EncodedDataset, NoneType), rows)
 
 
 def check_batch(batch: Any) -> None:

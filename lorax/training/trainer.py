@@ -31,6 +31,7 @@ from lorax.recovery.saver import Saver
 from lorax.system.signals import RunStopped, StopAskedError, StopRequest
 from lorax.system.watchdog import Watchdog
 from lorax.training.ahead import CompiledStep, compile_widths
+from lorax.training.arguments import check_run
 from lorax.training.course import Course, Position
 from lorax.training.evaluate import Evaluator
 from lorax.training.events import Event, StepEvents, Throughput, model_size
@@ -103,10 +104,9 @@ class Trainer:
         save_options: Mapping[str, Any] | None = None,
         stop: StopRequest | None = None,
     ):
+        check_run(model, config, train_data, eval_data, one_objective=course is None or not loss_fn)
         self.config = config
         self.listeners = listeners
-        if course is not None and loss_fn is not None:
-            raise ValueError("a course has its own objective: give loss_fn or course, not both")
         objective = None if loss_fn is None else as_objective(loss_fn)
         course = course or Course.of(config, train_data, eval_data, objective)
         self.course = course

@@ -220,5 +220,5 @@ def test_split_that_is_not_there_is_named(tmp_path, tokenizer, split, message):
 
 
 def test_no_source_is_refused(tokenizer):
-    with pytest.raises(ValueError, match="at least one source"):
+    with pytest.raises(ValueError, match="no source of rows"):
         load_encoded_dataset((), DataConfig(train=(DataSource(path="a.jsonl"),)), tokenizer)

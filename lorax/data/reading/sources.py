@@ -6,12 +6,12 @@ import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from jaxtyping import Int64
 
-from lorax.config.data import DataSource
+from lorax.config.data import DataConfig, DataSource
 from lorax.data.reading.columns import fitting_formats
 from lorax.data.reading.rows import (
     DataError,
@@ -78,6 +78,22 @@ def open_source(source: DataSource) -> Iterator[Rows]:
         from lorax.data.reading import tables
 
         yield tables.open_hub(source)
+
+
+def sources_of(given: Any) -> tuple[DataSource, ...]:
+    """Returns the sources that were given, or those of the paths that were.
+
+    Raises:
+        DataError: If there is none.
+        ConfigError: If one is neither a source nor a path.
+    """
+    if not isinstance(given, str) and not given:
+        raise DataError(
+            "no source of rows: pass a path, config.data.train, or config.data.eval if the config "
+            "sets data.eval"
+        )
+    is_read = not isinstance(given, str) and all(isinstance(each, DataSource) for each in given)
+    return tuple(given) if is_read else DataConfig(train=cast(Any, given)).train
 
 
 def _refuse_field(source: DataSource) -> None:
