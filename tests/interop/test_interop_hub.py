@@ -54,7 +54,7 @@ def test_a_hub_id_fetches_the_shards_of_its_index_and_no_others(original, folder
 def test_a_hub_id_that_cannot_be_fetched_says_so(monkeypatch):
     monkeypatch.setattr(os, "environ", os.environ | {"HF_HUB_OFFLINE": "1"})
     with pytest.raises(
-        CheckpointError, match="some/model: no such folder in .*, and not to be had from"
+        CheckpointError, match=r"some/model: no such folder in .*, and not to be had from"
     ):
         load_hf_config("some/model")
 
@@ -110,9 +110,11 @@ def test_why_the_hub_does_not_give_a_model_is_told_in_words(monkeypatch, tmp_pat
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models" / "llama2").mkdir(parents=True)
-    pattern = rf"^models/llama: no such folder in {tmp_path} \(did you mean models/llama2\?\), and not to be "
+    pattern = (
+        rf"^models/llama: no such folder in {tmp_path} \(did you mean models/llama2\?\), and not "
+    )
     with pytest.raises(
-        CheckpointError, match=f"{pattern}had from the Hugging Face hub: {reason}"
+        CheckpointError, match=f"{pattern}to be had from the Hugging Face hub: {reason}"
     ) as raised:
         resolve_checkpoint("models/llama", "v1")
     assert not re.search(r"Errno|Error|Request ID|http|snapshot|\n", str(raised.value))

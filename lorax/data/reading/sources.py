@@ -92,8 +92,9 @@ def sources_of(given: Any) -> tuple[DataSource, ...]:
             "no source of rows: pass a path, config.data.train, or config.data.eval if the config "
             "sets data.eval"
         )
-    is_read = not isinstance(given, str) and all(isinstance(each, DataSource) for each in given)
-    return tuple(given) if is_read else DataConfig(train=cast(Any, given)).train
+    if isinstance(given, str) or not all(isinstance(each, DataSource) for each in given):
+        return DataConfig(train=cast(Any, given)).train
+    return tuple(cast(Any, given))
 
 
 def _refuse_field(source: DataSource) -> None:
