@@ -1,4 +1,4 @@
-"""What runs an operation: names of kernels, axes of the mesh, and operations on single rows."""
+"""Dispatch of operations: names of kernels, axes of the mesh, operations on single rows."""
 
 import math
 from collections.abc import Sequence
@@ -14,10 +14,10 @@ type Kernels = Literal["auto", "pallas", "xla"]
 
 
 def check_kernels_name(kernels: str) -> None:
-    """Refuses what is none of `Kernels`.
+    """Refuses a name that is none of `Kernels`.
 
     Raises:
-        ValueError: Saying what was given.
+        ValueError: Naming the value.
     """
     if kernels not in ("auto", "pallas", "xla"):
         raise ValueError(f"kernels must be auto, pallas or xla, got {kernels!r}")
@@ -26,13 +26,13 @@ def check_kernels_name(kernels: str) -> None:
 def runs_row_kernels(
     rows: int, dtype, kernels: Kernels = "auto", row_axes: Sequence[str] = ()
 ) -> bool:
-    """Says whether what treats each row by itself, the norm and the loss, runs as a kernel.
+    """Says whether operations on single rows, the norm and the loss, run as kernels.
 
-    So it is on Hopper GPUs, in bfloat16 and float16, where JAX comes with Pallas's Triton.
+    They do on Hopper GPUs, in bfloat16 and float16, where JAX comes with Pallas's Triton.
 
     Args:
         rows: The first dimension, which the mesh's `row_axes` must divide.
-        dtype: Of the rows.
+        dtype: Dtype of the rows.
         kernels: ``xla`` runs none.
         row_axes: Mesh axes that divide the first dimension.
 
@@ -60,7 +60,7 @@ def axis_sizes(row_axes: Sequence[str]) -> dict[str, int]:
 def explicit_rows(x: jax.Array) -> NamedSharding | None:
     """Returns how the rows of `x` are divided over a mesh that has axes of JAX's type Explicit.
 
-    On such axes JAX asks for the sharding of every product that sums over a divided dimension. An
+    On such axes JAX requires the sharding of every matmul that sums over a divided dimension. An
     operation runs in `jax.sharding.auto_axes` instead, where the compiler divides it.
 
     Returns:
