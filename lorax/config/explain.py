@@ -1,4 +1,4 @@
-"""What pydantic finds wrong with values, in words that name the key and what it needs."""
+"""Explains pydantic's errors in words that name the key and the value it needs."""
 
 import difflib
 import re

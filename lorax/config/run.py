@@ -28,7 +28,7 @@ from lorax.system.wording import show
 
 
 class EvalConfig(Section):
-    """When and how the held-out rows are looked at.
+    """Evaluation on the held-out rows.
 
     Attributes:
         strategy: `steps`: every `steps` steps; `epoch`: after each epoch; `no`: before the first
@@ -37,7 +37,7 @@ class EvalConfig(Section):
         per_device_eval_batch_size: Rows per device.
         early_stopping_patience: Evaluations without a better loss after which the run stops.
         exact_match: Also generates answers, before and after training, and compares them.
-        exact_match_rows: Rows that are generated for.
+        exact_match_rows: Rows that get a generated answer.
         max_new_tokens: Longest generated answer in tokens.
     """
 
@@ -51,16 +51,16 @@ class EvalConfig(Section):
 
 
 class SaveConfig(Section):
-    """What is written and where.
+    """Checkpoints and exports.
 
     Attributes:
         output_dir: Directory of the run.
         save_steps: Steps between two checkpoints.
-        save_total_limit: Checkpoints to keep; older ones go once a newer one is verified.
-        on_save_error: What follows when a checkpoint cannot be written, say to a full disk: `stop`
-            ends the run, `warn` goes on without it.
+        save_total_limit: Checkpoints to keep; older ones are removed once a newer one is verified.
+        on_save_error: Reaction to a checkpoint that cannot be written, as on a full disk: `stop`
+            ends the run, `warn` continues without it.
         load_best_model_at_end: Exports the weights with the lowest held-out loss.
-        export: What the run ends with; `("merged",)` when not given and `train.method` is `full`.
+        export: Formats of the exports; `("merged",)` when not given and `train.method` is `full`.
     """
 
     output_dir: Annotated[Text, Free]
@@ -79,14 +79,14 @@ class SaveConfig(Section):
 
 
 class LogConfig(Section):
-    """What is recorded: every `logging_steps` steps, in `metrics.jsonl` and for TensorBoard."""
+    """Logging: every `logging_steps` steps, to `metrics.jsonl` and for TensorBoard."""
 
     logging_steps: Annotated[Count, Free] = 1
     report_to: Annotated[tuple[Literal["jsonl", "tensorboard"], ...], FromList, Free] = ("jsonl",)
 
 
 class MeshConfig(Section):
-    """How devices are used: `data` of them share each batch, -1 for all there are."""
+    """The device mesh: `data` devices share each batch, -1 for all."""
 
     data: Annotated[CountOrMinusOne, OfCompiling] = 1
 
@@ -153,8 +153,8 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
 
     Args:
         path: The file.
-        overrides: ``section.key=value`` entries that replace what the file says; values are YAML,
-            or the text itself where a key takes nothing else.
+        overrides: ``section.key=value`` entries that replace those of the file; values are YAML, or
+            the text itself where a key takes nothing else.
 
     Returns:
         The checked config.
