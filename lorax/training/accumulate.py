@@ -45,7 +45,7 @@ def accumulate(
 def accumulate_terms(
     terms_of: Callable[..., Terms],
 ) -> Callable[..., tuple[jax.Array, jax.Array, Any, Any]]:
-    """Does what `accumulate` does, with figures beside the loss.
+    """Like `accumulate`, with figures in addition to the loss.
 
     Args:
         terms_of: ``(parameters, micro_batch, *rest) -> Terms``.

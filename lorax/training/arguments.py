@@ -1,4 +1,4 @@
-"""What `make_train_step` and its step are given: refused where a step would not train rightly."""
+"""Refuses arguments of `make_train_step` and its step that would train wrongly."""
 
 from types import NoneType
 from typing import Any
