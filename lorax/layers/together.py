@@ -34,8 +34,8 @@ def apply_together(layers: Sequence[Any], x: Float[Array, "*batch k"]) -> list[A
     and one dropout of x.
 
     Args:
-        layers: Of any kind that is called like a linear layer.
-        x: What they read.
+        layers: Modules that are called like a linear layer.
+        x: Their input.
     """
     group = _group(layers, x.dtype)
     if group is None or group.way is None:
@@ -64,14 +64,14 @@ def apply_mlp(
     residual: Float[Array, "*batch d"],
     repeated: bool,
 ) -> Float[Array, "*batch d"]:
-    """Returns ``residual + down(silu(gate(x)) · up(x))``, in as few operations as there can be.
+    """Returns ``residual + down(silu(gate(x)) · up(x))``, in as few operations as possible.
 
     Args:
         gate: The layer whose output passes through ``silu``.
         up: The layer that it multiplies.
-        down: The layer that reads the product.
-        x: What gate and up read.
-        residual: What the output is added to.
+        down: The layer that reads the inner product.
+        x: Input of gate and up.
+        residual: Added to the output.
         repeated: Whether the backward pass recomputes all of it; see `lorax_kernels.lora_mlp`.
     """
     pair = _group((gate, up), x.dtype)
@@ -103,7 +103,7 @@ _multiply = jax.checkpoint(swiglu)
 
 
 class _Way(NamedTuple):
-    """How adapted layers compute: layers that differ in it cannot share an operation."""
+    """Settings of an adapted layer that layers must share to run in one operation."""
 
     dropout_rate: float
     kernels: Kernels
@@ -114,9 +114,9 @@ class _Group(NamedTuple):
 
     Attributes:
         members: One per layer.
-        dtype: In which all are multiplied.
-        way: Of those that are adapted; None if none is.
-        key: Of the first one's dropout; None without dropout.
+        dtype: Dtype of the matmuls.
+        way: The settings of the adapted members; None if there are none.
+        key: Dropout key of the first member; None without dropout.
     """
 
     members: list[LoraWeights]
@@ -128,8 +128,8 @@ class _Group(NamedTuple):
 def _group(layers: Sequence[Any], dtype: Any) -> _Group | None:
     """Returns the operands of one call for all layers, or None if they cannot share it.
 
-    Layers without an adapter take part while they are frozen: the operations give no gradient of a
-    base weight.
+    Layers without an adapter may be members while they are frozen: the operations give no gradient
+    of a base weight.
     """
     members = []
     dtypes = set()
@@ -154,7 +154,7 @@ def _group(layers: Sequence[Any], dtype: Any) -> _Group | None:
 
 
 def _common_way(group: _Group, other: _Group) -> _Way | None:
-    """Returns how the layers of both compute, or None: they do not alike, or none is adapted."""
+    """Returns the settings that both share, or None: they differ, or no layer is adapted."""
     ways = {group.way, other.way} - {None}
     return ways.pop() if len(ways) == 1 and group.dtype == other.dtype else None
 
@@ -164,5 +164,5 @@ def _options(way: _Way) -> dict[str, Any]:
 
 
 def _is_bare(layer: Linear) -> bool:
-    """Says whether a layer's output is its product, with nothing added and not cast."""
+    """Says whether a layer's output is its matmul, with nothing added and not cast."""
     return layer.bias is None and layer.preferred_element_type is None

@@ -1,4 +1,4 @@
-"""Llama 2 and 3, and Mistral: attention and feed-forward, which other families build upon."""
+"""Llama 2 and 3, and Mistral: the attention and layer that other families build upon."""
 
 from flax import nnx
 from jaxtyping import Array, Float
@@ -71,7 +71,7 @@ class Attention(nnx.Module):
     def before_rotation(
         self, q: Float[Array, "b t n h"], k: Float[Array, "b t g h"]
     ) -> tuple[Float[Array, "b t n h"], Float[Array, "b t g h"]]:
-        """Returns the queries and keys that are rotated: those that the projections gave."""
+        """Returns the queries and keys to rotate: the outputs of the projections."""
         return q, k
 
 
@@ -105,7 +105,7 @@ class DecoderLayer(nnx.Module):
 
 
 def kept_per_token(config: DecoderConfig, policy: GradientCheckpointing) -> Kept:
-    """Returns what a layer keeps for the backward pass, as `Family.kept`."""
+    """Returns the activations that a layer stores for the backward pass, as `Family.kept`."""
     d = config.hidden_size
     f = config.intermediate_size
     q = config.num_attention_heads * config.head_dim

@@ -86,7 +86,7 @@ def unreachable(name, **_):
 HUB = {
     "unknown name": (
         answered(404, "RepoNotFound"),
-        "it shows you none of this name: mend the name",
+        "it shows you none of this name: correct the name",
     ),
     "not logged in": (
         answered(401),
