@@ -1,4 +1,4 @@
-"""What is learned: how rows become batches, and what is summed over a batch."""
+"""The protocol of an objective: rows to batches, and the sums over a batch."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
@@ -23,8 +23,8 @@ class Terms(NamedTuple):
 
     Attributes:
         total: Σ loss.
-        divisor: What the sums are divided by in the end, such as supervised tokens or pairs.
-        figures: Σ of each figure, which is divided so too.
+        divisor: The final divisor of the sums, such as supervised tokens or pairs.
+        figures: Σ of each figure, which is divided likewise.
     """
 
     total: Float[Array, ""]
@@ -33,7 +33,7 @@ class Terms(NamedTuple):
 
 
 class Objective(Protocol):
-    """What the trainer is told of what is learned.
+    """An objective, as the trainer uses it.
 
     To add one: a file with an object like this, an entry in `lorax.objectives.objectives`.
     """
@@ -45,12 +45,12 @@ class Objective(Protocol):
 
     @property
     def figures(self) -> tuple[str, ...]:
-        """What a step and an evaluation tell besides the loss."""
+        """Names of the figures that a step and an evaluation log in addition to the loss."""
         ...
 
     @property
     def reference(self) -> bool:
-        """Whether it asks for the base model's outputs: the same weights, no adapter active."""
+        """Whether it needs the base model's outputs: the same weights, no adapter active."""
         ...
 
     def claims(self, config: RunConfig) -> bool:
@@ -87,11 +87,11 @@ class Objective(Protocol):
 
 
 RESERVED = ("applied", "grad_norm", "loss", "tokens")
-"""What a step reports of itself, whatever is learned: no figure has these names."""
+"""Metrics of every step, for any objective: no figure has these names."""
 
 
 def checked(loss_fn: Callable[..., Any]) -> Callable[..., Terms]:
-    """Holds a loss function to its contract, and explains what breaks it.
+    """Checks the contract of a loss function, with an error in words instead of a tracer's.
 
     Args:
         loss_fn: A function that returns ``(sum of losses, count)`` or ``(sum of losses, count,

@@ -48,7 +48,7 @@ def causal_lm_loss(model: Any, batch: Batch) -> tuple[Float[Array, ""], Int[Arra
 
 @dataclasses.dataclass(frozen=True)
 class Supervised:
-    """Rows with a mask, several of them in a row of a batch where they are packed.
+    """Supervised fine-tuning on rows with a loss mask, packed or not.
 
     Attributes:
         name: See `Objective`.
