@@ -21,6 +21,7 @@ from lorax.interop.peft import load_adapter as load_adapter
 from lorax.interop.peft import save_adapter as save_adapter
 from lorax.interop.save import save_model as save_model
 from lorax.objectives.linear_loss import linear_cross_entropy as linear_cross_entropy
+from lorax.report.parameters import trainable_parameters as trainable_parameters
 from lorax.runs.setup import build_model as build_model
 from lorax.training.accumulate import accumulate as accumulate
 from lorax.training.step import make_train_step as make_train_step

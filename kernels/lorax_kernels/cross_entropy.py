@@ -1,11 +1,12 @@
-"""Cross-entropy of a language model's logits, with its gradient, which takes the logits' place.
+"""Cross-entropy of a language model's logits, with its gradient, which overwrites the logits.
 
 With l the logits of a token, or ``soft_cap·tanh(logits / soft_cap)``, and lse = logsumexp(l)::
 
     nll = lse - l[label] + z·lse²        d nll / d l = softmax(l)·(1 + 2·z·lse) - onehot(label)
 
-XLA reads the logits three times for both, and writes the gradient elsewhere. The kernel reads a row
-twice and writes the gradient over it. In Pallas's Triton: see `rms_norm`.
+XLA reads the logits three times for both, and writes the gradient to new memory. The kernel reads a
+row of logits twice and writes the gradient over it. It is written in Pallas's Triton: see
+`rms_norm`.
 """
 
 import functools
@@ -23,7 +24,7 @@ from lorax_kernels.dtypes import accumulation_dtype
 IGNORED = -100
 """The label of a position without supervision, as in Hugging Face's data."""
 
-BLOCK = 8192  # columns at a time; a thread works on sixteen and has the next sixteen on their way
+BLOCK = 8192  # columns at a time; a thread works on sixteen and prefetches the next sixteen
 
 
 def token_nll(
@@ -35,10 +36,10 @@ def token_nll(
 ) -> Float[Array, "*batch"]:
     """Returns ``lse - l[label] + z_loss·lse²`` per token, with ``lse = logsumexp(l)``.
 
-    In float32; 0 where the label is `IGNORED`, NaN where it is no other token's id either.
+    In float32; 0 where the label is `IGNORED`, NaN where it is no token's id.
 
     Args:
-        logits: Scores, of which l is made: ``l = soft_cap·tanh(logits / soft_cap)``, or they are l.
+        logits: Scores; l is ``soft_cap·tanh(logits / soft_cap)`` with a cap, else the scores.
         labels: The next tokens' ids.
         soft_cap: Bound of the scores' size.
         z_loss: Weight of the squared normaliser.
@@ -68,7 +69,7 @@ def token_nll_and_gradient(
         labels: As in `token_nll`.
         soft_cap: As in `token_nll`.
         z_loss: As in `token_nll`.
-        kernels: ``xla`` leaves it to XLA; else the kernel runs where `runs_row_kernels` says so.
+        kernels: ``xla`` leaves it to XLA; else the kernel runs where `runs_row_kernels` is true.
         row_axes: Mesh axes that divide the first dimension.
 
     Raises:
@@ -176,13 +177,13 @@ def _kernel(logits_ref, labels_ref, out_ref, nll_ref, *, v: int, block: int, sof
         return soft_cap * bent, 1.0 - bent * bent
 
     def walk(body, carry):
-        """Runs ``body(block's number, its logits, carry)``; the next block is on its way."""
+        """Runs ``body(block's number, its logits, carry)``; prefetches the next block."""
 
         def step(i, state):
             logits, carry = state
             return load(i + 1), body(i, logits, carry)
 
-        # JAX refuses constant slices that leave an array, masked or not: this 0 is none.
+        # JAX refuses constant slices beyond an array, even masked ones: this 0 is no constant.
         first = load(jnp.minimum(row, 0))
         return jax.lax.fori_loop(0, pl.cdiv(v, block), step, (first, carry))[1]
 
@@ -192,9 +193,9 @@ def _kernel(logits_ref, labels_ref, out_ref, nll_ref, *, v: int, block: int, sof
         new = jnp.maximum(most, jnp.max(scores))
         return new, total * jnp.exp(most - new) + jnp.sum(jnp.exp(scores - new))
 
-    # Read before the sums, for whose sake all threads meet: later another may have written there.
+    # Read before the sums, where all threads synchronise: later another may have written there.
     chosen, _ = score(triton.load(logits_ref.at[row, jnp.clip(label, 0, v - 1)]))
-    # The lowest finite number: a block of which no token can be must not bring inf - inf.
+    # The lowest finite number: a block without possible tokens must not give inf - inf.
     lowest = jnp.float32(jnp.finfo(jnp.float32).min)
     most, total = walk(add, (lowest, jnp.float32(0.0)))
     lse = most + jnp.log(total)

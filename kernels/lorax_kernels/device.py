@@ -1,4 +1,4 @@
-"""The device that is being compiled for."""
+"""The device that programs are compiled for."""
 
 import contextlib
 import contextvars
@@ -11,12 +11,12 @@ import jax.numpy as jnp
 
 HOPPERS = ("H100", "H200", "H800", "GH200", "H20")
 
-# Products through cuBLAS, which folds a sum into the product; and no merging of products that share
-# an operand, which copies their weights side by side in every call.
+# Matmuls through cuBLAS, which folds a sum into the matmul; no merging of matmuls that share an
+# operand, because that concatenates their weights in every call.
 CUBLAS_ONLY = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
 
-# XLA 0.11.2 compiles and times several ways to run each of the hundreds of fusions of a step. Where
-# both were measured, one billion parameters and 512 tokens, the step was slower with what it took.
+# XLA 0.11.2 compiles and times several variants of each of the hundreds of fusions of a step. Where
+# both were measured, one billion parameters and 512 tokens, the step was slower with its choices.
 NO_TRIALS = {"xla_gpu_experimental_enable_fusion_autotuner": False}
 
 _interpreted_cores: contextvars.ContextVar[int] = contextvars.ContextVar("cores", default=0)
@@ -24,7 +24,7 @@ _interpreted_cores: contextvars.ContextVar[int] = contextvars.ContextVar("cores"
 
 @contextlib.contextmanager
 def interpreted(cores: int) -> Iterator[None]:
-    """Says that kernels are interpreted on the CPU, as if it had `cores` multiprocessors."""
+    """Interprets kernels on the CPU within the block, as if it had `cores` multiprocessors."""
     token = _interpreted_cores.set(cores)
     try:
         yield
@@ -54,7 +54,7 @@ def core_count() -> int:
 
 
 def runs_kernels() -> bool:
-    """Says whether the device has compute capability 9 (wgmma, and nothing newer), or pretends."""
+    """Says whether the device has compute capability 9 (wgmma, nothing newer), or is emulated."""
     if is_interpreted():
         return True
     abstract = jax.sharding.get_abstract_mesh().abstract_device
@@ -72,19 +72,19 @@ def has_triton() -> bool:
 
 
 def load_runtime() -> None:
-    """Makes known what compiled kernels call; comes before a program with kernels is read."""
+    """Registers the library that compiled kernels call; call it before loading such a program."""
     import jax.experimental.mosaic.gpu  # noqa: F401  (tells jaxlib where its library is)
 
 
 def compile_kernels(where: jax.sharding.Sharding | None = None) -> int:
     """Compiles the kernels that were lowered so far, and returns how many there are.
 
-    Each is compiled once in a process, by name of its code, and XLA does so one after another when
-    it comes to write the program around them, having done all else. Called in a thread beside that,
-    this has them ready by then: some 28 for a step, half a second each.
+    Each is compiled once in a process, by name of its code. XLA compiles them one after another
+    when it emits the program around them, after all other passes. Called in a background thread
+    meanwhile, this function has them ready by then: some 28 for a step, half a second each.
 
     Args:
-        where: To compile for another device than JAX's own.
+        where: Another device than JAX's own to compile for.
     """
     from jax.experimental.mosaic.gpu.core import KNOWN_KERNELS
 
@@ -95,7 +95,7 @@ def compile_kernels(where: jax.sharding.Sharding | None = None) -> int:
         for name, code in list(KNOWN_KERNELS.items())
     ]
 
-    # Never run: it has no operands for them.
+    # Never run: it has no operands for the kernels.
     @functools.partial(jax.jit, out_shardings=where)
     def call_all():
         return [call(**kernel) for kernel in kernels]
@@ -106,5 +106,5 @@ def compile_kernels(where: jax.sharding.Sharding | None = None) -> int:
 
 
 def xla_options() -> dict[str, bool | int] | None:
-    """Returns compiler options with which XLA's part of a step is at its best, or None."""
+    """Returns the compiler options with which XLA's part of a step is fastest, or None."""
     return CUBLAS_ONLY | NO_TRIALS if jax.default_backend() == "gpu" else None

@@ -1,4 +1,4 @@
-"""The dtypes that sums have."""
+"""The dtypes of sums."""
 
 import jax.numpy as jnp
 

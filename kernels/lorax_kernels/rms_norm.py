@@ -1,13 +1,14 @@
 """The norm at the head of a residual branch, whose backward pass is one pass over memory.
 
-`y = w · x / √(mean(x²) + ε)` opens a branch while `x` itself goes on beside it, so that x's
+`y = w · x / √(mean(x²) + ε)` opens a branch, and the residual stream takes `x` too, so that x's
 gradient is a sum of two. With g = w·dy and i = 1/√(mean(x²) + ε), row by row::
 
     dx' = dx + i · (g − x · i² · mean(g·x))
 
-XLA makes the two means in one pass over x and dy, and the sum in another; here each array is read
-once. In Pallas's Triton, which JAX 0.11 calls deprecated: where a later JAX comes without it, XLA
-does what it did. The forward pass is XLA's, on NVIDIA GPUs one kernel that reads x and writes y.
+XLA computes the two means in one pass over x and dy, and the sum in another; here each array is
+read once. The kernel is written in Pallas's Triton, which JAX 0.11 calls deprecated: XLA runs where
+a later JAX lacks it. The forward pass is XLA's: on NVIDIA GPUs one kernel that reads x and writes
+y.
 """
 
 import functools
@@ -43,7 +44,7 @@ def rms_norm_fork(
     kernels: Kernels = "auto",
     row_axes: Sequence[str] = (),
 ) -> tuple[Float[Array, "*batch d"], Float[Array, "*batch d"]]:
-    """Returns `x` and its `rms_norm`, whose gradients are added where that of the norm is made.
+    """Returns `x` and its `rms_norm`; one backward kernel computes the sum of their gradients.
 
     Args:
         x: Input rows.
@@ -88,7 +89,7 @@ _fork.defvjp(_forward, _backward)
 
 @functools.partial(jax.jit, static_argnums=0)
 def _add_gradients(epsilon: float, x, weight, dx, dy):
-    """Returns the gradient of x, of those of its two uses."""
+    """Returns the gradient of x, given those of its two uses."""
     import jax.experimental.pallas as pl
     import jax.experimental.pallas.triton as triton
 

@@ -1,8 +1,8 @@
-"""Timing programs against each other on a device whose clocks will not hold still.
+"""Timing programs against each other on a device whose clock varies.
 
 A GPU slows down as it warms up and draws power, so times taken minutes apart differ by a tenth.
-Programs are timed in turns, and what counts is the median over the turns of the ratio to the first
-program, measured within the same turn.
+Programs are timed interleaved, in turns of a few milliseconds and more. The result is the median
+over the turns of the ratio to the first program within the same turn.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ import jax
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """How long one call takes.
+    """The time of one call.
 
     Attributes:
         us: Median over the turns, microseconds.
@@ -38,11 +38,11 @@ def compile_all(
 
     Args:
         programs: Name → (function, compiler options).
-        operands: The sets, as consecutive layers would bring them: no set is in the cache twice.
+        operands: The operand sets, as of consecutive layers: none is in the cache already.
         threads: Compilations at a time.
 
     Returns:
-        Name → compiled program, and name → what went wrong.
+        Name → compiled program, and name → error.
     """
 
     def build(item):
@@ -68,16 +68,16 @@ def time_interleaved(
     turn_ms: float = 12.0,
     lead_ms: float = 0.0,
 ) -> dict[str, Timing]:
-    """Times compiled programs in turns and returns each one's time per operand set.
+    """Times compiled programs interleaved, and returns each one's time per operand set.
 
     Args:
-        compiled: Name → program; the first is what the others are compared with.
-        operands: The sets that the programs take.
+        compiled: Name → program; the others are compared with the first.
+        operands: The operand sets of the programs.
         turns: Turns of every program.
         turn_ms: Least length of a turn.
-        lead_ms: How long a program runs before each turn of it is timed. The chip takes a tenth of
-            a second to find the clock at which a program draws the power that it may: turns shorter
-            than that find the clock of those before.
+        lead_ms: How long a program runs before each of its turns is timed. The chip takes a tenth
+            of a second to reach the clock at which a program draws the permitted power: a shorter
+            turn runs at the clock of the program before.
     """
     repeats = {}
     for name, program in compiled.items():
@@ -88,7 +88,7 @@ def time_interleaved(
     times: dict[str, list[float]] = {name: [] for name in compiled}
     order = random.Random(0)
     for _ in range(turns):
-        # What ran before decides the clocks that a program finds, so the order changes.
+        # The program before decides the clock at the start, so the order changes.
         for name in order.sample(list(compiled), len(compiled)):
             program = compiled[name]
             if lead := round(repeats[name] * lead_ms / turn_ms):

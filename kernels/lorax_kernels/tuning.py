@@ -1,4 +1,4 @@
-"""Which kernel runs with which tiles: a table measured on the device, and rules where it is silent.
+"""The choice of kernels and tiles: a table measured on the device, and rules for other shapes.
 
 Nothing is timed here or inside a trace. `scripts/bench/tune.py` measures and writes
 ``tuned/<device>.json``; see `Table`.
@@ -12,21 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from lorax_kernels.device import core_count, device_kind
-from lorax_kernels.lora_linear.plan import STEP, Epilogue, MatmulConfig, beside_short_step
+from lorax_kernels.lora_linear.plan import STEP, Epilogue, MatmulConfig, with_short_step
 from lorax_kernels.lora_linear.skinny import COLUMNS, ROWS, SkinnyConfig
 
 TUNED = Path(__file__).parent / "tuned"
 RING_BYTES = 176 * 1024  # of shared memory for a skinny kernel's ring
-FAR = math.log(2.0)  # a shape is of a measured class if no side differs by more than this factor
+FAR = math.log(2.0)  # a measured shape stands for others if no side differs by more
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """What was measured on one device.
+    """The measurements on one device.
 
     Attributes:
         path: The file.
-        alike: Other devices of the same chip, for which it stands until they have a table.
+        alike: Other devices of the same chip, which use it until they have a table.
         matmul: Rows {"transposed", "epilogue", "m", "k", "n", "config"}: the fastest tiles.
         linear: Rows {"m", "k", "n", "r", "ours_us", "xla_us"}: whole operations, both ways, forward
             and backward.
@@ -74,15 +74,15 @@ def _distance(row: dict[str, Any], sizes: dict[str, int]) -> float:
 def matmul_config(
     m: int, k: int, n: int, *, transposed: bool, epilogue: Epilogue = "store", short: bool = False
 ) -> MatmulConfig:
-    """Returns the tiles for a product: those of the nearest measured shape, or the default.
+    """Returns the tiles for a matmul: those of the nearest measured shape, or the default.
 
     Args:
         m: Rows.
-        k: Contraction of the frozen product.
+        k: Contraction of the frozen matmul.
         n: Columns, of all members.
         transposed: Whether the right operands are read transposed.
-        epilogue: What happens to the sums.
-        short: Whether a short step needs room beside the ring.
+        epilogue: Name of the epilogue.
+        short: Whether a short step needs room in addition to the ring.
     """
     table = find_table(device_kind())
     rows = [
@@ -94,14 +94,14 @@ def matmul_config(
     if rows:
         sizes = {"m": m, "k": k, "n": n}
         config = MatmulConfig(**min(rows, key=lambda row: _distance(row, sizes))["config"])
-    return beside_short_step(config) if short else config
+    return with_short_step(config) if short else config
 
 
 def is_faster(m: int, k: int, n: int, r: int) -> bool:
     """Says whether the kernel beat XLA at the nearest measured shape, forward and backward."""
     table = find_table(device_kind())
     measured = table.linear if table else ()
-    # Beyond the most rows measured, where the device is full many times over, nothing changes.
+    # Beyond the most rows measured the device is full many times over, so nothing changes.
     most = max((row["m"] for row in measured), default=m)
     sizes = {"m": min(m, most), "k": k, "n": n, "r": r}
     rows = [row for row in measured if _distance(row, sizes) <= FAR]
@@ -116,7 +116,7 @@ def _cdiv(a: int, b: int) -> int:
 
 
 def project_config(m: int, c: int, r: int, sms: int | None = None) -> SkinnyConfig:
-    """Returns how to cut ``t·uᵀ``: as few parts as keep every multiprocessor reading."""
+    """Returns the tiling of ``t·uᵀ``: as few parts as keep every multiprocessor reading."""
     rows = _cdiv(m, 64)
     sms = sms or core_count()
     parts = 1 if rows >= sms * 3 // 4 else min(_cdiv(sms, rows), _cdiv(c, 8 * COLUMNS))
@@ -129,7 +129,7 @@ def project_config(m: int, c: int, r: int, sms: int | None = None) -> SkinnyConf
 def gradient_config(
     m: int, c: int, r: int, u_rank: int = 0, sms: int | None = None
 ) -> SkinnyConfig:
-    """Returns how to cut ``tᵀ·v``, with ``t·uᵀ`` in the same pass if `u_rank` is not 0."""
+    """Returns the tiling of ``tᵀ·v``, with ``t·uᵀ`` in the same pass if `u_rank` is not 0."""
     sms = sms or core_count()
     wide = _cdiv(r, STEP) * STEP
     tiles = 2 if wide <= 2 * STEP else 1  # the sums of a block's tiles stay in registers
@@ -148,21 +148,21 @@ def gradient_config(
     return SkinnyConfig(row_blocks, tiles * COLUMNS, stages, v_slots=v_slots)
 
 
-# Of a tile's time, by rank: 16 measured, where the arithmetic, rank / 256, says 0.06; 64 by the
-# arithmetic; 32 between the two, above the arithmetic's 0.13 as what was measured lies above it.
+# Share of a tile's time by rank. 16 was measured (rank / 256, by the arithmetic, would be 0.06), 64
+# follows the arithmetic, and 32 is between the two, above the arithmetic's 0.13.
 INLINE_COST = {16: 0.16, 32: 0.2, 64: 0.25}
 TILE_SECONDS_PER_K = 128 * 256 * 2 / 5.3e12  # per step of the contraction, at 700 TFLOP/s
 STREAM_BYTES_PER_S = 3.6e12
 
 
 def inline_width(m: int, k: int, n: int, n0: int, r: int, sms: int | None = None) -> int:
-    """Returns how many columns to make together with h, or 0 if h is better made on its own.
+    """Returns how many columns to compute together with h, or 0 if h is faster on its own.
 
     Args:
         m: Rows.
         k: Contraction.
         n: Columns of the whole group.
-        n0: Columns of its first member, among which they must lie.
+        n0: Columns of its first member, which must contain them.
         r: Rank of the group, as `padded_rank` returns it.
         sms: Multiprocessors; None asks the device.
     """

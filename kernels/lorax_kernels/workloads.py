@@ -1,4 +1,4 @@
-"""The products of real models that the kernels are tuned for and measured on."""
+"""The matmuls of real models that the kernels are tuned for and measured on."""
 
 import dataclasses
 

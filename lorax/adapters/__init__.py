@@ -1,1 +1,1 @@
-"""LoRA: which layers it adapts and what it computes."""
+"""LoRA: its methods, the layers that it adapts, its settings matched to a model."""

@@ -1,4 +1,4 @@
-"""LoRA: a low-rank update beside the frozen product, ``x·W + s·(x·A)·B``."""
+"""LoRA: a low-rank update added to the frozen matmul, ``x·W + s·(x·A)·B``."""
 
 from collections.abc import Mapping
 from typing import Any

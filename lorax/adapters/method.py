@@ -1,4 +1,4 @@
-"""What an adapter method is: pure functions on arrays, which know no module library."""
+"""The protocol of an adapter method: pure functions on arrays, independent of module libraries."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -22,19 +22,19 @@ class Shape(NamedTuple):
 
 
 class FileKey(NamedTuple):
-    """How PEFT's files hold a parameter: the end of its key, and whether it is transposed there."""
+    """A parameter in PEFT's files: the end of its key, and whether it is transposed there."""
 
     suffix: str
     transposed: bool
 
 
 class Cost(NamedTuple):
-    """What one adapted layer costs.
+    """The cost of one adapted layer.
 
     Attributes:
         parameters: Elements that train.
-        kept: Elements that the backward pass finds in memory per token, besides the layer's input.
-        streamed: Elements per token of what the narrow products read: the layer's input and output.
+        kept: Elements stored for the backward pass per token, without the layer's input.
+        streamed: Elements per token that the narrow matmuls read: the layer's input and output.
     """
 
     parameters: int
@@ -47,12 +47,12 @@ class Spec:
     """The adapter of one layer.
 
     Attributes:
-        method: How it changes the layer.
+        method: Its method.
         r: Its rank.
         lora_alpha: Numerator of its scale.
-        scale: What the update is multiplied by.
+        scale: Factor on the update.
         dropout: Probability of dropping an element of its input in training.
-        start: How its first values are drawn: `LoraConfig.init_lora_weights`.
+        start: Initialisation: `LoraConfig.init_lora_weights`.
     """
 
     method: "Method"
@@ -77,12 +77,12 @@ class Method(Protocol):
 
     @property
     def keys(self) -> Mapping[str, FileKey]:
-        """Its parameters, and where PEFT's files hold them."""
+        """Its parameters, and their keys in PEFT's files."""
         ...
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """What adapter_config.json says of the method."""
+        """Its fields in adapter_config.json."""
         ...
 
     def claims(self, config: Any) -> bool:
@@ -90,7 +90,7 @@ class Method(Protocol):
         ...
 
     def identity(self, spec: Spec) -> str:
-        """Returns what a resumed run must share of a layer's adapter."""
+        """Returns the part of a layer's adapter that a resumed run must share."""
         ...
 
     def shapes(self, shape: Shape, spec: Spec) -> dict[str, tuple[int, ...]]:
@@ -100,14 +100,14 @@ class Method(Protocol):
     def start(
         self, shape: Shape, spec: Spec, w: Matrix, key: Key[Array, ""]
     ) -> tuple[dict[str, Array], Matrix]:
-        """Returns the first values, with which the layer computes what it did, and W.
+        """Returns the first values, which do not change the layer's output, and W.
 
-        W is another one where the method takes a part of it into its parameters.
+        W differs where the method moves a part of it into its parameters.
         """
         ...
 
     def operands(self, spec: Spec, w: Matrix, params: Params) -> LoraWeights | None:
-        """Returns what the kernels take, alone or in a group; None if `apply` is all there is."""
+        """Returns the kernels' operands, alone or in a group; None if there is only `apply`."""
         ...
 
     def apply(
@@ -119,19 +119,19 @@ class Method(Protocol):
         dropout_rate: float,
         dropout_key: Key[Array, ""] | None,
     ) -> Float[Array, "*batch n"]:
-        """Returns x·W and what the adapter makes of it, in `x`'s dtype: this is its definition."""
+        """Returns the adapted layer's output in `x`'s dtype; this defines the method."""
         ...
 
     def merged(self, spec: Spec, w: Matrix, params: Params) -> Float[Array, "k n"]:
-        """Returns the W' in float32 with which a plain layer computes the same."""
+        """Returns the W' in float32 with which a plain layer gives the same output."""
         ...
 
     def unmerged(self, spec: Spec, w: Matrix, params: Params) -> Float[Array, "k n"]:
-        """Returns the W in float32 that `merged` made `w` of, up to rounding."""
+        """Returns the W in float32 for which `merged` returned `w`, up to rounding."""
         ...
 
     def portable(self, spec: Spec, params: Params, rank: int) -> dict[str, np.ndarray]:
-        """Returns the parameters of plain LoRA of some rank, with the scale 1, that do the same.
+        """Returns equivalent parameters of plain LoRA of some rank, with the scale 1.
 
         Raises:
             ValueError: If there are none.
@@ -139,9 +139,9 @@ class Method(Protocol):
         ...
 
     def cost(self, shape: Shape, spec: Spec) -> Cost:
-        """Returns what a layer with it costs."""
+        """Returns the cost of a layer with it."""
         ...
 
     def parts(self, base: PartitionSpec) -> dict[str, PartitionSpec]:
-        """Returns how each parameter is divided where W is divided so."""
+        """Returns the partition of each parameter, given that of W."""
         ...

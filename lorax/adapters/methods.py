@@ -1,4 +1,4 @@
-"""The adapter methods there are."""
+"""The list of adapter methods."""
 
 from lorax.adapters.lora import LORA
 from lorax.adapters.method import Method, Spec

@@ -1,6 +1,6 @@
-"""Regular expressions from a config or an adapter, tried where they can be stopped.
+"""Regular expressions from a config or an adapter, tried in a process that can be stopped.
 
-Matching can take exponential time, and within this process nothing would end it.
+Matching can take exponential time, and nothing could end it within this process.
 """
 
 import functools
@@ -12,7 +12,7 @@ import sys
 from typing import NamedTuple
 
 SECONDS = 2
-"""Of the processor, for all that is tried at once; honest patterns take microseconds."""
+"""Processor time for all patterns of one call; ordinary patterns take microseconds."""
 
 _TRY = """
 import json, re, sys
@@ -36,9 +36,9 @@ class Pattern(NamedTuple):
     """One of a setting's regular expressions.
 
     Attributes:
-        setting: Its name.
-        entry: As it was given.
-        whole: As it is matched, against a whole name or its beginning.
+        setting: The setting's name.
+        entry: The pattern as given.
+        whole: The pattern as matched, against a whole name or its beginning.
     """
 
     setting: str
@@ -47,7 +47,7 @@ class Pattern(NamedTuple):
 
     @property
     def may_be_slow(self) -> bool:
-        """Whether it repeats more than one thing, one of them of its own: no other can be."""
+        """Whether the entry has a repetition and the whole pattern several: no other is slow."""
         return bool(_REPEATS.search(self.entry)) and len(_REPEATS.findall(self.whole)) > 1
 
 
@@ -55,7 +55,7 @@ class Pattern(NamedTuple):
 def find_slow(patterns: tuple[Pattern, ...], names: frozenset[str]) -> Pattern | None:
     """Returns a pattern that takes too long to be matched against all names, or None.
 
-    Where none can, no process is started.
+    If none can be slow, no process is started.
     """
     suspects = [pattern for pattern in patterns if pattern.may_be_slow]
     if not suspects:
@@ -75,5 +75,5 @@ def find_slow(patterns: tuple[Pattern, ...], names: frozenset[str]) -> Pattern |
         failed = b""
     if status > 0:
         raise RuntimeError(f"the process that tries patterns failed: {failed.decode()[-300:]}")
-    # It says the number of each before it tries it, and is ended by a signal if that takes long.
+    # The process prints the number of each before it tries it. A signal ends it if that takes long.
     return suspects[int((said.split() or [b"0"])[-1])] if status < 0 else None

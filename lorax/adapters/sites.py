@@ -1,4 +1,4 @@
-"""Which layers can carry an adapter, and the matrix that each is seen as."""
+"""Kinds of layers that can carry an adapter, each with its matrix (k, n)."""
 
 from typing import Any, NamedTuple, Protocol
 
@@ -21,11 +21,11 @@ class Site(Protocol):
     """
 
     def find(self, module: Any) -> Shape | Obstacle | None:
-        """Returns the shape of a module's weight, why it cannot be adapted, or None: not mine."""
+        """Returns the shape of a module's weight, an `Obstacle`, or None for other modules."""
         ...
 
     def adopt(self, module: Any) -> Linear:
-        """Returns the layer that takes the place of such a module and shares its variables."""
+        """Returns the layer that replaces such a module and shares its variables."""
         ...
 
 
@@ -49,7 +49,7 @@ SITES: list[Site] = [LinearSite()]
 
 
 def find_site(module: Any) -> tuple[Site, Shape | Obstacle] | None:
-    """Returns the site that knows a module, and what it finds there."""
+    """Returns the site of a module, and the result of its `find`."""
     for site in SITES:
         if (found := site.find(module)) is not None:
             return site, found

@@ -1,4 +1,4 @@
-"""Settings of the data: what is read, how a row becomes text, what of it is learned."""
+"""Settings of the data: sources, rendering and loss mask."""
 
 import datetime
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ class DataSource(Section):
         path: A .jsonl, .json, .parquet or .csv file, or a hub id.
         name: Configuration of the hub dataset.
         split: Split of the hub dataset.
-        field: Of a .json file that holds one object: the key of the list of rows in it.
+        field: For a .json file with one object: the key of its list of rows.
     """
 
     path: Text
@@ -52,20 +52,20 @@ Sources = Annotated[tuple[DataSource, ...], BeforeValidator(_sources_from_paths)
 
 
 class DataConfig(Section):
-    r"""What is learned from, and on which of its tokens.
+    r"""The data, and the tokens of it that are learned.
 
     Attributes:
         train: Sources of the training rows; a path alone stands for ``[{path: …}]``.
         eval: Sources of the held-out rows.
-        format: Shape of a row; `auto` tells by its columns.
+        format: Format of the rows; `auto` finds it by their columns.
         chat_template: `tokenizer`, or the path of a .jinja file.
         date: Today's date for a chat template that asks for it, as ``2026-11-30``; null is the day
             on which the run begins. A run keeps its date.
-        ignore: What a row may hold without its being learned from, by the names that the errors
-            give: a column, such as ``id``; a key of messages or tools, ``message.name`` or
-            ``tools.strict``; a text that the chat template leaves out, ``developer.content``,
-            ``assistant.thinking`` or ``tools.description``. Messages of system or developer are
-            then left out whole, as some templates fail on them.
+        ignore: Parts of a row that need not be learned from, by the names in the errors: a column,
+            such as ``id``; a key of messages or tools, ``message.name`` or ``tools.strict``; a text
+            that the chat template leaves out, ``developer.content``, ``assistant.thinking`` or
+            ``tools.description``. Messages of system or developer are then left out whole, because
+            some templates fail on them.
         loss_on: The tokens that are prediction targets.
         train_on_eos: Which end-of-turn tokens are targets.
         instruction_part: Text that opens a user turn, such as ``<|im_start|>user\n``.
@@ -73,9 +73,9 @@ class DataConfig(Section):
         max_seq_length: Longest row in tokens.
         overlong: What happens to longer rows.
         malformed: What happens to rows that cannot be read, or hold no answer.
-        leading_answer: What happens to conversations that an assistant turn begins: `trim` removes
-            what stands before the first user turn, `drop` the row; `error` refuses those in which
-            the chat template does not tell where that turn starts.
+        leading_answer: What happens to conversations that begin with an assistant turn: `trim`
+            removes the messages before the first user turn, `drop` the row; `error` refuses those
+            in which the chat template does not show where that turn starts.
         unsupervised: What happens to rows whose loss mask is empty, as when their answer was cut
             off.
         packing: Puts several short rows into one, without attention between them.

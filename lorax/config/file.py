@@ -1,13 +1,10 @@
 """Reads a strict YAML file into a pydantic model, with errors that name file, line and key."""
 
-import difflib
 import io
 import json
 import math
 import os
-import re
 import shlex
-import typing
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,33 +13,12 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-from lorax.config.schema import FAMILIAR, Key, find_section, find_sections, find_types
+from lorax.config.explain import ConfigError, dotted, explain_values, show_value
+from lorax.config.schema import Key, find_types
 from lorax.system.small_files import SmallFileError, read_small_file
 from lorax.system.wording import clip, clip_words, explain, show
 
-_NEEDED = {
-    "bool_type": "true or false",
-    "finite_number": "a finite number",
-    "float_type": "a number",
-    "int_type": "a whole number",
-    "invalid_key": "a text key",
-    "string_type": "text",
-    "string_unicode": "text of whole characters",
-    "greater_than": "a number > {gt}",
-    "greater_than_equal": "a number >= {ge}",
-    "less_than": "a number < {lt}",
-    "less_than_equal": "a number <= {le}",
-    "too_short": "at least {min_length} entry",
-    "tuple_type": "a list",
-    "dict_type": "a mapping (`key: value` lines)",
-    "model_type": "a mapping (`key: value` lines)",
-}
-
 _ONLY_TEXT = (frozenset({str}), frozenset({str, type(None)}))
-
-
-class ConfigError(ValueError):
-    """A config that cannot be used; the message has one line per problem."""
 
 
 type _Problem = tuple[float, str]  # line, message
@@ -58,7 +34,7 @@ class _Source:
 
     def problem(self, key: Key, message: str) -> _Problem:
         """Puts the place of `key`, or of the nearest section around it, before a message."""
-        text = clip_words(f"{_dotted(key)}: {message}" if key else message)
+        text = clip_words(f"{dotted(key)}: {message}" if key else message)
         written = tuple(str(part) for part in key)
         around = [written[:length] for length in range(len(written), -1, -1)]
         for place in around:
@@ -100,7 +76,8 @@ def read_model[Model: BaseModel](
     try:
         config = model.model_validate(data)
     except ValidationError as error:
-        problems.extend(_explain_all(error, model, data, source))
+        found = explain_values(error, model, data)
+        problems.extend(source.problem(key, message) for key, message in found)
     else:
         if not problems:
             return config
@@ -117,8 +94,10 @@ def check_model[Model: BaseModel](model: type[Model], data: Any, file: str) -> M
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        found = _explain_all(error, model, data, _Source(file))
-        raise ConfigError("\n".join(message for _, message in found)) from error
+        found = explain_values(error, model, data)
+        source = _Source(file)
+        messages = [source.problem(key, message)[1] for key, message in found]
+        raise ConfigError("\n".join(messages)) from error
 
 
 def write_yaml(data: dict[str, Any]) -> str:
@@ -161,7 +140,7 @@ def _parse(text: str, source: _Source) -> tuple[dict[Any, Any], list[_Problem]]:
     if data is None:
         raise ConfigError(f"{source.file}: the file is empty: it needs sections such as `model:`")
     if not isinstance(data, dict):
-        message = f"needs sections such as `model:` and `data:`, got {_show(data)}"
+        message = f"needs sections such as `model:` and `data:`, got {show_value(data)}"
         raise ConfigError(f"{source.file}:{source.lines[()]}: {message}")
     return data, problems
 
@@ -217,24 +196,24 @@ def _apply_override(
     model: type[BaseModel], data: dict[Any, Any], override: str, source: _Source
 ) -> list[_Problem]:
     """Sets one value in `data`; returns why it could not."""
-    dotted, equals, text = override.partition("=")
-    names = tuple(dotted.strip().split("."))
+    written, equals, text = override.partition("=")
+    names = tuple(written.strip().split("."))
     where = f"override {show(override)}"
     if not equals or not all(names):
         return [(math.inf, f"{where}: needs section.key=value, such as train.max_steps=10")]
     try:
         value, problems = _read_value(text, names, override, find_types(model, names))
     except ValueError as error:
-        return [(math.inf, f"{where}: {clip(dotted)}: {error}")]
+        return [(math.inf, f"{where}: {clip(written)}: {error}")]
     section = data
     for depth, name in enumerate(names[:-1], start=1):
         if name not in section:
             source.overrides[names[:depth]] = override
         section = section.setdefault(name, {})
         if not isinstance(section, dict):
-            parent = _dotted(names[:depth])
-            message = f"{parent} is {_show(section)}, not a section: override {parent} as a whole"
-            return [(math.inf, f"{where}: {message}")]
+            parent = dotted(names[:depth])
+            found = f"{parent} is {show_value(section)}, not a section"
+            return [(math.inf, f"{where}: {found}: override {parent} as a whole")]
     section[names[-1]] = value
     source.replace(names, override)
     return problems
@@ -258,7 +237,7 @@ def _read_value(
     own.overrides[()] = override
     remedy = ""
     if kinds & {str, tuple}:
-        quoted = shlex.quote(f"{_dotted(names)}={json.dumps(text, ensure_ascii=False)}")
+        quoted = shlex.quote(f"{dotted(names)}={json.dumps(text, ensure_ascii=False)}")
         remedy = f"; if it is meant as text, quote it for YAML and the shell: {quoted}"
     try:
         root = YAML(typ="safe", pure=True).compose(io.StringIO(text))
@@ -271,130 +250,3 @@ def _read_value(
     if remedy and isinstance(value, dict) and written[0] != "{":
         raise ValueError(f"a colon makes a mapping of it in YAML{remedy}")
     return value, problems
-
-
-def _explain_all(
-    error: ValidationError, model: type[BaseModel], data: Any, source: _Source
-) -> Iterator[_Problem]:
-    """Yields one problem per key; what the branches of a union need is joined by "or"."""
-    needed: dict[Key, list[str]] = {}
-    got: dict[Key, Any] = {}
-    settled: set[Key] = set()
-    for item in error.errors(include_url=False):
-        kind = item["type"]
-        context = item.get("ctx", {})
-        key = _find_key(data, item["loc"], keep_last=kind == "missing")
-        if written := _without_space(key, item["input"]):
-            settled.add(key)
-            yield source.problem(key[:-1], f"a space is missing after the colon: write {written}")
-        elif kind == "conflicts":
-            for name, message in context["conflicts"]:
-                yield source.problem((*key, *name.split(".")), message)
-        elif kind == "extra_forbidden":
-            yield source.problem(key, f"unknown key; {_suggest(model, key)}")
-        elif kind == "missing":
-            yield source.problem(key, f"missing: {_describe_missing(model, key)}")
-        elif kind == "value_error":
-            settled.add(key)
-            yield source.problem(key, str(context["error"]))
-        else:
-            got[key] = item["input"]
-            needed.setdefault(key, []).append(_describe_needed(kind, context, item["msg"]))
-    for key, phrases in needed.items():
-        # One branch of a union got further: what the others wanted is beside the point.
-        others = (*needed, *settled)
-        below = [other for other in others if other != key and other[: len(key)] == key]
-        if not below and key not in settled:
-            message = f"needs {' or '.join(dict.fromkeys(phrases))}, got {_show(got[key])}"
-            yield source.problem(key, message + _hint(phrases, got[key]))
-
-
-def _without_space(key: Key, value: Any) -> str | None:
-    """Returns what was meant by a key such as ``q_proj:8``, which to YAML has no value."""
-    found = re.fullmatch(r"([\w.]+):(.*\S)", str(key[-1])) if key and value is None else None
-    return f"{{{clip(found[1])}: {clip(found[2])}}}" if found else None
-
-
-def _find_key(data: Any, location: Sequence[str | int], keep_last: bool) -> Key:
-    """Drops what pydantic adds to a location: names of union branches and of validators."""
-    key: list[str | int] = []
-    for index, part in enumerate(location):
-        is_entry = isinstance(data, list) and isinstance(part, int) and part < len(data)
-        if is_entry or (isinstance(data, dict) and part in data):
-            data = typing.cast(Any, data)[part]
-            key.append(part)
-        elif keep_last and index == len(location) - 1:
-            key.append(part)
-    return tuple(key)
-
-
-def _describe_needed(kind: str, context: dict[str, Any], message: str) -> str:
-    if kind == "literal_error":
-        return str(context["expected"]).replace("'", "`").replace("True", "true")
-    return _NEEDED[kind].format(**context) if kind in _NEEDED else f"another value ({message})"
-
-
-def _describe_missing(model: type[BaseModel], key: Key) -> str:
-    section = find_section(model, key)
-    if section is None:
-        return "this key has no default, set it"
-    required = [name for name, field in section.model_fields.items() if field.is_required()]
-    return f"this section needs {', '.join(f'{_dotted(key)}.{name}' for name in required)}"
-
-
-def _suggest(model: type[BaseModel], key: Key) -> str:
-    """Says which key was probably meant: the same name elsewhere, or the nearest name here."""
-    name = str(key[-1])
-    section = find_section(model, key[:-1])
-    names = list(section.model_fields) if section else []
-    places = [
-        _dotted((*place, name))
-        for place, other in find_sections(model).items()
-        if place and "*" not in place and name in other.model_fields
-    ]
-    near = difflib.get_close_matches(name, names, n=1)
-    near += [known for known in names if name.startswith(f"{known}_")]
-    meant = places + [_dotted((*key[:-1], known)) for known in near]
-    if name in FAMILIAR:
-        meant = [FAMILIAR[name]]
-    if meant:
-        return f"did you mean {' or '.join(dict.fromkeys(meant))}?"
-    where = _dotted(key[:-1]) or "the file"
-    return f"the keys of {where} are {', '.join(names)}"
-
-
-def _hint(phrases: list[str], value: Any) -> str:
-    """Names the nearest allowed word, or the number a quoted text would be."""
-    if not isinstance(value, str):
-        return ""
-    words = re.findall(r"`([^`]+)`", " ".join(phrases))
-    near = difflib.get_close_matches(value, words, n=1)
-    if near:
-        return f"; did you mean {near[0]}?"
-    if not any("number" in phrase for phrase in phrases):
-        return ""
-    try:
-        float(value)
-    except ValueError:
-        return ""
-    return ": remove the quotes"
-
-
-def _dotted(key: Key) -> str:
-    return ".".join(clip(str(part)) for part in key)
-
-
-def _show(value: Any) -> str:
-    if value is None:
-        return "nothing (null)"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        return f"the text {show(value)}"
-    if isinstance(value, list | tuple):
-        return f"a list of {len(value)}"
-    if isinstance(value, dict):
-        return f"a mapping with {len(value)} keys"
-    if isinstance(value, int | bytes):
-        return show(value)
-    return clip(str(value))

@@ -1,4 +1,4 @@
-"""What a setting decides, as a mark on its field: for a run that goes on, and for its step."""
+"""Marks on settings: whether a resumed run must share them, and whether they decide the step."""
 
 import dataclasses
 
@@ -7,11 +7,11 @@ from pydantic import BaseModel
 
 @dataclasses.dataclass(frozen=True)
 class Mark:
-    """What follows if a setting is another one; each field of a section carries one.
+    """The effect of changing a setting; each field of a section carries one mark.
 
     Attributes:
-        stays: Whether a run that goes on must have it as it was, to come to the same bits.
-        in_step: Whether it decides what the step is compiled to.
+        stays: Whether a resumed run must share it, to come to the same bits.
+        in_step: Whether it decides the compiled step.
     """
 
     stays: bool
@@ -20,14 +20,14 @@ class Mark:
 
 OfStep = Mark(stays=True, in_step=True)
 OfRun = Mark(stays=True, in_step=False)
-"""It decides which rows are learned, or which weights are kept, but nothing of a step."""
+"""A setting that decides which rows are learned or which weights are kept, but no compiled step."""
 
 OfCompiling = Mark(stays=False, in_step=True)
-"""Another step, which comes to the same bits."""
+"""A setting that changes the compiled step, but no bit of its results."""
 
 Free = Mark(stays=False, in_step=False)
-"""Where things are, which fingerprints of what is there cover; what is reported, written, waited
-for; and what is chosen by it, which is compared instead."""
+"""All others: paths, whose files have fingerprints; settings of reports, saving and waiting; and
+settings whose outcome is compared instead."""
 
 
 def find_marks(model: type[BaseModel]) -> dict[str, Mark]:

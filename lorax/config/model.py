@@ -12,12 +12,11 @@ class ModelConfig(Section):
     Attributes:
         name_or_path: A local directory in Hugging Face layout, or a hub id.
         revision: Branch, tag or commit on the hub.
-        dtype: Of the base weights and of the computation.
+        dtype: Dtype of the base weights and of the computation.
         attn_impl: `auto` takes cuDNN on an NVIDIA GPU and XLA elsewhere.
-        kernels: What computes the adapted layers: `pallas` the fused kernels (Hopper GPUs), `xla`
-            plain XLA, `auto` whichever was faster when measured on such a GPU (H200s stand for
-            H100s) at such sizes. The norms' backward pass and the loss are kernels there too, but
-            with `xla`.
+        kernels: Backend of the adapted layers: `pallas` the fused kernels (Hopper GPUs), `xla`
+            plain XLA, `auto` the faster one by measurements on an H200 (used for H100s too) at such
+            sizes. The norms' backward pass and the loss use kernels too, except with `xla`.
         offload_embedding: Keeps the frozen input embedding in the host's memory and sends the rows
             that a batch needs with it: 1 GiB less on the device for Llama-3.1-8B. Not where the
             output head is the same array, or where the embedding trains.

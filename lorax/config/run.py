@@ -24,10 +24,11 @@ from lorax.config.types import (
     Section,
     Text,
 )
+from lorax.system.wording import show
 
 
 class EvalConfig(Section):
-    """When and how the held-out rows are looked at.
+    """Evaluation on the held-out rows.
 
     Attributes:
         strategy: `steps`: every `steps` steps; `epoch`: after each epoch; `no`: before the first
@@ -36,7 +37,7 @@ class EvalConfig(Section):
         per_device_eval_batch_size: Rows per device.
         early_stopping_patience: Evaluations without a better loss after which the run stops.
         exact_match: Also generates answers, before and after training, and compares them.
-        exact_match_rows: Rows that are generated for.
+        exact_match_rows: Rows that get a generated answer.
         max_new_tokens: Longest generated answer in tokens.
     """
 
@@ -50,16 +51,16 @@ class EvalConfig(Section):
 
 
 class SaveConfig(Section):
-    """What is written and where.
+    """Checkpoints and exports.
 
     Attributes:
         output_dir: Directory of the run.
         save_steps: Steps between two checkpoints.
-        save_total_limit: Checkpoints to keep; older ones go once a newer one is verified.
-        on_save_error: What follows when a checkpoint cannot be written, say to a full disk: `stop`
-            ends the run, `warn` goes on without it.
+        save_total_limit: Checkpoints to keep; older ones are removed once a newer one is verified.
+        on_save_error: Reaction to a checkpoint that cannot be written, as on a full disk: `stop`
+            ends the run, `warn` continues without it.
         load_best_model_at_end: Exports the weights with the lowest held-out loss.
-        export: What the run ends with; `("merged",)` when not given and `train.method` is `full`.
+        export: Formats of the exports; `("merged",)` when not given and `train.method` is `full`.
     """
 
     output_dir: Annotated[Text, Free]
@@ -94,7 +95,7 @@ class LogConfig(Section):
 
 
 class MeshConfig(Section):
-    """How devices are used: `data` of them share each batch, -1 for all there are."""
+    """The device mesh: `data` devices share each batch, -1 for all."""
 
     data: Annotated[CountOrMinusOne, OfCompiling] = 1
 
@@ -161,8 +162,8 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
 
     Args:
         path: The file.
-        overrides: ``section.key=value`` entries that replace what the file says; values are YAML,
-            or the text itself where a key takes nothing else.
+        overrides: ``section.key=value`` entries that replace those of the file; values are YAML, or
+            the text itself where a key takes nothing else.
 
     Returns:
         The checked config.
@@ -170,7 +171,12 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     Raises:
         ConfigError: With one line per problem: file and line (or the override), dotted key, what
             came and what was needed.
+        TypeError: If the overrides are no list of text.
     """
+    if isinstance(overrides, str) or not all(isinstance(each, str) for each in overrides):
+        raise TypeError(f"overrides must be a list such as ['lora.r=8'], got {show(overrides)}")
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"path must be that of a YAML file, got {show(path)}")
     return read_model(RunConfig, path, overrides)
 
 

@@ -1,4 +1,4 @@
-"""What stands where in a config model: its sections, their keys and what these take."""
+"""The schema of a config model: sections, their keys, and the values they take."""
 
 import types
 import typing
@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel
 
 type Key = tuple[str | int, ...]
-"""Names of sections and of a key; an entry of a list has its place."""
+"""Names of sections and of a key; a list entry has its index."""
 
 
 FAMILIAR = {
@@ -27,7 +27,13 @@ FAMILIAR = {
     "rank": "lora.r",
     "sequence_len": "data.max_seq_length",
 }
-"""The keys that people coming from other trainers mean, by what they type."""
+"""Keys of other trainers, and the keys here that they stand for."""
+
+_WRITTEN = "lorax writes it into adapter_config.json itself: leave it out"
+UNNEEDED = dict.fromkeys(
+    ("task_type", "inference_mode", "peft_type", "base_model_name_or_path"), _WRITTEN
+)
+"""The keys of PEFT's `LoraConfig` that are no settings here, and why."""
 
 
 def find_sections(model: type[BaseModel]) -> dict[Key, type[BaseModel]]:

@@ -46,7 +46,7 @@ class LrSchedulerKwargs(Section):
 
 
 class TrainConfig(Section):
-    """How weights move.
+    """Training: batches, schedule, optimizer, recomputation.
 
     Attributes:
         method: `lora` trains an adapter, `full` every weight.
@@ -65,18 +65,18 @@ class TrainConfig(Section):
         adam_beta2: Decay of the second moment (adamw, lion).
         adam_epsilon: Added to the root of the second moment (adamw).
         max_grad_norm: Gradients are scaled down to this norm; 0 leaves them.
-        gradient_checkpointing: What the backward pass computes again instead of keeping it in
-            memory: `none`, `selective` (norms and activations, no product), `full` (each layer but
-            the last), `offload` (as `full`, but not attention; what is kept waits in the host's
-            memory); `auto` takes the fastest that fits, with as many layers kept as fit.
+        gradient_checkpointing: What the backward pass recomputes instead of storing it: `none`,
+            `selective` (norms and activations, no matmul), `full` (each layer but the last),
+            `offload` (as `full`, but not attention; stored activations wait in the host's memory);
+            `auto` takes the fastest that fits, with as many layers kept as fit.
         kept_layers: How many layers, counted from the last, `full` and `offload` keep as
             `selective` does, from 0 to all; null is 1, the last alone. Not with `auto`, which
-            decides it, and where a run is resumed takes policy and layers as they were.
-        memory_gib: What `auto` may plan with on one device; null is what the device has.
-        seed: Of everything random in the run.
+            decides it; a resumed run keeps its policy and layers.
+        memory_gib: Memory of one device that `auto` may use, in GiB; null is all of it.
+        seed: Seed of everything random in the run.
         full_determinism: The same bits every time on NVIDIA GPUs too; slower, with more memory.
-        skip_nonfinite_steps: Steps whose loss or gradient may be not finite; each is left out and
-            said aloud. With 0 the first one ends the run.
+        skip_nonfinite_steps: Steps whose loss or gradient may be not finite; each is left out with
+            a warning. With 0 the first one ends the run.
         stuck_after_seconds: A step that takes longer ends the run, with every thread's stack
             printed; null waits for ever.
     """
@@ -119,7 +119,7 @@ class TrainConfig(Section):
     skip_nonfinite_steps: Annotated[Index, OfCompiling] = 0
     stuck_after_seconds: Annotated[Positive | None, Free] = 3600.0
 
-    # What each schedule reads of `lr_scheduler_kwargs`, and what it cannot do without.
+    # Keys of `lr_scheduler_kwargs` that each schedule reads, and those that it requires.
     _reads: ClassVar[dict[str, tuple[str, ...]]] = {
         "cosine_with_min_lr": ("min_lr_rate",),
         "wsd": ("num_decay_steps",),

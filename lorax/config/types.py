@@ -1,22 +1,66 @@
 """What the config models are made of: a strict, frozen section and the types of its values."""
 
+import inspect
 import re
 from collections.abc import Iterator
-from typing import Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Self, get_type_hints, override
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
+from lorax.config.explain import ConfigError, dotted, explain_values
 from lorax.system.wording import clip, show
 
 type Conflict = tuple[str, str]
 """A dotted key below the section, and what is wrong with its value."""
 
 
-class Section(BaseModel):
-    """A frozen model that refuses unknown keys, other types, NaN and infinity."""
+class _Explained(type(BaseModel)):
+    """Explains what is wrong with the values of a section that is made in Python.
+
+    pydantic makes the sections of a file without this call, and `lorax.config.file` explains them.
+    """
+
+    if not TYPE_CHECKING:  # which knows a section's signature without it
+
+        def __call__(cls, *unnamed: Any, **values: Any) -> Any:
+            if unnamed:
+                first = next(iter(cls.model_fields))
+                raise TypeError(f"{cls.__name__} takes its settings by name, such as {first}=…")
+            try:
+                return super().__call__(**values)
+            except ValidationError as error:
+                found = explain_values(error, cls, values)
+                lines = [f"{cls.__name__}: {dotted(key)}: {message}" for key, message in found]
+                raise ConfigError("\n".join(dict.fromkeys(lines))) from None
+
+
+class Section(BaseModel, metaclass=_Explained):
+    """A frozen model that refuses unknown keys, other types, NaN and infinity.
+
+    Raises:
+        ConfigError: With one line per problem: section, key, what came and what was needed.
+    """
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+    @classmethod
+    @override
+    def __pydantic_init_subclass__(cls, **options: Any) -> None:
+        """Gives the section a signature of plain types, which `help` shows."""
+        super().__pydantic_init_subclass__(**options)
+        types = get_type_hints(cls)
+        found = inspect.signature(cls)
+        plain = [each.replace(annotation=types[name]) for name, each in found.parameters.items()]
+        cls.__signature__ = found.replace(parameters=plain)
 
     def conflicts(self) -> Iterator[Conflict]:
         """Yields what is wrong between values that are right one by one."""

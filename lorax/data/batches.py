@@ -1,4 +1,4 @@
-"""Which rows each step trains on, and the arrays they become."""
+"""Batches: the rows of each step, as arrays."""
 
 from collections.abc import Iterator
 
@@ -20,20 +20,20 @@ class Batches:
     """The steps of every epoch over a dataset.
 
     A step is a window of ``micro_batches × rows_per_micro_batch`` batch rows: dataset rows or,
-    with packing, bins of several. Each stands in exactly one window of an epoch; what the last
-    window lacks is filled with empty rows. The order is a function of seed and epoch alone.
+    with packing, bins of several. Each is in exactly one window of an epoch; empty rows fill the
+    last window. The order is a function of seed and epoch alone.
 
     Labels are shifted already: ``labels[t]`` is token ``t + 1`` of the same document if that is
-    supervised and -100 otherwise. Behind a row all ids and positions are 0 and labels -100.
+    supervised and -100 otherwise. On padding all ids and positions are 0 and labels -100.
 
     Args:
         dataset: The rows.
         rows_per_micro_batch: Batch rows over all devices.
         micro_batches: Micro-batches of one optimizer step.
         packing: Packs rows into bins of `max_seq_length`; adds ``segment_ids``, which count the
-            documents of a bin from 1 and are 0 on padding; positions start anew in each document.
+            documents of a bin from 1 and are 0 on padding; positions restart in each document.
         max_seq_length: Longest batch row.
-        seed: Of the order.
+        seed: Seed of the order.
         shuffle: A new order in each epoch; without it, that of the dataset.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Encoded rows: token ids, what is supervised, and how they came to be."""
+"""Encoded rows: token ids, loss mask, and a report of their encoding."""
 
 import array
 import contextlib
@@ -17,11 +17,11 @@ from lorax.data.reading.formats import RowKind
 from lorax.data.reading.rows import DataError
 
 type EncodedRow = tuple[Int32[np.ndarray, " tokens"], Bool[np.ndarray, " tokens"]]
-"""Token ids of a row, and which of them are supervised."""
+"""Token ids of a row, and its loss mask."""
 
 
 class Change(NamedTuple):
-    """Something that became of some rows: what, of how many, and where the first stands."""
+    """A change to some rows: what changed, the number of rows, and the place of the first."""
 
     what: str
     rows: int
@@ -29,32 +29,32 @@ class Change(NamedTuple):
 
 
 def tell_ignored(name: str) -> str:
-    """Returns what is told of rows that hold what `data.ignore` names."""
+    """Returns the line about rows with keys that `data.ignore` names."""
     return f"hold {name}, which is not learned from (data.ignore)"
 
 
 @dataclasses.dataclass(frozen=True)
 class EncodeReport:
-    """What became of the rows.
+    """A report on the encoding of rows.
 
     Attributes:
         format: Format of the rows; several, joined by commas, if the sources differ.
-        mask_source: What decided which tokens are supervised: labels, all, completion, markers,
-            generation or prefix; likewise joined.
+        mask_source: The source of the loss mask: labels, all, completion, markers, generation or
+            prefix; joined likewise.
         rows_read: Rows in the sources, after slicing.
         rows_kept: Rows in the dataset: more, where a row became several.
         rows_truncated: Rows cut to `max_seq_length`, whether kept or not.
-        rows_dropped_overlong: Left out because they are longer than `max_seq_length`.
-        rows_dropped_unsupervised: Left out because no token of theirs is supervised.
-        tokens: In the rows kept.
-        supervised_tokens: Those among them that are prediction targets.
+        rows_dropped_overlong: Rows dropped because they are longer than `max_seq_length`.
+        rows_dropped_unsupervised: Rows dropped because none of their tokens is supervised.
+        tokens: Tokens of the rows kept.
+        supervised_tokens: Prediction targets among them.
         sources: Paths and hub ids.
-        changes: What else became of rows, such as those dropped because they are malformed.
-        date: The day that the chat template was told, if it asks for it.
+        changes: Other changes, such as rows dropped because they are malformed.
+        date: The day given to the chat template, if it asks for one.
         unmet: Names of `data.ignore` that no row holds.
-        stop_ids: Tokens that end what is learned, and are learned: what a model that is trained on
-            the rows stops with.
-        kinds: What the rows kept are made of.
+        stop_ids: Learned tokens that end a learned turn: a model trained on the rows stops with
+            them.
+        kinds: The kinds of the rows kept.
     """
 
     format: str
@@ -80,10 +80,10 @@ class EncodedDataset:
 
     Attributes:
         tokens: Ids of all rows.
-        supervised: Whether each token is a prediction target; never so at the start of a row,
-            where there is nothing to predict it from.
+        supervised: Whether each token is a prediction target; never at the start of a row, where
+            there is nothing to predict it from.
         offsets: Row ``i`` is ``tokens[offsets[i]:offsets[i + 1]]``.
-        report: What became of the rows.
+        report: The report on the encoding.
     """
 
     tokens: Int32[np.ndarray, " tokens"]
@@ -127,7 +127,7 @@ class EncodedDataset:
     @functools.cached_property
     def targets(self) -> Int64[np.ndarray, " rows"]:
         """Supervised tokens of each row."""
-        # Row by row: `np.add.reduceat` would make eight bytes of every flag of the dataset.
+        # Row by row: `np.add.reduceat` would widen every flag of the dataset to eight bytes.
         rows = (self.supervised[a:b] for a, b in itertools.pairwise(self.offsets))
         return np.fromiter(map(np.count_nonzero, rows), np.int64, len(self))
 
@@ -145,10 +145,10 @@ class EncodedDataset:
 
 
 class RowWriter(contextlib.AbstractContextManager["RowWriter"]):
-    """Lays rows end to end in nameless files, so that no dataset is too large for the memory.
+    """Writes rows end to end to nameless files, so that a dataset may exceed the memory.
 
-    They lie in the folder for temporary files (TMPDIR; where that is in memory, so are they) and
-    are gone with the dataset.
+    The files are in the folder for temporary files (TMPDIR; in memory if that is) and disappear
+    with the dataset.
     """
 
     def __init__(self):
@@ -184,7 +184,7 @@ class RowWriter(contextlib.AbstractContextManager["RowWriter"]):
         self.supervised_tokens += int(supervised.sum())
 
     def finish(self, report: EncodeReport) -> EncodedDataset:
-        """Returns what was written, at least one row, mapped into memory and not read into it."""
+        """Returns the rows written, at least one: mapped into memory, not read into it."""
         with self._telling():
             self._tokens.flush()
             self._supervised.flush()
@@ -194,7 +194,7 @@ class RowWriter(contextlib.AbstractContextManager["RowWriter"]):
         return EncodedDataset(np.asarray(tokens), np.asarray(supervised), offsets, report)
 
     def __exit__(self, *_: object) -> None:
-        # What is still unwritten after an error is not worth another.
+        # The unwritten rest after an error must not raise another.
         with contextlib.suppress(OSError):
             self._files.close()
 

@@ -1,10 +1,11 @@
-"""Sources of any format encoded as token ids and a mask of what is supervised."""
+"""Encoding sources of any format as token ids and a loss mask."""
 
 import contextlib
 import dataclasses
 import datetime
 import itertools
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from lorax.config.data import DataConfig, DataSource
@@ -26,8 +27,9 @@ from lorax.data.reading.formats import (
     read_example,
 )
 from lorax.data.reading.rows import DataError, MalformedRowError, Row, RowError, Rows
-from lorax.data.reading.sources import open_source
+from lorax.data.reading.sources import open_source, sources_of
 from lorax.data.sieve import Sieve
+from lorax.system.arguments import check_kind
 from lorax.system.wording import explain
 
 _ROWS_PER_BATCH = 256
@@ -37,7 +39,7 @@ _MESSAGE_COLUMNS = ("messages", "conversations", "prompt", "completion")
 
 
 def load_encoded_dataset(
-    sources: Sequence[DataSource],
+    sources: Sequence[DataSource | str] | str,
     config: DataConfig,
     tokenizer: Tokenizer,
     *,
@@ -46,24 +48,27 @@ def load_encoded_dataset(
     """Reads and encodes all rows of all sources, in order.
 
     Args:
-        sources: `config.train` or `config.eval`.
-        config: The format, what is supervised, and what happens to rows that do not fit.
+        sources: `config.train` or `config.eval`; or a path, or several.
+        config: The data settings: format, supervision, rows that do not fit.
         tokenizer: A fast one, unless all rows are tokenized already.
-        vocab_size: Rows of the model's embedding; a token id outside of them is refused.
+        vocab_size: Rows of the model's embedding; a token id beyond them is refused.
 
     Returns:
         The rows kept, each with at least one supervised token and at most `max_seq_length` tokens.
 
     Raises:
-        DataError: Naming the setting that cannot be used; or the rows, all of them: each kind of
-            problem once, with its number, the file and line (or row) of the first, and the remedy.
+        TypeError: If an argument is of another kind.
+        DataError: Naming the setting that cannot be used; or all rows with problems: each kind
+            once, with its count, the file and line (or row) of the first, and the remedy.
     """
-    if not sources:
-        raise DataError("a dataset needs at least one source, got none")
+    check_kind("config", config, DataConfig, "a lorax.DataConfig, such as config.data")
+    if isinstance(tokenizer, str | Path):
+        raise TypeError(f"tokenizer must be one: pass lorax.load_tokenizer({str(tokenizer)!r})")
+    opened = sources_of(sources)
     with RowWriter() as kept:
         sieve = Sieve(config, kept)
         encoder = _RowEncoder(config, tokenizer, vocab_size, sieve)
-        for source in sources:
+        for source in opened:
             try:
                 with open_source(source) as rows:
                     encoder.encode(rows)
@@ -71,7 +76,7 @@ def load_encoded_dataset(
                 raise DataError(f"{source.path}: cannot be read: {explain(error)}") from error
         sieve.check()
         report = dataclasses.replace(
-            sieve.report(tuple(source.path for source in sources)),
+            sieve.report(tuple(source.path for source in opened)),
             format=", ".join(sorted(encoder.formats)),
             mask_source=", ".join(sorted(encoder.mask_sources)),
             date=encoder.date,
@@ -84,10 +89,10 @@ class _RowEncoder:
     """Encodes the rows of sources into a sieve; collects the formats and mask sources met.
 
     Attributes:
-        formats: Of the rows.
-        mask_sources: What told which tokens are supervised.
-        date: The day that a chat template was told; None if none asked.
-        stops: The stop tokens, and which were learned.
+        formats: The formats of the rows.
+        mask_sources: The sources of the loss masks.
+        date: The day given to a chat template; None if none asked.
+        stops: The stop tokens, and the learned ones among them.
     """
 
     def __init__(
@@ -98,7 +103,7 @@ class _RowEncoder:
                 "data.instruction_part and data.response_part have no effect with data.loss_on: "
                 "all; remove them or change loss_on"
             )
-        # Asked once: a template must not be told two days where midnight passes.
+        # Read once: a template must not see two days if midnight passes.
         day = config.date or datetime.date.today().isoformat()
         self.formats: set[str] = set()
         self.mask_sources: set[str] = set()
@@ -131,7 +136,7 @@ class _RowEncoder:
                     row = self._without_ignored(row, rows.place(index))
                     self.formats.add(data_format)
                     example = self._read(row, data_format, rows.place(index))
-                with self._refusing(rows, index):  # told too where the row is malformed besides
+                with self._refusing(rows, index):  # reported even where the row is also malformed
                     if isinstance(row, dict):
                         refuse_unread(row, data_format)
                     if example is not None:
@@ -159,7 +164,7 @@ class _RowEncoder:
         return "auto"
 
     def _without_ignored(self, row: Row, place: str) -> Row:
-        """Returns a row without what `data.ignore` names, which is noted."""
+        """Returns a row without the keys that `data.ignore` names, and counts it."""
         ignored = set(self._config.ignore)
         if not ignored:
             return row
@@ -181,7 +186,7 @@ class _RowEncoder:
         return row
 
     def _read(self, row: Row, data_format: str, place: str) -> Example | None:
-        """Returns the example that a row is; None if it is left out, which is noted."""
+        """Returns the example in a row; None if it is left out, which is counted."""
         example = read_example(row, data_format, chat=self._chat is not None)
         if read_flag(row, "") is False:
             self._sieve.note("left out by a flag of the row", place)
@@ -194,7 +199,7 @@ class _RowEncoder:
                 "the row is a conversation and the tokenizer has no chat template; set "
                 "data.chat_template to the path of a .jinja file"
             )
-        if self._chat.asks_for_date(example):  # what it raises is about this row
+        if self._chat.asks_for_date(example):  # its error is about this row
             self.date = self._config.date
         leading = self._config.leading_answer
         if leading != "error" and example.has_leading_answer:
@@ -208,18 +213,18 @@ class _RowEncoder:
         return self._apply_flags(example, place)
 
     def _apply_flags(self, example: Conversation, place: str) -> Example | None:
-        """Returns a conversation whose own flags can be followed; None if none of it is learned."""
+        """Returns a conversation with its own flags applied; None if none of it is learned."""
         loss_on = self._config.loss_on
         for index, flag in sorted(example.flags.items()):
             role = example.messages[index]["role"]
             if loss_on == "all" and not flag:
                 raise RowError(
-                    f"messages[{index}] ({role}) says that it is not learned, and data.loss_on: "
+                    f"messages[{index}] ({role}) has a flag against learning, and data.loss_on: "
                     "all learns every turn; set data.loss_on: assistant, or remove the flag"
                 )
             if loss_on != "all" and flag and role != "assistant":
                 raise RowError(
-                    f"messages[{index}] ({role}) says that it is learned, and data.loss_on: "
+                    f"messages[{index}] ({role}) has a flag for learning, and data.loss_on: "
                     f"{loss_on} learns assistant turns alone; set the flag to 0, or remove it"
                 )
         learned = set(example.learned_replies(loss_on))
@@ -227,7 +232,7 @@ class _RowEncoder:
             example.flags.get(index, False) and index not in learned for index in example.replies
         ):
             self._sieve.note(
-                "hold assistant turns that a flag says are learned and that are not: "
+                "hold assistant turns with a flag for learning that are not learned: "
                 "data.loss_on, or the row's completion, leaves them out",
                 place,
             )
@@ -241,7 +246,7 @@ class _RowEncoder:
         return example
 
     def _encode(self, examples: Sequence[tuple[int, Example]], rows: Rows) -> None:
-        """Encodes what rows were read as, and hands it to the sieve."""
+        """Encodes the examples of rows, and passes them to the sieve."""
         kinds: dict[int, RowKind] = {index: kind_of(example) for index, example in examples}
         talks = [example for _, example in examples if isinstance(example, Conversation)]
         rendered = self._chat.render(talks) if self._chat is not None else iter(())
@@ -268,7 +273,7 @@ class _RowEncoder:
 
     @contextlib.contextmanager
     def _refusing(self, rows: Rows, index: int) -> Iterator[None]:
-        """Hands what is wrong with a row to the sieve; names the row of what is wrong for all."""
+        """Passes the error of a row to the sieve; names the row if the error concerns all rows."""
         try:
             yield
         except RowError as error:
@@ -278,7 +283,7 @@ class _RowEncoder:
             own = self._config.chat_template
             which = "the tokenizer's chat template" if own == "tokenizer" else own
             remedy = (
-                "mend the template, or set data.chat_template to a .jinja file that can be parsed"
+                "fix the template, or set data.chat_template to a .jinja file that can be parsed"
             )
             raise DataError(f"{which}: {error}; {remedy}") from error
         except DataError as error:
@@ -294,7 +299,7 @@ class _RowEncoder:
         if loss_on != "all" and (isinstance(example, Document) or example.labels is None):
             what = "text" if isinstance(example, Document) else "input_ids without labels"
             raise DataError(
-                f"a row of {what} has no part to learn that could be told from the rest, so "
+                f"a row of {what} has no part to learn that differs from the rest, so "
                 f"data.loss_on: {loss_on} cannot apply; set data.loss_on: all"
             )
         if isinstance(example, Document):
@@ -329,9 +334,9 @@ class _RowEncoder:
         else:
             assert tokenized is not None
             if lost := tokenized.find_lost(item.text):
-                # Where it drops characters, the places that it gives for the others are wrong too.
+                # Where it drops characters, its offsets of the others are wrong too.
                 raise RowError(
-                    "the tokenizer makes no token of some characters, and it has no unk_token for "
+                    "the tokenizer gives no token for some characters, and it has no unk_token for "
                     f"them: {len(lost):,} are missing at the end of its {len(item.text):,}; use "
                     "the tokenizer of the model as it came"
                 )
@@ -351,7 +356,7 @@ class _RowEncoder:
 
 
 def _batches(rows: Rows) -> Iterator[list[tuple[int, Row | MalformedRowError]]]:
-    """Yields rows with their indices: many short ones or few long ones at a time."""
+    """Yields chunks of rows with their indices: many short ones or few long ones."""
     batch: list[tuple[int, Row | MalformedRowError]] = []
     size = 0
     for index, row in enumerate(rows):

@@ -28,7 +28,7 @@ def pack_rows(lengths: Int64[np.ndarray, " rows"], capacity: int) -> list[list[i
         index = int(lengths.argmax())
         raise ValueError(f"row {index} has {lengths[index]} tokens, a bin holds {capacity}")
     bins: list[list[int]] = []
-    rooms: list[int] = []  # rooms that some bin has, ascending
+    rooms: list[int] = []  # rooms of the bins, ascending
     bins_by_room: defaultdict[int, list[int]] = defaultdict(list)
     for row in np.argsort(-lengths, kind="stable").tolist():
         length = int(lengths[row])

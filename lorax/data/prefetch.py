@@ -1,4 +1,4 @@
-"""The next batches, made and placed while the current one trains."""
+"""Building and placing the next batches while the current one trains."""
 
 import queue
 import threading
@@ -8,14 +8,13 @@ from collections.abc import Callable, Generator, Iterator
 def prefetch[T, U](
     iterator: Iterator[T], place: Callable[[T], U], depth: int = 2
 ) -> Generator[U, None, None]:
-    """Yields ``place(item)`` for each item, at most `depth` of them made ahead in a thread.
+    """Yields ``place(item)`` for each item; a background thread runs at most `depth` items ahead.
 
-    The thread starts with the first item asked for. It ends with the iterator, at the first
-    error, which is raised to the consumer in its turn, and when the consumer stops: when the
-    returned generator is closed or collected.
+    The thread starts with the first item requested. It ends with the iterator, at the first error,
+    which the consumer gets in order, and when the returned generator is closed or collected.
 
     Args:
-        iterator: Is only ever used by the thread.
+        iterator: Only the thread uses it.
         place: Such as a transfer to the devices.
         depth: Items ready and not yet consumed, at least 1.
 
@@ -47,7 +46,7 @@ def _consume[T, U](
                     return
                 ready.put((place(item),))
         except BaseException as error:
-            # Whatever it is, the consumer would wait for ever if it did not get it.
+            # Any error: the consumer would wait for ever without it.
             ready.put(error)
 
     thread = threading.Thread(target=work, name="lorax-prefetch", daemon=True)

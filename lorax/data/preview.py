@@ -1,4 +1,4 @@
-"""One example as text, with what is supervised."""
+"""One example as text, with its loss mask."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""What is wrong with rows, told together: each kind once, with its number and first places."""
+"""Problems of rows, reported together: each kind once, with its count and first places."""
 
 import re
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ _KINDS = 20
 
 
 class Problem(NamedTuple):
-    """Rows with one problem: how many, the first places, what is said of the first, its class."""
+    """One kind of problem: number of rows, first places, message of the first, class of error."""
 
     rows: int
     places: tuple[str, ...]
@@ -21,7 +21,7 @@ class Problem(NamedTuple):
 
 
 class Problems:
-    """Collects what is wrong with rows. Messages that differ in numbers alone are of one kind."""
+    """Collects problems of rows. Messages that differ in numbers alone are of one kind."""
 
     def __init__(self):
         self._found: dict[str, Problem] = {}
@@ -29,16 +29,16 @@ class Problems:
         self._last = ""
 
     def __len__(self) -> int:
-        """Returns how many rows have a problem; one may have several, told one after another."""
+        """Returns the number of rows with a problem; those of one row are added consecutively."""
         return self._rows
 
     @property
     def kinds(self) -> list[Problem]:
-        """What was found, the most frequent first."""
+        """The kinds of problems, the most frequent first."""
         return sorted(self._found.values(), key=lambda problem: -problem.rows)
 
     def add(self, place: str, error: DataError) -> None:
-        """Notes what is wrong with the row at a place."""
+        """Adds a problem of the row at a place."""
         message = str(error)
         self._rows += place != self._last
         self._last = place
@@ -54,9 +54,9 @@ class Problems:
 
         Args:
             read: Rows that were read.
-            stopped: Why no more were.
-            lost: Rows that `more` tells of.
-            more: What else is wrong, a sentence each.
+            stopped: Why reading stopped, if it did.
+            lost: Number of rows that `more` is about.
+            more: Further problems, a sentence each.
         """
         problems = self.kinds
         if not problems and len(more) < 2:
@@ -64,7 +64,7 @@ class Problems:
                 raise DataError(more[0])
             return
         unread = any(issubclass(problem.kind, MalformedRowError) for problem in problems)
-        remedy = "mend what cannot be read, or set data.malformed: drop" * unread
+        remedy = "fix what cannot be read, or set data.malformed: drop" * unread
         if len(problems) == 1 and len(self) == 1 and not more:
             lines = [f"{problems[0].places[0]}: {problems[0].message}"]
         else:

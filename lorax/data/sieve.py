@@ -1,4 +1,4 @@
-"""Which encoded rows are kept, and what is told of those that are not."""
+"""The sieve: keeps encoded rows, drops or refuses others, and reports both."""
 
 from lorax.config.data import DataConfig
 from lorax.data.dataset import Change, EncodedRow, EncodeReport, RowWriter, tell_ignored
@@ -8,14 +8,14 @@ from lorax.data.reading.rows import DataError, MalformedRowError
 from lorax.system.wording import plural
 
 _TRIED = 1000
-"""If none of so many rows can be used, reading stops."""
+"""Reading stops after this many rows of which none can be used."""
 
 
 _DROPPED = "dropped, malformed (data.malformed: drop)"
 
 
 class Sieve:
-    """Keeps the rows that can be trained on, counts those that cannot, and what became of them."""
+    """Keeps the rows that can be trained on; counts the others and the changes to rows."""
 
     def __init__(self, config: DataConfig, kept: RowWriter) -> None:
         self._config = config
@@ -28,7 +28,7 @@ class Sieve:
         self.read = self.truncated = self.overlong = self.unsupervised = 0
 
     def add(self, encoded: EncodedRow, place: str, kind: RowKind) -> None:
-        """Takes what a row became, cutting or dropping it as the config says."""
+        """Adds an encoded row, cut or dropped as the config asks."""
         tokens, supervised = encoded
         limit = self._config.max_seq_length
         if len(tokens) > limit:
@@ -48,14 +48,14 @@ class Sieve:
         self._kinds.add(kind)
 
     def refuse(self, error: DataError, place: str) -> None:
-        """Takes a row that cannot be used; a malformed one is dropped if the config says so."""
+        """Adds the error of a row that cannot be used; `data.malformed` may drop the row."""
         if isinstance(error, MalformedRowError) and self._config.malformed == "drop":
             self._dropped.add(place, error)
         else:
             self._problems.add(place, error)
 
     def note(self, what: str, place: str) -> None:
-        """Counts a row of which something is to be told."""
+        """Counts a row with a change to report."""
         known = self._changes.get(what, Change(what, 0, place))
         self._changes[what] = known._replace(rows=known.rows + 1)
 
@@ -65,7 +65,7 @@ class Sieve:
         return self.read >= _TRIED and len(self._problems) == self.read
 
     def check(self, stopped: str = "") -> None:
-        """Raises DataError if rows were lost that the config does not give up, or all were.
+        """Raises DataError if rows were lost without a setting that drops them, or all were lost.
 
         Args:
             stopped: Why the rest of the rows was not read.
@@ -93,7 +93,7 @@ class Sieve:
 
     @property
     def _all_changes(self) -> tuple[Change, ...]:
-        """What became of rows; of those dropped as malformed, each kind."""
+        """All changes to rows; rows dropped as malformed by kind."""
         dropped = (
             Change(f"{_DROPPED}: {problem.message}", problem.rows, problem.places[0])
             for problem in self._dropped.kinds
@@ -114,7 +114,7 @@ class Sieve:
         return f"none of {self.read} rows is left: {' and '.join(lost)}; the first, {first}"
 
     def report(self, sources: tuple[str, ...]) -> EncodeReport:
-        """Returns what became of the rows; what they were is for who read them to add."""
+        """Returns the report; the caller adds formats and sources."""
         kinds: list[RowKind] = [kind for kind in ROW_KINDS if kind in self._kinds]
         return EncodeReport(
             format="",

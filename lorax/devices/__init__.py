@@ -1,1 +1,1 @@
-"""Where arrays live, and what is compiled for it: mesh, partitions, caches of programs."""
+"""Mesh, partitions, placement of arrays, caches of compiled programs."""

@@ -1,7 +1,7 @@
-"""Programs that come to the same bits every time, on NVIDIA GPUs too.
+"""Programs that give the same bits every time, on NVIDIA GPUs too.
 
-Everything in a training step does so by itself but two things: cuDNN adds up the gradient of the
-queries in whatever order its blocks end, and XLA picks products by timing them.
+Two things in a training step do not by themselves: cuDNN adds up the gradient of the queries in the
+order in which its blocks end, and XLA picks matmuls by timing them.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ def compiler_options(full_determinism: bool) -> dict[str, bool | int] | None:
 
 @contextlib.contextmanager
 def repeatable_attention() -> Iterator[None]:
-    """What is lowered inside, and compiled with those options, has attention that repeats.
+    """Programs lowered in this context and compiled with those options have repeatable attention.
 
     XLA 0.11.2 itself marks a backward pass of cuDNN where operations that do not repeat are
     excluded, but only the first of several equal ones, and then finds no program for the others
@@ -44,8 +44,8 @@ def repeatable_attention() -> Iterator[None]:
 
 @functools.cache
 def _mark_backward_passes() -> None:
-    """Has jax ask `_marks`, of the thread that lowers, whenever it describes a backward pass."""
-    # Private, as nothing public reaches it.
+    """Patches jax to read `_marks`, of the lowering thread, when it describes a backward pass."""
+    # Private: there is no public hook.
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
     describe: Any = cudnn.create_dot_product_attention_backend_config_base

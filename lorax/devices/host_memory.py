@@ -9,7 +9,7 @@ from flax import nnx
 class HostArray(np.ndarray):
     """A parameter that stays in the host's memory: ``array.view(HostArray)``.
 
-    A compiled function that reads it gets a copy of it in each call; one that does not, gets none.
+    A compiled function that reads it copies it in each call; one that does not copies nothing.
     """
 
 

@@ -22,3 +22,19 @@ def make_mesh(data: int = 1) -> Mesh:
             f"({devices[0].device_kind}); set it to at most {len(devices)}, or to -1 for all"
         )
     return Mesh(np.array(devices[:size]), (DATA_AXIS,), axis_types=(AxisType.Auto,))
+
+
+def refuse_explicit_axes(x: jax.Array) -> None:
+    """Refuses an array on a mesh that has axes of JAX's type Explicit.
+
+    Raises:
+        ValueError: Saying how to make the mesh.
+    """
+    mesh = jax.typeof(x).sharding.mesh
+    if AxisType.Explicit in mesh.axis_types:
+        names = ", ".join(map(repr, mesh.axis_names))
+        raise ValueError(
+            f"the mesh's axes ({names}) have JAX's type Explicit, and the compiler divides this "
+            "model: make it with jax.make_mesh(…, axis_types=(jax.sharding.AxisType.Auto,) * "
+            f"{len(mesh.axis_names)})"
+        )

@@ -1,4 +1,4 @@
-"""Arrays put where the mesh and their partitions say."""
+"""Placing arrays on a mesh by their partitions."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,10 +15,10 @@ from lorax.devices.specs import BATCH_SPEC, REPLICATED, Parts, parameter_shardin
 def batch_placer(
     model: Any, mesh: Mesh
 ) -> Callable[[Mapping[str, np.ndarray]], dict[str, jax.Array]]:
-    """Returns what puts batches for a model onto the mesh; see `place_batch`.
+    """Returns a function that puts batches for a model onto the mesh; see `place_batch`.
 
     Raises:
-        ValueError: If an embedding in the host's memory would train, whose rows go out of date.
+        ValueError: If an embedding in the host's memory would train: its rows in a batch go stale.
     """
     embedding = embedding_on_host(model)
     if embedding is not None and isinstance(embedding_variable(model), nnx.Param):
@@ -30,10 +30,10 @@ def batch_placer(
 
 
 def place_parameters[T](tree: T, mesh: Mesh, parts: Parts = REPLICATED) -> T:
-    """Puts every array of `tree` but a `HostArray` onto the mesh; what lies there is not copied.
+    """Puts every array of `tree` but a `HostArray` onto the mesh; arrays in place are not copied.
 
     Args:
-        tree: Of parameters.
+        tree: The parameters.
         mesh: The devices.
         parts: How parameters are divided; see `parts_of`.
     """
@@ -59,15 +59,15 @@ def place_batch(
     """Puts a host batch of (micro-batches, rows, …) arrays onto the mesh.
 
     Args:
-        batch: By name, ``input_ids`` among them.
-        mesh: Where the rows are divided.
-        embedding: (vocabulary, d), if it is in the host's memory: its rows for the batch go along
-            as ``inputs_embeds``, into memory that the device copies them from when it needs them.
+        batch: Arrays by name, ``input_ids`` among them.
+        mesh: The devices that share the rows.
+        embedding: (vocabulary, d), if it is in the host's memory: its rows for the batch are added
+            as ``inputs_embeds``, in memory that the device copies them from when it needs them.
     """
     sharding = NamedSharding(mesh, BATCH_SPEC)
     placed = {name: jax.device_put(value, sharding) for name, value in batch.items()}
     if embedding is not None:
-        # As integers: numpy takes rows of a dtype of its own many times as fast.
+        # As integers: numpy indexes rows of a native dtype many times as fast.
         bits = embedding.view(np.ndarray).view(f"u{embedding.dtype.itemsize}")
         rows = np.take(bits, batch["input_ids"], axis=0).view(embedding.dtype)
         placed["inputs_embeds"] = jax.device_put(rows, sharding.with_memory_kind("pinned_host"))

@@ -19,7 +19,7 @@ BATCH_SPEC = PartitionSpec(None, DATA_AXIS)
 
 
 def parts_of(model: Any) -> Parts:
-    """Returns how a model's parameters are divided: as its family says, else not at all."""
+    """Returns the partitions of a model's parameters: its family's, else none."""
     return getattr(model, "parts", REPLICATED)
 
 
@@ -33,7 +33,7 @@ def parameter_shardings[T](tree: T, mesh: Mesh, parts: Parts = REPLICATED) -> T:
     """Returns the shardings of a tree's arrays on a mesh."""
 
     def sharding(path, _):
-        # What a variable holds is its `value`, which is no part of the parameter's name.
+        # The array of a variable is its `value`, which is not part of the parameter's name.
         name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
         return parameter_sharding(name, mesh, parts)
 

@@ -1,8 +1,8 @@
-"""Compiled steps kept between runs, and found again without being traced.
+"""A cache of compiled steps between runs, whose keys need no tracing.
 
-JAX keeps compiled programs by what they were compiled from, which a run must trace and lower before
-it can ask; for a model of eight billion parameters this takes many seconds of Python. Here a step
-is kept by everything that decides what it is traced to.
+JAX's own cache uses the lowered program as its key. A run must trace and lower to compute it, which
+takes many seconds of Python for a model of eight billion parameters. Here the key is everything
+that decides the traced program.
 """
 
 import contextlib
@@ -28,14 +28,14 @@ from lorax.system.wording import describe
 type Facts = Mapping[str, str]
 
 _MOST = 24
-"""Programs kept; the one that was used the longest time ago goes first."""
+"""Programs kept; the least recently used one is removed first."""
 
 _LIBRARIES = ("jax", "nvidia", "flax", "optax", "numpy", "ml_dtypes")
 _ENVIRONMENT = ("JAX_", "XLA_", "TF_", "NVIDIA_TF32")
 
 
 def open_program_cache(tell: Callable[[str], object]) -> "ProgramCache | None":
-    """Returns the user's own cache, or None, having told why it cannot be trusted."""
+    """Returns the user's own cache, or None with a line about why it cannot be trusted."""
     folder = default_directory().with_name("steps")
     if problem := make_private(folder):
         tell(f"compiled steps are not kept: {problem}")
@@ -47,8 +47,8 @@ class ProgramCache:
     """Compiled functions of ``(state, frozen, batch)`` in a folder.
 
     Args:
-        folder: One that only the user can write to: to read a program is to run it.
-        tell: Is told what could not be read or kept, and why.
+        folder: A folder that only the user can write to: a program that is read is run.
+        tell: Called with a line about each entry that could not be read or kept.
     """
 
     def __init__(self, folder: Path, tell: Callable[[str], object]):
@@ -60,9 +60,9 @@ class ProgramCache:
         """Returns a compiled function, or None if there is none.
 
         Args:
-            facts: What decides it besides its arguments, the code and the libraries.
-            arguments: What it takes, or their shapes, with shardings.
-            results: What it returns, or anything of that structure.
+            facts: All that decides it, except its arguments, the code and the libraries.
+            arguments: Its arguments, or their shapes, with shardings.
+            results: Its results, or anything of that structure.
         """
         path = self._path(facts, arguments)
         try:
@@ -80,16 +80,16 @@ class ProgramCache:
             program = deserialize_and_load(payload, *structures, execution_devices=devices)
             os.utime(path)
             return program
-        except Exception as error:  # whatever it is, the program can be compiled anew
-            self._tell(f"{path} cannot be used, the step is compiled anew: {describe(error)}")
+        except Exception as error:  # any error: the program can be compiled
+            self._tell(f"{path} cannot be used, the step is compiled instead: {describe(error)}")
             return None
 
     def keep_later(self, *program_and_facts: Any) -> None:
-        """Has `keep_waiting` keep a compiled function: to write it takes seconds."""
+        """Queues a compiled function for `keep_waiting`: writing it takes seconds."""
         self._waiting.append(functools.partial(self.keep, *program_and_facts))
 
     def keep_waiting(self) -> None:
-        """Keeps what waits, in threads that `finish_in_background("keep")` waits for."""
+        """Writes the queue in background threads; `finish_in_background("keep")` waits for them."""
         while self._waiting:
             in_background("keep", self._waiting.pop())
 
@@ -104,13 +104,13 @@ class ProgramCache:
                 raise ValueError("its arguments or results have another structure")
             partial.write_bytes(hashlib.sha256(payload).digest() + payload)
             partial.replace(path)
-        except Exception as error:  # a full disk, say: the run has its program
+        except Exception as error:  # such as a full disk: the run has its program
             partial.unlink(missing_ok=True)
             self._tell(f"the compiled step is not kept in {self.folder}: {describe(error)}")
         self._tidy()
 
     def _tidy(self) -> None:
-        """Removes what was not used for longest, and what ended processes left half-written."""
+        """Removes the least recently used programs, and partial files of ended processes."""
         with contextlib.suppress(OSError):  # another process tidies too
             kept = sorted(self.folder.glob("step-*.program"), key=lambda p: p.stat().st_mtime)
             partial = self.folder.glob(".step-*")
@@ -134,7 +134,7 @@ def _devices(arguments: Any) -> list[Any]:
 
 
 def _surroundings() -> dict[str, Any]:
-    """Returns what decides a program besides its settings: code, libraries, environment, device."""
+    """Returns all that decides a program but its settings: code, libraries, environment, device."""
     environment = {k: v for k, v in os.environ.items() if k.startswith(_ENVIRONMENT)}
     options = {k: str(v) for k, v in jax.config.values.items() if "cache" not in k}
     installed = [(d.name, d.version) for d in importlib.metadata.distributions()]
@@ -150,12 +150,11 @@ def _surroundings() -> dict[str, Any]:
 
 
 def _target() -> str:
-    """Returns a number for what XLA compiles for: of a CPU its instructions, which no kind names.
+    """Returns a fingerprint of XLA's target; a CPU's includes its instructions.
 
-    A folder that two machines share may hold steps of either, and a step that has instructions
-    which the CPU lacks ends the process.
+    Two machines may share a folder, and a step with instructions that a CPU lacks ends the process.
     """
-    # Private, as nothing public tells it. JAX keys its own cache by it too.
+    # Private: there is no public way. JAX's own cache uses it too.
     from jax._src.lib import xla_client
 
     return str(xla_client.get_topology_for_devices(jax.local_devices()).fingerprint())
@@ -167,7 +166,7 @@ def _code() -> str:
 
 
 def _fingerprint(packages: Iterable[Path]) -> str:
-    """Returns what tells the code of some packages from other code, wherever their folders lie."""
+    """Returns a fingerprint of the code of some packages, independent of their folders."""
     digest = hashlib.sha256()
     for package in packages:
         for path in sorted(p for p in package.rglob("*") if p.suffix in (".py", ".json")):

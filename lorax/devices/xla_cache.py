@@ -1,4 +1,4 @@
-"""Compiled programs kept between runs, so that the second start need not compile."""
+"""JAX's cache of compiled programs, so that a second start does not compile."""
 
 import contextlib
 import math
@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 
 _JAX_SECONDS = 1.0
-"""A program that takes less to compile JAX does not keep, unless it is told to."""
+"""JAX's default: programs with a shorter compile time are not cached."""
 
 
 def default_directory() -> Path:
@@ -23,17 +23,16 @@ def use_compilation_cache(directory: str | Path | None = None) -> tuple[Path | N
     """Keeps compiled programs in a folder that only the user can write, and reads them from there.
 
     A folder, or one right above it, that others can write to is not used: a program put there would
-    run as this user. What JAX was told of, by ``JAX_COMPILATION_CACHE_DIR`` or in Python, stays as
-    it is.
+    run as this user. A folder set by ``JAX_COMPILATION_CACHE_DIR`` or in Python stays.
 
     Args:
         directory: The folder; None is `default_directory`.
 
     Returns:
-        The folder, or None where nothing is kept, and in words what is kept or why not.
+        The folder, or None where nothing is kept, and a line about it for the user.
     """
     if configured := jax.config.jax_compilation_cache_dir:
-        return Path(configured), f"compiled programs are kept in {configured}, as JAX was told"
+        return Path(configured), f"compiled programs are kept in {configured}, as set for JAX"
     path = default_directory() if directory is None else Path(directory)
     if problem := make_private(path):
         return None, f"compiled programs are not kept: {problem}"
@@ -46,7 +45,7 @@ def use_compilation_cache(directory: str | Path | None = None) -> tuple[Path | N
 
 @contextlib.contextmanager
 def kept_elsewhere() -> Iterator[None]:
-    """Has JAX not keep what this thread compiles, which takes seconds for a large program."""
+    """Keeps this thread's programs out of JAX's cache: writing a large one takes seconds."""
     from jax._src.config import persistent_cache_min_compile_time_secs
 
     with persistent_cache_min_compile_time_secs(math.inf):
@@ -54,7 +53,7 @@ def kept_elsewhere() -> Iterator[None]:
 
 
 def make_private(path: Path) -> str | None:
-    """Makes a folder that only the user can write to; returns why nothing there may be trusted."""
+    """Creates a folder that only the user can write to; returns why it is not safe, or None."""
     try:
         for folder in (path.parent, path):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -66,7 +65,7 @@ def make_private(path: Path) -> str | None:
 
 
 def _distrust(path: Path) -> str | None:
-    """Returns why nothing in `path` may be trusted, or None."""
+    """Returns why `path` cannot be trusted, or None."""
     status = path.stat()
     if hasattr(os, "getuid") and status.st_uid != os.getuid():
         return f"{path} belongs to another user"

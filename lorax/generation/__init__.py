@@ -1,1 +1,1 @@
-"""Tokens out: sampling with a key-value cache, answers to held-out rows."""
+"""Generation: sampling with a key-value cache, answers to held-out rows."""

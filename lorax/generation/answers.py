@@ -1,4 +1,4 @@
-"""Held-out rows answered, and how many answers are exact."""
+"""Answers to held-out rows, and the share of exact ones."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from lorax.generation.generate import generate
 
 
 class TextDecoder(Protocol):
-    """The part of a tokenizer that turns tokens into text."""
+    """The part of a tokenizer that decodes tokens."""
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> Any:
         """Returns the text of some tokens."""
@@ -20,12 +20,12 @@ class TextDecoder(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """One generated answer beside the one that the row holds.
+    """A generated answer, and the answer of the row.
 
     Attributes:
         prompt: The tokens before the answer, as text.
         expected: The row's last supervised run, without special tokens.
-        generated: What the model wrote, greedily.
+        generated: The model's answer, greedily decoded.
     """
 
     prompt: str
@@ -34,7 +34,7 @@ class Answer:
 
     @property
     def is_exact(self) -> bool:
-        """Whether both answers are the same but for white space around them."""
+        """Whether both answers are equal, white space around them aside."""
         return self.expected.strip() == self.generated.strip()
 
 
@@ -48,9 +48,9 @@ def answer_rows(
     stop_ids: Sequence[int],
     batch_size: int = 32,
 ) -> list[Answer]:
-    """Lets the model answer the first `rows` rows greedily.
+    """Generates answers to the first `rows` rows greedily.
 
-    The answer of a row is its last run of supervised tokens, the prompt all that stands before.
+    The answer of a row is its last run of supervised tokens, the prompt all tokens before it.
     Rows whose first token is already supervised have no prompt and are skipped.
 
     Raises:

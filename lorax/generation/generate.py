@@ -12,7 +12,7 @@ from jaxtyping import Array, Int, Key
 from lorax.generation.sampling import Sampling, choose_tokens, option_problems
 from lorax.models.decoder import CausalLM
 
-_UNUSED = -1  # marks slots of the output that no token was written to
+_UNUSED = -1  # marks slots of the output without a token
 
 
 def generate(
@@ -29,8 +29,8 @@ def generate(
 ) -> list[list[int]]:
     """Continues every prompt until a stop token or `max_new_tokens`.
 
-    The prompts run as one batch, padded on the right; a row does not depend on the others (when
-    sampling, its draws depend on its index). Widths are rounded up, so that few programs are
+    The prompts run as one batch, padded on the right. A sequence does not depend on the others
+    (when sampling, its draws depend on its index). Widths are rounded up, so that few programs are
     compiled; they are kept for later calls.
 
     Args:
@@ -38,12 +38,12 @@ def generate(
             dropout.
         prompts: Token ids, none empty.
         max_new_tokens: The most tokens added to a prompt.
-        stop_ids: Tokens that end a row; see `lorax.interop.stop_tokens`. May be empty.
-        pad_id: Any id of the vocabulary; what stands there does not matter.
+        stop_ids: Tokens that end a sequence; see `lorax.interop.stop_tokens`. May be empty.
+        pad_id: Any id of the vocabulary; its value does not matter.
         temperature: See `Sampling`.
         top_k: See `Sampling`.
         top_p: See `Sampling`.
-        seed: Decides the draws.
+        seed: Seed of the draws.
 
     Returns:
         The new tokens of each prompt, without the stop token.
@@ -114,10 +114,10 @@ def _run(
     capacity: int,
     sampling: Sampling,
 ) -> Int[Array, "b capacity"]:
-    """Returns the new tokens of each row, stop tokens included, and -1 where there are none."""
+    """Returns the new tokens of each sequence, with stop tokens, and -1 where there are none."""
     model: CausalLM = nnx.merge(graph, state)
     rows, width = ids.shape
-    # Padding repeats the last position: some rotary scalings read the row's largest one.
+    # Padding repeats the last position: some rotary scalings read a sequence's largest one.
     positions = jnp.minimum(jnp.arange(width, dtype=jnp.int32)[None, :], lengths[:, None] - 1)
     cache = model.init_cache(rows, width + capacity)
     hidden, cache = model.hidden_states(ids, positions, cache=cache)

@@ -1,4 +1,4 @@
-"""How the next token is chosen, and which options make sense."""
+"""Sampling of the next token, and the checks of its options."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ _LONGEST = 2**31 - 1
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen.
+    """The options of sampling the next token.
 
     Attributes:
         temperature: Divides the logits; 0 takes the most likely token.
@@ -33,7 +33,7 @@ def option_problems(
     top_p: float | None = None,
     seed: int = 0,
 ) -> dict[str, str]:
-    """Returns what is wrong with options of `generate`, by their names; nothing if all is well."""
+    """Returns the problems of options of `generate`, by their names; empty if all is well."""
     found = {}
     if not 1 <= max_new_tokens <= _LONGEST:
         found["max_new_tokens"] = f"must be 1 to {_LONGEST}, got {max_new_tokens}"
@@ -54,7 +54,7 @@ def option_problems(
 def choose_tokens(
     logits: Float[Array, "b v"], key: Key[Array, ""], step: Int[Array, ""], sampling: Sampling
 ) -> Int[Array, " b"]:
-    """Returns the next token of each row; what is drawn follows from key, step and row."""
+    """Returns the next token of each sequence; a draw depends on key, step and index alone."""
     if sampling.temperature == 0:
         return logits.argmax(axis=-1).astype(jnp.int32)
     # From the most likely token down, which stays 0 however small the temperature: one below the
@@ -77,7 +77,7 @@ def choose_tokens(
 
 
 def _outside_nucleus(logits: Float[Array, "b v"], top_p: float):
-    """Says which tokens are not among the most likely that together reach `top_p`.
+    """Returns which tokens are not among the most likely that together reach `top_p`.
 
     Source: Holtzman et al. 2019, §3.1, https://arxiv.org/abs/1904.09751
     """

@@ -1,1 +1,1 @@
-"""Hugging Face and PEFT files, both ways, verified."""
+"""Reading and writing Hugging Face's and PEFT's files, verified."""

@@ -1,4 +1,4 @@
-"""Which base model an adapter goes on: the one it was made for, unless another is asked for."""
+"""The base model of an adapter: the recorded one, unless an option names another."""
 
 import dataclasses
 from collections.abc import Callable
@@ -20,7 +20,7 @@ class BaseModel:
 
 
 def recorded_base(adapter: str | Path) -> BaseModel | None:
-    """Returns the base model that an adapter's folder names, or None if it names none.
+    """Returns the base model recorded in an adapter's folder, or None if none is.
 
     Raises:
         ValueError: If adapter_config.json is absent or damaged; with the file and the field.
@@ -40,14 +40,14 @@ def choose_base(
     """Returns the base model of an adapter.
 
     Args:
-        recorded: The one that it was made for, if that is known.
-        where: The file that says so.
-        name: The base that was asked for; None is the one recorded.
-        revision: The revision that was asked for; None is the one recorded, if the base is too.
-        tell: Is told where what was asked for differs from what is recorded.
+        recorded: The recorded base, if there is one.
+        where: The file that records it.
+        name: The requested base; None is the recorded one.
+        revision: The requested revision; None is the recorded one, if the base is too.
+        tell: Called with a line where the request differs from the record.
 
     Raises:
-        ValueError: If none is asked for and none recorded.
+        ValueError: If none is requested and none recorded.
     """
     if recorded is None:
         if name is None:
@@ -65,9 +65,9 @@ def choose_base(
 
 
 def with_recorded_revision(config: RunConfig, tell: Callable[[str], object]) -> RunConfig:
-    """Returns a run's settings with the revision that `model.adapter` was made for.
+    """Returns a run's settings with the revision recorded in `model.adapter`.
 
-    That is, where the settings name the same base on the hub and no revision.
+    It is used where the settings name the same base on the hub and no revision.
     """
     model = config.model
     if model.adapter is None or model.revision is not None:

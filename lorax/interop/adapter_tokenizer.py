@@ -1,4 +1,4 @@
-"""Which tokenizer goes with an adapter: its folder's own, if it has one, as for PEFT and vLLM."""
+"""The tokenizer of an adapter: its folder's own, if it has one, as for PEFT and vLLM."""
 
 import dataclasses
 from collections.abc import Callable
@@ -18,13 +18,13 @@ _INLINE = "chat_template"
 
 @dataclasses.dataclass(frozen=True)
 class FoundTokenizer:
-    """What an adapter is asked with.
+    """The tokenizer for prompts to an adapter.
 
     Attributes:
-        tokenizer: With the chat template.
-        folder: Where its files are.
-        chat_template: The template, where it is another than that of these files.
-        is_own: Whether some of it is the adapter's own.
+        tokenizer: The tokenizer, with the chat template.
+        folder: The folder of its files.
+        chat_template: The template, where it differs from that of these files.
+        is_own: Whether tokenizer or template is the adapter's own.
     """
 
     tokenizer: Any
@@ -34,7 +34,7 @@ class FoundTokenizer:
 
 
 def tokenizer_files(folder: str | Path) -> list[str]:
-    """Returns the names of the files of a tokenizer that a folder holds."""
+    """Returns the names of a tokenizer's files in a folder."""
     return [name for name in TOKENIZER_FILES if (Path(folder) / name).exists()]
 
 
@@ -45,17 +45,17 @@ def find_tokenizer(
     run: Path | None = None,
     tell: Callable[[str], object],
 ) -> FoundTokenizer:
-    """Returns the tokenizer of an adapter's folder, and the base's where there is none.
+    """Returns the tokenizer of an adapter's folder, or the base's where there is none.
 
-    A folder with a chat template alone gives it to the base's tokenizer; one with a tokenizer that
-    has no chat template is given the base's.
+    A folder with a chat template alone gives it to the base's tokenizer; a tokenizer without a chat
+    template gets the base's.
 
     Args:
         base: Folder of the base checkpoint.
         adapter: Folder of the adapter, if there is one.
         run: Folder of the run that wrote the adapter, if it is known: its rows were encoded by the
             base's tokenizer.
-        tell: Is told whose files are used where the adapter has some.
+        tell: Called with a line about the files used, where the adapter has some.
 
     Raises:
         ValueError: If a tokenizer or a template cannot be read, with its folder.

@@ -1,4 +1,4 @@
-"""Exports, each read back from disk and compared with the trained model before it counts."""
+"""Exports, each read back from disk and compared with the trained model."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,7 +24,7 @@ from lorax.system.files import refuse_occupied
 type ExportFormat = Literal["peft", "peft-portable", "merged"]
 
 PROBE_TOKENS = 32
-"""Length of the row of tokens on which logits are compared."""
+"""Length of the sequence on which logits are compared."""
 
 # Relative L2 distance of logits. Float32 sums in another order; in half precision the merged
 # weight is rounded once more, which moves each by up to half a unit in the last place (2⁻⁹ for
@@ -38,10 +38,10 @@ class ExportError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Verification:
-    """What reading an export back showed.
+    """The result of reading an export back.
 
     Attributes:
-        tensors: Tensors that are bit-equal to what was to be written: all of them.
+        tensors: Number of tensors, all of them bit-equal to the values to write.
         logit_error: Relative L2 distance of the reloaded model's logits to the trained model's.
         bound: The largest distance that is accepted.
     """
@@ -51,7 +51,7 @@ class Verification:
     bound: float
 
     def describe(self) -> str:
-        """Says it in a line."""
+        """Returns it as a line."""
         return (
             f"{self.tensors} tensors read back bit-equal, logits differ by "
             f"{self.logit_error:.1e} (accepted {self.bound:.0e})"
@@ -73,28 +73,27 @@ def export_model(
     tokenizer: Any = None,
     tokenizer_folder: Path | None = None,
 ) -> Verification:
-    """Writes `model` in a format that others load, and verifies what was written.
+    """Writes `model` in a format that other programs load, and verifies the files.
 
     Args:
         model: The trained model, adapters unmerged.
         directory: A path that does not exist, or an empty folder.
         format: ``peft``: PEFT's own layout. ``peft-portable``: one rank, scales folded into B.
             ``merged``: a full checkpoint with the adapters added to the weights.
-        base: Folder of the base checkpoint, whose tokenizer goes with a merged model.
-        base_name: What the adapter records as its base; `base` if not given.
-        base_revision: Branch, tag or commit of it that the adapter records.
-        dtype: Of merged weights; None is that of the base weights in `model`.
-        card: Text of the README.md beside the files.
-        chat_template: Goes with a merged model instead of the base's.
-        stop_ids: What the model stops with, from `stop_token_ids`: a merged model's
+        base: Folder of the base checkpoint, whose tokenizer is copied to a merged model.
+        base_name: The base recorded in the adapter; `base` if not given.
+        base_revision: Branch, tag or commit of it, recorded in the adapter.
+        dtype: Dtype of merged weights; None is that of the base weights in `model`.
+        card: Text of the README.md in the folder.
+        chat_template: The template of a merged model, instead of the base's.
+        stop_ids: The model's stop tokens, from `stop_token_ids`: a merged model's
             generation_config.json then names them; None leaves the base's.
-        tokenizer: What the rows were encoded with, from `load_tokenizer`: a merged model's
+        tokenizer: The tokenizer of the rows, from `load_tokenizer`: a merged model's
             tokenizer_config.json then names a class that gives its ids; None leaves the base's.
-        tokenizer_folder: Where the tokenizer's files are that go with a merged model; None is
-            `base`.
+        tokenizer_folder: The folder of the tokenizer's files for a merged model; None is `base`.
 
     Returns:
-        What the comparison showed.
+        The result of the comparison.
 
     Raises:
         ValueError: If `directory` holds something or the format cannot hold what was trained.
@@ -133,7 +132,7 @@ def verify_adapter(model: Any, directory: str | Path, *, portable: bool = False)
     path = Path(directory) / TENSOR_FILE
     count = _compare(adapter_tensors(model, portable=portable).items(), [path])
     reloaded = load_adapter(unload_lora(model), directory)
-    # Folding the scale into B rounds differently; everything else must be the same computation.
+    # Folding the scale into B rounds differently; all else must be the same computation.
     bound = LOGIT_BOUNDS[jnp.dtype(model.dtype).name] if portable else 0.0
     return _verified(model, reloaded, directory, count, bound)
 
@@ -188,11 +187,11 @@ def _verified(model, reloaded, directory, count: int, bound: float) -> Verificat
 
 
 def logit_distance(model: Any, other: Any) -> float:
-    """Returns ``‖other - model‖ / ‖model‖`` of the logits on a fixed row of tokens."""
+    """Returns ``‖other - model‖ / ‖model‖`` of the logits on a fixed sequence of tokens."""
     length = min(PROBE_TOKENS, model.config.max_position_embeddings)
     draw = np.random.default_rng(0)
     tokens = jnp.asarray(draw.integers(0, model.config.vocab_size, (1, length)), jnp.int32)
-    # GPUs would otherwise round float32 products to TF32, as much as the errors looked for.
+    # GPUs would otherwise round float32 matmuls to TF32, which is as large as the errors to find.
     with jax.default_matmul_precision("highest"):
         expected, actual = (np.asarray(_logits(m, tokens), np.float64) for m in (model, other))
     return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))

@@ -1,4 +1,4 @@
-"""The small files beside exported weights, which say how they are used as they were trained."""
+"""The small files of an export: generation settings, tokenizer, chat template, card."""
 
 import json
 from collections.abc import Sequence
@@ -17,8 +17,7 @@ _INLINE = "chat_template"
 _CLASS = "tokenizer_class"
 
 
-# Which of transformers' classes take a tokenizer.json as it is; the second name is known to old
-# versions too.
+# Classes of transformers that take a tokenizer.json as it is; old versions know the second too.
 _FAITHFUL = ("TokenizersBackend", "PreTrainedTokenizerFast")
 
 
@@ -31,18 +30,18 @@ def companion_files(
     tokenizer: Any = None,
     tokenizer_folder: Path | None = None,
 ) -> dict[str, str | Path | None]:
-    """Returns what stands beside merged weights instead of the base's files, or besides them.
+    """Returns the files of a merged export that replace the base's or are added to them.
 
     Args:
         base: Folder of the base checkpoint.
         chat_template: The run's own, which then is the only one; None leaves the one of the base's
             that transformers takes.
-        stop_ids: What the model stops with; None leaves what the base says.
+        stop_ids: The model's stop tokens; None leaves the base's.
         card: Text of the README.md.
-        tokenizer: What the rows were encoded with. Where it takes tokenizer.json as it is and the
-            base names a class that may not, the export names one that does, and the tokens (BOS, …)
-            that only the base's class knew; None leaves the base's.
-        tokenizer_folder: Where its files are, all of them; None is the base's folder.
+        tokenizer: The tokenizer of the rows. Where it takes tokenizer.json as it is and the base
+            names a class that may not, the export names one that does, and the tokens (BOS, …) that
+            only the base's class knew; None leaves the base's.
+        tokenizer_folder: The folder of all its files; None is the base's folder.
 
     Returns:
         Texts by the name of their file, or the path of one to copy; None for a file that is left
@@ -79,10 +78,10 @@ def companion_files(
 
 
 def _one_template(source: Path, settings: dict[str, Any]) -> dict[str, None]:
-    """Leaves of a folder's templates the one that transformers takes: a file before an inline one.
+    """Keeps only the template that transformers takes: a file before an inline one.
 
     Returns:
-        The files that are left out; what is inline is changed in `settings`.
+        The files to leave out; an inline template is removed from `settings`.
     """
     path = source / TEMPLATE_FILE
     if path.is_file() and _INLINE in settings:

@@ -42,14 +42,14 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-"""What travels with the weights, besides generation_config.json."""
+"""Files that are copied with the weights, in addition to generation_config.json."""
 
 _SETTINGS = (CONFIG_FILE, GENERATION_FILE, INDEX_FILE, *TOKENIZER_FILES)
-"""What says what a model on the hub is, without its weights."""
+"""Files that describe a model on the hub, without its weights."""
 
 
 def expand(name: str | Path) -> Path:
-    """Returns the path that a user names, its ``~`` replaced.
+    """Returns the path of a user's input, its ``~`` replaced.
 
     Raises:
         CheckpointError: If no path can have this name.
@@ -74,8 +74,8 @@ def fetch_weights(model: ModelConfig, folder: Path) -> Path:
 
     Args:
         model: The run's settings.
-        folder: From `resolve_base` without weights: of a model on the hub, what it says of the
-            weights' files and, by its name, of the commit they are of.
+        folder: From `resolve_base` without weights. For a model on the hub it lists the files of
+            the weights, and its name is their commit.
 
     Raises:
         CheckpointError: If they cannot be fetched.
@@ -94,14 +94,14 @@ def resolve_checkpoint(
 ) -> Path:
     """Returns the local folder of a checkpoint, fetching it from the Hugging Face hub if needed.
 
-    A path that exists is used as it is and the network is never touched. From the hub come the
-    configuration, the tokenizer and the safetensors files that the model needs, nothing else.
+    A path that exists is used as it is, without the network. Only the configuration, the tokenizer
+    and the safetensors files that the model needs are fetched from the hub.
 
     Args:
         path_or_id: A folder, or a hub id such as ``Qwen/Qwen3-0.6B``.
         revision: Branch, tag or commit on the hub.
         weights: Whether the weights are needed too, or only configuration and tokenizer.
-        key: The setting or option that names it, or the file that does, for errors.
+        key: The setting, option or file that names it, for errors.
 
     Raises:
         CheckpointError: If it is neither, or `revision` is given for a folder.
@@ -130,13 +130,13 @@ def _fetch_checkpoint(name: str, revision: str | None, weights: bool) -> Path:
 
 
 def _weight_files(folder: Path) -> list[str]:
-    """Returns which files of a model on the hub hold its weights, by its settings alone."""
+    """Returns the files with the weights of a model on the hub, by its settings alone."""
     index = folder / INDEX_FILE
     return sorted(set(_weight_map(index).values())) if index.exists() else [WEIGHT_FILE]
 
 
 def _fetch(name: str, revision: str | None, files: Iterable[str]) -> Path:
-    """Returns the folder into which the hub's library has put files of a model."""
+    """Fetches files of a model by the hub's library, and returns their folder."""
     try:
         return Path(
             huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(files))
@@ -150,12 +150,13 @@ def _fetch(name: str, revision: str | None, files: Iterable[str]) -> Path:
 
 
 def _near(path: Path) -> str:
-    """Returns which folder may be meant by one that does not exist, as a part of a sentence."""
+    """Returns where a missing folder was expected, and a suggestion, as a part of a sentence."""
+    where = "" if path.is_absolute() or str(path).startswith("~") else f" in {Path.cwd()}"
     names: list[str] = []
     with contextlib.suppress(OSError):
         names = [entry.name for entry in path.expanduser().parent.iterdir() if entry.is_dir()]
     near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
-    return f" (did you mean {path.parent / near[0]}?)" if near else ""
+    return where + (f" (did you mean {path.parent / near[0]}?)" if near else "")
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -210,7 +211,7 @@ def _find_indexed(directory: Path, index: Path) -> dict[str, TensorEntry]:
     entries = read_headers(_inside(directory, path) for path in shards.values())
     for tensor, shard in weight_map.items():
         if tensor not in entries or entries[tensor].file != shards[shard]:
-            raise CheckpointError(f"{index} says that {tensor} is in {shard}, which lacks it")
+            raise CheckpointError(f"{index} places {tensor} in {shard}, which lacks it")
     for tensor, entry in entries.items():
         if tensor not in weight_map:
             raise CheckpointError(f"{entry.file} holds {tensor}, which {index} does not list")
@@ -249,7 +250,7 @@ def _inside(directory: Path, path: Path) -> Path:
 
 
 def _other_weights(directory: Path) -> str:
-    """Says what to do about weights of another kind."""
+    """Returns the remedy for weights of another kind."""
     for pattern in ("*.bin", "*.bin.index.json", "*.pth", "*.pt"):
         found = sorted(p.name for p in directory.glob(pattern))
         if found:
@@ -275,7 +276,7 @@ def write_checkpoint(
     """Writes named tensors and a config.json as a checkpoint, holding one shard at a time.
 
     Args:
-        tensors: Names and contiguous arrays as they stand in the files; consumed once.
+        tensors: Names and contiguous arrays as in the files; consumed once.
         config: Contents of config.json.
         directory: A path that does not exist, or an empty folder.
         max_shard_bytes: Size above which a new file is begun; a larger tensor has its own.
@@ -320,7 +321,7 @@ def _write_shards(
         save_tensors(shard, folder / f"{len(shards)}.part")
         shards.append(list(shard))
         total += sum(value.nbytes for value in shard.values())
-    # How many shards there are is part of each one's name, and known only now.
+    # The number of shards is part of each one's name, and is known only now.
     if len(shards) == 1:
         (folder / "0.part").rename(folder / WEIGHT_FILE)
         return

@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints to models, one tensor at a time."""
+"""Loading Hugging Face checkpoints, one tensor at a time."""
 
 import functools
 import math
@@ -35,7 +35,7 @@ from lorax.weights.dense import DENSE
 from lorax.weights.format import Format, axes_of
 
 _IGNORED_TENSORS = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
-"""Buffers that older checkpoints carry; the frequencies follow from config.json."""
+"""Buffers in older checkpoints; the frequencies follow from config.json."""
 
 _HEAD = "lm_head.weight"
 _EMBEDDING = "model.embed_tokens.weight"
@@ -52,7 +52,7 @@ def load_hf_config(path_or_id: str | Path, *, revision: str | None = None) -> De
 
 
 def find_stored_dtype(directory: Path) -> str:
-    """Returns the dtype of a checkpoint's weights: what config.json says, else what most are in.
+    """Returns the dtype of a checkpoint's weights: that in config.json, else that of most of them.
 
     Raises:
         ValueError: As `load_hf_config`, or `find_tensors` where config.json leaves it to them.
@@ -84,29 +84,29 @@ def load_model(
 ) -> CausalLM:
     """Loads a checkpoint, tensor by tensor, onto JAX's default device or a mesh.
 
-    The host holds a few tensors at a time, which threads read ahead; transposing and casting happen
-    on the device. On a mesh each device is given its part of a tensor, or its copy, as the
-    model's family says: nothing is whole on one device to be spread later.
+    The host holds a few tensors at a time, which background threads read ahead; transposing and
+    casting happen on the device. On a mesh each device gets its part of a tensor, or its copy, by
+    the partitions of the model's family: no device holds a whole tensor first.
 
-    Every tensor must be there, be expected, have its shape and be finite. Two extras are known to
-    be harmless: ``rotary_emb.inv_freq`` buffers, and a copy of tied embeddings as
-    ``lm_head.weight`` if it equals them.
+    Every tensor must exist, be expected, have its shape and be finite. Two extra ones are accepted:
+    ``rotary_emb.inv_freq`` buffers, and a copy of tied embeddings as ``lm_head.weight`` if it
+    equals them.
 
     Args:
         path_or_id: A folder (the network is never touched) or a hub id.
         revision: Branch, tag or commit on the hub.
-        dtype: Of activations and products.
-        param_dtype: Of the weights; None is `dtype`.
+        dtype: Dtype of activations and matmuls.
+        param_dtype: Dtype of the weights; None is `dtype`.
         attn_impl: See `lorax.layers.attention.resolve_implementation`.
         gradient_checkpointing: See `CausalLM`.
         kept_layers: See `CausalLM`.
         offload_embedding: Leaves the input embedding in the host's memory, as a `HostArray`; not
             where the output head is the same array.
         architecture: From `load_hf_config` of this folder, to read it once.
-        pace: Called after each tensor; it may wait for what should come first.
-        mesh: Where the weights are to lie, as `make_train_step` then finds them; None is JAX's
-            default device.
-        format: How the matrices of linear layers are stored, the head's aside: the loss reads it.
+        pace: Called after each tensor; it may wait, to give way to other work.
+        mesh: The devices of the weights, as `make_train_step` needs them; None is JAX's default
+            device.
+        format: Format of the matrices of linear layers, except the head's, which the loss reads.
         entries: From `check_checkpoint` of this folder, to read its headers once.
 
     Raises:
@@ -128,7 +128,7 @@ def load_model(
     )
     if offload_embedding and config.tie_word_embeddings:
         raise CheckpointError(
-            f"{directory / CONFIG_FILE} says tie_word_embeddings: true, so the embedding is the "
+            f"{directory / CONFIG_FILE} has tie_word_embeddings: true, so the embedding is the "
             "output head too, which every step reads: offload_embedding must be false"
         )
     found = check_checkpoint(directory, config) if entries is None else entries
@@ -154,10 +154,10 @@ def check_checkpoint(directory: Path, config: DecoderConfig) -> dict[str, Tensor
         config: From `load_hf_config` of this folder.
 
     Returns:
-        The tensors of the model, and where they are.
+        The tensors of the model, and their places.
 
     Raises:
-        ValueError: As `load_model`, but for the values.
+        ValueError: As `load_model`, except for the values.
     """
     entries = find_tensors(directory)
     _check_entries(directory, config, tensor_table(config), entries)
@@ -176,7 +176,7 @@ def _check_entries(
     if missing:
         hint = ""
         if head in missing and embedding in entries:
-            hint = "; config.json says tie_word_embeddings: false, is that right?"
+            hint = "; config.json has tie_word_embeddings: false, is that right?"
         raise CheckpointError(f"{directory} lacks {listed(missing)}{hint}")
     if config.tie_word_embeddings and head in entries:
         _check_tied_head((head, embedding), entries[head], entries[embedding])
@@ -196,7 +196,7 @@ def _check_entries(
 
 
 def _check_tied_head(names: tuple[str, str], head: TensorEntry, embedding: TensorEntry) -> None:
-    """Accepts a stored head beside tied embeddings only as an exact copy."""
+    """Accepts a stored head in addition to tied embeddings only as an exact copy."""
     equal = head.shape == embedding.shape
     with open_tensors(head.file) as a, open_tensors(embedding.file) as b:
         heads = a.get_slice(names[0])
@@ -207,7 +207,7 @@ def _check_tied_head(names: tuple[str, str], head: TensorEntry, embedding: Tenso
             equal = equal and np.array_equal(*wide, equal_nan=True)
     if not equal:
         raise CheckpointError(
-            f"{head.file}: {names[0]} differs from {names[1]}, but config.json says "
+            f"{head.file}: {names[0]} differs from {names[1]}, but config.json has "
             "tie_word_embeddings: true. Set it to false to use both, or remove the head"
         )
 
@@ -219,20 +219,20 @@ def load_values(
     shardings: Mapping[str, NamedSharding],
     format: Format = DENSE,
 ) -> Iterator[tuple[str, Any]]:
-    """Yields name and parameter of every tensor in `table`, as they follow each other in the files.
+    """Yields name and parameter of every tensor in `table`, in the order of the files.
 
-    Of a tensor that is divided, this process reads its devices' parts and no more, and each part
-    goes from the host to its device.
+    Of a divided tensor, this process reads only the parts of its devices, and each part goes from
+    the host to its device.
 
     Args:
-        table: The tensors, and where each lives in the model.
+        table: The tensors, and the place of each in the model.
         entries: The same tensors in the files.
-        dtype: Of the parameters.
-        shardings: Where parameters lie; those not named lie on JAX's default device.
-        format: How the matrices of linear layers are stored, the head's aside: the loss reads it.
+        dtype: Dtype of the parameters.
+        shardings: Shardings of parameters; those not named are on JAX's default device.
+        format: Format of the matrices of linear layers, except the head's, which the loss reads.
 
     Raises:
-        CheckpointError: If a file is cut off, or values are not finite, which is found at the end.
+        CheckpointError: If a file is cut off, or values are not finite (checked at the end).
     """
     finite: dict[str, tuple[jax.Array, jax.Array]] = {}
     previous = None
@@ -261,7 +261,7 @@ def load_values(
 
 
 def _shardings(config: DecoderConfig, mesh: Mesh, on_host: Set[str]) -> dict[str, NamedSharding]:
-    """Returns where each parameter lies on the mesh, but for those of the host's memory."""
+    """Returns the sharding of each parameter on the mesh, except those in the host's memory."""
     table = tensor_table(config)
     parts = config.family.parts
     dotted = {name: ".".join(map(str, table[name].path)) for name in table if name not in on_host}
@@ -269,7 +269,7 @@ def _shardings(config: DecoderConfig, mesh: Mesh, on_host: Set[str]) -> dict[str
 
 
 def _in_file(sharding: NamedSharding, spec: TensorSpec) -> NamedSharding:
-    """Returns how the tensor of a parameter that is divided so is divided in its file."""
+    """Returns the partition of a parameter as that of its tensor in the file."""
     if not spec.transpose:
         return sharding
     rows, columns = axes_of(sharding.spec)
@@ -277,7 +277,7 @@ def _in_file(sharding: NamedSharding, spec: TensorSpec) -> NamedSharding:
 
 
 def _parts(sharding: NamedSharding, shape: tuple[int, ...]) -> list[Part]:
-    """Returns the parts of a tensor that this process's devices hold, each once."""
+    """Returns the parts of a tensor on this process's devices, each once."""
     indices: Mapping[Any, Any] = sharding.addressable_devices_indices_map(shape)
     return list(dict.fromkeys(indices.values()))
 
@@ -285,7 +285,7 @@ def _parts(sharding: NamedSharding, shape: tuple[int, ...]) -> list[Part]:
 def _assemble(
     values: Sequence[np.ndarray], sharding: NamedSharding | None, shape: tuple[int, ...]
 ) -> Any:
-    """Returns a tensor whose parts go to their devices; without a sharding, the whole one."""
+    """Returns a tensor with its parts on their devices; without a sharding, the whole one."""
     if sharding is None:
         (whole,) = values
         return whole
@@ -294,7 +294,7 @@ def _assemble(
 
 
 def _places(format: Format, sharding: NamedSharding | None) -> tuple[NamedSharding, ...] | None:
-    """Returns where each stored array lies of a matrix that lies at `sharding`."""
+    """Returns the sharding of each stored array of a matrix with `sharding`."""
     if sharding is None:
         return None
     return tuple(NamedSharding(sharding.mesh, part) for part in format.parts(sharding.spec))

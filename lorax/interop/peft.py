@@ -1,6 +1,7 @@
-"""Adapters in PEFT's format: adapter_config.json and adapter_model.safetensors, both ways."""
+"""Reading and writing adapters in PEFT's format: adapter_config.json, adapter_model.safetensors."""
 
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from lorax.interop.safetensors import TensorEntry, read_headers, read_tensor, sa
 from lorax.interop.tensors import hf_name
 from lorax.layers.linear import Linear
 from lorax.models.decoder import CausalLM
+from lorax.system.arguments import check_kind
 from lorax.system.files import write_folder
 from lorax.system.wording import clip
 from lorax_kernels import dense
@@ -41,12 +43,12 @@ def adapter_config(
 ) -> dict[str, Any]:
     """Returns the adapter_config.json that makes PEFT rebuild exactly the adapters of `model`.
 
-    Everything is read off the adapted layers. Where ranks or alphas differ, the patterns name each
+    All values come from the adapted layers. Where ranks or alphas differ, the patterns name each
     module in full, because PEFT sorts patterns on saving and takes the first that matches.
 
     Args:
         model: A model from `apply_lora` or `load_adapter`.
-        base_model_name_or_path: Where the base model is from.
+        base_model_name_or_path: The base model's folder or hub id.
         revision: Branch, tag or commit of it on the hub.
         portable: One rank, ``lora_alpha = r``, for engines that read only ``alpha / r``.
     """
@@ -120,7 +122,7 @@ def adapter_tensors(model: nnx.Module, *, portable: bool = False) -> dict[str, n
 
 
 def trained_base_tensors(model: nnx.Module) -> dict[str, np.ndarray]:
-    """Returns what trained besides A and B (biases, `modules_to_save`) under PEFT's names."""
+    """Returns the trained base tensors (biases, `modules_to_save`) under PEFT's names."""
     tensors = {}
     for key, transposed, variable in _trained_parameters(model):
         value = np.asarray(variable.get_value())
@@ -133,7 +135,7 @@ def trained_base_tensors(model: nnx.Module) -> dict[str, np.ndarray]:
 
 
 def trains_base_weights(model: nnx.Module) -> bool:
-    """Says whether anything but A and B trains: biases or `modules_to_save`."""
+    """Says whether base weights train: biases or `modules_to_save`."""
     return any(True for _ in _trained_variables(model))
 
 
@@ -155,12 +157,15 @@ def save_adapter(
             rank and folds the scale into B.
         base_model_name_or_path: Recorded for PEFT, which loads the base from there.
         revision: Branch, tag or commit of it on the hub, recorded too.
-        card: Text of the README.md beside the adapter.
+        card: Text of the README.md in the folder.
 
     Raises:
+        TypeError: If an argument is of another kind.
         ValueError: If `directory` holds something, a value is not finite, or the format cannot
             hold what was trained.
     """
+    check_kind("model", model, nnx.Module, "an nnx.Module with adapters")
+    check_kind("directory", directory, (str, os.PathLike), "the path of a folder")
     portable = format == "peft-portable"
     tensors = adapter_tensors(model, portable=portable)
     bad = [name for name, value in tensors.items() if not np.isfinite(value).all()]
@@ -185,12 +190,15 @@ def load_adapter[M: nnx.Module](model: M, directory: str | Path) -> M:
     """Returns `model` with the adapters of a PEFT folder, ready to train on or to evaluate.
 
     Tensors of any float type are read as float32. The file must hold exactly the tensors that its
-    config asks for on this model: PEFT itself ignores what is missing or left over.
+    config asks for on this model; PEFT itself ignores missing and surplus tensors.
 
     Raises:
+        TypeError: If an argument is of another kind.
         AdapterError: Naming the file and the tensor or field.
         TargetError: If the config names modules that the model does not have.
     """
+    check_kind("model", model, nnx.Module, "an nnx.Module with the base weights")
+    check_kind("directory", directory, (str, os.PathLike), "the path of an adapter's folder")
     directory = Path(directory)
     config = read_adapter_config(directory)
     try:
@@ -208,7 +216,7 @@ def check_adapter(model: nnx.Module, directory: str | Path) -> dict[str, TensorE
     """Compares the tensors of a PEFT folder with an adapted model, which may be of shapes.
 
     Returns:
-        Where each tensor is; none is read but a head and an embedding that must be equal.
+        The place of each tensor; only a head and an embedding that must be equal are read.
 
     Raises:
         AdapterError: Naming the file and the tensor: absent, unknown or of another shape.
@@ -217,7 +225,7 @@ def check_adapter(model: nnx.Module, directory: str | Path) -> dict[str, TensorE
     entries = read_headers([path])
     expected = _expected_shapes(model)
     _refuse_untied(entries, model, path)
-    # PEFT saves the weights of an adapted head beside it, which are the base's.
+    # PEFT also saves the weights of an adapted head, which are the base's.
     copies = {
         f"{PREFIX}{name}.base_layer.weight": (layer.out_features, layer.in_features)
         for name, layer in adapted_layers(model).items()
@@ -297,7 +305,7 @@ def _check_values(found: dict[str, np.ndarray], model: nnx.Module, path: Path) -
 
 
 def _refuse_untied(entries: dict[str, TensorEntry], model: nnx.Module, path: Path) -> None:
-    """Refuses an adapter whose head and embedding were trained apart, on a model that ties them."""
+    """Refuses an adapter with separately trained head and embedding on a model that ties them."""
     for name, source in tied_modules(model).items():
         pair = [f"{PREFIX}{n}.weight" for n in (source, name)]
         present = [read_tensor(entries[key]) for key in pair if key in entries]
@@ -317,7 +325,7 @@ def _adapted(model: nnx.Module) -> dict[str, Linear]:
 
 
 def _trained_variables(model: nnx.Module) -> Iterator[tuple[str, str, nnx.Param]]:
-    """Yields (module name, attribute, variable) of everything that trains but A and B."""
+    """Yields (module name, attribute, variable) of all that trains, except A and B."""
     for name, module in named_modules(model).items():
         for attribute, value in vars(module).items():
             if isinstance(value, nnx.Param) and not isinstance(value, nnx.LoRAParam):
@@ -346,7 +354,7 @@ def _bias_setting(model: nnx.Module, layers: dict[str, Linear]) -> str:
 
 
 def _short_targets(model: nnx.Module, names: list[str]) -> list[str]:
-    """Returns the last names of the adapted layers where they say all, else the full names."""
+    """Returns the last names of the adapted layers where these suffice, else the full names."""
     short = sorted({n.split(".")[-1] for n in names})
     modules = named_modules(model)
     linear = [n for n, m in modules.items() if isinstance(m, nnx.Linear)]

@@ -1,17 +1,18 @@
-"""adapter_config.json read: what a plain LoRA is made of, and what would make it another method."""
+"""Reading adapter_config.json: the settings of plain LoRA, and fields of other methods."""
 
 from pathlib import Path
 from typing import Any
 
 from lorax.adapters.methods import METHODS
 from lorax.config.adapter import LoraConfig
-from lorax.config.file import ConfigError, check_model
+from lorax.config.explain import ConfigError
+from lorax.config.file import check_model
 from lorax.system.files import read_json
 from lorax.system.wording import clip, show
 
 CONFIG_FILE = "adapter_config.json"
 
-# Fields that lorax's LoraConfig also has. The initialisation has values that it has not.
+# Fields that lorax's LoraConfig also has. PEFT's initialisation has more values.
 _SHARED_FIELDS = [name for name in LoraConfig.model_fields if name != "init_lora_weights"]
 
 # Fields that cannot change what a loaded adapter computes.
@@ -27,16 +28,16 @@ _NEUTRAL_FIELDS = {
     "runtime_config",
     "ensure_weight_tying",
     "qalora_group_size",  # only read with use_qalora
-    # How A and B began, which `init_lora_weights` says; they are trained now.
+    # Settings of the first values of A and B (`init_lora_weights`); these are trained now.
     "eva_config",
     "corda_config",
     "lora_ga_config",
     "loftq_config",
-    # For Conv1D alone: PEFT takes false for a linear layer, and lorax adapts no other.
+    # For Conv1D alone: PEFT sets it to false for a linear layer, and lorax adapts no other.
     "fan_in_fan_out",
 }
 
-# Named initialisations that leave the base as it is; all others change it before training.
+# Named initialisations that do not change the base; all others change it before training.
 _PLAIN_INITIALISATIONS = ("gaussian", "orthogonal", "eva", "mica")
 
 _MERGE = (
@@ -48,7 +49,7 @@ _CONVERT = (
     "path_initial_model_for_weight_conversion=…) of PEFT"
 )
 
-# What makes an adapter another method, why, and what to do about it. PEFT 0.21 was run for each.
+# Fields of other methods than LoRA, the reason, and the remedy. PEFT 0.21 was run for each.
 _OTHER_METHODS = {
     "use_dora": ("DoRA scales the columns of the weight too", _MERGE),
     "kasa_config": ("KaSA cuts singular values off the base", _MERGE),
@@ -85,7 +86,7 @@ def read_adapter_config(directory: str | Path) -> LoraConfig:
         raise AdapterError(f"{path}: peft_type must be {' or '.join(types)}, got {show(found)}")
     if problems := [*_other_methods(raw), *_check_names(raw)]:
         raise AdapterError("\n".join(f"{path}: {problem}" for problem in problems))
-    # PEFT takes what is empty for what is absent.
+    # PEFT treats empty values as absent.
     fields = {f: raw[f] for f in _SHARED_FIELDS if raw.get(f) not in (None, [], "", {})}
     fields.setdefault("r", 8)
     fields.setdefault("lora_alpha", 8)
@@ -98,7 +99,7 @@ def read_adapter_config(directory: str | Path) -> LoraConfig:
 
 
 def read_base_name(directory: str | Path) -> tuple[str | None, str | None]:
-    """Returns the base model that adapter_config.json names, and its revision, if it says so.
+    """Returns the base model in adapter_config.json, and its revision, if recorded.
 
     Raises:
         AdapterError: If one of them is no text.
@@ -111,7 +112,7 @@ def read_base_name(directory: str | Path) -> tuple[str | None, str | None]:
 
 
 def adapter_notes(directory: str | Path) -> list[str]:
-    """Returns what a user should know of an adapter that loads: how training it on will differ."""
+    """Returns notes on an adapter that loads: how further training will differ."""
     path = Path(directory) / CONFIG_FILE
     raw = read_json(path)
     notes = []
@@ -131,7 +132,7 @@ def _check_names(raw: dict[str, Any]) -> list[str]:
 
 
 def _other_methods(raw: dict[str, Any]) -> list[str]:
-    """Says of each field that makes another method of the adapter what it does, and what helps."""
+    """Describes each field of another method than LoRA: its effect, and the remedy."""
     problems = _initialisation(raw.get("init_lora_weights", True))
     known = {*_SHARED_FIELDS, *_NEUTRAL_FIELDS, "peft_type", "init_lora_weights"}
     for field, value in raw.items():
@@ -151,8 +152,8 @@ def _other_methods(raw: dict[str, Any]) -> list[str]:
 
 
 def _initialisation(value: Any) -> list[str]:
-    """Says what is wrong with an initialisation that changes the base that A and B belong to."""
-    if not value or value is True:  # PEFT takes a 0 and what is empty for false
+    """Returns the problem of an initialisation that changes the base of A and B."""
+    if not value or value is True:  # PEFT treats 0 and empty values as false
         return []
     if not isinstance(value, str):
         return [
@@ -164,7 +165,7 @@ def _initialisation(value: Any) -> list[str]:
         return []
     remedy = _CONVERT
     if name in ("pissa", "olora"):
-        # PEFT takes the base apart on loading, the same way as before training.
+        # PEFT splits the base on loading, the same way as before training.
         remedy = f"{_MERGE}; or {_CONVERT}"
     elif name == "loftq":
         remedy = "use it with PEFT, on the base that LoftQ quantised"

@@ -1,4 +1,4 @@
-"""Safetensors files: headers, tensors one by one or ahead, and a file written."""
+"""Safetensors files: reading headers and tensors, also ahead, and writing."""
 
 import contextlib
 import dataclasses
@@ -23,13 +23,13 @@ from lorax.system.files import CheckpointError, refuse_stand_ins
 from lorax.system.wording import clip
 
 type Part = tuple[slice, ...]
-"""What of a tensor: a slice without steps for each of its first dimensions, all of the others."""
+"""A part of a tensor: slices without steps of its first dimensions, all of the others."""
 
 READABLE_DTYPES = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32}
-"""By the name that safetensors gives them."""
+"""Dtypes by their names in safetensors."""
 
 MAX_HEADER_BYTES = 2**24
-"""Of a safetensors file: room for 100,000 tensors. A larger one takes long to parse, and memory."""
+"""Largest header: room for 100,000 tensors. A larger one takes long to parse, and memory."""
 
 _READERS = 2
 """Threads that read weights."""
@@ -37,10 +37,10 @@ _READERS = 2
 
 @dataclasses.dataclass(frozen=True)
 class TensorEntry:
-    """What a safetensors header says about one tensor.
+    """A tensor's entry in a safetensors header.
 
     Attributes:
-        file: Where it is.
+        file: The file.
         shape: Its shape there.
         dtype: Its dtype as safetensors names it, one of `READABLE_DTYPES`.
         offset: Byte of the file at which its data begin.
@@ -75,7 +75,7 @@ def read_headers(paths: Iterable[Path]) -> dict[str, TensorEntry]:
                     )
                 if name in entries:
                     raise CheckpointError(
-                        f"{name} stands in {entries[name].file} and again in {path}; remove one"
+                        f"{name} is in {entries[name].file} and in {path}; remove one"
                     )
                 entries[name] = entry
     return entries
@@ -92,7 +92,7 @@ def read_tensors(paths: Iterable[Path]) -> Iterator[tuple[Path, str, np.ndarray]
 
 
 def read_tensor(entry: TensorEntry) -> np.ndarray:
-    """Reads one tensor, without Python's lock: other threads run meanwhile.
+    """Reads one tensor without holding Python's lock.
 
     Raises:
         CheckpointError: If the file has become shorter.
@@ -103,9 +103,9 @@ def read_tensor(entry: TensorEntry) -> np.ndarray:
 def read_parts(entry: TensorEntry, parts: Sequence[Part]) -> list[np.ndarray]:
     """Reads parts of one tensor, as `read_tensor` does.
 
-    A part whose elements follow each other in the file is read alone. Others are views of one
-    range, the smallest that covers them, which is read once: the columns of a matrix that is stored
-    row by row, for example.
+    A part that is contiguous in the file is read alone. Other parts are views of the smallest range
+    that covers them, which is read once: the columns of a matrix that is stored row by row, for
+    example.
 
     Raises:
         CheckpointError: As `read_tensor`.
@@ -126,7 +126,7 @@ def read_parts(entry: TensorEntry, parts: Sequence[Part]) -> list[np.ndarray]:
 
 
 class _Range(NamedTuple):
-    """Of a part: the elements from its first to behind its last one, and its own shape."""
+    """The range of a part: its first element, the one after its last, and its own shape."""
 
     start: int
     stop: int
@@ -161,13 +161,13 @@ def _read_range(entry: TensorEntry, start: int, stop: int) -> np.ndarray:
 def read_ahead(
     entries: Mapping[str, TensorEntry], parts: Mapping[str, Sequence[Part]]
 ) -> Iterator[tuple[str, list[np.ndarray]]]:
-    """Yields name and parts of every tensor as they follow each other in the files.
+    """Yields name and parts of every tensor in the order of the files.
 
-    The next ones are read in threads meanwhile.
+    Background threads read the next ones meanwhile.
 
     Args:
         entries: The tensors.
-        parts: What of each; of one that is not named, all, as one part.
+        parts: Parts of each; a tensor that is not named is read whole, as one part.
 
     Raises:
         CheckpointError: As `read_tensor`.
@@ -190,7 +190,7 @@ def read_ahead(
 
 
 def _read_offsets(path: Path) -> dict[str, int]:
-    """Returns where in a whole safetensors file the data of each tensor begin."""
+    """Returns the offset of each tensor's data in a complete safetensors file."""
     with path.open("rb") as raw:
         size = int.from_bytes(raw.read(8), "little")
         header = json.loads(raw.read(size))
@@ -226,7 +226,7 @@ def open_tensors(path: str | Path) -> Iterator[Any]:
 
 
 def save_tensors(tensors: dict[str, np.ndarray], path: Path) -> None:
-    """Writes a safetensors file that whoever may read the folder can read.
+    """Writes a safetensors file that every reader of the folder can read.
 
     Raises:
         OSError: If the disk has no room for it.
@@ -241,7 +241,7 @@ def save_tensors(tensors: dict[str, np.ndarray], path: Path) -> None:
         if found := re.search(r"os error (\d+)", str(error)):
             raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
         raise
-    # safetensors makes its files for the owner alone; a server often runs as someone else.
+    # safetensors creates files for the owner alone; a server often runs as another user.
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(0o666 & ~mask)

@@ -1,4 +1,4 @@
-"""Models to Hugging Face checkpoints, one tensor at a time."""
+"""Saving models as Hugging Face checkpoints, one tensor at a time."""
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -28,9 +28,9 @@ def model_tensors(
 
     Args:
         model: The model; adapters are not merged here.
-        dtype: Of the arrays.
-        overrides: By tensor name, values to write instead of the model's own, as they would
-            stand in the model (kernels are (in, out)), or functions that make them when needed.
+        dtype: Dtype of the arrays.
+        overrides: Values to write instead of the model's own, by tensor name, in the model's layout
+            (kernels are (in, out)), or functions that compute them when needed.
 
     Raises:
         ValueError: If the model lacks a parameter that no override gives, an override names no
@@ -76,13 +76,13 @@ def save_model(
     Args:
         model: The model, without adapters (or with every adapted kernel in `overrides`).
         directory: A path that does not exist, or an empty folder.
-        dtype: Of the tensors written.
+        dtype: Dtype of the tensors written.
         max_shard_bytes: Size above which the weights are split over files.
         source_directory: Folder of the original checkpoint, whose tokenizer, chat template and
             generation settings are copied.
         overrides: See `model_tensors`.
-        files: Texts by the name of their file, to stand there instead of what is copied; a path is
-            copied, and None leaves a file out.
+        files: Texts by the name of their file, instead of the copied ones; a path is copied, and
+            None leaves a file out.
 
     Returns:
         The folder.

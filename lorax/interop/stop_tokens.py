@@ -1,4 +1,4 @@
-"""The tokens that end a text: scoring, generating and exporting all ask here."""
+"""The stop tokens of scoring, generating and exporting."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -9,7 +9,7 @@ from lorax.interop.folder import CONFIG_FILE, GENERATION_FILE
 from lorax.system.files import CheckpointError, read_json
 
 STOP_TOKENS_FILE = "stop_tokens.json"
-"""In a run's folder: what its model stops with, the tokens that it was trained to stop with too."""
+"""The file in a run's folder with its model's stop tokens, trained ones included."""
 
 _KEY = "eos_token_id"
 
@@ -23,19 +23,19 @@ def stop_token_ids(
 ) -> tuple[int, ...]:
     """Returns every token that ends a text, each once.
 
-    First come those that a checkpoint's files name, since some readers take the first of them to
-    fill up with: ``eos_token_id`` of generation_config.json, of config.json and of the tokenizer
-    (chat models end a turn with one and a text with another). Then come those that were trained: a
-    chat template may end turns with a token that the base model does not stop at.
+    First come those in a checkpoint's files, since some readers pad with the first one:
+    ``eos_token_id`` of generation_config.json, of config.json and of the tokenizer (chat models end
+    a turn with one and a text with another). Then come the trained ones: a chat template may end
+    turns with a token that the base model does not stop at.
 
     Args:
         directory: Folder of the checkpoint.
         tokenizer: Anything with ``eos_token_id``, or None.
-        trained: Those that end what was learned; see `EncodeReport.stop_ids`.
-        needed: Whether it is an error that there are none.
+        trained: Those at the end of learned turns; see `EncodeReport.stop_ids`.
+        needed: Whether none is an error.
 
     Raises:
-        ValueError: If there are none, or a file names something else; with the file and the key.
+        ValueError: If there are none, or a file holds something else; with the file and the key.
     """
     found: list[int] = []
     for name in (GENERATION_FILE, CONFIG_FILE):
@@ -53,17 +53,17 @@ def stop_token_ids(
 
 
 def generation_settings(directory: str | Path, stop_ids: Sequence[int]) -> dict[str, Any] | None:
-    """Returns the generation_config.json of a model that has `stop_ids` besides its base's own.
+    """Returns the generation_config.json of a model with `stop_ids` in addition to its base's.
 
-    Where the base has no such file, transformers would take the ids that config.json names; so do
-    they stand in the new one.
+    Where the base has no such file, transformers takes the ids in config.json; the new file then
+    has these too.
 
     Args:
         directory: Folder of the base checkpoint.
         stop_ids: From `stop_token_ids`.
 
     Returns:
-        Its contents, all other fields as they were; None if the base's own files say the same.
+        Its contents, all other fields unchanged; None if the base's own files have the same ids.
     """
     path = Path(directory) / GENERATION_FILE
     fallback = Path(directory) / CONFIG_FILE
@@ -80,17 +80,17 @@ def generation_settings(directory: str | Path, stop_ids: Sequence[int]) -> dict[
 
 
 def write_stop_tokens(folder: Path, stop_ids: Sequence[int], tokenizer: Any) -> None:
-    """Records in a run's folder what its model stops with."""
+    """Writes the stop tokens of a run's model to its folder."""
     names = tokenizer.convert_ids_to_tokens(list(stop_ids))
     text = json.dumps({_KEY: list(stop_ids), "tokens": names}, ensure_ascii=False)
     (folder / STOP_TOKENS_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def read_stop_tokens(folder: Path) -> tuple[int, ...] | None:
-    """Returns what a run recorded, or None if an older version of lorax made it.
+    """Returns the recorded stop tokens, or None for a run of an older version of lorax.
 
     Raises:
-        CheckpointError: If the file is damaged, or does not say.
+        CheckpointError: If the file is damaged, or lacks them.
     """
     path = folder / STOP_TOKENS_FILE
     if not path.exists():

@@ -1,4 +1,4 @@
-"""Names and shapes of a checkpoint's tensors, and where each lives in the model."""
+"""Names and shapes of a checkpoint's tensors, and their places in the model."""
 
 import dataclasses
 import functools
@@ -28,7 +28,7 @@ _LEAVES = {
 
 @dataclasses.dataclass(frozen=True)
 class TensorSpec:
-    """One tensor of a checkpoint, and where it lives in the model.
+    """One tensor of a checkpoint, and its place in the model.
 
     Attributes:
         path: Path of the parameter in `nnx.state(model)`.
@@ -45,15 +45,15 @@ def hf_name(path: ParameterPath, family: Family | None = None) -> tuple[str, boo
     """Returns the checkpoint's name of a parameter, and whether it is transposed there.
 
     This is the only translation of names, used in both directions: modules are named as in
-    Hugging Face's models, so only the last part differs. What differs besides, the family says.
+    Hugging Face's models, so only the last part differs. The family lists further exceptions.
 
     Args:
         path: For example ``("model", "layers", 0, "mlp", "up_proj", "kernel")``.
-        family: Of the model, in whose files tensors may have other names. None gives the name by
-            the rule, which is the module's in transformers: PEFT's files have those.
+        family: The model's family, whose files may use other names. None gives the name by the
+            rule, which is the module's in transformers: PEFT's files use it.
 
     Raises:
-        ValueError: If the last part is no weight that checkpoints have.
+        ValueError: If the last part is no weight of a checkpoint.
     """
     *modules, leaf = (str(part) for part in path)
     if leaf not in _LEAVES:
@@ -79,7 +79,7 @@ def tensor_table(config: DecoderConfig) -> Mapping[str, TensorSpec]:
 
 
 def listed(names: list[str]) -> str:
-    """Names the first three tensors, and says how many more there are."""
+    """Names the first three tensors, and counts the others."""
     more = f" and {len(names) - 3} more tensors" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
 

@@ -1,4 +1,4 @@
-"""Causal attention over whole rows, packed documents or a cache: XLA or cuDNN."""
+"""Causal attention over sequences, packed documents or a cache: XLA or cuDNN."""
 
 import dataclasses
 import functools
@@ -19,7 +19,7 @@ type LayerCache = tuple[Float[Array, "b s groups d"], Float[Array, "b s groups d
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Keys and values of earlier tokens; slot p of a row holds its token at position p.
+    """Keys and values of earlier tokens; slot p of a sequence holds its token at position p.
 
     Attributes:
         layers: (keys, values) per layer, rotated.
@@ -54,7 +54,7 @@ def cudnn_obstacle(dtype: jnp.dtype, head_dim: int, *, packed: bool) -> str | No
 def resolve_implementation(
     impl: AttentionImplementation, dtype: jnp.dtype, head_dim: int, *, packed: bool
 ) -> Literal["xla", "cudnn"]:
-    """Returns what will run: "auto" is cuDNN wherever it can run, else XLA.
+    """Returns the implementation that will run: "auto" is cuDNN wherever it can run, else XLA.
 
     Raises:
         ValueError: If `impl` is unknown, or "cudnn" where cuDNN cannot run.
@@ -83,16 +83,16 @@ def attend(
     Token i sees token j if j ≤ i, both are of one document, and i - j < `sliding_window`. Padding
     on the right needs no mask of its own: no earlier token sees it.
 
-    Packed rows on cuDNN are computed by document if the runs are known. If not, it is given a mask:
-    that takes longer, and memory for t² elements of each row.
+    cuDNN computes packed sequences by document if the runs are known. If not, it gets a mask, which
+    takes longer, and memory for t² elements per sequence.
 
     Args:
         q: Queries.
         k: Keys; head h of `q` reads group h // (heads / groups).
         v: Values.
-        documents: The documents of packed rows; None where every row is one document.
+        documents: The documents of packed sequences; None where every sequence is one document.
         sliding_window: Tokens that each token sees, itself included.
-        impl: What runs; see `resolve_implementation`. XLA writes all (t, t) scores to memory.
+        impl: See `resolve_implementation`. XLA writes all (t, t) scores to memory.
 
     Raises:
         ValueError: If cuDNN is asked for and cannot run.
@@ -128,7 +128,7 @@ def attend_cache(
 
     Args:
         q: Queries of the new tokens.
-        keys: The cache; slots above a row's positions may hold anything.
+        keys: The cache; slots above a sequence's positions may hold anything.
         values: The cache.
         positions: Position, and so cache slot, of each new token.
         sliding_window: Tokens that each token sees, itself included.
@@ -170,7 +170,7 @@ def store(
         k: Keys of the new tokens.
         v: Values of the new tokens.
         positions: Their slots, unless `empty`.
-        empty: Token i of every row goes to slot i: a whole prompt.
+        empty: Token i of every sequence goes to slot i: a whole prompt.
     """
 
     def put(whole, new):
@@ -198,7 +198,7 @@ def _visible(
 
 
 def _by_row(attend_rows, *arrays) -> jax.Array:
-    """Runs cuDNN over each device's own rows."""
+    """Runs cuDNN over each device's own sequences."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.shape.get(DATA_AXIS, 1) > 1 and DATA_AXIS not in mesh.manual_axes:
         rows = PartitionSpec(DATA_AXIS)
@@ -215,13 +215,13 @@ type Rotary = tuple[Float[Array, "b t half"], Float[Array, "b t half"]]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What every layer reads besides its input.
+    """Inputs shared by all layers.
 
     Attributes:
         rotary: cos and sin of each token.
         positions: Position of each token in its document.
-        documents: Documents of packed rows, or None.
-        repeated: Whether the backward pass makes the layer again.
+        documents: Documents of packed sequences, or None.
+        repeated: Whether the backward pass recomputes the layer.
     """
 
     rotary: Rotary

@@ -1,4 +1,4 @@
-"""Packed documents: where each begins, as cuDNN is told of them, and attention within them."""
+"""Packed documents: their runs in a sequence as cuDNN needs them, and attention within them."""
 
 import dataclasses
 from typing import cast
@@ -12,14 +12,15 @@ _TILE = 128
 
 @dataclasses.dataclass(frozen=True)
 class DocumentLayout:
-    """What cuDNN must know of packed rows when it is compiled.
+    """The shape of packed sequences, as cuDNN needs it when a program is compiled.
 
-    It is told of windows instead of rows, because its workspace in the backward pass grows with
-    tokens × documents per window: whole rows of many short documents took 60 GiB at 8,192 tokens.
+    cuDNN gets windows instead of sequences, because its workspace in the backward pass grows with
+    tokens × documents per window: whole sequences of many short documents took 60 GiB at 8,192
+    tokens.
 
     Attributes:
         window: Tokens of a window, at least as many as the longest document.
-        documents: The most documents that begin in one window, counted from the row's start.
+        documents: The most documents that begin in one window, counted from the sequence's start.
     """
 
     window: int
@@ -29,12 +30,12 @@ class DocumentLayout:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Documents:
-    """Which tokens belong together, and where cuDNN finds each run of them.
+    """The documents of packed sequences, and the runs of their tokens for cuDNN.
 
     Attributes:
-        segment_ids: Number of each token's document in its row; 0 is padding.
+        segment_ids: Number of each token's document in its sequence; 0 is padding.
         starts: First token of each run that begins in a window, counted from the window's own
-            first token, -1 after the last; None where cuDNN, if it runs, is to be given a mask.
+            first token, -1 after the last; None where cuDNN, if it runs, gets a mask.
         lengths: Tokens of each run, which may end in a later window; -1 after the last.
     """
 
@@ -49,9 +50,9 @@ def find_documents(segment_ids: Int[Array, "b t"], layout: DocumentLayout) -> Do
     Padding is cut at every window, so that no run is longer than one.
 
     Args:
-        segment_ids: Document of each token in its row.
-        layout: Windows that hold more documents than it says give wrong runs: see
-            `too_many_documents`. A window that does not divide the row becomes the whole row.
+        segment_ids: Document of each token in its sequence.
+        layout: Windows with more documents than its number give wrong runs: see
+            `too_many_documents`. A window that does not divide the sequence becomes the sequence.
     """
     rows, length = segment_ids.shape
     window, runs = _window_and_runs(length, layout)
@@ -62,7 +63,7 @@ def find_documents(segment_ids: Int[Array, "b t"], layout: DocumentLayout) -> Do
     shape = (rows * (length // window), window)
     starting = jnp.cumsum(is_start.reshape(shape), axis=1)
     # Before the start of run i lie the tokens that count at most i starts. (No scatter: with
-    # xla_gpu_exclude_nondeterministic_ops XLA 0.11.2 writes what is to be dropped elsewhere.)
+    # xla_gpu_exclude_nondeterministic_ops XLA 0.11.2 writes elements to drop to wrong places.)
     before = starting[:, None, :] <= jnp.arange(runs)[None, :, None]
     starts = before.sum(axis=2, dtype=jnp.int32)
     left = (following - token).reshape(shape)
@@ -86,7 +87,7 @@ def _run_starts(segment_ids: Int[Array, "b t"], window: int) -> Bool[Array, "b t
 
 
 def run_index(segment_ids: Int[Array, "b t"]) -> Int[Array, "b t"]:
-    """Numbers the runs of equal ids of each row from 0."""
+    """Numbers the runs of equal ids of each sequence from 0."""
     changes = segment_ids[:, 1:] != segment_ids[:, :-1]
     return jnp.pad(jnp.cumsum(changes, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
 
@@ -94,7 +95,7 @@ def run_index(segment_ids: Int[Array, "b t"]) -> Int[Array, "b t"]:
 def document_lengths(
     positions: Int[Array, "b t"], segment_ids: Int[Array, "b t"] | None
 ) -> Int[Array, "b #t"]:
-    """Returns the last position of each token's document, plus one (per row if not packed)."""
+    """Returns the last position of each token's document, plus one (per sequence if not packed)."""
     if segment_ids is None:
         return positions.max(axis=1, keepdims=True) + 1
     run = run_index(segment_ids)
@@ -104,7 +105,7 @@ def document_lengths(
 
 
 def too_many_documents(segment_ids: Int[Array, "b t"], layout: DocumentLayout) -> Bool[Array, " b"]:
-    """Says which rows do not fit the layout: a window too full, or a document too long."""
+    """Returns which sequences do not fit the layout: a window too full, or a document too long."""
     rows, length = segment_ids.shape
     window, runs = _window_and_runs(length, layout)
     starts = _run_starts(segment_ids, window).reshape(rows, -1, window)
@@ -115,7 +116,7 @@ def too_many_documents(segment_ids: Int[Array, "b t"], layout: DocumentLayout) -
 
 
 def attend_by_mask(attend_plain, q, k, v, segment_ids):
-    """Keeps documents apart by a mask, in rows of whole tiles: others are known to give NaN."""
+    """Separates documents by a mask, in sequences of whole tiles: others are known to give NaN."""
     length = q.shape[1]
     q, k, v, segment_ids = (
         jnp.pad(x, ((0, 0), (0, -length % _TILE), *[(0, 0)] * (x.ndim - 2)))
@@ -127,7 +128,7 @@ def attend_by_mask(attend_plain, q, k, v, segment_ids):
 
 
 def attend_windows(q, k, v, starts, lengths, *, sliding_window):
-    """Hands over windows as rows; a document may reach into the next, all being one stretch."""
+    """Calls cuDNN with windows as sequences; a document may reach into the next window."""
     rows, windows, runs = starts.shape
 
     def cut(x):
@@ -135,8 +136,8 @@ def attend_windows(q, k, v, starts, lengths, *, sliding_window):
 
     starts = starts.reshape(-1, runs)
     lengths = lengths.reshape(-1, runs)
-    # jax 0.11.2 counts an end that is also the next row's start twice, which gives NaN: only the
-    # last row says where it ends.
+    # jax 0.11.2 counts an end that is also the next sequence's start twice, which gives NaN: only
+    # the last sequence has an end.
     ends = jnp.full((rows * windows, 1), -1, starts.dtype).at[-1].set(q.shape[1] // windows)
     offsets = jnp.concatenate([starts, ends], axis=1)
     attended = _packed_kernel(
@@ -147,7 +148,7 @@ def attend_windows(q, k, v, starts, lengths, *, sliding_window):
 
 def _packed_kernel(q, k, v, lengths, offsets, *, sliding_window) -> jax.Array:
     """Calls jax's private binding of cuDNN's packed layout; nothing public reaches it."""
-    # Imported here, since the module is private: only who packs on a GPU depends on it.
+    # Imported here, since the module is private: only packing on a GPU depends on it.
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
     output = cudnn.dot_product_attention(

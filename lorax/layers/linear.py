@@ -36,8 +36,8 @@ class Frozen(nnx.Variable):
     """A weight that training never changes. `nnx.Param` is what trains."""
 
 
-class Attached(Protocol):
-    """An adapter, as the layer sees it that it is attached to."""
+class Update(Protocol):
+    """What an adapter adds to the layer that it is attached to."""
 
     @property
     def dropout(self) -> float:
@@ -68,7 +68,8 @@ class Linear(nnx.Linear):
 
     *Adapted* is a state of the layer. Without an active adapter it computes what `nnx.Linear` does.
 
-    W is an array, or stored in another format.
+    W is an array, or stored in another format. What computes with a layer is a function
+    and no method, because `nnx.tabulate` traces every method and accepts arrays only.
 
     Attributes:
         attached: The adapters by name.
@@ -114,9 +115,9 @@ class Linear(nnx.Linear):
         return None if self.active is None else self.attached[self.active]
 
     @property
-    def computing(self) -> Attached | None:
-        """The adapter that takes part in a call now, or None."""
-        return None if self.merged else self.adapter
+    def computing(self) -> Update | None:
+        """The update that takes part in a call now, or None."""
+        return None if self.merged or self.adapter is None else self.adapter.update
 
     @property
     def dropout_rate(self) -> float:
@@ -133,67 +134,70 @@ class Linear(nnx.Linear):
         """
         return "xla" if self.kernels == "auto" and self.deterministic else self.kernels
 
-    def compute_dtype(self, dtype: DTypeLike) -> jnp.dtype:
-        """Returns the dtype in which inputs of `dtype` are multiplied."""
-        return jnp.dtype(self.dtype or jnp.promote_types(dtype, self.kernel.get_value().dtype))
-
     @override
     def __call__(self, inputs: Float[Array, "*batch k"], out_sharding: Any = None):
         """Returns the layer's output, (…, n), in the dtype that `nnx.Linear` would give."""
         if self.computing is not None:
-            return self.add(inputs, None)
+            return add(self, inputs, None)
         w = self.kernel.get_value()
         if isinstance(w, Weight):
-            dtype = self.compute_dtype(inputs.dtype)
-            return self.finish(inputs.astype(dtype) @ w.dense(dtype))
+            dtype = compute_dtype(self, inputs.dtype)
+            return finish(self, inputs.astype(dtype) @ w.dense(dtype))
         return super().__call__(inputs, out_sharding)
 
-    def add(self, x: Float[Array, "*batch k"], residual: Float[Array, "*batch n"] | None):
-        """Returns the adapted output, (…, n), plus the residual if there is one.
 
-        A residual needs the dtype in which outputs are computed and come.
-        """
-        adapter = self.computing
-        rate = self.dropout_rate
-        assert adapter is not None
-        x = x.astype(self.compute_dtype(x.dtype))
-        w = self.kernel.get_value()
-        operands = adapter.operands(w)
-        if operands is None:
-            if self.kernels_now == "pallas":
-                raise ValueError(
-                    "kernels is pallas, but no kernel computes this adapter's method; use auto or "
-                    "xla"
-                )
-            y = adapter.apply(x, w, rate)
-            return self.finish(y if residual is None else residual + y)
-        assert operands.a is not None and operands.b is not None
-        y = lora_linear(
-            x,
-            operands.w,
-            operands.a,
-            operands.b,
-            scale=operands.scale,
-            bias=operands.bias,
-            residual=residual,
-            dropout_rate=rate,
-            dropout_key=adapter.key() if rate else None,
-            kernels=self.kernels_now,
-            row_axes=ROW_AXES,
-        )
-        return self.finish(y)
+def compute_dtype(layer: Linear, dtype: DTypeLike) -> jnp.dtype:
+    """Returns the dtype in which inputs of `dtype` are multiplied."""
+    return jnp.dtype(layer.dtype or jnp.promote_types(dtype, layer.kernel.get_value().dtype))
 
-    def finish(self, y: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
-        """Adds the bias to a product, and gives the dtype that the layer promises."""
-        if self.bias is not None:
-            y += self.bias[...].astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
-        wanted = self.preferred_element_type
-        return y if wanted is None else y.astype(wanted)
 
-    def promises(self, dtype: DTypeLike, of_input: DTypeLike) -> bool:
-        """Says whether outputs are computed, and come, in `dtype` for inputs of `of_input`."""
-        wanted = jnp.dtype(self.preferred_element_type or dtype)
-        return {wanted, self.compute_dtype(of_input)} == {jnp.dtype(dtype)}
+def add(layer: Linear, x: Float[Array, "*batch k"], residual: Float[Array, "*batch n"] | None):
+    """Returns the adapted output, (…, n), plus the residual if there is one.
+
+    A residual needs the dtype in which outputs are computed and come.
+    """
+    adapter = layer.computing
+    rate = layer.dropout_rate
+    assert adapter is not None
+    x = x.astype(compute_dtype(layer, x.dtype))
+    w = layer.kernel.get_value()
+    operands = adapter.operands(w)
+    if operands is None:
+        if layer.kernels_now == "pallas":
+            raise ValueError(
+                "kernels is pallas, but no kernel computes this adapter's method; use auto or xla"
+            )
+        y = adapter.apply(x, w, rate)
+        return finish(layer, y if residual is None else residual + y)
+    assert operands.a is not None and operands.b is not None
+    y = lora_linear(
+        x,
+        operands.w,
+        operands.a,
+        operands.b,
+        scale=operands.scale,
+        bias=operands.bias,
+        residual=residual,
+        dropout_rate=rate,
+        dropout_key=adapter.key() if rate else None,
+        kernels=layer.kernels_now,
+        row_axes=ROW_AXES,
+    )
+    return finish(layer, y)
+
+
+def finish(layer: Linear, y: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
+    """Adds the bias to a product, and gives the dtype that the layer promises."""
+    if layer.bias is not None:
+        y += layer.bias[...].astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+    wanted = layer.preferred_element_type
+    return y if wanted is None else y.astype(wanted)
+
+
+def promises(layer: Linear, dtype: DTypeLike, of_input: DTypeLike) -> bool:
+    """Says whether outputs are computed, and come, in `dtype` for inputs of `of_input`."""
+    wanted = jnp.dtype(layer.preferred_element_type or dtype)
+    return {wanted, compute_dtype(layer, of_input)} == {jnp.dtype(dtype)}
 
 
 def obstacle(linear: nnx.Linear) -> str | None:

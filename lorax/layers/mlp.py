@@ -21,5 +21,5 @@ class MLP(nnx.Module):
     def __call__(
         self, x: Float[Array, "b t d"], residual: Float[Array, "b t d"], repeated: bool
     ) -> Float[Array, "b t d"]:
-        """Returns `residual` plus the output; `repeated`: the backward pass makes it again."""
+        """Returns `residual` plus the output; `repeated`: the backward pass recomputes it."""
         return apply_mlp(self.gate_proj, self.up_proj, self.down_proj, x, residual, repeated)

@@ -26,7 +26,7 @@ class RMSNorm(nnx.Module):
         return rms_norm(x.astype(self.dtype), self.weight[...].astype(self.dtype), self.epsilon)
 
     def fork(self, x: Float[Array, "*batch d"]) -> tuple[Array, Float[Array, "*batch d"]]:
-        """Returns `x` and its norm, for a branch that is added to `x` in the end."""
+        """Returns `x` and its norm, for a branch that is later added to `x`."""
         if isinstance(self.weight, nnx.Param) or x.dtype != self.dtype:  # a Param trains
             return x, self(x)
         weight = self.weight[...].astype(self.dtype)

@@ -13,7 +13,7 @@ from lorax.system.json_fields import JsonFields
 
 DEFAULT_THETA = 10_000.0
 
-# What transformers reads for each type; a field of another type would be ignored there.
+# Fields that transformers reads for each type; it ignores a field of another type.
 _FIELDS_OF_TYPE = {
     "default": (),
     "linear": ("factor",),
@@ -83,7 +83,7 @@ class RopeConfig:
         outer = fields.number("rope_theta", None, minimum=0, above=True)
         configs = [_read_type(v, fields.where, f"{k}.", outer) for k, v in found.items()]
         if len(configs) == 2 and configs[0] != configs[1]:
-            raise fields.error("rope_parameters", "must say the same as rope_scaling")
+            raise fields.error("rope_parameters", "must agree with rope_scaling")
         if configs:
             return configs[0]
         return cls(rope_theta=DEFAULT_THETA if outer is None else outer)
@@ -245,8 +245,8 @@ def rotary_tables(
         head_dim: Size of a head.
         max_position_embeddings: The model's context.
         positions: Position of each token in its document.
-        lengths: Length of the document of each token (or of each row); only ``dynamic`` reads it,
-            and only where it exceeds `max_position_embeddings`.
+        lengths: Length of the document of each token (or of each sequence); only ``dynamic`` reads
+            it, and only where it exceeds `max_position_embeddings`.
     """
     frequencies, factor = inverse_frequencies(rope, head_dim, max_position_embeddings)
     omega = jnp.asarray(frequencies)[None, None, :]
@@ -276,7 +276,7 @@ def rotate(
     cos: Float[Array, "b t half"],
     sin: Float[Array, "b t half"],
 ) -> Float[Array, "b t heads d"]:
-    """Turns each pair (x_i, x_{i + d/2}) by its angle; float32 inside, `x`'s dtype outside."""
+    """Rotates each pair (x_i, x_{i + d/2}) by its angle; float32 inside, `x`'s dtype outside."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos = cos[:, :, None, :]
     sin = sin[:, :, None, :]

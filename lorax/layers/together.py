@@ -8,7 +8,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from lorax.devices.mesh import ROW_AXES
-from lorax.layers.linear import Frozen, Linear, obstacle
+from lorax.layers.linear import (
+    Frozen,
+    Linear,
+    add,
+    compute_dtype,
+    finish,
+    obstacle,
+    promises,
+)
 from lorax_kernels import (
     Kernels,
     LoraWeights,
@@ -26,8 +34,8 @@ def apply_together(layers: Sequence[Any], x: Float[Array, "*batch k"]) -> list[A
     and one dropout of x.
 
     Args:
-        layers: Of any kind that is called like a linear layer.
-        x: What they read.
+        layers: Modules that are called like a linear layer.
+        x: Their input.
     """
     group = _group(layers, x.dtype)
     if group is None or group.way is None:
@@ -35,7 +43,7 @@ def apply_together(layers: Sequence[Any], x: Float[Array, "*batch k"]) -> list[A
     outputs = lora_linear_group(
         x.astype(group.dtype), group.members, dropout_key=group.key, **_options(group.way)
     )
-    return [layer.finish(y) for layer, y in zip(layers, outputs, strict=True)]
+    return [finish(layer, y) for layer, y in zip(layers, outputs, strict=True)]
 
 
 def apply_added(
@@ -43,8 +51,8 @@ def apply_added(
 ) -> Float[Array, "*batch n"]:
     """Returns ``residual + layer(x)``, in one operation where they have one dtype."""
     adapted = isinstance(layer, Linear) and layer.computing is not None
-    if adapted and layer.promises(residual.dtype, x.dtype):
-        return layer.add(x, residual)
+    if adapted and promises(layer, residual.dtype, x.dtype):
+        return add(layer, x, residual)
     return residual + layer(x)
 
 
@@ -56,14 +64,14 @@ def apply_mlp(
     residual: Float[Array, "*batch d"],
     repeated: bool,
 ) -> Float[Array, "*batch d"]:
-    """Returns ``residual + down(silu(gate(x)) · up(x))``, in as few operations as there can be.
+    """Returns ``residual + down(silu(gate(x)) · up(x))``, in as few operations as possible.
 
     Args:
         gate: The layer whose output passes through ``silu``.
         up: The layer that it multiplies.
-        down: The layer that reads the product.
-        x: What gate and up read.
-        residual: What the output is added to.
+        down: The layer that reads the inner product.
+        x: Input of gate and up.
+        residual: Added to the output.
         repeated: Whether the backward pass recomputes all of it; see `lorax_kernels.lora_mlp`.
     """
     pair = _group((gate, up), x.dtype)
@@ -71,7 +79,7 @@ def apply_mlp(
         return residual + down(_multiply(*apply_together((gate, up), x)))
     single = _group((down,), pair.dtype)
     way = None if single is None else _common_way(pair, single)
-    if single is not None and way is not None and down.promises(residual.dtype, pair.dtype):
+    if single is not None and way is not None and promises(down, residual.dtype, pair.dtype):
         y = lora_mlp(
             x.astype(pair.dtype),
             *pair.members,
@@ -81,7 +89,7 @@ def apply_mlp(
             repeated=repeated,
             **_options(way),
         )
-        return down.finish(y)
+        return finish(down, y)
     if pair.way is None:
         return residual + down(_multiply(gate(x), up(x)))
     options = _options(pair.way)
@@ -95,7 +103,7 @@ _multiply = jax.checkpoint(swiglu)
 
 
 class _Way(NamedTuple):
-    """How adapted layers compute: layers that differ in it cannot share an operation."""
+    """Settings of an adapted layer that layers must share to run in one operation."""
 
     dropout_rate: float
     kernels: Kernels
@@ -106,9 +114,9 @@ class _Group(NamedTuple):
 
     Attributes:
         members: One per layer.
-        dtype: In which all are multiplied.
-        way: Of those that are adapted; None if none is.
-        key: Of the first one's dropout; None without dropout.
+        dtype: Dtype of the matmuls.
+        way: The settings of the adapted members; None if there are none.
+        key: Dropout key of the first member; None without dropout.
     """
 
     members: list[LoraWeights]
@@ -120,8 +128,8 @@ class _Group(NamedTuple):
 def _group(layers: Sequence[Any], dtype: Any) -> _Group | None:
     """Returns the operands of one call for all layers, or None if they cannot share it.
 
-    Layers without an adapter take part while they are frozen: the operations give no gradient of a
-    base weight.
+    Layers without an adapter may be members while they are frozen: the operations give no gradient
+    of a base weight.
     """
     members = []
     dtypes = set()
@@ -139,14 +147,14 @@ def _group(layers: Sequence[Any], dtype: Any) -> _Group | None:
         if member is None:
             return None
         members.append(member)
-        dtypes.add(layer.compute_dtype(dtype))
+        dtypes.add(compute_dtype(layer, dtype))
     if len(dtypes) > 1 or len(ways) > 1:
         return None
     return _Group(members, dtypes.pop(), ways.pop() if ways else None, key)
 
 
 def _common_way(group: _Group, other: _Group) -> _Way | None:
-    """Returns how the layers of both compute, or None: they do not alike, or none is adapted."""
+    """Returns the settings that both share, or None: they differ, or no layer is adapted."""
     ways = {group.way, other.way} - {None}
     return ways.pop() if len(ways) == 1 and group.dtype == other.dtype else None
 
@@ -156,5 +164,5 @@ def _options(way: _Way) -> dict[str, Any]:
 
 
 def _is_bare(layer: Linear) -> bool:
-    """Says whether a layer's output is its product, with nothing added and not cast."""
+    """Says whether a layer's output is its matmul, with nothing added and not cast."""
     return layer.bias is None and layer.preferred_element_type is None

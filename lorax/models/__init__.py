@@ -1,1 +1,1 @@
-"""Decoders, and config.json field by field."""
+"""Families of decoders, and their config.json field by field."""

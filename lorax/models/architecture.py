@@ -1,4 +1,4 @@
-"""The architecture of a decoder, and what all families read of and write to a config.json."""
+"""The architecture of a decoder, and the fields of config.json that all families share."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from lorax.models.windows import SLIDING, read_windows, write_windows
 from lorax.system.json_fields import JsonFields
 
 _MOST_LAYERS = 1000
-"""Several times what any model has: the layers of a damaged file would take hours to lay out."""
+"""Several times as many as any model has: a damaged file's number would take hours to set up."""
 
 _DTYPES = {
     "bfloat16": "bfloat16",
@@ -27,7 +27,7 @@ class DecoderConfig:
     """A decoder-only transformer, under Hugging Face's names.
 
     Attributes:
-        family: What lorax knows of its family.
+        family: Its family.
         model_type: One of the family's.
         vocab_size: Rows of the embedding.
         hidden_size: Width of the residual stream.
@@ -49,7 +49,7 @@ class DecoderConfig:
         bos_token_id: Kept for generation.
         eos_token_id: Kept for generation; may be several.
         pad_token_id: Kept for generation.
-        notes: What of the file is not read and changes nothing, for the user to know.
+        notes: Notes for the user on fields that are not read and change nothing.
     """
 
     family: Family = dataclasses.field(repr=False)
@@ -87,7 +87,7 @@ class DecoderConfig:
 
     @property
     def context(self) -> int:
-        """Returns the tokens of a row that the model was made for, stretching included."""
+        """Returns the length of a sequence that the model was made for, stretching included."""
         stretched = self.rope.original_max_position_embeddings or self.max_position_embeddings
         return max(self.max_position_embeddings, round(stretched * (self.rope.factor or 1.0)))
 
@@ -99,16 +99,16 @@ class DecoderConfig:
 def read_decoder(
     family: Family, fields: JsonFields, *, qkv_bias: bool = False, qk_norm: bool = False
 ) -> DecoderConfig:
-    """Reads what the decoders of all families have: a `Family.read`, or its larger part.
+    """Reads the fields that all families share: a `Family.read`, or its larger part.
 
     Fields that are absent take the defaults of the transformers class of the same `model_type`.
     Both ``rope_parameters`` (transformers 5) and ``rope_theta`` with ``rope_scaling`` are
     understood.
 
     Args:
-        family: Of the model.
-        fields: Of config.json.
-        qkv_bias: Whether q, k and v have biases that the file does not speak of.
+        family: The model's family.
+        fields: The fields of config.json.
+        qkv_bias: Whether q, k and v have biases without a field in the file.
         qk_norm: Whether queries and keys are normalised per head.
 
     Raises:
@@ -148,7 +148,7 @@ def read_decoder(
 
 
 def write_decoder(config: DecoderConfig) -> dict[str, Any]:
-    """Writes what `read_decoder` reads: a `Family.write`, or its larger part."""
+    """Writes the fields that `read_decoder` reads: a `Family.write`, or its larger part."""
     defaults = config.family.types[config.model_type]
     result: dict[str, Any] = {
         "architectures": [defaults.architecture],
@@ -174,9 +174,9 @@ def write_decoder(config: DecoderConfig) -> dict[str, Any]:
 
 
 def stored_dtype(config: Mapping[str, Any], where: str) -> str | None:
-    """Returns what a config.json says of the dtype of its weights, as ``dtype`` or ``torch_dtype``.
+    """Returns the dtype of the weights in a config.json, ``dtype`` or ``torch_dtype``.
 
-    None leaves it to the tensors, which carry theirs: the field is absent, null or ``auto``.
+    None leaves it to the tensors: the field is absent, null or ``auto``.
 
     Raises:
         ValueError: If it is no name of a dtype that lorax reads.

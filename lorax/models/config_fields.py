@@ -1,4 +1,4 @@
-"""The fields of config.json beside the architecture: fixed, harmless, and neutral by their kind."""
+"""Fields of config.json outside the architecture: fixed, harmless, or neutral by their kind."""
 
 import re
 from typing import Any
@@ -79,7 +79,7 @@ HARMLESS_FIELDS: dict[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 
-# What a name speaks of that chooses between computations: its text may be an algorithm's.
+# Words in names of fields that choose between computations: their text may name an algorithm.
 _COMPUTED = re.compile(
     r"(act$|activ|alibi|arch|attention|attn|backbone|bias|block|caus|cross|depth|dim|drop|emb|"
     r"expert|feed|ffn|fn$|form|func|gat(e|ing)|glu|head|hidden|impl|kernel|kind|kv|layer|linear|"
@@ -88,24 +88,24 @@ _COMPUTED = re.compile(
     r"variant|window|yarn)"
 )
 
-# What a name speaks of that the decoder always does: to switch it off would change the result.
+# Words for what the decoder always does: switching it off would change the result.
 _ALWAYS_ON = re.compile(
     r"(caus|full|gat(e|ing)|glu|layernorm|mask|norm|posit|resid|rms|rope|rot|scal|silu|slid|"
     r"softmax|swiglu|window)"
 )
 
-# What a name speaks of that a decoder of one device, without experts, does not do or need not:
-# to switch it off leaves the result. Other switches may choose between computations (prenorm).
+# Words for what a decoder on one device, without experts, does not do or need: switching it off
+# does not change the result. Other switches may choose between computations (prenorm).
 _OFF_ANYWAY = re.compile(
     r"(audio|cach|checkpoint|compil|debug|deepspeed|distribut|expert|flash|fsdp|fus(e|ion)|image|jit|"
     r"lora$|moe|mtp|offload|parallel|profil|quanti|return|router|sdpa|torchscript|train|verbos|"
     r"video|vision|xformers)"
 )
 
-# What a name speaks of that some families have: without it the result is another.
+# Words for what some families have: without it the result differs.
 _WEIGHTS = re.compile(r"(bias|mlp|proj|tie|tied|tying)")
 
-# What a name speaks of whose text says where a model is from, or notes something.
+# Words in names of fields with a note, or with the origin of a model.
 _IDENTITY = re.compile(
     r"(author|by$|citation|comment|commit|company|copyright|creat|dataset|date|descr|develop|"
     r"framework|hash|homepage|info|lang|licen[cs]e|maintain|name|note|organi|origin|owner|path|"
@@ -115,13 +115,12 @@ _IDENTITY = re.compile(
 
 
 def neutral_kind(name: str, value: Any) -> str | None:
-    """Returns why a field that lorax does not know changes nothing of what a decoder computes.
+    """Returns why a field that lorax does not know cannot change the result of a decoder.
 
-    Such a field is neutral by its kind: nothing (null); the id of a token; a dropout of 0; a switch
-    that is off, if its name speaks of what lorax does not do or need not (caches, parallelism,
-    experts) and of nothing that it always does (``use_rope``); an empty value; text that says
-    where the model is from, or that is prose, unless its name speaks of what is computed
-    (``norm_type``).
+    Such a field is neutral by its kind: null; the id of a token; a dropout of 0; a switch that is
+    off, if its name is about what lorax does not do or need (caches, parallelism, experts) and not
+    about what it always does (``use_rope``); an empty value; text with the origin of the model, or
+    prose, unless its name is about the computation (``norm_type``).
 
     Args:
         name: The field's name.

@@ -8,6 +8,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from lorax.devices.mesh import refuse_explicit_axes
 from lorax.devices.specs import Parts
 from lorax.layers.attention import (
     AttentionImplementation,
@@ -75,23 +76,23 @@ class CausalLM(nnx.Module):
 
     Args:
         config: The architecture.
-        dtype: Of activations and products.
-        param_dtype: Of the weights that are made here.
-        attn_impl: What runs attention: see `lorax.layers.attention.resolve_implementation`.
-        gradient_checkpointing: What the backward pass computes again instead of keeping: "none";
-            "selective" elementwise work, never a product or attention (the norms' outputs and the
-            MLP's inner activation); "full" each layer, of which only the input is kept, and x·A;
-            "offload" as much, but not cuDNN's attention; what is kept lies in the host's memory.
+        dtype: Dtype of activations and matmuls.
+        param_dtype: Dtype of the new weights.
+        attn_impl: Implementation of attention: see `lorax.layers.attention.resolve_implementation`.
+        gradient_checkpointing: What the backward pass recomputes instead of storing it: "none";
+            "selective" elementwise work (the norms' outputs and the MLP's inner activation), never
+            a matmul or attention; "full" each layer, of which only the input and x·A are stored;
+            "offload" likewise, except cuDNN's attention, with stored arrays in the host's memory.
         kept_layers: How many layers, counted from the last, "full" and "offload" treat as
             "selective" does.
         rngs: Source of the weights (stream ``params``): normal with deviation 0.02, biases 0.
 
     Attributes:
         config: The architecture.
-        dtype: Of activations and products.
-        document_layout: How long and how many the documents of packed rows are; if it is None,
-            cuDNN is given a mask, and takes longer.
-        kernels: What computes the loss: see `lorax_kernels.token_nll_and_gradient`.
+        dtype: Dtype of activations and matmuls.
+        document_layout: Length and number of the documents of packed sequences; if it is None,
+            cuDNN gets a mask, and takes longer.
+        kernels: Backend of the loss: see `lorax_kernels.token_nll_and_gradient`.
     """
 
     lm_head: Any
@@ -132,7 +133,7 @@ class CausalLM(nnx.Module):
 
     @property
     def parts(self) -> Parts:
-        """How its parameters are divided over a mesh."""
+        """Partitions of its parameters over a mesh."""
         return self.config.family.parts
 
     @property
@@ -174,21 +175,23 @@ class CausalLM(nnx.Module):
         """Returns the states after the final norm, (b, t, d); with a cache, (states, new cache).
 
         Args:
-            input_ids: Tokens; rows are padded on the right.
+            input_ids: Tokens; sequences are padded on the right.
             positions: Position of each token in its document; None counts from 0. Padding must
-                not exceed its row's last position where the rotary scaling is ``dynamic``.
-            segment_ids: Number of each token's document in its row, 0 for padding; None where
-                every row is one document. If a row does not fit `document_layout` and cuDNN
-                runs, the row comes out as NaN.
+                not exceed its sequence's last position where the rotary scaling is ``dynamic``.
+            segment_ids: Number of each token's document in its sequence, 0 for padding; None where
+                every sequence is one document. If a sequence does not fit `document_layout` and
+                cuDNN runs, it comes out as NaN.
             cache: From `init_cache`, or returned by an earlier call.
             inputs_embeds: The embedding's rows for the tokens, in the device's or the host's
                 memory; the embedding itself is not read then.
 
         Raises:
-            ValueError: If packed rows are given a cache, or a used cache no positions.
+            ValueError: If packed sequences come with a cache, a used cache without positions, or
+                the tokens lie on a mesh with axes of the type Explicit.
         """
+        refuse_explicit_axes(input_ids)
         if cache is not None and segment_ids is not None:
-            raise ValueError("a cache holds one document per row: pass no segment_ids with it")
+            raise ValueError("a cache holds one document per sequence: pass no segment_ids with it")
         if positions is None:
             if cache is not None and not cache.empty:
                 raise ValueError("a used cache needs the positions of the new tokens")
@@ -220,7 +223,7 @@ class CausalLM(nnx.Module):
         layout = self.document_layout
         if layout is None:
             return Documents(segment_ids), hidden
-        # An array cannot raise inside jit; rows that would be attended wrongly become NaN.
+        # An array cannot raise inside jit; sequences with wrong attention become NaN.
         wrong = too_many_documents(segment_ids, layout)[:, None, None]
         hidden = jnp.where(wrong, jnp.asarray(jnp.nan, hidden.dtype), hidden)
         return find_documents(segment_ids, layout), hidden
@@ -238,12 +241,12 @@ class CausalLM(nnx.Module):
         return self.model.norm(hidden), KVCache(tuple(layers), empty=False)
 
     def init_cache(self, batch: int, length: int, dtype: DTypeLike | None = None) -> KVCache:
-        """Returns an empty cache for `batch` rows of up to `length` tokens.
+        """Returns an empty cache for `batch` sequences of up to `length` tokens.
 
         Args:
-            batch: Rows.
+            batch: Number of sequences.
             length: Slots; a token whose position is not below it is not stored.
-            dtype: Of keys and values; None is the model's.
+            dtype: Dtype of keys and values; None is the model's.
         """
         config = self.config
         dtype = self.dtype if dtype is None else dtype

@@ -1,4 +1,4 @@
-"""The families of models that lorax knows, and the reading of a config.json by one of them."""
+"""The list of model families, and reading a config.json by its family."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -24,8 +24,8 @@ def read_architecture(config: Mapping[str, Any], where: str) -> DecoderConfig:
 
     Raises:
         ValueError: Naming file and field: unknown (with the nearest known name), or refused by the
-            model's family (see `lorax.models.architecture.read_decoder`). What is unknown and
-            cannot change anything goes into `DecoderConfig.notes` instead.
+            model's family (see `lorax.models.architecture.read_decoder`). Unknown fields that
+            cannot change anything go into `DecoderConfig.notes` instead.
     """
     fields = JsonFields(config, where)
     family, model_type = _read_model_type(fields)
@@ -52,7 +52,7 @@ def _read_model_type(fields: JsonFields) -> tuple[Family, str]:
 
 
 def _check_architectures(fields: JsonFields, model_type: ModelType) -> None:
-    """Refuses a class that is another model's, or no causal language model."""
+    """Refuses a class of another model, or of no causal language model."""
     value = fields.raw("architectures", None)
     names = value if isinstance(value, list) else [value]
     needed = model_type.architecture
@@ -65,7 +65,7 @@ def _check_architectures(fields: JsonFields, model_type: ModelType) -> None:
                 "architectures", f"must be a causal language model that lorax reads: {listed}"
             )
         if name.lower() in supported - {needed.lower()}:
-            raise fields.error("architectures", f"must be {needed}, as model_type says")
+            raise fields.error("architectures", f"must be {needed}, by its model_type")
         if name.lower() not in supported:
             fields.note(
                 f"architectures={show(name)} is not known to lorax: model_type decides, so it "

@@ -1,4 +1,4 @@
-"""A family of models: all that lorax knows of it, stated in one object."""
+"""A family of models: all that lorax knows of it, in one object."""
 
 import dataclasses
 import re
@@ -14,7 +14,7 @@ from lorax.system.json_fields import JsonFields
 
 @dataclasses.dataclass(frozen=True)
 class ModelType:
-    """What a transformers configuration class assumes where config.json is silent.
+    """Defaults of a transformers configuration class for fields that config.json lacks.
 
     Attributes:
         architecture: The class of the model, for example ``LlamaForCausalLM``.
@@ -51,13 +51,13 @@ class Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """What the backward pass finds in memory of one layer, per token.
+    """Activations that one layer stores for the backward pass, per token.
 
     Attributes:
-        elements: In the compute dtype.
-        float32: In float32.
-        attention: Elements that only cuDNN's attention keeps, whose scores are never written.
-        inputs: (names of layers, elements) of what is kept only where one of them trains or
+        elements: Elements in the compute dtype.
+        float32: Elements in float32.
+        attention: Elements that only cuDNN's attention stores, whose scores are never written.
+        inputs: (names of layers, elements) that are stored only where one of these layers trains or
             carries an adapter.
     """
 
@@ -74,14 +74,14 @@ class Family:
     Its configuration is a `lorax.models.architecture.DecoderConfig`, or a class derived from it.
 
     Attributes:
-        types: By the ``model_type`` of config.json, what transformers assumes of it.
+        types: transformers' defaults by the ``model_type`` of config.json.
         read: (this family, the fields of a config.json) to a configuration. Every field that may
-            change the result is honoured or refused; those that are left unread are refused by
-            `lorax.models.families.read_architecture`.
-        write: A configuration to what `read` reads back, and transformers too.
-        layer: Makes layer number `index` of (configuration, index, execution, rngs). It is called
-            with (x, context, cache, empty) and returns its output and its cache.
-        kept: (configuration, policy) to what a layer keeps for the backward pass.
+            change the result is honoured or refused; `lorax.models.families.read_architecture`
+            refuses those that are left unread.
+        write: A configuration to fields that `read` and transformers read back.
+        layer: Builds layer number `index` from (configuration, index, execution, rngs). It is
+            called with (x, context, cache, empty) and returns its output and its cache.
+        kept: (configuration, policy) to the activations that a layer stores for the backward pass.
         together: Names of layers of one module that read one input, and so run as one operation.
         tensors: Exceptions to the rule that tensors are named in files as parameters are here; the
             first that matches counts.
@@ -100,7 +100,7 @@ class Family:
 
     @property
     def model_types(self) -> tuple[str, ...]:
-        """Returns the values of ``model_type`` that are of this family."""
+        """Returns the values of ``model_type`` of this family."""
         return tuple(self.types)
 
     @property

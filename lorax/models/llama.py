@@ -1,4 +1,4 @@
-"""Llama 2 and 3, and Mistral: attention and feed-forward, which other families build upon."""
+"""Llama 2 and 3, and Mistral: the attention and layer that other families build upon."""
 
 from flax import nnx
 from jaxtyping import Array, Float
@@ -71,7 +71,7 @@ class Attention(nnx.Module):
     def before_rotation(
         self, q: Float[Array, "b t n h"], k: Float[Array, "b t g h"]
     ) -> tuple[Float[Array, "b t n h"], Float[Array, "b t g h"]]:
-        """Returns the queries and keys that are rotated: those that the projections gave."""
+        """Returns the queries and keys to rotate: the outputs of the projections."""
         return q, k
 
 
@@ -99,13 +99,13 @@ class DecoderLayer(nnx.Module):
     ) -> tuple[Float[Array, "b t d"], LayerCache | None]:
         """Returns the layer's output and its cache."""
         x, normed = self.input_layernorm.fork(x)
-        x, cache = self.self_attn(normed, x, context, cache, empty)
+        x, cache = self.self_attn(normed, x, context=context, cache=cache, empty=empty)
         x, normed = self.post_attention_layernorm.fork(kept(x))
         return self.mlp(normed, x, context.repeated), cache
 
 
 def kept_per_token(config: DecoderConfig, policy: GradientCheckpointing) -> Kept:
-    """Returns what a layer keeps for the backward pass, as `Family.kept`."""
+    """Returns the activations that a layer stores for the backward pass, as `Family.kept`."""
     d = config.hidden_size
     f = config.intermediate_size
     q = config.num_attention_heads * config.head_dim

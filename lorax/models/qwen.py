@@ -15,7 +15,7 @@ from lorax.system.json_fields import JsonFields
 
 
 class Attention(llama.Attention):
-    """Llama's, with queries and keys normalised per head where the configuration says so."""
+    """Llama's attention, with queries and keys normalised per head where `qk_norm` is set."""
 
     def __init__(self, config: DecoderConfig, index: int, execution: Execution, rngs: nnx.Rngs):
         super().__init__(config, index, execution, rngs)
@@ -27,12 +27,12 @@ class Attention(llama.Attention):
     def before_rotation(
         self, q: Float[Array, "b t n h"], k: Float[Array, "b t g h"]
     ) -> tuple[Float[Array, "b t n h"], Float[Array, "b t g h"]]:
-        """Returns the queries and keys that are rotated, normalised or as they are."""
+        """Returns the queries and keys to rotate, normalised or as they are."""
         return (self.q_norm(q), self.k_norm(k)) if self.qk_norm else (q, k)
 
 
 class DecoderLayer(llama.DecoderLayer):
-    """Llama's, around another attention."""
+    """Llama's layer, with this attention."""
 
     attention = Attention
 
@@ -44,7 +44,7 @@ def read(family: Family, fields: JsonFields) -> DecoderConfig:
 
 
 def kept_per_token(config: DecoderConfig, policy: GradientCheckpointing) -> Kept:
-    """Returns what a layer keeps for the backward pass, as `Family.kept`."""
+    """Returns the activations that a layer stores for the backward pass, as `Family.kept`."""
     result = llama.kept_per_token(config, policy)
     if not config.qk_norm or policy in REPEATING:
         return result

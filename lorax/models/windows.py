@@ -1,4 +1,4 @@
-"""Which tokens each layer sees: sliding windows, read from and written to a config.json."""
+"""Sliding windows of layers, read from and written to a config.json."""
 
 from typing import Any
 
@@ -12,9 +12,9 @@ def read_windows(fields: JsonFields, kind: str, layers: int) -> tuple[int | None
     """Returns the window and the type of every layer, by the rules of the model's own class.
 
     Args:
-        fields: Of config.json.
-        kind: What the class knows: ``none``, ``every`` layer alike, or ``layers`` by their types.
-        layers: How many there are.
+        fields: The fields of config.json.
+        kind: Windows of the class: ``none``, ``every`` layer alike, or ``layers`` by their types.
+        layers: Number of layers.
     """
     model_type = fields.raw("model_type", None)
     if kind == "none":
@@ -43,7 +43,7 @@ def read_windows(fields: JsonFields, kind: str, layers: int) -> tuple[int | None
 
 
 def _read_switched_off_window(fields: JsonFields, model_type: Any) -> None:
-    """Reads what a model that was made of another family's, without windows, says of them."""
+    """Reads the window fields of a model derived from a family without windows."""
     fields.only("use_sliding_window", (False,), f"a {model_type} model has no windows")
     if fields.raw("use_sliding_window", None) is False:
         fields.ignore(("sliding_window", "max_window_layers"))
@@ -52,7 +52,7 @@ def _read_switched_off_window(fields: JsonFields, model_type: Any) -> None:
 def _alike(
     fields: JsonFields, window: int | None, layers: int
 ) -> tuple[int | None, tuple[str, ...]]:
-    """Returns the types of layers that are all alike; the file may say the same."""
+    """Returns the types of layers that are all alike; the file may name the same."""
     types = (SLIDING if window else FULL,) * layers
     if fields.values.get("layer_types") == list(types):
         fields.ignore(("layer_types",))

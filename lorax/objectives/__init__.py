@@ -1,1 +1,1 @@
-"""What is learned: supervised fine-tuning."""
+"""Objectives: supervised fine-tuning."""

@@ -1,4 +1,4 @@
-"""Head and loss in one, over chunks of logits."""
+"""Output head and loss in one operation, over chunks of logits."""
 
 from typing import Any
 
@@ -31,17 +31,17 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     kernels: Kernels = "auto",
 ) -> Float[Array, ""]:
-    """Returns the sum of `token_nll` over ``head(hidden)``, which never stands in memory whole.
+    """Returns the sum of `token_nll` over ``head(hidden)``, whose logits never exist as a whole.
 
-    The logits are made and used chunk by chunk along the sequence, at most `LOGIT_CHUNK_BYTES` of
-    them at a time. Where a gradient is wanted, each chunk's is made while its logits are there:
-    for `hidden`, and for what trains in `head`. So the head's product runs once, not again in the
-    backward pass. The gradient takes the dtype of `hidden` before it is scaled: scaling the loss
-    does not save float16 gradients from underflow.
+    The logits are computed chunk by chunk along the sequence, at most `LOGIT_CHUNK_BYTES` of them
+    at a time. Under differentiation each chunk's gradient is computed while its logits exist: for
+    `hidden`, and for the trainable parameters of `head`. So the backward pass does not recompute
+    the head's matmul. The gradient takes the dtype of `hidden` before it is scaled: scaling the
+    loss does not save float16 gradients from underflow.
 
     Args:
         head: Called like a linear layer; its `nnx.Param` variables get gradients.
-        hidden: What it is called with.
+        hidden: Its input.
         labels: The id of each position's next token (shifted already), or `IGNORED`, -100. Any
             other number makes the loss NaN.
         soft_cap: As in `token_nll`.
@@ -76,7 +76,7 @@ def linear_cross_entropy(
 
     def logits_of(trainable, rest, states, index=0):
         # Dropout in the head numbers its rows from 0: without a key of its own each chunk would
-        # draw the first one's mask again.
+        # repeat the first one's mask.
         rest = jax.tree.map(
             lambda leaf: jax.random.fold_in(leaf, index) if _is_key(leaf) else leaf, rest
         )
@@ -143,7 +143,7 @@ def _scan(body, carry, inputs):
 def logit_chunks(
     rows: int, length: int, vocabulary: int, in_place: bool = False
 ) -> tuple[int, int]:
-    """Returns (number, length) of the chunks: as few as keep to the budget, all the same.
+    """Returns (number, length) of the chunks: as few as the budget allows, all of one length.
 
     They are twice as long where the gradient is written over the logits (`in_place`).
     """

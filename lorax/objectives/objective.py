@@ -1,4 +1,4 @@
-"""What is learned: how rows become batches, and what is summed over a batch."""
+"""The protocol of an objective: rows to batches, and the sums over a batch."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
@@ -14,7 +14,8 @@ from lorax.data.batches import Batches
 from lorax.data.dataset import EncodedDataset
 
 type Batch = dict[str, Any]
-type LossFunction = Callable[[nnx.Module, Batch], tuple[jax.Array, jax.Array]]
+type LossFunction = Callable[[nnx.Module, Batch], tuple[jax.Array, ...]]
+"""Returns (sum of losses, count), and a dict of further sums if there are any."""
 
 
 class Terms(NamedTuple):
@@ -22,8 +23,8 @@ class Terms(NamedTuple):
 
     Attributes:
         total: Σ loss.
-        divisor: What the sums are divided by in the end, such as supervised tokens or pairs.
-        figures: Σ of each figure, which is divided so too.
+        divisor: The final divisor of the sums, such as supervised tokens or pairs.
+        figures: Σ of each figure, which is divided likewise.
     """
 
     total: Float[Array, ""]
@@ -32,7 +33,7 @@ class Terms(NamedTuple):
 
 
 class Objective(Protocol):
-    """What the trainer is told of what is learned.
+    """An objective, as the trainer uses it.
 
     To add one: a file with an object like this, an entry in `lorax.objectives.objectives`.
     """
@@ -44,12 +45,12 @@ class Objective(Protocol):
 
     @property
     def figures(self) -> tuple[str, ...]:
-        """What a step and an evaluation tell besides the loss."""
+        """Names of the figures that a step and an evaluation log in addition to the loss."""
         ...
 
     @property
     def reference(self) -> bool:
-        """Whether it asks for the base model's outputs: the same weights, no adapter active."""
+        """Whether it needs the base model's outputs: the same weights, no adapter active."""
         ...
 
     def claims(self, config: RunConfig) -> bool:
@@ -85,18 +86,41 @@ class Objective(Protocol):
         ...
 
 
-def checked(loss_fn: Callable[..., Any]) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """Holds a loss function to its contract, in words instead of a tracer's error."""
+RESERVED = ("applied", "grad_norm", "loss", "tokens")
+"""Metrics of every step, for any objective: no figure has these names."""
 
-    def check(*arguments: Any) -> tuple[jax.Array, jax.Array]:
+
+def checked(loss_fn: Callable[..., Any]) -> Callable[..., Terms]:
+    """Checks the contract of a loss function, with an error in words instead of a tracer's.
+
+    Args:
+        loss_fn: A function that returns ``(sum of losses, count)`` or ``(sum of losses, count,
+            figures)`` with a dict of sums.
+
+    Returns:
+        The function with its sums as `Terms`; it raises ValueError where these are something else.
+    """
+
+    def check(*arguments: Any) -> Terms:
         found = loss_fn(*arguments)
-        if isinstance(found, tuple) and len(found) == 2:
-            total, count = map(jnp.asarray, found)
-            if total.shape == count.shape == ():
-                return total, count
+        if isinstance(found, tuple) and len(found) in (2, 3):
+            total, count, figures = (*found, {})[:3]
+            if isinstance(figures, Mapping) and _are_scalars((total, count, *figures.values())):
+                sums = {str(name): jnp.asarray(value) for name, value in figures.items()}
+                if taken := sorted(set(sums) & set(RESERVED)):
+                    raise ValueError(
+                        f"loss_fn names a figure {taken[0]!r}, which the step reports itself: "
+                        "choose another name"
+                    )
+                return Terms(jnp.asarray(total), jnp.asarray(count), sums)
         raise ValueError(
             "loss_fn must return (sum of losses, count), two scalars, so that micro-batches can be "
-            f"weighted exactly: `return (nll * mask).sum(), mask.sum()`; got {found}"
+            "weighted exactly: `return (nll * mask).sum(), mask.sum()`; a third value may be a "
+            f"dict of further sums, each one scalar; got {found}"
         )
 
     return check
+
+
+def _are_scalars(values: Any) -> bool:
+    return all(jnp.shape(value) == () for value in values)

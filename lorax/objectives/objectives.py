@@ -1,4 +1,4 @@
-"""The objectives there are."""
+"""The list of objectives."""
 
 from lorax.config.run import RunConfig
 from lorax.objectives.objective import LossFunction, Objective
@@ -9,12 +9,12 @@ OBJECTIVES: list[Objective] = [SFT]
 
 
 def objective_of(config: RunConfig) -> Objective:
-    """Returns what the settings of a run ask for."""
+    """Returns the objective that the settings of a run ask for."""
     return next(objective for objective in OBJECTIVES if objective.claims(config))
 
 
 def as_objective(given: LossFunction | Objective) -> Objective:
-    """Returns an objective, or that of a loss function on the rows of supervised fine-tuning."""
+    """Returns an objective, or wraps a loss function on the rows of supervised fine-tuning."""
     if given is SFT.loss_fn:
         return SFT
     return Supervised("", given) if callable(given) else given

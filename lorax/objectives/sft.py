@@ -48,7 +48,7 @@ def causal_lm_loss(model: Any, batch: Batch) -> tuple[Float[Array, ""], Int[Arra
 
 @dataclasses.dataclass(frozen=True)
 class Supervised:
-    """Rows with a mask, several of them in a row of a batch where they are packed.
+    """Supervised fine-tuning on rows with a loss mask, packed or not.
 
     Attributes:
         name: See `Objective`.
@@ -86,7 +86,7 @@ class Supervised:
 
     def terms(self, model: Any, batch: Batch) -> Terms:
         """See `Objective`."""
-        return Terms(*checked(self.loss_fn)(model, batch), {})
+        return checked(self.loss_fn)(model, batch)
 
 
 SFT = Supervised("sft", causal_lm_loss)

@@ -1,1 +1,1 @@
-"""What lies on the disk so that no run is lost: checkpoints, snapshots, identity."""
+"""Checkpoints, snapshots of weights, and the identity that a resumed run must share."""

@@ -21,21 +21,21 @@ MANIFEST_FILE = "manifest.json"
 _FORMAT = 2
 _PLACE = ("stack", "row")
 _GONE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR}
-"""Errors that say that a checkpoint is not whole. Any other says nothing about that."""
+"""Errors of the system that mean that a checkpoint is incomplete."""
 
 _PASSING = re.compile(r"OS error (\d+)|PERMISSION_DENIED|UNAVAILABLE|RESOURCE_EXHAUSTED")
-"""What TensorStore, which raises no OSError, says of such others."""
+"""Messages of TensorStore, which raises no OSError, for errors that may pass."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """What was restored.
+    """A restored checkpoint.
 
     Attributes:
         step: Optimizer steps done.
         arrays: Host arrays, by path.
-        record: Whatever else was saved, as JSON holds it.
-        versions: Of the libraries that saved it.
+        record: All else that was saved, as JSON values.
+        versions: Versions of the libraries that saved it.
     """
 
     step: int
@@ -52,11 +52,11 @@ class OtherFormatError(CheckpointError):
 class Stacks:
     """Copies of arrays; those of one shape and dtype in one stack.
 
-    The layers of a model are alike, so few files hold what would be a thousand.
+    The layers of a model are alike, so a few files replace a thousand.
 
     Attributes:
-        stacks: By the name of their file.
-        places: In which stack and row each array is, by its path.
+        stacks: The stacks by the name of their file.
+        places: The stack and the row of each array, by its path.
     """
 
     stacks: Mapping[str, np.ndarray]
@@ -141,12 +141,12 @@ def read_checkpoint(folder: Path, manifest: Mapping[str, Any] | None = None) -> 
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    # Orbax warns at every save that what was not asked for was not done.
+    # Orbax warns at every save that a merge that nobody requested was skipped.
     return "Skipping merge of OCDBT" not in str(record.msg)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Reads what a checkpoint says of itself, verified."""
+    """Reads the manifest of a checkpoint, and verifies it."""
     manifest = read_json(folder / MANIFEST_FILE, MAX_INDEX_BYTES)
     digest = manifest.pop("digest", None)
     if digest != _digest(manifest):
@@ -154,8 +154,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if manifest.get("format") != _FORMAT:
         raise OtherFormatError(
             f"{folder} was written by another version of lorax (format {manifest.get('format')}, "
-            f"and this one reads {_FORMAT}): resume it with that version, or start anew in another "
-            "save.output_dir"
+            f"and this one reads {_FORMAT}): resume it with that version, or start a new run in "
+            "another save.output_dir"
         )
     if folder.name != f"step-{manifest['step']:09d}":
         raise CheckpointError(f"{folder} holds step {manifest['step']}: it was renamed")
@@ -163,8 +163,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _read_arrays(folder: Path, names: list[str]) -> dict[str, np.ndarray]:
-    # Orbax would read them in an event loop, and close it when one fails: the reads of the others
-    # then complain of that on standard error, beside what was the matter.
+    # Orbax would read them in an event loop, and close it when one read fails. The other reads then
+    # print errors about the loop, next to the one that matters.
     import tensorstore
 
     def open_array(name: str) -> Any:
@@ -188,7 +188,7 @@ def _read_arrays(folder: Path, names: list[str]) -> dict[str, np.ndarray]:
 
 
 def _is_passing(error: BaseException | None) -> bool:
-    """Says whether an error is about the system as it is now, and not about what is in a file."""
+    """Says whether an error comes from the state of the system, not from the content of a file."""
     while error is not None:
         if isinstance(error, OSError) and error.errno is not None:
             return error.errno not in _GONE
@@ -200,7 +200,7 @@ def _is_passing(error: BaseException | None) -> bool:
 
 
 def _open_all(folder: Path) -> None:
-    """Raises the system's own error if a file cannot be read: Orbax has other words for it."""
+    """Raises the system's own error if a file cannot be read: Orbax's hides the reason."""
 
     def fail(error: OSError) -> None:
         if _is_passing(error):

@@ -1,4 +1,4 @@
-"""What makes two runs the same run."""
+"""The identity of a run: settings and fingerprints that a resumed run must share."""
 
 import hashlib
 import json
@@ -19,19 +19,19 @@ _LENGTH = ("train.num_train_epochs", "train.max_steps")
 
 
 class Identity:
-    """What makes a run itself, part by part, as each becomes known.
+    """The identity of a run, collected part by part.
 
-    Where a run goes on, each part is compared once with what its newest checkpoint says.
+    When a run is resumed, each part is compared once with its newest checkpoint.
 
     Args:
-        manifest: Of that checkpoint, as it was read; None where there is none, or where it is read
+        manifest: The manifest of that checkpoint; None where there is none, or where it is read
             only when all parts are known.
         where: The run's folder, for errors.
         settings_of: As for `refuse_other_run`.
 
     Attributes:
-        parts: What is known so far, by name: what a checkpoint keeps.
-        manifest: As it was given.
+        parts: The parts known so far, by name; a checkpoint keeps them.
+        manifest: The argument.
     """
 
     def __init__(
@@ -48,24 +48,24 @@ class Identity:
 
     @property
     def saved(self) -> Mapping[str, Any]:
-        """The parts that the checkpoint names; none where there is none."""
+        """The parts in the checkpoint; empty without one."""
         return {} if self.manifest is None else self.manifest["record"]["identity"]
 
     def add(self, parts: Mapping[str, Any]) -> None:
-        """Notes parts of the run, None for one that it lacks.
+        """Adds parts of the run, None for one that it lacks.
 
         Raises:
-            ValueError: If the run cannot go on with them, naming all that differ.
+            ValueError: If the run cannot be resumed with them, naming all that differ.
         """
         self.parts |= {name: part for name, part in parts.items() if part is not None}
         if self.manifest is not None:
             self._compare({n: self._left.pop(n) for n in parts if n in self._left}, parts)
 
     def go_on_from(self, record: Mapping[str, Any]) -> None:
-        """Compares what was not yet, once all is known and the checkpoint is restored.
+        """Compares the remaining parts, once all are known and the checkpoint is restored.
 
         Args:
-            record: Of the checkpoint, which may be an older one than the newest.
+            record: The checkpoint's record; it may be older than the newest one.
 
         Raises:
             ValueError: If it is another run's.
@@ -82,7 +82,7 @@ class Identity:
 def identify_rows(
     train: EncodedDataset, held_out: EncodedDataset | None = None
 ) -> dict[str, str | None]:
-    """Returns the parts that the rows of a run are, by the names that messages use."""
+    """Returns the fingerprints of the rows of a run, by the names that messages use."""
     held = None if held_out is None else fingerprint_data(held_out)
     return {"training data": fingerprint_data(train), "held-out data": held}
 
@@ -93,7 +93,7 @@ def fixed_settings(config: RunConfig) -> dict[str, Any]:
 
 
 def _fixed(settings: Mapping[str, Any]) -> dict[str, Any]:
-    # Those that were saved too: an older run may have saved what is harmless now.
+    # Saved settings too: an older version may have saved some that no longer matter.
     may_differ = {name for name, mark in find_marks(RunConfig).items() if not mark.stays}
     return {k: v for k, v in settings.items() if _section_key(k) not in may_differ}
 
@@ -107,10 +107,10 @@ def refuse_other_run(
     """Raises `ValueError` naming every setting and every other thing that differs.
 
     Args:
-        saved: Parts of an `Identity`, then.
-        now: The same parts, or more.
+        saved: Parts of the saved `Identity`.
+        now: The same parts today, or more.
         where: The run's folder.
-        settings_of: Returns the settings that ask for a recomputation.
+        settings_of: Returns the settings that request a recomputation.
     """
     before = _fixed(saved.get("settings", {}))
     after = _fixed(now.get("settings", {}))
@@ -152,7 +152,7 @@ def _explain_ways(where: str, before: Mapping[str, Any], after: Mapping[str, Any
 
 
 def _is_default(key: str, settings: Mapping[str, Any]) -> bool:
-    """Says whether a setting that an older version did not have stands as if it had none."""
+    """Says whether a setting that an older version lacked has its default value."""
     section, _, name = key.partition(".")
     fields = getattr(RunConfig.model_fields[section].annotation, "model_fields", {})
     return key in settings and name in fields and fields[name].default == settings[key]
@@ -184,7 +184,7 @@ def fingerprint_data(data: EncodedDataset) -> str:
 
 
 def fingerprint_weights(weights: Any) -> str:
-    """Returns a SHA-256 of names, shapes, dtypes and a corner of every array: of which model it is.
+    """Returns a SHA-256 of names, shapes, dtypes and a corner of every array.
 
     A run that knows its base model's files has `fingerprint_folder` of them instead.
     """
@@ -200,7 +200,7 @@ def fingerprint_weights(weights: Any) -> str:
 def fingerprint_file(path: Path, *, samples: int = 64, sample_bytes: int = 2**16) -> str:
     """Returns a SHA-256 of a file's size, its first MiB, and samples spread over the rest.
 
-    A file of up to 5 MiB is read whole. Larger ones, weights of many GiB, are not: that would take
+    A file of up to 5 MiB is read whole. Larger ones are not: to read weights of many GiB takes
     longer than the rest of a start.
     """
     size = path.stat().st_size

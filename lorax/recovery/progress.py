@@ -1,4 +1,4 @@
-"""Where a run stands, and what it came to."""
+"""The progress of a run, and its result."""
 
 import dataclasses
 import math
@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclasses.dataclass
 class Progress:
-    """Where a run stands, besides its weights and its optimizer's state.
+    """The progress of a run, without its weights and its optimizer's state.
 
     The order of the data and the dropout masks are functions of the seed and the step, so the step
     is all that they need.
@@ -15,17 +15,17 @@ class Progress:
     Attributes:
         step: Optimizer steps done.
         train_loss: Loss of the last step.
-        recent_losses: Of the last fifty steps, which a loss is compared with.
+        recent_losses: Losses of the last fifty steps, to recognise a spike.
         eval_loss: Last held-out loss.
         eval_loss_before: Held-out loss before the first step.
-        settled: Last step after which all that was due has been evaluated and saved.
-        evaluations_without_gain: Since the best held-out loss.
+        settled: Last step whose evaluation and save, if due, are done.
+        evaluations_without_gain: Evaluations since the best held-out loss.
         best_loss: Lowest held-out loss.
         best_step: Its step.
         stopped_early: Whether the patience ran out.
         skipped: Steps left out because they were not finite.
         weights: Steps whose weights are on the disk.
-        notes: What the caller wants back.
+        notes: Values that the caller wants restored.
     """
 
     step: int = 0
@@ -43,7 +43,7 @@ class Progress:
     notes: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def note(self, step: int, loss: float) -> None:
-        """Notes that a step is done, and its loss."""
+        """Records that a step is done, and its loss."""
         self.step = step
         self.train_loss = loss
         if math.isfinite(loss):
@@ -52,12 +52,12 @@ class Progress:
 
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
-    """What a run came to.
+    """The result of a run.
 
     Attributes:
         steps: Optimizer steps done.
         train_loss: Loss of the last step.
-        eval_loss_before: Held-out loss of the model as it came, if there are held-out rows.
+        eval_loss_before: Held-out loss before the first step, if there are held-out rows.
         eval_loss: Held-out loss of the weights that the trainer's model now has.
         best_step: Step of those weights, where the best were loaded.
         stopped_early: Whether the patience ran out.

@@ -1,4 +1,4 @@
-"""What a run leaves on the disk while it trains, and what it takes up from there."""
+"""Saving a run while it trains, and resuming it from its newest checkpoint."""
 
 import dataclasses
 import math
@@ -26,11 +26,11 @@ class Saver:
     """Saves a run's checkpoints and its weights, and resumes from the newest checkpoint.
 
     Args:
-        config: Says how many to keep, and what an error of saving means.
-        weights: The store of weights, of which checkpoints note what is there.
-        checkpoints: Where the checkpoints are.
-        identity: Of the run, with all its parts.
-        tell: Is told, in words, what a user should know.
+        config: The number of checkpoints to keep, and the reaction to an error.
+        weights: The store of weights; checkpoints record its content.
+        checkpoints: The store of checkpoints.
+        identity: The run's identity, with all its parts.
+        tell: Called with each line for the user.
 
     A state is a tree that has `step` and `trainable`.
     """
@@ -50,7 +50,7 @@ class Saver:
         self._tell = tell
         self.progress = Progress()
         self.best: Any = None  # trained weights with the lowest held-out loss, on the host
-        self._told: tuple[int, float] | None = None
+        self._reported: tuple[int, float] | None = None
 
     @classmethod
     def of(
@@ -60,7 +60,7 @@ class Saver:
         identity: Identity,
         tell: Callable[[str], object],
     ) -> Self:
-        """Returns that of a run's folder; `write` is as for `WeightStore`."""
+        """Returns the saver of a run's folder; `write` is as for `WeightStore`."""
         output = Path(config.output_dir)
         keep = config.save_total_limit
         checkpoints = CheckpointStore(
@@ -69,7 +69,7 @@ class Saver:
         return cls(config, WeightStore(output / WEIGHTS_FOLDER, write), checkpoints, identity, tell)
 
     def begin[State](self, state: State, *, resume: bool) -> State:
-        """Returns the state that the run begins with, or goes on with.
+        """Returns the state that the run begins with, or resumes from.
 
         Raises:
             CheckpointError: As `resume`, or if a run begins where there is one.
@@ -79,7 +79,7 @@ class Saver:
             return self.resume(state)
         if self.checkpoints.steps():
             raise CheckpointError(
-                f"{self.checkpoints.directory} holds a run's checkpoints: go on with it by "
+                f"{self.checkpoints.directory} holds a run's checkpoints: resume it with "
                 "resume=True (`lorax train … --resume`), or choose another save.output_dir"
             )
         refuse_occupied(self.weights.directory)
@@ -121,7 +121,7 @@ class Saver:
         return restored["state"]
 
     def save(self, state: Any, *, wait: bool = False) -> bool:
-        """Saves a checkpoint of what was reached; says whether that went, or goes, without error.
+        """Saves a checkpoint; returns False if that failed and the run may go on without it.
 
         See `CheckpointStore.save`.
         """
@@ -143,7 +143,7 @@ class Saver:
         return self._guard(lambda: self.checkpoints.save(progress.step, arrays, record, wait=wait))
 
     def save_weights(self, step: int, eval_loss: float | None = None) -> bool:
-        """Writes the weights of a step; says whether they are the best so far."""
+        """Writes the weights of a step; returns whether they are the best so far."""
         improved = eval_loss is not None and eval_loss < self.weights.best_loss
         if not self._guard(lambda: self.weights.save(step, eval_loss)) and improved:
             assert eval_loss is not None
@@ -152,10 +152,10 @@ class Saver:
         return improved
 
     def keep_evaluated(self, step: int, loss: float, trained: Any, patience: int | None) -> None:
-        """Writes the weights that were evaluated, and notes whether the run is to go on.
+        """Writes the weights that were evaluated, and decides whether the run stops early.
 
         Args:
-            step: Whose weights they are.
+            step: The step of the weights.
             loss: Their held-out loss.
             trained: On the devices.
             patience: Evaluations without a better one after which the run stops, if any.
@@ -169,7 +169,7 @@ class Saver:
         progress.stopped_early = patience is not None and waited >= patience
 
     def result(self) -> TrainResult:
-        """Returns what the run came to, with the best weights if those were kept."""
+        """Returns the result of the run, with the best weights if those were kept."""
         progress = self.progress
         weights = self.weights
         best_step = None if self.best is None else weights.best_step
@@ -183,16 +183,16 @@ class Saver:
         )
 
     def check(self) -> None:
-        """Tells what was saved in the background; raises, or tells, what that raised."""
+        """Reports a save that the background thread has finished; raises or reports its error."""
         self._guard(self.checkpoints.check)
-        if self._told != (saved := self.checkpoints.saved):
+        if self._reported != (saved := self.checkpoints.saved):
             assert saved is not None
-            self._told = saved
+            self._reported = saved
             at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(saved[1]))
             self._tell(f"checkpoint of step {saved[0]} saved at {at}")
 
     def stop(self, asked: object, reach: Callable[[], Any]) -> RunStopped:
-        """Saves, at once, what was reached; returns what a run that was asked to stop ends with.
+        """Saves at once; returns the `RunStopped` that ends the run.
 
         Args:
             asked: The signal's name.
@@ -211,7 +211,7 @@ class Saver:
         self.check()
 
     def rescue(self, reach: Callable[[], Any], error: BaseException) -> None:
-        """Saves what was reached before an error is passed on; `reach` brings it up to date."""
+        """Saves before an error is raised further; `reach` returns the state to save."""
         try:
             state = reach()
             if self.progress.step > 0:

@@ -10,7 +10,7 @@ from pathlib import Path
 from lorax.system.files import write_file
 
 WEIGHTS_FOLDER = "weights"
-"""In a run's folder: the weights of some of its steps."""
+"""The folder of weights in a run's folder."""
 
 
 class WeightStore:
@@ -21,7 +21,7 @@ class WeightStore:
     newer one is complete.
 
     Args:
-        directory: A folder of the run, made when first written to.
+        directory: A folder of the run, created by the first write.
         write: Writes the current weights into a folder that does not exist yet.
     """
 
@@ -33,7 +33,7 @@ class WeightStore:
         self.best_loss = math.inf
 
     def adopt(self, steps: Iterable[int], best_step: int | None, best_loss: float | None) -> None:
-        """Takes up what this run wrote before it stopped; a folder that is gone is forgotten."""
+        """Registers the folders that this run wrote before it stopped, if they still exist."""
         folders = {step: self._folder(step) for step in steps}
         self._written = {step: folder for step, folder in folders.items() if folder.is_dir()}
         if best_loss is not None:
@@ -61,7 +61,7 @@ class WeightStore:
                 folder.rename(left)
             self._write(folder)
             self._written[step] = folder
-            # From after the checkpoint that the run was resumed from; what else it may be stays.
+            # The resumed run repeats this step. A folder with other files is not lorax's and stays.
             if left is not None and _names(left) == _names(folder):
                 shutil.rmtree(left)
         improved = eval_loss is not None and eval_loss < self.best_loss
@@ -78,7 +78,7 @@ class WeightStore:
         return None if self.best_step is None else self._written.get(self.best_step)
 
     def describe(self) -> str:
-        """Says which weights are on disk."""
+        """Names the weights on the disk, for a message."""
         if not self._written:
             return "checkpoints/ holds what was reached, if anything was"
         return f"the last weights saved are in {self._written[max(self._written)]}"

@@ -1,7 +1,7 @@
-"""Everything a run needs to go on as if it had never stopped, on disk and verified.
+"""Checkpoints on the disk, verified: a run resumes from them as if it had never stopped.
 
-Orbax writes the arrays; around it stands what it leaves out: a digest of every array, verified on
-every restore, a commit by one rename after everything is on the disk, and folders of our own.
+Orbax writes the arrays. lorax adds a digest of every array, verified on every restore, a commit by
+one rename after everything is on the disk, and a folder of its own.
 """
 
 import fcntl
@@ -35,7 +35,7 @@ from lorax.system.threads import in_background
 from lorax.system.wording import describe
 
 CHECKPOINT_FOLDER = "checkpoints"
-"""In a run's folder: where its checkpoints are."""
+"""The folder of checkpoints in a run's folder."""
 
 MARKER_FILE = "LORAX"
 LOCK_FILE = "lock"
@@ -43,7 +43,7 @@ _STEP = re.compile(r"step-(\d{9})")
 _PARTIAL = re.compile(r"\.partial-(step-)?\d{9}-[0-9a-f]{8}")
 _MARKER = "Checkpoints of a lorax run. Folders step-*, damaged-* and .partial-* belong to lorax.\n"
 _ROOM = 32 * 2**20
-"""Bytes that must stay free beyond what is written."""
+"""Bytes that must stay free after a checkpoint is written."""
 
 
 class SaveError(CheckpointError):
@@ -53,20 +53,21 @@ class SaveError(CheckpointError):
 class CheckpointStore:
     """Writes and restores the checkpoints of one run in a folder of their own.
 
-    ``<directory>/step-000000120`` appears whole or not at all: written beside, flushed to the disk,
-    renamed. Each holds a manifest with the SHA-256 of every array and of itself. Saving happens in
-    a thread; an error of it is raised by the next call. Older checkpoints go only after the newest
-    one was read back and verified, and only folders of this store's own names are ever touched.
+    ``<directory>/step-000000120`` appears whole or not at all: it is written under another name,
+    flushed to the disk and renamed. Each holds a manifest with the SHA-256 of every array and of
+    itself. A background thread saves; the next call raises its error. Older checkpoints are removed
+    only after the newest one was read back and verified. Only folders of this store's own names are
+    ever touched.
 
     Args:
-        directory: Made when first written to. If it exists, it must be one of lorax's.
+        directory: Created by the first write. If it exists, it must be one of lorax's.
         keep: Checkpoints to keep.
-        versions: Of the libraries, for the manifest.
-        tell: Is told, in words, what a user should know.
+        versions: Versions of the libraries, for the manifest.
+        tell: Called with each line for the user.
 
     Attributes:
-        prunes: Whether what is too old goes; set to False where there is no time to verify that the
-            newest one is whole.
+        prunes: Whether old checkpoints are removed; set to False where there is no time to verify
+            that the newest one is whole.
         saved: The last step that was saved, and when, by `time.time`.
 
     Raises:
@@ -93,11 +94,11 @@ class CheckpointStore:
         self.blocked_seconds = 0.0
 
     def open(self) -> None:
-        """Makes the folder and takes its lock, until `close`."""
+        """Creates the folder and holds its lock until `close`."""
         if self._lock is not None:
             return
         marker = self.directory / MARKER_FILE
-        # Looked at once: another process may be making it now, and the marker is its first file.
+        # Listed once: another process may be creating it now, and the marker is its first file.
         names = set(os.listdir(self.directory)) if self.directory.exists() else set()
         if names and not (MARKER_FILE in names and marker.is_file()):
             raise CheckpointError(
@@ -109,7 +110,7 @@ class CheckpointStore:
         existing = next(index for index, folder in enumerate(above) if folder.exists())
         self.directory.mkdir(parents=True, exist_ok=True)
         marker.write_text(_MARKER, encoding="utf-8")
-        # All that hold a name that is new; the run's own folder may be, whoever made it.
+        # Every folder that may hold a new name: the run's own may be new, whoever created it.
         for folder in (self.directory, *above[: max(existing + 1, 2)]):
             sync(folder)
         lock = (self.directory / LOCK_FILE).open("a+", encoding="utf-8")
@@ -132,7 +133,7 @@ class CheckpointStore:
                 shutil.rmtree(left, ignore_errors=True)
 
     def steps(self) -> list[int]:
-        """Returns the steps of what is named like a checkpoint, in ascending order."""
+        """Returns the steps of all folders named like a checkpoint, in ascending order."""
         if not self.directory.is_dir():
             return []
         names = (p.name for p in self.directory.iterdir() if p.is_dir() and not p.is_symlink())
@@ -141,14 +142,14 @@ class CheckpointStore:
     def save(
         self, step: int, arrays: Mapping[str, Any], record: Mapping[str, Any], *, wait: bool = False
     ) -> None:
-        """Copies the arrays from the devices and writes them in a thread.
+        """Copies the arrays from the devices and writes them in a background thread.
 
-        A step that is there already is not written again; if it is not whole, it is set aside.
+        A step that exists is not written again; if it is not whole, it is set aside.
 
         Args:
             step: Optimizer steps done.
-            arrays: By path; device or host arrays.
-            record: Whatever else, as JSON holds it.
+            arrays: Device or host arrays, by path.
+            record: All else to save, as JSON values.
             wait: Whether to return only when the checkpoint is on the disk.
 
         Raises:
@@ -162,12 +163,12 @@ class CheckpointStore:
             self._begin(step, arrays, record)
         if wait:
             self._join()
-        # An error of the save before must not keep this one from happening.
+        # An error of the save before must not prevent this one.
         self._error = self._error or before
         self.check()
 
     def _has(self, step: int) -> bool:
-        """Says whether a step is there; sets aside what only has its name."""
+        """Says whether a checkpoint of a step exists; sets one with a damaged manifest aside."""
         if step not in self.steps():
             return False
         try:
@@ -194,7 +195,7 @@ class CheckpointStore:
         self._saving = in_background("checkpoint", work)
 
     def check(self) -> None:
-        """Raises what a save in the thread raised, if that has ended."""
+        """Raises the error of a background save that has ended."""
         if self._saving is not None and self._saving.done():
             self._join()
         if self._error is not None:
@@ -207,7 +208,7 @@ class CheckpointStore:
             raise SaveError(f"{self.directory}: saving failed: {describe(error)}{safe}") from error
 
     def wait(self) -> None:
-        """Waits for the thread, and raises what it raised."""
+        """Waits for the background save, and raises its error."""
         self._join()
         self.check()
 
@@ -217,7 +218,7 @@ class CheckpointStore:
             self._saving = None
 
     def close(self) -> None:
-        """Waits for the thread and gives the lock back; more than once does no harm."""
+        """Waits for the background save and releases the lock; may be called again."""
         try:
             self.wait()
         finally:
@@ -226,28 +227,28 @@ class CheckpointStore:
                 self._lock = None
 
     def newest_manifest(self) -> Mapping[str, Any] | None:
-        """Returns what the newest checkpoint with a whole manifest says of itself, or None."""
+        """Returns the manifest of the newest checkpoint whose manifest is whole, or None."""
         for step in reversed(self.steps()):
             try:
                 return read_manifest(self._folder(step))
             except OtherFormatError:
                 raise
             except CheckpointError:
-                continue  # `restore` will say so
+                continue  # `restore` will report it
         return None
 
     def restore(self, manifest: Mapping[str, Any] | None = None) -> Checkpoint | None:
         """Returns the newest checkpoint that is whole, or None if there never was one.
 
-        One that is not whole is renamed to ``damaged-…``, which is said aloud, and the one before
-        is tried.
+        One that is not whole is renamed to ``damaged-…`` with a warning, and the one before is
+        tried.
 
         Args:
             manifest: From `newest_manifest`, to read it once.
 
         Raises:
             CheckpointError: If there are, or were, checkpoints and none is whole.
-            OSError: If the system cannot read now what may be whole.
+            OSError: If the system cannot read one now that may be whole.
         """
         self.open()
         for step in reversed(self.steps()):
@@ -262,7 +263,7 @@ class CheckpointStore:
         if damaged:
             raise CheckpointError(
                 f"{self.directory}: none of its checkpoints is whole; they are kept as "
-                f"{', '.join(damaged)}. Start anew in another save.output_dir"
+                f"{', '.join(damaged)}. Start a new run in another save.output_dir"
             )
         return None
 
@@ -294,12 +295,12 @@ class CheckpointStore:
         self.saved = step, time.time()
 
     def prune(self, newest: int, *, verified: bool = False) -> None:
-        """Removes what is too old, once the newest one has been read back.
+        """Removes checkpoints beyond `keep`, once the newest one has been read back.
 
-        What was not written here, whatever its name, stays.
+        A folder that lorax did not write stays, whatever its name.
 
         Args:
-            newest: Step that is kept, and up to which all are looked at.
+            newest: Step that is kept; later ones are left alone.
             verified: Whether it was read back already.
         """
         folders = [self._folder(step) for step in self.steps() if step <= newest]
@@ -312,13 +313,13 @@ class CheckpointStore:
             self._remove(folder)
 
     def _remove(self, folder: Path) -> None:
-        # Renamed first, so that no half of a checkpoint is ever seen under its name.
+        # Renamed first, so that no partial checkpoint ever has its name.
         doomed = self.directory / f".partial-{folder.name}-{secrets.token_hex(4)}"
         folder.rename(doomed)
         shutil.rmtree(doomed)
 
 
 def _own(given: Any, found: Any) -> np.ndarray:
-    """Returns what was found on the host as an array that nobody else changes or frees."""
+    """Returns `found`, the host's value of `given`, as an array of its own."""
     is_copy = isinstance(given, jax.Array) and all(d.platform != "cpu" for d in given.devices())
     return found if is_copy else np.array(found)

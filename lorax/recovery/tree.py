@@ -9,7 +9,7 @@ import numpy as np
 from lorax.system.files import CheckpointError
 
 _FORMERLY = ((".attached.default.lora_", ".lora_"),)
-"""Parts of paths, and what they were in checkpoints of older versions."""
+"""Parts of paths, and their names in checkpoints of older versions."""
 
 
 def flatten_tree(tree: Any) -> dict[str, Any]:
@@ -21,7 +21,7 @@ def flatten_tree(tree: Any) -> dict[str, Any]:
 def fill_tree[T](like: T, arrays: Mapping[str, np.ndarray], where: str) -> T:
     """Returns a tree of the structure, types and places of `like` with the values of `arrays`.
 
-    Arrays may have the paths that older versions gave them.
+    Arrays may have the paths of older versions.
 
     Raises:
         CheckpointError: If names, shapes or dtypes differ.

@@ -1,4 +1,4 @@
-"""What is refused before anything is written."""
+"""Checks before anything is written."""
 
 from lorax.interop.peft import check_adapter, trains_base_weights
 from lorax.models.decoder import CausalLM
@@ -7,9 +7,9 @@ from lorax.runs.model import Blueprint
 
 
 def check_weights(blueprint: Blueprint) -> None:
-    """Checks all that can be seen of the weights without reading the base model's.
+    """Checks the weights without reading the base model's data.
 
-    That is what files and their headers say: of a base model in a folder, and of an adapter.
+    It reads the files' headers of a base model in a folder, and an adapter.
 
     Raises:
         ValueError: Naming the file and the tensor that cannot be used.
@@ -27,7 +27,7 @@ def check_targets(blueprint: Blueprint) -> CausalLM:
         The model that trains, with shapes instead of weights.
 
     Raises:
-        ValueError: If a setting matches nothing, a rank does not fit, or the kernels asked for
+        ValueError: If a setting matches nothing, a rank does not fit, or the requested kernels
             cannot run here.
     """
     config = blueprint.config

@@ -19,7 +19,7 @@ from lorax.system.wording import plural
 
 
 def score_model(setup: Setup, model, console: Console, when: str) -> float | None:
-    """Lets the model answer held-out rows, if the config asks for it, and shows one answer."""
+    """Generates answers to held-out rows, if the config asks for it, and shows one."""
     config = setup.config
     if not config.eval.exact_match or setup.eval is None:
         return None
@@ -46,7 +46,7 @@ def score_model(setup: Setup, model, console: Console, when: str) -> float | Non
 
 
 def export_all(setup: Setup, model, console, result, scores) -> dict[str, str]:
-    """Exports in every format that is asked for, each verified; returns folders by format."""
+    """Exports in every requested format, and verifies each; returns folders by format."""
     config = setup.config
     facts = {"optimizer steps": str(result.steps)}
     if result.eval_loss is not None:
@@ -81,7 +81,7 @@ def export_all(setup: Setup, model, console, result, scores) -> dict[str, str]:
 
 
 def draw_curve(output: Path, title: str, console: Console) -> dict[str, str]:
-    """Draws the losses of a run; what it trained is worth more than a plot that fails."""
+    """Draws the losses of a run; an error of the plot is only a warning."""
     try:
         from lorax.report.curve import draw_loss_curve
 

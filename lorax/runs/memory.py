@@ -1,4 +1,4 @@
-"""What the backward pass recomputes, and what to do when memory or disk is full."""
+"""Choosing the recomputation of the backward pass; advice when memory or disk is full."""
 
 import contextlib
 import errno
@@ -19,7 +19,7 @@ from lorax.system.hardware import GIB, device_gib, local_gpu
 
 
 class OutOfMemoryError(RuntimeError):
-    """A step that did not fit the device, with what would."""
+    """A step that did not fit the device, with settings that would."""
 
 
 def make_planner(blueprint: Blueprint, gpu: Gpu | None = None) -> Planner:
@@ -36,14 +36,14 @@ def make_planner(blueprint: Blueprint, gpu: Gpu | None = None) -> Planner:
 def choose_recomputation(
     blueprint: Blueprint, before: Recomputation | None = None
 ) -> tuple[Recomputation, str]:
-    """Returns what the backward pass will recompute, and why.
+    """Returns the recomputation of the backward pass, and the reason for it.
 
-    `auto` is the fastest that fits; or what it was before, where a run goes on: it would not go on
-    to the same bits with anything else.
+    `auto` is the fastest that fits. A resumed run keeps its recomputation, because another one
+    would change its bits.
 
     Args:
-        blueprint: Of the run's model.
-        before: What the run recomputed before, if it goes on.
+        blueprint: The run's model.
+        before: The recomputation of a run that is resumed.
 
     Raises:
         ValueError: If `train.memory_gib` is too little.
@@ -56,7 +56,7 @@ def choose_recomputation(
     gib = train.memory_gib or device_gib()
     if gib is None:
         kind = jax.devices()[0].device_kind
-        return before or Recomputation("none"), f"{kind} does not tell its memory"
+        return before or Recomputation("none"), f"{kind} does not report its memory"
     planner = make_planner(blueprint)
     shape = train.per_device_train_batch_size, config.data.max_seq_length
 
@@ -88,25 +88,25 @@ def choose_recomputation(
 
 
 def saved_manifest(config: RunConfig) -> Mapping[str, Any] | None:
-    """Returns what the newest checkpoint in `save.output_dir` says of itself, if there is one."""
+    """Returns the manifest of the newest checkpoint in `save.output_dir`, if there is one."""
     return CheckpointStore(Path(config.save.output_dir) / CHECKPOINT_FOLDER).newest_manifest()
 
 
 def recomputed_before(config: RunConfig) -> Recomputation | None:
-    """Returns what the run in `save.output_dir` recomputes, if `auto` goes on with one there."""
+    """Returns the recomputation of the run in `save.output_dir`, if `auto` resumes one there."""
     if config.train.gradient_checkpointing != "auto":
         return None
     return recomputed_in(Identity(saved_manifest(config)))
 
 
 def recomputed_in(identity: Identity) -> Recomputation | None:
-    """Returns what a run recomputed before, by the checkpoint that it goes on from."""
+    """Returns the recomputation recorded in the checkpoint of a run."""
     text = identity.saved.get("gradient checkpointing")
     return None if text is None else Recomputation.read(text)
 
 
 def explain_memory(blueprint: Blueprint, recomputation: Recomputation, error: Exception) -> str:
-    """Returns what to change when the device's memory did not suffice."""
+    """Returns the settings to change when the device's memory was too small."""
     train = blueprint.config.train
     length = blueprint.config.data.max_seq_length
     rows = train.per_device_train_batch_size
@@ -114,7 +114,7 @@ def explain_memory(blueprint: Blueprint, recomputation: Recomputation, error: Ex
     gib = train.memory_gib or device_gib() or 0.0
     line = str(error).splitlines()[0]
     if not gib:
-        return f"out of memory: {line}. `lorax plan` says what takes less"
+        return f"out of memory: {line}. `lorax plan` shows what takes less"
     moves = []
     kept = recomputation.kept_layers
     now = planner.memory(recomputation.policy, rows, length, kept).peak
@@ -141,7 +141,7 @@ _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 @contextlib.contextmanager
 def memory_explained(config: RunConfig) -> Iterator[None]:
-    """Raises `OutOfMemoryError`, which says what would fit, in the place of XLA's error."""
+    """Raises `OutOfMemoryError`, which names what would fit, instead of XLA's error."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
@@ -154,7 +154,7 @@ def memory_explained(config: RunConfig) -> Iterator[None]:
 
 @contextlib.contextmanager
 def disk_explained(config: RunConfig) -> Iterator[None]:
-    """Raises `SaveError`, which says what is safe, in the place of an error of a full disk."""
+    """Raises `SaveError`, which names what is safe, instead of the error of a full disk."""
     try:
         yield
     except OSError as error:
@@ -164,6 +164,6 @@ def disk_explained(config: RunConfig) -> Iterator[None]:
         steps = CheckpointStore(output / CHECKPOINT_FOLDER).steps()
         safe = f"step {steps[-1]} is the newest checkpoint" if steps else "no checkpoint was saved"
         raise SaveError(
-            f"{error.filename or output}: {error.strerror}; {safe}. When that is mended, go on "
+            f"{error.filename or output}: {error.strerror}; {safe}. When that is fixed, go on "
             "with --resume auto"
         ) from error

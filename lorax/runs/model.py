@@ -1,4 +1,4 @@
-"""The model of a run: of shapes, and of arrays."""
+"""The model of a run: with shapes, and with arrays."""
 
 import dataclasses
 import functools
@@ -33,13 +33,13 @@ from lorax.weights.formats import format_of
 
 @dataclasses.dataclass(frozen=True)
 class Blueprint:
-    """What is known of a run's model before its weights are read: each thing is found once.
+    """A run's model before its weights are read; each property is computed once.
 
     Attributes:
         config: The run's settings.
-        folder: Of the base model's settings and tokenizer; of its weights too, unless it is on the
-            hub.
-        architecture: What its config.json says.
+        folder: Folder of the base model's settings and tokenizer, and of its weights unless the
+            model is on the hub.
+        architecture: The architecture in its config.json.
     """
 
     config: RunConfig
@@ -48,7 +48,7 @@ class Blueprint:
 
     @classmethod
     def of(cls, config: RunConfig) -> Self:
-        """Finds the base model, and reads what it is.
+        """Finds the base model, and reads its architecture.
 
         Raises:
             ValueError: Naming the setting, or the file and the field, that cannot be used.
@@ -58,12 +58,12 @@ class Blueprint:
 
     @property
     def is_on_hub(self) -> bool:
-        """Whether the base model is on the hub, so that its weights may not be here yet."""
+        """Whether the base model is on the hub, so that its weights may not be on the disk yet."""
         return not Path(self.config.model.name_or_path).expanduser().is_dir()
 
     @property
     def format(self) -> Format:
-        """How its frozen matrices are stored."""
+        """The format of its frozen matrices."""
         return DENSE if self.config.train.method == "full" else format_of(self.config.model)
 
     @functools.cached_property
@@ -71,15 +71,15 @@ class Blueprint:
         """The devices of the run.
 
         Raises:
-            ValueError: If there are not as many as are asked for.
+            ValueError: If there are fewer than requested.
         """
         return make_mesh(self.config.mesh.data)
 
     @functools.cached_property
     def entries(self) -> dict[str, TensorEntry] | None:
-        """Where its tensors are, by its headers, which are checked; None if it is on the hub.
+        """The places of its tensors, from its headers, which are checked; None if it is on the hub.
 
-        Of those, the loader reads the headers when they are there.
+        In that case the loader reads the headers after the files are fetched.
         """
         return None if self.is_on_hub else check_checkpoint(self.folder, self.architecture)
 
@@ -89,7 +89,7 @@ class Blueprint:
 
         Raises:
             TargetError: If the adapter's settings do not fit the model.
-            ValueError: If more layers are to be kept than it has.
+            ValueError: If `train.kept_layers` is more than its layers.
         """
         config = self.config
         architecture = self.architecture
@@ -123,7 +123,7 @@ class Blueprint:
         return model
 
     def fetch(self) -> Path:
-        """Returns the folder of the base model's weights, when they are there."""
+        """Fetches the base model's weights if needed, and returns their folder."""
         return fetch_weights(self.config.model, self.folder)
 
     def load(self, folder: Path) -> CausalLM:
@@ -156,7 +156,7 @@ def _store(model: CausalLM, format: Format) -> None:
 
 
 def _put_embedding_on_host(model: CausalLM) -> None:
-    """Says of a model of shapes that its embedding stays in the host's memory."""
+    """Marks the embedding of a model of shapes as staying in the host's memory."""
     if reason := embedding_obstacle(model):
         raise ValueError(f"model.offload_embedding must be false: {reason}")
     embedding = model.model.embed_tokens.embedding
@@ -172,7 +172,7 @@ def _check_kept_layers(config: RunConfig, layers: int) -> None:
 
 
 def adapt_base(model: CausalLM, config: RunConfig, recomputation: Recomputation) -> CausalLM:
-    """Puts fresh or loaded adapters on the base model, and says what it recomputes.
+    """Puts fresh or loaded adapters on the base model, and sets its recomputation.
 
     Args:
         model: From `Blueprint.load`.

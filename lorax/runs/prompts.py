@@ -1,4 +1,4 @@
-"""What becomes of a prompt: what the rows were made of that its run was trained on."""
+"""The form of a prompt: that of the rows that its run was trained on."""
 
 from collections.abc import Callable
 from typing import Any
@@ -24,17 +24,17 @@ def choose_form(
     system: str | None,
     tell: Callable[[str], object],
 ) -> RowKind:
-    """Returns what prompts are put into: what is asked for, else what the run was trained on.
+    """Returns the form of prompts: the requested one, else that of the run's rows.
 
-    Of several kinds of rows it is the first of `ROW_KINDS`. Token ids do not tell what made them,
-    so they stand for a chat template.
+    Of several kinds of rows it is the first of `ROW_KINDS`. Token ids do not show how they were
+    made, so they count as chats.
 
     Args:
-        run: What it is a prompt for, if it is a run's.
-        tokenizer: With the run's chat template.
-        asked: What the user says; None if nothing.
+        run: The run, if the prompt is for one.
+        tokenizer: The tokenizer, with the run's chat template.
+        asked: The user's option, if any.
         system: The system message, if there is one.
-        tell: Is told what is chosen, unless it was asked for or all rows were chats.
+        tell: Called with a line about the choice, unless it was requested or all rows were chats.
 
     Raises:
         ValueError: If there is no chat template and one is needed.
@@ -75,10 +75,10 @@ def encode_as(
 
     Args:
         form: From `choose_form`.
-        tokenizer: With the run's chat template.
+        tokenizer: The tokenizer, with the run's chat template.
         text: The prompt.
         system: The system message, if there is one.
-        date: What a chat template that asks for the day is told; None is today.
+        date: The day for a chat template that asks for it; None is today.
 
     Raises:
         ValueError: If the chat template or the tokenizer fails.

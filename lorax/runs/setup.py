@@ -1,4 +1,4 @@
-"""A run, resolved once: what it is made of, found before it begins and handed on."""
+"""The setup of a run: tokenizer, data, model and course, computed once before it begins."""
 
 import dataclasses
 import functools
@@ -23,6 +23,7 @@ from lorax.recovery.identity import Identity, fingerprint_folder, identify_rows
 from lorax.runs.folder import keep_date
 from lorax.runs.memory import choose_recomputation, recomputed_before, recomputed_in
 from lorax.runs.model import Blueprint, adapt_base
+from lorax.system.arguments import check_kind
 from lorax.training.course import Course
 
 CHATS = ("auto", "messages", "sharegpt", "alpaca")
@@ -31,20 +32,20 @@ CHATS = ("auto", "messages", "sharegpt", "alpaca")
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """All that a run has found out before it begins; what comes later reads it, and looks no more.
+    """All that is computed before a run begins; later code only reads it.
 
-    `lorax plan` goes as far as the blueprint, `lorax inspect` to the rows, `lorax validate` to the
-    course, `lorax train` to the end.
+    `lorax plan` uses the blueprint, `lorax inspect` also the rows, `lorax validate` also the
+    course, `lorax train` all of it.
 
     Attributes:
-        config: The run's settings, with the day that its chat template was told.
+        config: The run's settings, with the day given to its chat template.
         blueprint: Its model, without the weights.
-        identity: What makes it itself, held against the run that it goes on with.
-        tokenizer: The base model's.
+        identity: Its identity, compared with the run that it resumes.
+        tokenizer: The base model's tokenizer.
         train: Encoded rows to learn from.
         eval: Encoded held-out rows.
         chat_template: Text of the run's own template; None where it is the tokenizer's.
-        stop_ids: What the trained model stops with; empty if nothing names any.
+        stop_ids: Stop tokens of the trained model; empty if there are none.
     """
 
     config: RunConfig
@@ -95,7 +96,7 @@ class Setup:
 
     @functools.cached_property
     def course(self) -> Course:
-        """What it trains on, step by step; made when first asked for, as it starts the devices.
+        """The course of the run; built on first access, because it starts the devices.
 
         Raises:
             ValueError: If the mesh asks for absent devices, or the schedule does not fit the run.
@@ -104,7 +105,7 @@ class Setup:
 
     @functools.cached_property
     def recomputation(self) -> tuple[Recomputation, str]:
-        """What the backward pass recomputes, and why.
+        """The recomputation of the backward pass, and the reason for it.
 
         Raises:
             ValueError: If `train.memory_gib` is too little.
@@ -112,7 +113,7 @@ class Setup:
         return choose_recomputation(self.blueprint, recomputed_in(self.identity))
 
     def identify(self) -> dict[str, Any]:
-        """Returns the parts of the run's identity that are known before its weights are there."""
+        """Returns the parts of the run's identity that are known before its weights are read."""
         base = self.blueprint.folder
         adapter = self.config.model.adapter
         files = ("tokenizer*", "chat_template*", "special_tokens_map.json")
@@ -125,10 +126,10 @@ class Setup:
         }
 
     def needed_stop_ids(self) -> tuple[int, ...]:
-        """Returns what the trained model stops with.
+        """Returns the stop tokens of the trained model.
 
         Raises:
-            ValueError: If nothing names any.
+            ValueError: If there are none.
         """
         base = self.blueprint.folder
         trained = self.train.report.stop_ids
@@ -146,7 +147,7 @@ def _encode(name: str, blueprint: Blueprint, tokenizer: Any) -> EncodedDataset:
 
 
 def identify_base(folder: Path) -> dict[str, Any]:
-    """Returns the part of a run's identity that its base model's files are, once they are there."""
+    """Returns the base model's part of a run's identity, once its files are on the disk."""
     files = ("*.safetensors", "*.safetensors.index.json", "config.json")
     return {"base model": fingerprint_folder(folder, files)}
 
@@ -154,12 +155,12 @@ def identify_base(folder: Path) -> dict[str, Any]:
 def input_notes(
     architecture: DecoderConfig, adapter: str | None = None, *, trains: bool = True
 ) -> list[str]:
-    """Returns what of a base model's and an adapter's files is not read.
+    """Returns notes on unread parts of a base model's and an adapter's files.
 
     Args:
-        architecture: Of the base model.
+        architecture: The base model's architecture.
         adapter: Folder of an adapter on it, if there is one.
-        trains: Whether it is for a run, which encodes its rows by the base's tokenizer.
+        trains: Whether the notes are for a run, which encodes its rows by the base's tokenizer.
     """
     notes = [*architecture.notes, *(adapter_notes(adapter) if adapter else ())]
     if adapter and trains and (names := tokenizer_files(adapter)):
@@ -170,7 +171,13 @@ def input_notes(
 
 
 def build_model(config: RunConfig) -> CausalLM:
-    """Loads the base model and puts fresh or loaded adapters on it, as the config says."""
+    """Loads the base model and puts fresh or loaded adapters on it, as the config asks.
+
+    Raises:
+        TypeError: If `config` is no `RunConfig`.
+        ValueError: Naming the setting, the file or the tensor that cannot be used.
+    """
+    check_kind("config", config, RunConfig, "a lorax.RunConfig, as lorax.load_config returns")
     blueprint = Blueprint.of(with_recorded_revision(config, print))
     model = blueprint.load(blueprint.fetch())
     recomputation, _ = choose_recomputation(blueprint, recomputed_before(config))

@@ -1,1 +1,1 @@
-"""What lorax asks of the operating system: files, threads, signals, clocks, hardware."""
+"""The operating system: files, threads, signals, clocks, hardware."""

@@ -1,4 +1,4 @@
-"""Where the time goes between the command and the first step."""
+"""The phases between the command and the first step, and their seconds."""
 
 import os
 import time
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 class Phases:
-    """Names stretches of time, one after another.
+    """Names and times consecutive phases.
 
     Args:
         age: Seconds that have passed already.
@@ -17,7 +17,7 @@ class Phases:
         self._last = time.monotonic() - age
 
     def end(self, name: str) -> None:
-        """Says that what has happened since the last call was `name`."""
+        """Ends a phase that began with the last call, and names it."""
         now = time.monotonic()
         self._times[name] = self._times.get(name, 0.0) + now - self._last
         self._last = now
@@ -29,7 +29,7 @@ class Phases:
 
 
 def process_age() -> float | None:
-    """Returns the seconds since this process began, or None where the system does not tell."""
+    """Returns the seconds since this process began, or None if the system does not know them."""
     try:
         fields = Path("/proc/self/stat").read_text(encoding="ascii").rpartition(")")[2].split()
         uptime = float(Path("/proc/uptime").read_text(encoding="ascii").split()[0])

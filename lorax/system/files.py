@@ -1,4 +1,4 @@
-"""JSON files read with suspicion; files and folders written whole or not at all."""
+"""Reading JSON files with checks; writing files and folders whole or not at all."""
 
 import contextlib
 import json
@@ -13,11 +13,11 @@ from lorax.system.small_files import MOST_BYTES, SmallFileError, read_small_file
 from lorax.system.wording import explain, kind_of, show
 
 MAX_INDEX_BYTES = 2**25
-"""Of a JSON file that lists tensors: as `MAX_HEADER_BYTES`."""
+"""Largest JSON file that lists tensors; compare `MAX_HEADER_BYTES`."""
 
 
 class CheckpointError(ValueError):
-    """A file of a checkpoint that cannot be read as it stands, or a folder not to be written."""
+    """A file of a checkpoint that cannot be read, or a folder that must not be written."""
 
 
 def read_json(path: str | Path, most: int = MOST_BYTES) -> dict[str, Any]:
@@ -86,14 +86,14 @@ def refuse_nul(path: str | Path) -> None:
 
 @contextlib.contextmanager
 def write_folder(directory: str | Path, *, partial: str | None = None) -> Iterator[Path]:
-    """Gives a fresh folder beside `directory` that takes its place when the block ends.
+    """Gives a fresh folder next to `directory`, and renames it to `directory` when the block ends.
 
-    What was written is on the disk before it gets its name, so that a power cut leaves the whole
-    folder or none. If the block raises, the fresh folder is removed and `directory` is as before.
+    The files are on the disk before the rename, so that a power cut leaves the whole folder or
+    none. If the block raises, the fresh folder is removed and `directory` is unchanged.
 
     Args:
-        directory: Where it will be.
-        partial: Name of the fresh folder, which nothing else may have.
+        directory: The final path.
+        partial: Name of the fresh folder, used by nothing else.
 
     Raises:
         CheckpointError: If `directory` exists and is not an empty folder.
@@ -116,7 +116,7 @@ def write_folder(directory: str | Path, *, partial: str | None = None) -> Iterat
 
 
 def write_file(path: Path, data: str | bytes) -> None:
-    """Writes a file whole or not at all: what was there stays until all of it is on the disk."""
+    """Writes a file whole or not at all: the old one stays until the new one is on the disk."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
     sync(partial)
@@ -141,7 +141,7 @@ def sync_tree(folder: Path) -> None:
 
 
 def refuse_occupied(directory: str | Path) -> None:
-    """Raises `CheckpointError` if something is where a folder is to be written."""
+    """Raises `CheckpointError` if the path of a new folder is occupied."""
     refuse_nul(directory)
     directory = Path(directory)
     if directory.is_dir() and not any(directory.iterdir()):

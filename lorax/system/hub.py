@@ -1,4 +1,4 @@
-"""Why the Hugging Face hub does not give a model, in words."""
+"""Explains why a model cannot be fetched from the Hugging Face hub."""
 
 import http
 import os
@@ -12,14 +12,13 @@ _LOG_IN = "log in with `hf auth login`"
 
 
 def explain_hub(error: BaseException, revision: str | None = None) -> str | None:
-    """Returns why the hub does not give a model and what to do, or None if it is not the cause.
+    """Returns why the hub does not give a model and the remedy, or None if it is not the cause.
 
-    What a library raises is often its own guess, and the reason an error that it came from: each
-    of them is looked at.
+    The error of a library is often a guess, and its cause the reason: the whole chain is checked.
 
     Args:
-        error: What huggingface_hub, or a library that calls it, has raised.
-        revision: The branch, tag or commit that was asked for.
+        error: Raised by huggingface_hub, or by a library that calls it.
+        revision: The requested branch, tag or commit.
     """
     chain = list(_chain(error))
 
@@ -36,7 +35,7 @@ def explain_hub(error: BaseException, revision: str | None = None) -> str | None
     if has(errors.RevisionNotFoundError):
         return f"it has no revision {show(revision)} of it: give one that its page lists"
     if has(errors.RepositoryNotFoundError) or status in (401, 404):
-        return f"it shows you none of this name: mend the name, or {_LOG_IN} if it is private"
+        return f"it shows you none of this name: correct the name, or {_LOG_IN} if it is private"
     if status is not None:
         return f"it answers {_phrase(status)}: try again later"
     if has(errors.LocalEntryNotFoundError):
@@ -46,7 +45,7 @@ def explain_hub(error: BaseException, revision: str | None = None) -> str | None
             switch = next((name for name in switches if os.environ.get(name)), switches[0])
             return f"{switch} is set, {remedy}: unset it, or name a folder"
         reason = f" ({describe(system)})" if system else ""
-        return f"it cannot be reached{reason}, {remedy}: mend the connection, or name a folder"
+        return f"it cannot be reached{reason}, {remedy}: check the connection, or name a folder"
     return None
 
 

@@ -12,14 +12,14 @@ REQUIRED: Final = object()
 
 
 class JsonFields:
-    """The fields of one JSON object, each read once; `finish` refuses what nobody asked for.
+    """The fields of one JSON object, each read once; `finish` refuses those that were not read.
 
     A field that is null counts as absent, as in transformers.
 
     Args:
         values: The object.
         where: The file, for messages.
-        prefix: Where the object stands in the file, for messages (``"rope_scaling."``).
+        prefix: Place of the object in the file, for messages (``"rope_scaling."``).
     """
 
     def __init__(self, values: Mapping[str, Any], where: str, prefix: str = ""):
@@ -30,7 +30,7 @@ class JsonFields:
         self.notes: list[str] = []
 
     def note(self, text: str) -> None:
-        """Keeps something that the user should be told."""
+        """Keeps a note for the user."""
         self.notes.append(f"{self.where}: {self.prefix}{text}")
 
     def error(self, name: str, text: str) -> ValueError:
@@ -43,7 +43,7 @@ class JsonFields:
         return "null" if value is None else show(value)
 
     def raw(self, name: str, default: Any = REQUIRED) -> Any:
-        """Returns the value as it stands, or `default` if it is absent or null."""
+        """Returns the value unchanged, or `default` if it is absent or null."""
         self._read.add(name)
         value = self.values.get(name)
         if value is None and default is REQUIRED:
@@ -97,7 +97,7 @@ class JsonFields:
         return tuple(ids) if isinstance(value, list) else value
 
     def only(self, name: str, allowed: Iterable[Any], reason: str) -> None:
-        """Refuses any value but those that change nothing."""
+        """Refuses all values except those that change nothing."""
         value = self.raw(name, None)
         allowed = tuple(allowed)
 
@@ -117,8 +117,8 @@ class JsonFields:
         """Refuses every field that was not read, naming the nearest known one.
 
         Args:
-            neutral: Says of a name and a value why they change nothing, or None if they may. What
-                changes nothing is noted.
+            neutral: Returns why a name and a value change nothing, or None if they may. Fields that
+                change nothing are noted.
         """
         unknown = {name: value for name, value in self.values.items() if name not in self._read}
         reasons = {name: neutral(name, value) for name, value in unknown.items()}

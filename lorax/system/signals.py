@@ -1,4 +1,4 @@
-"""How a run is asked to end before its time: by a signal."""
+"""Signals that ask a run to stop."""
 
 import contextlib
 import os
@@ -17,21 +17,21 @@ _POLL_SECONDS = 0.0005
 
 
 class RunStopped(KeyboardInterrupt):
-    """A run that was asked to stop and has saved what it had."""
+    """A run was asked to stop, and has saved."""
 
 
 class StopAskedError(Exception):
-    """A signal, by whose name it is called, has asked the run to stop."""
+    """A signal has asked the run to stop; the argument is its name."""
 
 
 def _asking_signals() -> list[signal.Signals]:
-    """Returns what asks a run to stop: SIGTERM, SIGINT, and SIGHUP unless it is ignored (nohup)."""
+    """Returns the signals that ask a run to stop: SIGTERM, SIGINT, and SIGHUP unless ignored."""
     is_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     return [signal.SIGTERM, signal.SIGINT, *([] if is_ignored else [signal.SIGHUP])]
 
 
 def _await_second() -> None:
-    """After a first signal: has another SIGTERM or SIGINT end the process at once.
+    """After a first signal: lets another SIGTERM or SIGINT end the process at once.
 
     Not SIGHUP: a terminal that goes away may send it twice.
     """
@@ -41,17 +41,17 @@ def _await_second() -> None:
 
 
 class StopRequest:
-    """Whether a signal has asked the run to stop, how long ago, and what that left behind.
+    """A request to stop by a signal: whether it came, how long ago, whether a step was dropped.
 
-    The first SIGTERM or SIGINT, or SIGHUP of a terminal that goes away unless it is ignored, is
-    noted while the run listens, for it to save and end; elsewhere it raises `RunStopped`, where
-    that is asked for. A second one ends the process at once, in the operating system's way. Only
-    the main thread can listen; elsewhere nothing is ever noted.
+    The first SIGTERM or SIGINT, or SIGHUP unless it is ignored, is recorded while the run listens,
+    so that the run saves and ends. At other times it raises `RunStopped`, if `raise_at_once` was
+    called. A second one ends the process at once by the operating system's default. Only the main
+    thread can listen; in other threads no signal is ever recorded.
 
     Attributes:
         received: The name of the signal that came while the run last listened, if one did.
-        dropped: Whether a step was dropped for it: that step still runs, and Python's own way out
-            would wait for it.
+        dropped: Whether a step was dropped for it: that step still runs, and a normal exit of
+            Python would wait for it.
     """
 
     def __init__(self):
@@ -61,21 +61,22 @@ class StopRequest:
         self._since = 0.0
 
     def raise_at_once(self) -> None:
-        """Has a signal raise `RunStopped` from now on, again if something discards it.
+        """Lets a signal raise `RunStopped` from now on, repeatedly if something discards it.
 
-        That is for where there is nothing to save: before and after the run listens.
+        For the time before and after the run listens, when there is nothing to save.
         """
         for each in _asking_signals():
             signal.signal(each, self._raise)
-        # What a callback of the garbage collector raises, and JAX has one, Python only prints.
+        # Python only prints an error of a garbage collector's callback, and JAX has such a
+        # callback.
         sys.unraisablehook = self._raise_again
 
     @contextlib.contextmanager
     def listening(self, heard: Callable[[], object] = lambda: None) -> Iterator[None]:
-        """Listens within the block, and gives the signals back afterwards.
+        """Listens within the block, and restores the signals' handlers afterwards.
 
         Args:
-            heard: Is called when a signal has come, from its handler.
+            heard: Called from the signal's handler.
         """
         self.received = None
         self._heard = heard
@@ -101,19 +102,19 @@ class StopRequest:
         return time.monotonic() - self._since if self.received else 0.0
 
     def hear_while_waiting(self, arrays: Any) -> Iterator[None]:
-        """Yields now and then until the arrays are there.
+        """Yields periodically until the arrays are ready.
 
-        JAX's own waiting is deaf: Python hears of a signal only between its own instructions.
+        JAX's own wait blocks signals: Python handles a signal only between its own instructions.
         """
         while not all(leaf.is_ready() for leaf in jax.tree.leaves(arrays)):
             yield
             time.sleep(_POLL_SECONDS)
 
     def wait(self, arrays: Any) -> None:
-        """Waits until the arrays are there.
+        """Waits until the arrays are ready.
 
         Raises:
-            StopAskedError: If a signal comes meanwhile: they are not waited for.
+            StopAskedError: If a signal comes meanwhile; the wait then ends.
         """
         for _ in self.hear_while_waiting(arrays):
             self.check()

@@ -1,4 +1,4 @@
-"""Small files read whole: regular ones alone, and no more of them than a description needs."""
+"""Reading small files whole: regular files only, up to a limit."""
 
 import errno
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 from lorax.system.wording import explain
 
 MOST_BYTES = 2**20
-"""Of a file that describes a run, a model or an adapter; real ones have a few kilobytes."""
+"""Limit for a file that describes a run, a model or an adapter; real ones have a few kilobytes."""
 
 
 _SPECIAL = (
@@ -20,13 +20,13 @@ _SPECIAL = (
 
 
 class SmallFileError(ValueError):
-    """Why a file is not read; whoever wanted it names it."""
+    """The reason why a file is not read; the caller adds its name."""
 
 
 def special_kind(mode: int) -> str | None:
-    """Returns what a thing on a disk is that is neither file, folder nor link, by its `st_mode`.
+    """Returns the kind of a path that is neither file, folder nor link, by its `st_mode`.
 
-    To open one may never end: a FIFO waits for its other end.
+    Opening one may never return: a FIFO waits for its other end.
     """
     return next((kind for is_kind, kind in _SPECIAL if is_kind(mode)), None)
 
@@ -34,14 +34,14 @@ def special_kind(mode: int) -> str | None:
 def read_small_file(path: str | os.PathLike[str], most: int = MOST_BYTES) -> bytes:
     """Returns all bytes of a file.
 
-    A device or a pipe might never end, or never begin, so it is not even opened.
+    A device or a pipe might never end, so it is not even opened.
 
     Args:
         path: The file.
-        most: Bytes above which it is not what it is taken for.
+        most: Bytes above which it is refused.
 
     Raises:
-        SmallFileError: Saying why it cannot be read, without its name.
+        SmallFileError: With the reason, without the file's name.
     """
     try:
         status = Path(path).stat()

@@ -1,4 +1,4 @@
-"""Files that a run never writes, and whose opening may never end."""
+"""Refuses special files, which a run never writes and whose opening may never return."""
 
 import os
 from pathlib import Path
@@ -8,17 +8,17 @@ from lorax.system.small_files import special_kind
 
 
 def refuse_special_files(folder: Path) -> None:
-    """Refuses a folder in which, at any depth, there is more than files and folders.
+    """Refuses a folder that holds, at any depth, anything but files and folders.
 
     Raises:
-        CheckpointError: Naming all that is something else.
+        CheckpointError: Naming every special file.
     """
     found = []
     for parent, _, names in os.walk(folder):
         for path in sorted(Path(parent) / name for name in names):
             try:
                 kind = special_kind(path.stat().st_mode)
-            except OSError:  # a link to nothing, which is told where it is read
+            except OSError:  # a dangling link: its reader reports it
                 continue
             found += [f"{path} is {kind}"] if kind else []
     if found:

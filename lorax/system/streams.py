@@ -1,4 +1,4 @@
-"""Standard output and error that outlive whoever reads them."""
+"""Standard output and error that survive the loss of their reader."""
 
 import errno
 import os
@@ -8,10 +8,10 @@ _NOBODY_READS = {errno.EPIPE, errno.EIO, errno.ENXIO}
 
 
 class Outlet:
-    """A text stream of the process that goes nowhere once its pipe or terminal is gone.
+    """A text stream of the process that drops its text once its pipe or terminal is gone.
 
-    A run that lasts a night must not end because ``tee`` or the window did: its numbers are in its
-    log, and its end in its exit status. Other errors, such as a full disk, are raised.
+    A long run must not end because ``tee`` or the terminal did: its metrics are in its log, and its
+    result is its exit code. Other errors, such as a full disk, are raised.
 
     Args:
         stream: The stream.
@@ -29,7 +29,7 @@ class Outlet:
             return len(text)
 
     def flush(self) -> None:
-        """Writes what waits, or drops it."""
+        """Writes buffered text, or drops it."""
         try:
             self._stream.flush()
         except OSError as error:
@@ -38,7 +38,7 @@ class Outlet:
     def _give_up(self, error: OSError) -> None:
         if error.errno not in _NOBODY_READS:
             raise error
-        # What Python holds back would raise again, at the latest when the process ends.
+        # Python's buffered text would raise later, at the latest when the process ends.
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self._stream.fileno())
         os.close(nowhere)

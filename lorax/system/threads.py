@@ -7,11 +7,11 @@ from concurrent.futures import Future
 _PREFIX = "lorax-background-"
 
 TRACING = threading.Lock()
-"""Held while a step is traced: one thread runs Python at a time, and the step takes longest."""
+"""Held while a step is traced: threads share Python's lock, and tracing takes longest."""
 
 
 def in_background[T](name: str, work: Callable[[], T]) -> Future[T]:
-    """Runs `work` in a thread of its own, and returns its result to come."""
+    """Runs `work` in a background thread, and returns a future of its result."""
     future: Future[T] = Future()
 
     def run() -> None:
@@ -31,12 +31,12 @@ def await_tracing() -> None:
 
 
 def finish_in_background(name: str) -> None:
-    """Waits until threads of that name have done what they were started for."""
+    """Waits until the background threads of that name have ended."""
     for thread in threading.enumerate():
         if thread.name == _PREFIX + name:
             thread.join()
 
 
 def works_in_background() -> bool:
-    """Says whether such a thread runs: Python's own way out would take its memory away."""
+    """Says whether a background thread runs: a normal exit of Python would free its memory."""
     return any(thread.name.startswith(_PREFIX) for thread in threading.enumerate())

@@ -1,4 +1,4 @@
-"""What ends a run that is stuck."""
+"""The watchdog: ends a run that is stuck."""
 
 import contextlib
 import faulthandler
@@ -14,7 +14,7 @@ class Watchdog:
     """Ends the process when nothing has happened for too long, and prints every thread's stack.
 
     Args:
-        seconds: How long; None waits for ever.
+        seconds: The time limit; None waits for ever.
     """
 
     def __init__(self, seconds: float | None):
@@ -23,7 +23,7 @@ class Watchdog:
         self._ended = threading.Event()
 
     def beat(self) -> None:
-        """Says that something has happened."""
+        """Restarts the time limit."""
         self._last = time.monotonic()
 
     @contextlib.contextmanager
@@ -52,7 +52,8 @@ class Watchdog:
                         "(train.stuck_after_seconds); the stacks of all threads follow. The "
                         "checkpoints saved before are whole: go on with --resume\n"
                     )
-                    # Past sys.stderr, which may be no file, or be locked by what is stuck.
+                    # Not through sys.stderr, which may be no file, or be locked by the stuck
+                    # thread.
                     with contextlib.suppress(OSError):
                         os.write(2, message.encode())
                     faulthandler.dump_traceback(2, all_threads=True)

@@ -1,4 +1,4 @@
-"""How values and failures are put into a message: short, and in words."""
+"""Short wordings of values and errors for messages."""
 
 import difflib
 import math
@@ -15,7 +15,7 @@ _TOO_MANY_DIGITS = "Exceeds the limit"  # of Python, for a number written in dig
 
 
 def clip(text: str, longest: int = LONGEST) -> str:
-    """Returns the text, or its beginning and how much is left out."""
+    """Returns the text, or its beginning and the number of characters left out."""
     if len(text) <= longest:
         return text
     return f"{text[:longest]}… ({len(text) - longest:,} characters more)"
@@ -80,7 +80,7 @@ def format_time(seconds: float) -> str:
 
 
 def kind_of(value: Any) -> str:
-    """Returns what a value of a JSON file is."""
+    """Returns the kind of a value from a JSON file."""
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
     kinds = {str: "text", list: "list", dict: "object", int: "number", float: "number"}
@@ -88,7 +88,7 @@ def kind_of(value: Any) -> str:
 
 
 def describe(error: BaseException) -> str:
-    """Returns an error in words for the user: of the system's, the file and the reason."""
+    """Returns an error in words for the user: for a system error, the file and the reason."""
     if isinstance(error, OSError) and error.strerror:
         file = f"{error.filename}: " if error.filename else ""
         return clip_words(f"{file}{error.strerror}")
@@ -96,7 +96,7 @@ def describe(error: BaseException) -> str:
 
 
 def explain(error: BaseException) -> str:
-    """Returns the reason that an error of the system or of Python gives, without its jargon."""
+    """Returns the reason in an error of the system or of Python, without its jargon."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     said = str(error)

@@ -11,8 +11,8 @@ from lorax_kernels import accumulation_dtype
 
 
 def accumulate(
-    loss_fn: Callable[..., tuple[jax.Array, jax.Array]],
-) -> Callable[..., tuple[jax.Array, jax.Array, Any]]:
+    loss_fn: Callable[..., tuple[jax.Array, ...]],
+) -> Callable[..., tuple[Any, ...]]:
     """Turns a summed loss into the exact loss and gradient of many micro-batches.
 
     With Lᵢ and nᵢ the sum and the count of micro-batch i, the result is that of one large batch::
@@ -25,18 +25,19 @@ def accumulate(
 
     Args:
         loss_fn: ``(parameters, micro_batch, *rest) -> (sum of losses, count)``; it must return
-            the sum, not the mean.
+            the sum, not the mean. A third value may be a dict of further sums, the figures.
 
     Returns:
-        A function ``(parameters, micro_batches, *rest) -> (loss, count, gradients)``, where each
-        leaf of `micro_batches` and `rest` has a leading axis of micro-batches. Call it under
+        A function ``(parameters, micro_batches, *rest) -> (loss, count, gradients)``, or ``(loss,
+        count, figures, gradients)`` if the loss has figures, which are divided by the count too.
+        Each leaf of `micro_batches` and `rest` has a leading axis of micro-batches. Call it under
         `jax.jit`.
     """
-    summed = accumulate_terms(lambda *arguments: Terms(*checked(loss_fn)(*arguments), {}))
+    summed = accumulate_terms(checked(loss_fn))
 
     def accumulated(parameters, micro_batches, *rest):
-        loss, count, _, gradients = summed(parameters, micro_batches, *rest)
-        return loss, count, gradients
+        loss, count, figures, gradients = summed(parameters, micro_batches, *rest)
+        return (loss, count, figures, gradients) if figures else (loss, count, gradients)
 
     return accumulated
 
@@ -44,7 +45,7 @@ def accumulate(
 def accumulate_terms(
     terms_of: Callable[..., Terms],
 ) -> Callable[..., tuple[jax.Array, jax.Array, Any, Any]]:
-    """Does what `accumulate` does, with figures beside the loss.
+    """Like `accumulate`, with figures in addition to the loss.
 
     Args:
         terms_of: ``(parameters, micro_batch, *rest) -> Terms``.

@@ -1,4 +1,4 @@
-"""The steps of a run, compiled before the weights are there."""
+"""Compiling the steps of a run while its weights are still being read."""
 
 import contextlib
 import dataclasses
@@ -26,14 +26,14 @@ from lorax.training.step import TrainState, TrainStep, make_abstract_step
 
 
 class CompiledStep(NamedTuple):
-    """A compiled step, the seconds that it took, and whether an earlier run had compiled it."""
+    """A compiled step, its compile time in seconds, and whether an earlier run had compiled it."""
 
     executable: Any
     seconds: float
     found: bool
 
     def put_into(self, step: TrainStep) -> TrainStep:
-        """Returns `step` with what was compiled."""
+        """Returns `step` with the compiled program."""
         return dataclasses.replace(step, compiled=self.executable)
 
 
@@ -43,13 +43,13 @@ def compile_ahead(
     *,
     programs: ProgramCache | None = None,
 ) -> Future[dict[int, CompiledStep]]:
-    """Compiles the steps of a run in a thread, while its weights are still being read.
+    """Compiles the steps of a run in the background, while its weights are still being read.
 
     Args:
         shapes: The model with shapes in the place of weights, set up as the one that will train.
-        course: What it will train on.
-        programs: Where steps of a known objective are kept for other runs, if anywhere, once it is
-            told to `keep_waiting`.
+        course: The course of the run.
+        programs: The cache of compiled steps of known objectives, if any. It writes them when
+            `keep_waiting` is called.
 
     Raises:
         ValueError: If the held-out rows hold no supervised token.
@@ -70,7 +70,7 @@ def compile_ahead(
 
 
 def _describe_step(course: Course, model: CausalLM) -> dict[str, str]:
-    """Returns all that decides a step, but for the shapes it is given."""
+    """Returns all that decides a step, except the shapes of its arguments."""
     of_step: dict[str, set[str]] = {}
     for key, mark in find_marks(RunConfig).items():
         if mark.in_step:
@@ -100,11 +100,11 @@ def compile_widths(
 
     Args:
         step: From `make_train_step` or `make_abstract_step`.
-        state: What it starts from.
-        course: What the run trains on.
+        state: The initial state.
+        course: The course of the run.
         place: Puts a batch on the devices.
-        programs: Where compiled steps are kept, if anywhere.
-        facts: What decides the step; see `ProgramCache.find`.
+        programs: The cache of compiled steps, if any.
+        facts: All that decides the step; see `ProgramCache.find`.
     """
     first = next(iter(course.batches.epoch(0)))
     compiled = {}

@@ -1,4 +1,4 @@
-"""What a run trains on, step by step: epochs, batches, and what is due after a step."""
+"""The course of a run: objective, epochs, batches, and the actions due after a step."""
 
 import dataclasses
 import functools
@@ -26,7 +26,7 @@ from lorax.training.optim.schedules import make_schedule
 
 
 class Due(NamedTuple):
-    """What follows a step."""
+    """The actions due after a step."""
 
     evaluation: bool
     save: bool
@@ -36,10 +36,10 @@ class Position(NamedTuple):
     """A step's place in the run, and its batch on the devices.
 
     Attributes:
-        step: From 1.
-        epoch: From 0.
-        at: In its epoch, from 0.
-        batch: What it trains on.
+        step: Number of the step, from 1.
+        epoch: Number of its epoch, from 0.
+        at: Its index in the epoch, from 0.
+        batch: Its micro-batches.
     """
 
     step: int
@@ -49,17 +49,17 @@ class Position(NamedTuple):
 
     @property
     def width(self) -> int:
-        """Of its rows, which decides which compiled step it is."""
+        """Width of its rows, which selects the compiled step."""
         return self.batch["input_ids"].shape[-1]
 
 
 @dataclasses.dataclass(frozen=True)
 class Course:
-    """What a run trains on, from its first step to its last: found once, then only read.
+    """The course of a run from its first step to its last: computed once, then only read.
 
     Attributes:
         config: The run's settings.
-        objective: What is learned.
+        objective: The objective.
         mesh: Its devices.
         train: Encoded rows to learn from.
         held_out: Encoded held-out rows, if there are any.
@@ -92,7 +92,7 @@ class Course:
             config: The run's settings.
             train: Encoded rows to learn from.
             held_out: Encoded held-out rows.
-            objective: What is learned; what the settings ask for if not given.
+            objective: The objective; the one of the settings if not given.
             mesh: The run's devices, if they are known already.
 
         Raises:
@@ -116,7 +116,7 @@ class Course:
 
     @functools.cached_property
     def evaluation(self) -> Batches | None:
-        """The batches of the held-out rows, in the order of the data; made when first asked for.
+        """The batches of the held-out rows, in the order of the data; built on first access.
 
         Raises:
             ValueError: If no token is supervised.
@@ -132,7 +132,7 @@ class Course:
 
     @functools.cached_property
     def optimizer(self) -> optax.GradientTransformation:
-        """What moves the weights, by its schedule over all steps."""
+        """The optimizer, with its schedule over all steps."""
         return make_optimizer(self.config.train, self.total_steps)
 
     @property
@@ -151,14 +151,14 @@ class Course:
         both = [each for each in (self.batches, self.evaluation) if each is not None]
         model = nnx.clone(model)
         model.train()
-        # In a fixed order cuDNN takes memory for the square of the longest document, for every
-        # document. By a mask it takes no more than for rows that are not packed.
+        # With a fixed order of sums, cuDNN allocates the square of the longest document for every
+        # document. With a mask it allocates no more than for rows that are not packed.
         if self.config.data.packing and not self.config.train.full_determinism:
             model.document_layout = _common_layout(both)
         return model
 
     def epochs(self) -> Iterator[tuple[int, int]]:
-        """Yields each epoch and how many of its steps are run."""
+        """Yields each epoch and the number of its steps that are run."""
         left = self.total_steps
         epoch = 0
         while left > 0:
@@ -172,7 +172,7 @@ class Course:
         return sorted({w for e, n in self.epochs() for w in self.batches.step_shapes(e)[:n]})
 
     def check(self) -> None:
-        """Checks what would end the run at one of its steps.
+        """Checks for batches that would end the run at one of its steps.
 
         Raises:
             ValueError: If a step would hold no supervised token, or there are no rows to evaluate.
@@ -191,10 +191,10 @@ class Course:
                 )
 
     def after(self, done: int, place: Callable[[Any], Any]) -> Iterator[Position]:
-        """Yields the steps that follow those that are done.
+        """Yields the remaining steps.
 
         Args:
-            done: Steps that were done before.
+            done: Number of steps that are done.
             place: Puts a batch on the devices, ahead of its step.
         """
         before = 0
@@ -207,7 +207,7 @@ class Course:
             before += steps
 
     def due_after(self, step: int) -> Due:
-        """Returns what is due after a step, counted from 1; after the last one, all is."""
+        """Returns the actions due after a step, counted from 1; after the last one, all are."""
         is_last = step == self.total_steps
         when = self.config.eval
         evaluation = is_last
@@ -219,7 +219,7 @@ class Course:
 
 
 def _common_layout(both: list[Batches]) -> DocumentLayout:
-    """Returns a layout that the packed rows of both fit."""
+    """Returns a layout that fits the packed rows of both datasets."""
     layouts = [each.document_window() for each in both]
     window = max(width for width, _ in layouts)
     return DocumentLayout(window, max(count * (window // width) for width, count in layouts))

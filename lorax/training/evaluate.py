@@ -23,8 +23,8 @@ class Evaluator:
     Args:
         model: Decides the structure; the weights are passed to each call.
         batches: Batches of the held-out rows, one micro-batch each, in order.
-        mesh: Where the batches go.
-        objective: What is summed.
+        mesh: The devices of the batches.
+        objective: Gives the sums.
         full_determinism: As for `make_train_step`.
     """
 
@@ -52,7 +52,7 @@ class Evaluator:
 
     @classmethod
     def of(cls, course: Course, model: nnx.Module) -> "Evaluator | None":
-        """Returns that of a run; None if it has no held-out rows."""
+        """Returns the evaluator of a run; None if it has no held-out rows."""
         if course.evaluation is None:
             return None
         repeats = course.config.train.full_determinism

@@ -1,4 +1,4 @@
-"""What a step came to: tokens per second, model FLOPs, and what listeners are told."""
+"""Metrics of a step: tokens per second, model FLOPs, and the events for listeners."""
 
 import dataclasses
 import functools
@@ -13,13 +13,14 @@ import numpy as np
 from flax import nnx
 
 from lorax.adapters.nnx.tree import adapted_layers, named_modules
+from lorax.objectives.objective import RESERVED
 from lorax.system.hardware import Device, memory_gib, peak_bf16_tflops
 from lorax.training.course import Course, Position
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelSize:
-    """What the FLOPs of a model depend on.
+    """The sizes that a model's FLOPs depend on.
 
     Attributes:
         frozen_parameters: Entries of frozen weight matrices, without an embedding table that is
@@ -39,8 +40,8 @@ class ModelSize:
 
         A trained matrix takes 2 FLOPs per entry forward, 2 for the gradient of its input and 2 for
         its own; a frozen one has no gradient of its own. Attention has no weights, so it costs the
-        same in both; like in the source, nothing is taken off for its causal half, and what is
-        recomputed does not count.
+        same in both. As in the source, the causal mask saves nothing, and recomputation does not
+        count.
 
         Args:
             context_tokens: T, the length of the documents.
@@ -55,7 +56,7 @@ class Throughput:
     """Tokens per second and model FLOPs utilisation of a run, without the steps that compile."""
 
     def __init__(self, size: ModelSize, devices: Sequence[Device] | None = None):
-        """Takes the devices of the run; all of this process's backend when not given."""
+        """Starts to count; without `devices`, for all devices of the process's backend."""
         devices = jax.devices() if devices is None else devices
         peaks = [peak_bf16_tflops(device.device_kind) for device in devices]
         self.size = size
@@ -69,7 +70,7 @@ class Throughput:
     def add(
         self, tokens: int, seconds: float, *, context_tokens: float, compiled: bool = False
     ) -> dict[str, float | None]:
-        """Counts one step; the first one, and those that are `compiled`, do not enter the mean.
+        """Counts one step; the mean leaves out the first one and those that are `compiled`.
 
         Args:
             tokens: Tokens of the step on all devices, without padding.
@@ -91,7 +92,7 @@ class Throughput:
         return {"tokens_per_s": tokens / seconds, "mfu": self._mfu(flops, seconds)}
 
     def mean(self) -> dict[str, float | None]:
-        """Returns `tokens_per_s` and `mfu` of all counted steps; None before there is one."""
+        """Returns `tokens_per_s` and `mfu` over all counted steps; None before the first."""
         if self._seconds == 0.0:
             return {"tokens_per_s": None, "mfu": None}
         speed = self._tokens / self._seconds
@@ -102,11 +103,11 @@ class Throughput:
 
 
 def is_spike(loss: float, before: Sequence[float]) -> bool:
-    """Says whether a loss stands out: six standard deviations and a tenth above the mean.
+    """Says whether a loss is a spike: six standard deviations and a tenth above the mean.
 
     Args:
-        loss: Of a step.
-        before: Of the steps before it; of fewer than twenty nothing is said.
+        loss: Loss of a step.
+        before: Losses of the steps before it; with fewer than twenty no loss is a spike.
     """
     if not math.isfinite(loss) or len(before) < 20:
         return False
@@ -122,8 +123,8 @@ class StepEvents:
     """Describes the steps of a run, and times them.
 
     Args:
-        course: Of the run.
-        throughput: Counts what the steps took, and on which devices.
+        course: The course of the run.
+        throughput: Counts the seconds of the steps, for the devices of the run.
     """
 
     def __init__(self, course: Course, throughput: Throughput):
@@ -135,7 +136,7 @@ class StepEvents:
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Says that what took time up to now was no step."""
+        """Restarts the clock: the time up to now was not spent on a step."""
         self._began = time.perf_counter()
 
     def describe(
@@ -144,9 +145,9 @@ class StepEvents:
         """Returns the event of a step that has just ended.
 
         Args:
-            at: Which step it is.
-            numbers: What the step returned, on the host.
-            losses_before: Of the steps before it, which tell a spike.
+            at: The step.
+            numbers: The metrics of the step, on the host.
+            losses_before: Losses of the steps before it, to recognise a spike.
         """
         now = time.perf_counter()
         seconds = now - self._began
@@ -159,7 +160,7 @@ class StepEvents:
             "step": at.step,
             "total_steps": self.course.total_steps,
             "loss": loss,
-            **{name: float(numbers[name]) for name in self.course.objective.figures},
+            **{name: float(x) for name, x in numbers.items() if name not in RESERVED},
             "learning_rate": float(np.asarray(self.course.schedule(at.step - 1))),
             "grad_norm": float(numbers["grad_norm"]),
             "supervised_tokens": int(numbers["tokens"]),

@@ -1,4 +1,4 @@
-"""Steps that take longer than a signal leaves time for: they are dropped, not waited for."""
+"""Long steps: a signal drops the running one instead of waiting for it."""
 
 import math
 import time
@@ -10,25 +10,25 @@ from lorax.system.signals import StopAskedError, StopRequest
 from lorax.training.step import TrainState
 
 PATIENCE_SECONDS = 2.0
-"""How long the step that runs is waited for after a signal; the rest of ten is for saving."""
+"""How long a run waits for its step after a signal; of the ten seconds the rest is for saving."""
 
 LONG_SECONDS = 2.0
-"""What takes longer is not begun before the step ahead of it has ended, and can be dropped."""
+"""A longer step begins only when the one before has ended, and can be dropped."""
 
 LARGEST_BYTES = 2 * 2**30
-"""A larger state is neither copied before each long step nor written in the seconds there are."""
+"""A larger state is not copied before a long step: it could not be written in time either."""
 
 
 class StepDroppedError(StopAskedError):
-    """A signal has asked the run to stop, and the step that runs is not waited for."""
+    """A signal has requested a stop, and the run does not wait for its step."""
 
 
 class LongSteps:
-    """Keeps what was before a long step, so that a signal need not wait for its end.
+    """Keeps the state from before a long step, so that a signal need not wait for its end.
 
-    A step consumes the state it starts from. Before one that may take longer than `LONG_SECONDS`
-    that state is copied to the host's memory. Whether it may is told by the last step on rows of
-    the same width.
+    A step consumes the state it starts from. Before a step that may take longer than
+    `LONG_SECONDS`, that state is copied to the host's memory. A step may take that long if the last
+    one on rows of the same width did.
 
     Attributes:
         before: The copy, on one device's share of the host's memory where the state is the same on
@@ -42,24 +42,24 @@ class LongSteps:
         self._dropped = False
 
     def may_come(self, width: int) -> bool:
-        """Says whether a step on rows of a width may take long: if the last did, or none was."""
+        """Says whether a step on rows of a width may take long: the last one did, or none ran."""
         return self._seconds.get(width, math.inf) > LONG_SECONDS
 
     def keep(self, state: TrainState) -> None:
-        """Copies what the next step consumes, if it is small enough to be saved at once."""
+        """Copies the state that the next step consumes, if it is small enough to save at once."""
         self.before = None
         leaves = jax.tree.leaves(state)
         if sum(leaf.nbytes for leaf in leaves) <= LARGEST_BYTES:
             self.before = jax.block_until_ready(jax.tree.map(_copy_to_host, state))
 
     def wait(self, arrays: Any, width: int, begun: float, stop: StopRequest) -> None:
-        """Waits for the results of the step that runs, and notes how long it took.
+        """Waits for the results of the running step, and records how long it took.
 
         Args:
             arrays: Its results.
-            width: Of its rows.
+            width: Width of its rows.
             begun: When it was dispatched, by `time.perf_counter`.
-            stop: Is heard meanwhile, and told of a step that is dropped.
+            stop: Checked meanwhile; its `dropped` is set if the step is dropped.
 
         Raises:
             StepDroppedError: If a signal came `PATIENCE_SECONDS` ago, and there is a copy.
@@ -73,12 +73,12 @@ class LongSteps:
         now = time.perf_counter()
         seconds = now - max(begun, self._ended)
         self._ended = now
-        # Of one that had ended before it was waited for, only a bound is known.
+        # A step that had ended before the wait gives only an upper bound.
         known = math.inf if waited else self._seconds.get(width, math.inf)
         self._seconds[width] = min(seconds, known)
 
     def reached(self, state: TrainState) -> TrainState:
-        """Returns `state`, or if the step that makes it was dropped or failed, what was before.
+        """Returns `state`, or the copy from before if its step was dropped or failed.
 
         Raises:
             RuntimeError: As JAX does, if the step failed and there is no copy.

@@ -1,4 +1,4 @@
-"""Which rows made a loss or a gradient that is not finite."""
+"""Finds the rows behind a loss or a gradient that is not finite."""
 
 import json
 import math
@@ -20,8 +20,8 @@ def find_micro_batches(
 ) -> list[int]:
     """Returns the micro-batches, from 0, whose loss is not finite with the model's weights.
 
-    Dropout is off, so that one which only some mask brings about is not found; nor is a gradient
-    that overflows under a finite loss.
+    Dropout is off, so a loss that only some dropout mask overflows is not found. A gradient that
+    overflows under a finite loss is not found either.
     """
     evaluated = nnx.clone(model)
     evaluated.eval()
@@ -47,12 +47,12 @@ def explain_step(
     """Names and dumps the rows of a step that was not applied; see `report_rows`.
 
     Args:
-        folder: Of the run.
-        event: Of the step.
-        at: Where it stands in the run.
-        batches: Of the run.
-        model: With the weights before the step.
-        objective: Of the run.
+        folder: The run's folder.
+        event: The step's event.
+        at: The step's position in the run.
+        batches: The run's batches.
+        model: The model with the weights from before the step.
+        objective: The run's objective.
     """
     bad = find_micro_batches(model, objective, at.batch)
     return report_rows(folder, event, bad, batches.rows(at.epoch, at.at), batches.dataset.lengths)
@@ -63,7 +63,7 @@ def nonfinite_error(found: str, kept: str, allowed: int) -> FloatingPointError:
 
     Args:
         found: From `explain_step`.
-        kept: Says which weights are on the disk.
+        kept: Names the weights on the disk.
         allowed: Steps that may be left out.
     """
     return FloatingPointError(
@@ -74,7 +74,7 @@ def nonfinite_error(found: str, kept: str, allowed: int) -> FloatingPointError:
 
 
 def describe_rows(micro_batches: Sequence[int], rows: Sequence[Sequence[int]]) -> str:
-    """Says which dataset rows stand in some micro-batches."""
+    """Lists the dataset rows of some micro-batches, for a message."""
     if not micro_batches:
         return "every micro-batch has a finite loss, so a gradient overflowed"
     listed = [row for i in micro_batches for row in rows[i]]
@@ -90,12 +90,12 @@ def report_rows(
     rows: Sequence[Sequence[int]],
     lengths: Any,
 ) -> str:
-    """Writes what a step was made of into `folder`, and returns a line that says so.
+    """Writes the rows of a step to a file in `folder`, and returns a line that names both.
 
-    It writes numbers of rows and their lengths, never their text.
+    The file holds numbers of rows and their lengths, never their text.
 
     Args:
-        folder: Of the run.
+        folder: The run's folder.
         metrics: The step's ``step``, ``loss`` and ``grad_norm``.
         micro_batches: Those that are not finite.
         rows: Dataset rows of each micro-batch.
@@ -114,7 +114,7 @@ def report_rows(
     try:
         path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         where = str(path)
-    except OSError as error:  # what went wrong with the numbers is the news
+    except OSError as error:  # the error to report is that of the numbers
         where = f"not written: {describe(error)}"
     described = describe_rows(micro_batches, rows)
     return f"step {step}: loss {loss}, gradient norm {norm}: {described} ({where})"

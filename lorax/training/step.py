@@ -15,21 +15,19 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from lorax.adapters.nnx.apply import set_dropout_key
-from lorax.adapters.nnx.tree import adapted_layers, named_modules, split_trainable
+from lorax.adapters.nnx.tree import split_trainable
 from lorax.devices.determinism import compiler_options, repeatable_attention
 from lorax.devices.placement import place_parameters, placed_shapes
 from lorax.devices.specs import parts_of
-from lorax.objectives.objective import Batch, LossFunction, Objective, Terms
+from lorax.objectives.objective import RESERVED, Batch, LossFunction, Objective, Terms
 from lorax.objectives.objectives import as_objective
 from lorax.objectives.sft import SFT
 from lorax.system.threads import TRACING, in_background
 from lorax.system.wording import describe
 from lorax.training.accumulate import accumulate_terms
+from lorax.training.arguments import check_arguments, check_batch, refuse_untrainable
 from lorax.training.optim.stacking import stack_alike
 from lorax_kernels import compile_kernels
-
-METRICS = ("applied", "grad_norm", "loss", "tokens")
-"""What a step tells of itself, whatever is learned."""
 
 
 @jax.tree_util.register_dataclass
@@ -64,7 +62,7 @@ class TrainStep:
         frozen: The weights that no step changes, passed to every call.
         mesh: Where the arrays are; the kernels are divided along its axes.
         full_determinism: Whether it was made to come to the same bits every time.
-        figures: What it tells besides `METRICS`.
+        figures: What it reports besides `RESERVED`.
     """
 
     compiled: Any
@@ -76,13 +74,23 @@ class TrainStep:
     @property
     def metrics(self) -> tuple[str, ...]:
         """The names of all that it tells."""
-        return (*METRICS, *self.figures)
+        return (*RESERVED, *self.figures)
 
     def __call__(self, state: TrainState, batch: Batch):
         """Returns the next state and ``{"loss", "grad_norm", "tokens", "applied"}`` with figures.
 
-        `state` is consumed. What is not `applied` has changed no weight and no moment.
+        `state` is donated: its arrays are deleted, and the returned state takes their place. A step
+        that is not `applied` has changed no weight and no moment.
+
+        Raises:
+            ValueError: If an earlier call has consumed the state, or an array of the batch is not
+                (micro-batches, rows, …).
         """
+        if state.step.is_deleted():
+            raise ValueError(
+                "the state was donated to an earlier call of the step: pass the state that it "
+                "returned, as in `state, metrics = step(state, batch)`"
+            )
         with self._settings():
             return self.compiled(state, self.frozen, batch)
 
@@ -149,7 +157,8 @@ def make_train_step(
         model: A model from `apply_lora`. Of any other NNX model every `nnx.Param` trains: a full
             fine-tune.
         optimizer: Any optax transformation, clipping included.
-        loss_fn: ``(model, micro_batch) -> (sum of losses, count)``, or an objective.
+        loss_fn: ``(model, micro_batch) -> (sum of losses, count)``, or an objective. A third value
+            may be a dict of further sums: the metrics hold each, divided by the count.
         seed: Seed of the dropout masks.
         mesh: Where to put the arrays; None leaves them where they are.
         skip_nonfinite: Whether steps that follow one without an update are applied.
@@ -158,14 +167,42 @@ def make_train_step(
             memory.
 
     Raises:
-        ValueError: If nothing trains, an adapter is merged, or a batch norm would update its
-            statistics.
+        TypeError: If the model, the optimizer or the loss is something else.
+        ValueError: If nothing trains, an adapter is merged, a batch norm would update its
+            statistics, or the optimizer scales its updates by the size of a parameter: the B of an
+            adapter is zero, and would stall.
     """
-    _refuse_batch_statistics(model)
+    check_arguments(model, optimizer, loss_fn)
+    return build_step(
+        model,
+        optimizer,
+        loss_fn,
+        seed=seed,
+        mesh=mesh,
+        skip_nonfinite=skip_nonfinite,
+        full_determinism=full_determinism,
+    )
+
+
+def build_step(
+    model: nnx.Module,
+    optimizer: optax.GradientTransformation,
+    loss_fn: LossFunction | Objective,
+    *,
+    seed: int = 0,
+    mesh: Mesh | None = None,
+    skip_nonfinite: bool = False,
+    full_determinism: bool = False,
+) -> tuple[TrainStep, TrainState]:
+    """Returns what `make_train_step` does, of an optimizer from `make_optimizer`.
+
+    Raises:
+        ValueError: As `make_train_step`, but of the optimizer.
+    """
+    refuse_untrainable(model)
     graph, trainable, frozen = split_trainable(model)
     if not jax.tree.leaves(trainable):
         raise ValueError("the model has no nnx.Param: nothing would train. apply_lora it first")
-    _refuse_merged(model)
     begin = functools.partial(_begin, optimizer)
     if mesh is not None:  # else each array stays where it is, which a compiled function may change
         begin = jax.jit(begin)
@@ -179,6 +216,7 @@ def make_train_step(
     terms_of = _terms_of(graph, objective)
 
     def step(state: TrainState, frozen: nnx.State, batch: Batch):
+        check_batch(batch)
         size = jax.tree.leaves(batch)[0].shape[0]
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(size))
@@ -217,11 +255,12 @@ def make_abstract_step(
     found: list[TrainStep] = []
 
     def build(model):
-        step, state = make_train_step(
+        step, state = build_step(
             model,
             optimizer,
             loss_fn,
             seed=seed,
+            mesh=None,
             skip_nonfinite=skip_nonfinite,
             full_determinism=full_determinism,
         )
@@ -253,7 +292,19 @@ def _terms_of(graph: nnx.GraphDef, objective: Objective) -> Callable[..., Terms]
 
 
 def merge_state(model: nnx.Module, state: TrainState) -> nnx.Module:
-    """Returns `model` with the trained values of `state` (copied, for a step frees its state)."""
+    """Returns `model` with the trained values of `state` (copied, for a step frees its state).
+
+    Raises:
+        TypeError: If the two come in another order.
+        ValueError: If a later step has consumed the state.
+    """
+    if not isinstance(model, nnx.Module) or not isinstance(state, TrainState):
+        found = f"{type(model).__name__}, {type(state).__name__}"
+        raise TypeError(f"merge_state takes a model and a TrainState, got {found}")
+    if any(getattr(leaf, "is_deleted", bool)() for leaf in jax.tree.leaves(state)):
+        raise ValueError(
+            "the state was donated to a later step: merge the state that the last step returned"
+        )
     graph, _, frozen = split_trainable(model)
     return nnx.merge(graph, jax.tree.map(jnp.copy, state.trainable), frozen)
 
@@ -263,22 +314,3 @@ def _reseed(model: nnx.Module, key: jax.Array) -> None:
     streams = [n for _, n in nnx.iter_graph(model) if isinstance(n, nnx.RngStream)]
     for index, stream in enumerate(streams):
         stream.key.set_value(jax.random.fold_in(key, 1_000_000 + index))
-
-
-def _refuse_merged(model: nnx.Module) -> None:
-    """Refuses merged adapters: the layer no longer reads their parameters, so no gradient comes."""
-    merged = [name for name, layer in adapted_layers(model).items() if layer.merged]
-    if merged:
-        raise ValueError(
-            f"{len(merged)} layers are merged, {merged[0]} is the first: their adapters would not "
-            "train. unmerge_lora the model first"
-        )
-
-
-def _refuse_batch_statistics(model: nnx.Module) -> None:
-    for name, module in named_modules(model).items():
-        if getattr(module, "use_running_average", True) is False:
-            raise ValueError(
-                f"{name} would update batch statistics, which this step does not carry; freeze "
-                "them with model.set_attributes(use_running_average=True)"
-            )

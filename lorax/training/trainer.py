@@ -31,19 +31,20 @@ from lorax.recovery.saver import Saver
 from lorax.system.signals import RunStopped, StopAskedError, StopRequest
 from lorax.system.watchdog import Watchdog
 from lorax.training.ahead import CompiledStep, compile_widths
+from lorax.training.arguments import check_run
 from lorax.training.course import Course, Position
 from lorax.training.evaluate import Evaluator
 from lorax.training.events import Event, StepEvents, Throughput, model_size
 from lorax.training.long_steps import LongSteps, StepDroppedError
 from lorax.training.nonfinite import explain_step, nonfinite_error
-from lorax.training.step import TrainState, TrainStep, make_train_step
+from lorax.training.step import TrainState, TrainStep, build_step
 from lorax.training.weights import TrainedWeights
 
 type Listener = Callable[[Event], None]
 
 
 class _Dispatched(NamedTuple):
-    """A step whose numbers are still to be read."""
+    """A dispatched step whose metrics have not been read yet."""
 
     at: Position
     metrics: dict[str, jax.Array]
@@ -68,22 +69,22 @@ class Trainer:
             its dtype, for the weights on disk; the lora section is not read.
         train_data: Encoded rows to learn from.
         eval_data: Encoded held-out rows.
-        loss_fn: ``(model, micro_batch) -> (sum of losses, count)``, or an objective; what the
-            settings ask for if not given.
+        loss_fn: ``(model, micro_batch) -> (sum of losses, count)``, or an objective; the one of the
+            settings if not given.
         listeners: Called with each step's and each evaluation's metrics, in order.
         compiled: From `compile_ahead`, called with the same settings and data.
-        resume: Goes on from the newest checkpoint in the run's directory, bit for bit as if it had
-            never stopped; from the beginning if there is none yet.
-        files: Fingerprints of files that must not change in between, by what they are; if none are
-            given, the frozen weights have one.
+        resume: Resumes from the newest checkpoint in the run's directory, bit for bit as if it had
+            never stopped; begins if there is none yet.
+        files: Fingerprints by name of files that must not change between stop and resume; without
+            any, the frozen weights get one.
         course: `Course.of` the same config and rows, if it is known already.
-        identity: What makes the run itself, with all but its adapters, in the place of `files`.
-        save_options: What `save_model` is given besides the model, with the method `full`.
-        stop: Hears the signals that ask the run to stop; its own if not given.
+        identity: The run's identity, complete except for its adapters, in the place of `files`.
+        save_options: Options of `save_model`, for the method `full`.
+        stop: Receives the signals that request a stop; the trainer's own if not given.
 
     Raises:
         ValueError: If a step of the run would hold no supervised token, nothing trains, the mesh
-            asks for devices that are not there, or what is to be resumed is another run.
+            asks for absent devices, or the checkpoint is another run's.
     """
 
     def __init__(
@@ -103,10 +104,9 @@ class Trainer:
         save_options: Mapping[str, Any] | None = None,
         stop: StopRequest | None = None,
     ):
+        check_run(model, config, train_data, eval_data, one_objective=course is None or not loss_fn)
         self.config = config
         self.listeners = listeners
-        if course is not None and loss_fn is not None:
-            raise ValueError("a course has its own objective: give loss_fn or course, not both")
         objective = None if loss_fn is None else as_objective(loss_fn)
         course = course or Course.of(config, train_data, eval_data, objective)
         self.course = course
@@ -115,7 +115,7 @@ class Trainer:
         course.check()
         self.model = course.prepare_model(model)
         self._compiled_ahead = compiled
-        self.step, self.state = make_train_step(
+        self.step, self.state = build_step(
             self.model, course.optimizer, course.objective, **course.step_options
         )
         self._place = batch_placer(self.model, course.mesh)
@@ -139,12 +139,12 @@ class Trainer:
 
     @property
     def mesh(self) -> Mesh:
-        """The devices that it trains on."""
+        """The devices of the run."""
         return self.course.mesh
 
     @property
     def progress(self) -> Progress:
-        """Where the run stands."""
+        """The progress of the run."""
         return self.saver.progress
 
     @property
@@ -154,8 +154,7 @@ class Trainer:
     def train(self) -> TrainResult:
         """Runs all steps; the trainer's `model` then has the trained (or the best) weights.
 
-        What was reached is saved when the run ends, and when it is ended: by SIGTERM, Ctrl-C or an
-        exception.
+        The run is saved when it ends, also by SIGTERM, Ctrl-C or an exception.
 
         Raises:
             FloatingPointError: If a loss or gradient is not finite, naming the step and its rows;
@@ -179,7 +178,7 @@ class Trainer:
                 except RunStopped:
                     raise
                 except BaseException as error:
-                    # The state has the last step, whatever its listeners would say.
+                    # The state includes the last step, even if a listener raises on its event.
                     def read():
                         return self._pending and self._note_numbers(self._pending)
 
@@ -206,7 +205,7 @@ class Trainer:
             self._prepare_to_drop(at.width)
             begun = time.perf_counter()
             self.state, metrics = compiled[at.width](self.state, at.batch)
-            # The previous step's numbers are read while this one runs.
+            # The previous step's metrics are read while this one runs.
             self._finish_pending(_Dispatched(at, metrics, begun))
             if self.config.train.skip_nonfinite_steps:
                 self._finish_pending()  # at once: the next one is not run if too many were skipped
@@ -216,16 +215,16 @@ class Trainer:
                 break
 
     def _prepare_to_drop(self, width: int) -> None:
-        """Keeps what is before the next step, if that may take too long for a signal."""
+        """Keeps the state from before the next step, if that may take too long for a signal."""
         if self._long.before is not None or self._long.may_come(width):
-            self._finish_pending()  # which may tell that none comes
+            self._finish_pending()  # its time may show that the next one is short
         self._beat()
         self._long.before = None
         if self._long.may_come(width):
             self._long.keep(self.state)
 
     def _settle(self, step: int) -> None:
-        """Evaluates and saves as it is due after a step."""
+        """Evaluates and saves if due after a step."""
         progress = self.progress
         due = self.course.due_after(step)
         if due.evaluation:
@@ -253,7 +252,7 @@ class Trainer:
         return self.saver.result()
 
     def _reach(self, read: Callable[[], object]) -> TrainState:
-        """Returns the state to save when the run is ended; `read` waits for the last numbers."""
+        """Returns the state to save when the run is stopped; `read` waits for the last metrics."""
         with contextlib.suppress(StepDroppedError):
             read()
         self.state = self._long.reached(self.state)
@@ -261,16 +260,16 @@ class Trainer:
         return self.state.resumable()
 
     def _compile(self) -> dict[int, TrainStep]:
-        """Compiles every shape of the run before the first step, so that none stops it later."""
+        """Compiles every shape of the run before the first step, so that no step waits later."""
         ahead = self._compiled_ahead
         arguments = (self.step, self.state, self.course, self._place)
         found = ahead.result() if ahead else compile_widths(*arguments)
         for width, (_, seconds, kept) in found.items():
-            self._tell({"compiled_width": width, "seconds": seconds, "kept": kept})
+            self._notify({"compiled_width": width, "seconds": seconds, "kept": kept})
         return {width: step.put_into(self.step) for width, step in found.items()}
 
     def _finish_pending(self, following: _Dispatched | None = None) -> None:
-        """Waits for the numbers of the last step, passes them on, and stops if not finite."""
+        """Waits for the metrics of the last step, passes them on, and stops if not finite."""
         pending = self._pending
         self._pending = following
         if pending is None:
@@ -278,12 +277,12 @@ class Trainer:
         before = self.progress.recent_losses
         numbers = self._note_numbers(pending)
         event = self.events.describe(pending.at, numbers, before)
-        self._tell(event)
+        self._notify(event)
         if not numbers["applied"]:
             self._refuse_nonfinite(event, pending.at)
 
     def _note_numbers(self, pending: _Dispatched) -> dict[str, Any]:
-        """Waits for the numbers of a step, and notes where the run stands after it."""
+        """Waits for the metrics of a step, and records the progress after it."""
         self._long.wait(pending.metrics, pending.at.width, pending.begun, self._stop)
         numbers = jax.device_get(pending.metrics)
         if numbers["applied"] or self.config.train.skip_nonfinite_steps:
@@ -302,7 +301,7 @@ class Trainer:
             progress.skipped += 1
             self._note(f"WARNING: {found}. Left out, {progress.skipped} of {allowed}")
             return
-        if allowed:  # a run that goes on tries this step again
+        if allowed:  # a resumed run repeats this step
             progress.step = at.step - 1
             self.state = dataclasses.replace(self.state, step=self.state.step - 1)
         raise nonfinite_error(found, self.store.describe(), allowed)
@@ -311,19 +310,19 @@ class Trainer:
         if self.evaluator is None:
             return None
 
-        # On a signal it is not finished first, but repeated by a run that goes on.
+        # A signal interrupts it; the resumed run repeats it.
         def wait(sums):
             self._stop.wait(sums)
             self._beat()
 
         found = self.evaluator(self.state.trainable, self.step.frozen, wait)
         loss = found["loss"]
-        told = {f"eval_{name}": value for name, value in found.items()}
-        self._tell({"step": step, **told, "eval_perplexity": math.exp(min(loss, 700))})
+        metrics = {f"eval_{name}": value for name, value in found.items()}
+        self._notify({"step": step, **metrics, "eval_perplexity": math.exp(min(loss, 700))})
         self.events.restart_clock()
         return loss
 
-    def _tell(self, event: Event) -> None:
+    def _notify(self, event: Event) -> None:
         for listener in self.listeners:
             listener(event)
 
@@ -331,14 +330,14 @@ class Trainer:
         return place_parameters(tree, self.course.mesh, parts_of(self.model))
 
     def _note(self, text: str) -> None:
-        self._tell({"note": text})
+        self._notify({"note": text})
 
     def _write_weights(self, folder: Path) -> None:
         self._weights.write(folder, self.state.trainable)
 
 
 def _identify(course: Course, model: Any, frozen: Any, files: Mapping[str, str] | None) -> Identity:
-    """Returns what makes a run itself that nothing is known of but what its trainer was given."""
+    """Returns the identity of a run that was not set up by `lorax.runs`."""
     identity = Identity(where=str(Path(course.config.save.output_dir)), settings_of=settings_of)
     identity.add(
         {

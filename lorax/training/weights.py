@@ -1,4 +1,4 @@
-"""The weights of a model that trains: on it, and in a folder."""
+"""Trained weights: put on the model, and written to a folder."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,14 +14,14 @@ from lorax.interop.save import save_model
 
 
 class TrainedWeights:
-    """Puts what was trained on the model of a run, and writes it as the run's method says.
+    """Puts trained weights on the model of a run, and writes them as the run's method does.
 
     Args:
         config: The run's settings.
         model: Decides the structure.
-        frozen: What does not train.
-        save_options: What `save_model` is given besides the model, with the method `full`; if not
-            given, the base model's folder.
+        frozen: The frozen parameters.
+        save_options: Options of `save_model`, for the method `full`; the base model's folder if not
+            given.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class TrainedWeights:
         self._config = config
         self._graph = nnx.graphdef(model)
         self._frozen = frozen
-        # A hub id becomes a folder now: what cannot be found must not wait for the first save.
+        # A hub id is resolved to a folder now, so that a missing one fails before the first save.
         if save_options is None and config.train.method == "full":
             save_options = {"source_directory": resolve_base(config.model)}
         self._save_options = dict(save_options or {})
@@ -44,7 +44,7 @@ class TrainedWeights:
         return self._merge(jax.tree.map(jax.numpy.copy, trained))
 
     def write(self, folder: Path, trained: nnx.State) -> None:
-        """Writes the weights into a folder that is not there yet."""
+        """Writes the weights into a folder that does not exist yet."""
         model = self._config.model
         if self._config.train.method == "full":
             dtype = jax.numpy.dtype(model.dtype)

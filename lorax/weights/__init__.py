@@ -1,1 +1,1 @@
-"""How a frozen matrix is stored: one file per format."""
+"""Formats of stored frozen matrices, one file each."""

@@ -1,4 +1,4 @@
-"""A matrix stored as itself."""
+"""The dense format: the matrix as one array."""
 
 import math
 from types import MappingProxyType

@@ -1,4 +1,4 @@
-"""What the loader, the planner and the mesh ask of a format; `formats.py` lists them."""
+"""The protocol of a format, for loader, planner and mesh; `formats.py` lists the formats."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -12,19 +12,19 @@ from lorax_kernels import Matrix
 
 
 class Format(Protocol):
-    """How a frozen matrix (k, n) is stored: pure functions, and no state.
+    """A format of a stored frozen matrix (k, n): pure functions, and no state.
 
     It is hashable, so that it can be static in a compiled function.
     """
 
     @property
     def name(self) -> str:
-        """What it is called."""
+        """The format's name."""
         ...
 
     @property
     def files(self) -> Mapping[str, str]:
-        """How checkpoints that store it so name its parts: what follows the layer's name."""
+        """Names of its parts in checkpoints of this format, after the layer's name."""
         ...
 
     def claims(self, model: ModelConfig) -> bool:
@@ -32,15 +32,15 @@ class Format(Protocol):
         ...
 
     def store(self, matrix: Float[Array, "k n"]) -> Matrix:
-        """Returns a matrix as it is stored, to be multiplied in the dtype that it has."""
+        """Returns a matrix in this format, to be multiplied in its dtype."""
         ...
 
     def dense(self, stored: Any, dtype: DTypeLike | None = None) -> Float[Array, "k n"]:
-        """Returns the matrix that is meant: the format's definition. None is its own dtype."""
+        """Returns the dense matrix, which defines the format. None is its own dtype."""
         ...
 
     def bytes(self, shape: tuple[int, int], dtype: DTypeLike) -> int:
-        """Returns what a matrix takes that is multiplied in `dtype`."""
+        """Returns the bytes of a matrix that is multiplied in `dtype`."""
         ...
 
     def parts(self, spec: PartitionSpec) -> tuple[PartitionSpec, ...]:
@@ -52,7 +52,7 @@ class Format(Protocol):
         ...
 
     def obstacle(self, shape: tuple[int, int], dtype: DTypeLike) -> str | None:
-        """Returns why the fused kernel cannot read such a matrix stored so, or None if it can."""
+        """Returns why the fused kernel cannot read a matrix in this format, or None if it can."""
         ...
 
 

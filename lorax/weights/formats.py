@@ -1,4 +1,4 @@
-"""The formats that there are."""
+"""The list of formats."""
 
 from lorax.config.model import ModelConfig
 from lorax.weights.dense import DENSE
@@ -9,5 +9,5 @@ FORMATS: list[Format] = [DENSE]
 
 
 def format_of(model: ModelConfig) -> Format:
-    """Returns how the settings ask for frozen matrices to be stored."""
+    """Returns the format of frozen matrices that the settings ask for."""
     return next(format for format in FORMATS if format.claims(model))

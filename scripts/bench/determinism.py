@@ -1,14 +1,14 @@
-"""Whether a step, and a resumed run, give the same bits on this device, and what guarding costs.
+"""Measures whether a step and a resumed run repeat bit for bit, and the cost of the guard.
 
     python -m scripts.bench.determinism --part step --call h200-1 --commit abc1234 \
         --out docs/measurements/determinism_h200.jsonl
 
-The step of a model with random weights runs from one state again and again; a digest of every bit
-of the new state says how many different results there were. It is timed in turns with one of
-`train.full_determinism`, and with one that does not guard against numbers that are not finite. The
-next part resumes a run of a smaller model from its middle, in a process of its own, which chooses
-its products anew, and compares it with the one that went on, with `train.full_determinism` and
-without. The last one measures how long saving holds a run up.
+The step of a model with random weights runs many times from one state; a digest of every bit of the
+new state counts the different results. It is timed interleaved with a step of
+`train.full_determinism`, and with one without the guard against numbers that are not finite. The
+next part resumes a run of a smaller model from its middle, in a process of its own, where XLA
+chooses its matmuls independently, and compares it with the run that never stopped, with
+`train.full_determinism` and without. The last part measures how long saving holds a run up.
 """
 
 import argparse
@@ -94,7 +94,7 @@ def repeat(compiled, batch, times: int) -> int:
 def run_trainer(
     model_name: str, folder: Path, full_determinism: bool, resume: bool = False
 ) -> list[float]:
-    """Trains in a folder, or goes on there; returns how long each save held it up."""
+    """Trains in a folder, or resumes there; returns how long each save held it up."""
     model = build_model(model_name, 16)
     model.gradient_checkpointing = "none"
     settings = {

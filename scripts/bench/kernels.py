@@ -2,11 +2,11 @@
 
     python -m scripts.bench.kernels --commit abc1234 --out docs/measurements/kernels_h200.jsonl
 
-For every workload, number of rows and rank, timed in turns within one process: the frozen products
-alone through cuBLAS (x·W0; x·W0 and dy·W0ᵀ), XLA's LoRA at its best, and the fused kernel. A ratio
-is the median over the turns of a time over the frozen products' in the same turn. Errors are
-relative L2 distances from float32 products at the highest precision, the largest over y, dx, dA
-and dB.
+For every workload, number of rows and rank, it times, interleaved in one process, the frozen
+matmuls alone through cuBLAS (x·W0; x·W0 and dy·W0ᵀ), XLA's LoRA at its best, and the fused kernel.
+A ratio is the median over the turns of a time over the frozen matmuls' in the same turn. Errors are
+relative L2 distances from float32 matmuls at the highest precision, the largest over y, dx, dA and
+dB.
 """
 
 import argparse

@@ -6,7 +6,7 @@ The folder holds a checkpoint, such as `scripts.make.random_checkpoint` writes. 
 that the library's own functions return, called as its trainer calls it: bfloat16 autocast, fused
 AdamW, gradients clipped to 1. Every token is supervised. The first steps, in which the library
 compiles and tunes, are not timed. Memory is the allocator's peak over the timed steps.
-`scripts.bench.peers` runs this beside lorax.
+`scripts.bench.peers` runs this and lorax.
 """
 
 import argparse

@@ -5,8 +5,8 @@
 
 A cell is model:batch:seq:accumulation; a system is name:policy, such as lorax:full,
 unsloth:offload (its default) or peft:none; lorax:full+embedding has the embedding in the host's
-memory too, lorax:full:6 six layers that are not made again. Within a cell each peer's policy is a
-process of its own, and lorax's policies share one, in turns, as in `scripts.bench.step`. The plot
+memory too, lorax:full:6 six layers that are not recomputed. Within a cell each peer's policy is a
+process of its own, and lorax's policies share one, interleaved as in `scripts.bench.step`. The plot
 shows all rows of the call in the file, so several runs may share one call; `--cells` with nothing
 after it only draws.
 """
@@ -158,7 +158,7 @@ def cell_of(row: dict) -> tuple:
 
 
 def policy_of(row: dict) -> str:
-    """Returns what is kept where, in a word or two."""
+    """Returns the policy in a word or two."""
     kept = row.get("kept_layers", 1)
     more = f":{kept}" if kept != 1 else ""
     return row["policy"] + more + (_HOST if row.get("offload_embedding") else "")

@@ -1,4 +1,4 @@
-"""What the rows of docs/measurements share: where they come from, and how they are kept."""
+"""Rows of docs/measurements: their origin, and appending them."""
 
 import datetime
 import json

@@ -1,4 +1,4 @@
-"""Times whole training steps on random weights, variants in turns, and prints their kernels.
+"""Times whole training steps on random weights, variants interleaved, and prints their kernels.
 
     python -m scripts.bench.step --model llama-8b --batch 4 --seq 2048 --policies none \
         --kernels pallas xla --call h200-1 --commit abc1234 --out docs/measurements/step_h200.jsonl
@@ -56,7 +56,7 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """Says what is particular about it."""
+        """Its name: kernels, recomputation and options."""
         options = [f"{k}={v}" for k, v in self.options]
         return " ".join([self.kernels, str(self.recomputation), *options])
 
@@ -107,7 +107,7 @@ def read_policy(text: str) -> Recomputation:
     """Returns what ``full`` or ``full:6`` stands for."""
     policy, _, kept = text.partition(":")
     if kept and policy not in REPEATING:
-        raise ValueError(f"{text}: {policy} makes no layer again, so none can be kept")
+        raise ValueError(f"{text}: {policy} recomputes no layer, so none can be kept")
     return Recomputation(check_policy(policy), int(kept or 1))
 
 
@@ -145,7 +145,7 @@ def time_in_turns(
         # A single variant may go without, to be timed from its very first step.
         compiled.run(batch, warmup or len(variants) > 1)
         # The allocator's peak only grows, so each is that of the largest so far: of this one. The
-        # others' states lie beside it.
+        # others' states are in memory too.
         compiled.peak_gib = memory_gib().gib - (states - compiled.state_gib)
     for _ in range(turns):
         for name in order.sample(list(variants), len(variants)):

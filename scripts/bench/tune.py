@@ -1,14 +1,14 @@
-"""Finds the fastest tiles for the products of real models and writes the table that lorax reads.
+"""Finds the fastest tiles for the matmuls of real models and writes the table that lorax reads.
 
     python -m scripts.bench.tune --commit abc1234                          # on the GPU, minutes
     python -m scripts.bench.tune --adopt docs/measurements/kernels_h200.jsonl   # anywhere
 
-The first form times every candidate against cuBLAS in turns, each at the clock that the chip's
-power limit leaves it, and writes the products' rows of
-``kernels/lorax_kernels/tuned/<device>.json``; rows of other products stay. Where an epilogue writes
-over what it reads, copies that save the operands are timed with it; cuBLAS makes the products
-alone. The second copies in what a benchmark found of the whole operation and XLA's: ``kernels:
-auto`` runs the kernel where it was the faster one.
+The first form times every candidate interleaved with cuBLAS, each at the clock that the chip's
+power limit leaves it, and writes the matmuls' rows of
+``kernels/lorax_kernels/tuned/<device>.json``; rows of other matmuls stay. Where an epilogue
+overwrites its operands, copies that save them are timed with it; cuBLAS computes the matmuls alone.
+The second form copies in a benchmark's times of the whole operation and of XLA's: ``kernels: auto``
+runs the kernel where it was the faster one.
 """
 
 import argparse
@@ -52,7 +52,7 @@ SWIGLU_CANDIDATES = [
 
 
 def operand_sets(workload: Workload, m: int, transposed: bool, epilogue: Epilogue, count: int = 3):
-    """Returns operands of the product with the update's step, each set its own."""
+    """Returns operands of the matmul with the update's step, each set its own."""
     make = jax.jit(draw, static_argnums=(1, 2))
     r = padded_rank(RANK * len(workload.ns))
     reads, _ = EPILOGUE_ARRAYS.get(epilogue, (0, 0))
@@ -115,7 +115,7 @@ def changed(config: MatmulConfig) -> dict[str, int]:
 
 
 def products(workload: Workload) -> Iterator[tuple[bool, Epilogue]]:
-    """Yields (transposed, epilogue) of the products in which a layer takes part."""
+    """Yields (transposed, epilogue) of the matmuls of a layer."""
     if workload.swiglu:
         for epilogue in SWIGLU:
             yield False, epilogue
@@ -130,7 +130,7 @@ def products(workload: Workload) -> Iterator[tuple[bool, Epilogue]]:
 
 
 def tune(models: list[str], rows: list[int], layers: list[str], epilogues: list[str], seconds):
-    """Returns one row per product, the fastest tiles and what they took."""
+    """Returns one row per matmul: the fastest tiles and their time."""
     begin = time.monotonic()
     found = []
     seen = set()
@@ -152,7 +152,7 @@ def tune(models: list[str], rows: list[int], layers: list[str], epilogues: list[
 
 
 def tune_one(workload: Workload, m: int, transposed: bool, epilogue: Epilogue) -> dict:
-    """Times all candidates for one product."""
+    """Times all candidates for one matmul."""
     sets = operand_sets(workload, m, transposed, epilogue)
     compiled, failed = compile_all(programs_of(workload, transposed, epilogue), sets)
     timings = time_interleaved(compiled, sets, turns=3, turn_ms=350.0, lead_ms=150.0)
@@ -179,7 +179,7 @@ def tune_one(workload: Workload, m: int, transposed: bool, epilogue: Epilogue) -
 
 
 def merge(old: list[dict], new: list[dict]) -> list[dict]:
-    """Returns the old rows with those of the same product replaced, and then the others."""
+    """Returns the old rows with those of the same matmul replaced, and then the others."""
 
     def key(row):
         return tuple(row[name] for name in ("transposed", "epilogue", "m", "k", "n"))

@@ -23,7 +23,7 @@ DATA = {
     "key twice": (
         '{"messages": [], "messages": []}\n',
         [],
-        r"rows.jsonl:1: .*key 'messages' stands twice",
+        r"rows.jsonl:1: .*key 'messages' appears twice",
     ),
     "empty file": ("", [], r"rows.jsonl: the file is empty"),
     "blank lines": ("\n \n\n", [], r"rows.jsonl: the file (is empty|holds no rows)"),

@@ -249,7 +249,7 @@ def test_a_missing_model_folder_is_refused(refused):
 
 def test_a_hub_id_that_cannot_be_fetched_is_refused(refused):
     refused(
-        r"model.name_or_path: nobody/nothing: no such folder, and not to be had from the Hugging "
+        r"nobody/nothing: no such folder in .*, and not to be had from the Hugging "
         r"Face hub: HF_HUB_OFFLINE is set, and no copy was fetched before: unset it, or name a fol",
         "validate",
         "run.yaml",

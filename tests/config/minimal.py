@@ -2,7 +2,7 @@
 
 import pytest
 
-from lorax.config.file import ConfigError
+from lorax.config.explain import ConfigError
 from lorax.config.run import load_config
 
 MINIMAL = """\

@@ -135,7 +135,7 @@ def test_texts_that_a_template_reorders_are_found(encode):
         "{% for m in messages if m['role'] == 'system' %}{{ m['content'] }}{% endfor %}" + PROMPT
     )
     row = chat({"role": "system", "content": "be kind"}, *TWO_TURNS)
-    with pytest.raises(DataError, match="so the turn's tokens cannot be told for certain"):
+    with pytest.raises(DataError, match="so the turn's tokens cannot be determined"):
         encode([row], template)
     assert encode([row], template, loss_on="all", train_on_eos="none").report.rows_kept == 1
 

@@ -203,14 +203,14 @@ def test_a_flag_that_is_no_flag_is_refused(encode, value):
 
 
 def test_flags_that_differ_are_refused(encode):
-    with pytest.raises(DataError, match="train and weight say different things"):
+    with pytest.raises(DataError, match="train and weight contradict each other"):
         encode([chat(USER, {**ANSWER, "weight": 1, "train": False})])
 
 
 def test_flags_that_the_loss_cannot_follow_are_refused(encode):
-    with pytest.raises(DataError, match=r"messages\[1\] \(assistant\) says that it is not learned"):
+    with pytest.raises(DataError, match=r"messages\[1\] \(assistant\) has a flag against learning"):
         encode([chat(USER, {**ANSWER, "train": 0})], loss_on="all")
-    with pytest.raises(DataError, match=r"messages\[0\] \(user\) says that it is learned"):
+    with pytest.raises(DataError, match=r"messages\[0\] \(user\) has a flag for learning"):
         encode([chat({**USER, "train": 1}, ANSWER)])
     assert encode([chat({**USER, "train": 1}, ANSWER)], loss_on="all").report.rows_kept == 1
 

@@ -101,7 +101,7 @@ def test_a_sharegpt_turn_that_says_two_things_is_refused_by_name(encode, place, 
     where = f"conversations[{place}]"
     with pytest.raises(DataError) as caught:
         encode([{"conversations": turns}])
-    assert f"{where}.{said.format(where)} say different things; keep one" in str(caught.value)
+    assert f"{where}.{said.format(where)} contradict each other; keep one" in str(caught.value)
 
 
 @pytest.mark.parametrize("nothing", [None, ""])
@@ -149,7 +149,7 @@ def test_markers_end_a_turn_at_its_stop_token(encode):
 @pytest.mark.parametrize("key", ["instruction_part", "response_part"])
 def test_a_line_break_that_was_typed_as_two_characters_is_told_with_its_remedy(encode, key):
     typed = MARKERS | {key: MARKERS[key].replace("\n", "\\n")}
-    with pytest.raises(DataError, match=rf"data.{key} .* stands nowhere in the") as caught:
+    with pytest.raises(DataError, match=rf"data.{key} .* is not in the") as caught:
         encode([chat(*TWO_TURNS)], **typed)
     said = str(caught.value)
     in_file = re.search(rf'data\.{key}: (".*") in a file', said)[1]
@@ -161,7 +161,7 @@ def test_a_line_break_that_was_typed_as_two_characters_is_told_with_its_remedy(e
 
 
 def test_a_marker_that_no_escape_mends_is_not_told_of_escapes(encode):
-    with pytest.raises(DataError, match="stands nowhere in the") as caught:
+    with pytest.raises(DataError, match="is not in the") as caught:
         encode([chat(*TWO_TURNS)], **MARKERS | {"response_part": "### No:\\n"})
     assert "double quotes" not in str(caught.value)
 
@@ -180,7 +180,7 @@ def test_a_flag_that_the_settings_overrule_is_told(encode):
     row = chat(USER, {**ANSWER, "train": True}, *TWO_TURNS[2:])
     encoded = encode([row], loss_on="last_assistant")
     assert learned(encoded) == [["ciao<|im_end|>"]]
-    assert any("a flag says are learned and that are not" in what for what in changes(encoded))
+    assert any("with a flag for learning that are not learned" in what for what in changes(encoded))
 
 
 def test_the_completion_of_a_cut_conversation_stays_where_it_is(encode):

@@ -202,7 +202,7 @@ DROPS_ANSWERS = DROPS_THINKING.replace(
     "m['content'].split", "(m['content'] if m['role'] == 'user' else '').split"
 )
 THOUGHT = {"role": "assistant", "content": "<think>by the sea</think>hello"}
-CUT = "were cut behind their last learned turn: no learned turn sees what follows it"
+CUT = "were cut after their last learned turn: no learned turn sees what follows it"
 SPLIT = "became one row per learned turn: the chat template rewrites earlier turns"
 
 

@@ -244,7 +244,7 @@ def test_marker_of_the_next_assistant_turn_ends_a_turn(encode_with):
 
 @pytest.mark.parametrize("key", ["instruction_part", "response_part"])
 def test_marker_that_matches_nothing_is_named(encode_with, key):
-    with pytest.raises(ValueError, match=rf"rows.jsonl:1: data.{key} '### No:' stands nowhere"):
+    with pytest.raises(ValueError, match=rf"rows.jsonl:1: data.{key} '### No:' is not in"):
         encode_with(
             [{"messages": TWO_TURNS}], byte_tokenizer(CHATML), **{**MARKERS, key: "### No:"}
         )
@@ -252,7 +252,7 @@ def test_marker_that_matches_nothing_is_named(encode_with, key):
 
 def test_marker_inside_a_message_is_refused(encode_with):
     messages = [{"role": "user", "content": "say <|im_start|>assistant\n!"}, TWO_TURNS[1]]
-    with pytest.raises(ValueError, match=r"response_part stands 2 times .* 1 assistant turns"):
+    with pytest.raises(ValueError, match=r"response_part occurs 2 times .* 1 assistant turns"):
         encode_with([{"messages": messages}], byte_tokenizer(CHATML), **MARKERS)
 
 

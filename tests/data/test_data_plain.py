@@ -257,5 +257,5 @@ def test_missing_tokenizer_is_named(tmp_path):
     with pytest.raises(ValueError, match="cannot load its tokenizer"):
         load_tokenizer(str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
-    with pytest.raises(ValueError, match=r"makes no token of a text; needed is a tokenizer\.json"):
+    with pytest.raises(ValueError, match=r"gives no token for a text; needed is a tokenizer\.json"):
         load_tokenizer(str(tmp_path))

@@ -201,7 +201,9 @@ def test_all_of_such_a_template_ends_at_the_last_stop(encode):
 def test_a_prompt_that_opens_a_thought_is_told(encode):
     encoded = encode([chat(*TWO_TURNS)], OPENS_A_THOUGHT)
     assert learned(encoded, OPENS_A_THOUGHT) == [["hello</s>"], ["ciao</s>"]]
-    assert any("otherwise than the chat template's own prompt" in what for what in changes(encoded))
+    assert any(
+        "differently from the chat template's own prompt" in what for what in changes(encoded)
+    )
     thinking = {"role": "assistant", "content": "<think>\nmm\n</think>hello"}
     with pytest.raises(DataError, match=r"leaves out the assistant's thinking of messages\[1\]"):
         encode([chat(USER, thinking)], OPENS_A_THOUGHT)

@@ -151,5 +151,5 @@ def test_a_tokenizer_that_drops_characters_is_refused(tmp_path):
     talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho ho"}]
     (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": talk}) + "\n")
     config = DataConfig.model_validate({"train": str(tmp_path / "rows.jsonl")})
-    with pytest.raises(DataError, match=r"rows.jsonl:1.*makes no token of some characters"):
+    with pytest.raises(DataError, match=r"rows.jsonl:1.*gives no token for some characters"):
         load_encoded_dataset(config.train, config, load_tokenizer(str(folder)))

@@ -302,7 +302,7 @@ TOLD = {
     ("mistral_v3", "system"): ["what the chat template's prompt has there"],
     ("mistral_nemo", "system, multi-turn"): ["one row per learned", "prompt has there"],
     ("gpt_oss", "call with a thought"): ["one row per learned turn", "prompt has there"],
-    ("r1", "multi-turn"): ["one row per learned turn", "otherwise than the chat template's own"],
+    ("r1", "multi-turn"): ["one row per learned turn", "differently from the chat template's own"],
     ("phi3", "multi-turn"): [],
     ("llama3", "multi-turn"): [],
 }

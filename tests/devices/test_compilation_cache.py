@@ -62,7 +62,7 @@ def test_what_jax_was_told_stays(tmp_path):
     jax.config.update("jax_compilation_cache_dir", "/elsewhere")
     path, words = use_compilation_cache(tmp_path)
     assert str(path) == jax.config.jax_compilation_cache_dir == "/elsewhere"
-    assert "as JAX was told" in words
+    assert "as set for JAX" in words
 
 
 PROGRAM = """

@@ -108,9 +108,9 @@ def test_the_setting_reaches_the_step_and_the_evaluation(tmp_path, monkeypatch):
 
         monkeypatch.setattr(where, name, noting)
 
-    note(trainer, "make_train_step")
+    note(trainer, "build_step")
     note(Evaluator, "__init__")
     overrides = [f"save.output_dir={tmp_path}", "train.max_steps=1", "train.full_determinism=true"]
     overrides += ["eval.exact_match=false", "save.export=[peft]"]
     run_training(load_config("configs/tiny_cpu.yaml", overrides), Console(quiet=True))
-    assert seen == {"make_train_step": True, "__init__": True}
+    assert seen == {"build_step": True, "__init__": True}

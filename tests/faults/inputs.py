@@ -233,7 +233,7 @@ LEAKS: dict[str, tuple[str, str, list[str], str]] = {
         SAID,
         "validate",
         ["data.instruction_part='[U]'", "data.response_part='[A]'"],
-        "stands nowhere",
+        "is not in the",
     ),
     "a turn without end": (
         SAID,

@@ -44,7 +44,7 @@ PEERS = {
     "D2": "HF Trainer: loss 0.0, exit status 0",
     "S1": "transformers loads 3 of 3 shards outside the folder, PEFT takes 5 bad adapters",
 }
-"""As measured beforehand on a CPU; the versions stand in docs/reliability.md."""
+"""As measured beforehand on a CPU; docs/reliability.md names the versions."""
 
 
 def preload() -> None:

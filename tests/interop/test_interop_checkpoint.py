@@ -148,7 +148,7 @@ BAD = {
     ),
     "missing head": (
         lambda f: edit_tensors(f, lambda t: t.pop("lm_head.weight")),
-        r"lacks lm_head\.weight; config\.json says tie_word_embeddings: false",
+        r"lacks lm_head\.weight; config\.json has tie_word_embeddings: false",
     ),
     "unexpected tensor": (
         replace("model.layers.0.self_attn.q_proj.bias", np.ones(32, np.float32)),
@@ -216,9 +216,9 @@ BAD = {
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "fetch the checkpoint's safe"),
     "single and index": (single_and_index, "remove the one that is stale"),
     "shard missing": (shard_missing, r"lists model-00002-of-00002\.safetensors, which does not"),
-    "index disagrees": (index_disagrees, r"says that lm_head\.weight is in .*, which lacks it"),
+    "index disagrees": (index_disagrees, r"places lm_head\.weight in .*, which lacks it"),
     "index lists too little": (index_lists_too_little, r"holds lm_head\.weight, which .* not list"),
-    "tensor twice": (twice, r"lm_head\.weight stands in .*00001.* and again in .*00002"),
+    "tensor twice": (twice, r"lm_head\.weight is in .*00001.* and in .*00002"),
     "index climbs": (index_naming("../x.safetensors"), "must be the bare name"),
     "index descends": (index_naming("a/x.safetensors"), "must be the bare name"),
     "index is absolute": (index_naming("/etc/x.safetensors"), "must be the bare name"),

@@ -57,7 +57,7 @@ def matmul_cases(shape):
         MatmulConfig,
         Term,
         Update,
-        beside_short_step,
+        with_short_step,
     )
 
     x, w, h16, b16 = shape(ROWS, K), shape(K, N), shape(ROWS, 16), shape(16, N)
@@ -65,7 +65,7 @@ def matmul_cases(shape):
 
     def short(config, transposed, epilogue="store", drops=False):
         # Dropout is drawn in the backward pass alone.
-        config = beside_short_step(config)
+        config = with_short_step(config)
 
         def run(x, w, h, b, seed):
             dropout = Dropout(seed, 0.1) if drops else None
@@ -127,7 +127,7 @@ def matmul_cases(shape):
             yield name, *added(config)
             continue
         if epilogue == "swiglu_back":
-            yield name, *gated_back(beside_short_step(config), 16, drops=False)
+            yield name, *gated_back(with_short_step(config), 16, drops=False)
             continue
         if epilogue != "store":
             yield name, *gated(config, epilogue)

@@ -174,7 +174,7 @@ REFUSED = {
     ),
     "two ropes": (
         dict(rope_parameters=YARN, rope_scaling=dict(type="linear", factor=2.0)),
-        "rope_parameters must say the same as rope_scaling",
+        "rope_parameters must agree with rope_scaling",
     ),
     "rope is no object": (dict(rope_scaling="linear"), "rope_scaling must be an object"),
     "negative theta": (dict(rope_theta=-1.0), "rope_theta must be a number above 0"),
@@ -182,7 +182,7 @@ REFUSED = {
     "model type as list": (dict(model_type=["llama"]), "model_type must be one of llama"),
     "class of another model": (
         dict(architectures=["Qwen2ForCausalLM"]),
-        "architectures must be LlamaForCausalLM, as model_type says",
+        "architectures must be LlamaForCausalLM, by its model_type",
     ),
     "what classes there are": (
         dict(architectures=["LlamaModel"]),

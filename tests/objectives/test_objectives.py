@@ -8,7 +8,7 @@ from flax import nnx
 
 import lorax
 from lorax.adapters.nnx.tree import adapted_layers, split_trainable
-from lorax.objectives.objective import Objective, Terms
+from lorax.objectives.objective import RESERVED, Objective, Terms
 from lorax.objectives.objectives import OBJECTIVES, as_objective, objective_of
 from lorax.objectives.sft import SFT, Supervised, causal_lm_loss
 from lorax.runs.model import Blueprint
@@ -16,7 +16,7 @@ from lorax.runs.setup import Setup
 from lorax.training.accumulate import accumulate_terms
 from lorax.training.course import Course
 from lorax.training.evaluate import Evaluator
-from lorax.training.step import METRICS, make_train_step
+from lorax.training.step import make_train_step
 from tests.tiny import shallow_model
 
 SEED = 77
@@ -108,7 +108,7 @@ def test_micro_batches_add_up_to_the_large_batch(objective, setup, model):
 def test_a_step_and_an_evaluation_tell_its_figures(objective, setup, model):
     course = setup.course
     step, state = make_train_step(model, course.optimizer, objective)
-    assert step.metrics == (*METRICS, *objective.figures)
+    assert step.metrics == (*RESERVED, *objective.figures)
     _, frozen = state.trainable, step.frozen
     evaluator = Evaluator.of(course, model)
     assert evaluator is not None

@@ -251,7 +251,7 @@ def test_auto_says_what_it_picked_and_why(monkeypatch):
     full = "train.gradient_checkpointing=full"
     assert choose(full) == (Recomputation("full"), "as asked")
     assert choose(full, "train.kept_layers=2") == (Recomputation("full", 2), "as asked")
-    assert choose(auto)[0].policy == "none" and "does not tell its memory" in choose(auto)[1]
+    assert choose(auto)[0].policy == "none" and "does not report its memory" in choose(auto)[1]
     choice, reason = choose(auto, "train.memory_gib=100")
     assert choice.policy == "none" and reason.endswith("of 100 GiB, the fastest that fits")
     with pytest.raises(ValueError, match=r"memory_gib: no policy fits: .*lower train.per_device"):

@@ -190,7 +190,7 @@ def trainer_of(tmp_path):
 
 def test_a_second_trainer_in_the_same_folder_is_refused_before_it_trains(trainer_of):
     trainer_of().train()
-    with pytest.raises(ValueError, match="holds a run's checkpoints: go on with it by resume=True"):
+    with pytest.raises(ValueError, match="holds a run's checkpoints: resume it with resume=True"):
         trainer_of()
 
 

@@ -1,4 +1,4 @@
-"""How the operations are called and differentiated: on rows, per shard, forward and backward.
+"""Calls and gradients of the operations: on rows, per shard, forward and backward.
 
 The gradient is defined once for every implementation, with ``dy`` the cotangent of the result,
 ``d`` the dropout and ``g = scale · dy·bᵀ``::
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
-from lorax_kernels.dispatch import axis_sizes
+from lorax_kernels.dispatch import axis_sizes, explicit_rows
 from lorax_kernels.lora_linear import xla
 from lorax_kernels.lora_linear.dropout import seed_words
 from lorax_kernels.lora_linear.weights import Group, LoraWeights
@@ -39,13 +39,13 @@ def run(
 
     Args:
         x: Input.
-        groups: The layers that read `x`, and those that read what these make.
-        rate: Of the dropout.
-        keys: Of each group's dropout.
+        groups: The layers that read `x`, and those that read their output.
+        rate: Dropout rate.
+        keys: Dropout key of each group.
         row_axes: Mesh axes that divide the rows.
         function: ``function(x, *groups, residual)``.
         implementation: ``pallas`` or ``xla``.
-        residual: What the one output is added to.
+        residual: Added to the one output.
     """
     axes = tuple(axis_sizes(row_axes)) if implementation == "pallas" else ()
     operands = [
@@ -66,13 +66,15 @@ def run(
         outputs = function(flat(x), *operands, jax.tree.map(flat, residual))
         return [y[:m].reshape(*batch, y.shape[1]) for y in outputs]
 
-    if not axes:
-        return local(x, operands, residual)
-    rows = PartitionSpec(axes)
-    # Without shard_map the compiler would gather every operand and run the kernel whole on each
-    # device. The gradients of a and b are summed over the shards, as they enter unsharded.
-    specs = (rows, PartitionSpec(), rows)
-    sharded = jax.shard_map(local, in_specs=specs, out_specs=rows, check_vma=False)
+    sharded: Callable[..., Any] = local
+    if axes:
+        rows = PartitionSpec(axes)
+        # Without shard_map the compiler would gather every operand and run the kernel whole on each
+        # device. The gradients of a and b are summed over the shards, as they enter unsharded.
+        specs = (rows, PartitionSpec(), rows)
+        sharded = jax.shard_map(local, in_specs=specs, out_specs=rows, check_vma=False)
+    if (rows := explicit_rows(x)) is not None:
+        sharded = jax.sharding.auto_axes(sharded, out_sharding=rows)
     return sharded(x, operands, residual)
 
 
@@ -89,12 +91,12 @@ def _kernel_dropout(x, group: Group):
 
 
 def _named(saved):
-    """Names h for a policy of `jax.checkpoint`: it is small, and saves what it came from."""
+    """Names h for a policy of `jax.checkpoint`: it is small, and storing it saves a matmul."""
     return saved and saved._replace(h=checkpoint_name(saved.h, "lora_h"))
 
 
 def _forward(x, group: Group, residual=None) -> tuple[list[jax.Array], Any]:
-    """Returns the outputs of a group, and what its backward pass needs besides x."""
+    """Returns the outputs of a group, and its residuals for the backward pass, without x."""
     if group.is_kernel:
         outputs, saved = _kernel_forward(x, group, residual)
         return outputs, _named(saved)
@@ -121,8 +123,8 @@ def _kernel_backward(x, group: Group, saved, dys, gate_up=()):
 def _backward(x, group: Group, saved, dys, gate_up=()):
     """Returns the gradients of x, and of the group.
 
-    Where x is ``silu(gate)·up`` and `gate_up` holds the two, theirs come instead of x's, and x may
-    be None.
+    Where x is ``silu(gate)·up`` and `gate_up` holds the two, it returns their gradients instead of
+    x's, and x may be None.
     """
     again, dys = group.recomputed(dys)
     if group.is_kernel:
@@ -148,7 +150,7 @@ def _backward(x, group: Group, saved, dys, gate_up=()):
 
 @jax.custom_vjp
 def apply_group(x, group: Group, residual) -> list[jax.Array]:
-    """Returns the outputs of a group's members on rows; that of one is added to `residual`."""
+    """Returns the outputs of a group's members on rows; `residual` is added to a single output."""
     return _forward(x, group, residual)[0]
 
 
@@ -164,7 +166,7 @@ def _group_backward(residuals, dys):
 
 
 def _mark(residual):
-    """Returns what says, without an array, whether there is a residual."""
+    """Returns a marker, without an array, of whether there is a residual."""
     return None if residual is None else ()
 
 
@@ -176,7 +178,7 @@ apply_group.defvjp(_group_forward, _group_backward)
 
 
 def _swiglu(x, group: Group, *, keep: bool):
-    """Returns ``[silu(gate(x))·up(x)]``, with `keep` gate(x) and up(x) too, and what is saved."""
+    """Returns ``[silu(gate(x))·up(x)]``, with `keep` also gate(x) and up(x), and what is saved."""
     if group.is_kernel:
         outputs, saved = _swiglu_kernel("swiglu_keep" if keep else "swiglu", x, group)
         return outputs, _named(saved)
@@ -201,7 +203,7 @@ def _swiglu_kernel(epilogue, x, group: Group):
 def apply_swiglu(recompute: bool, x, group: Group, _) -> list[jax.Array]:
     """Returns ``[silu(gate(x))·up(x)]``.
 
-    The backward pass finds gate(x) and up(x) in memory or, to `recompute`, multiplies again.
+    The backward pass reads stored gate(x) and up(x) or, with `recompute`, recomputes them.
     """
     return _swiglu(x, group, keep=False)[0]
 
@@ -240,9 +242,9 @@ apply_swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 def apply_mlp(repeated: bool, x, gate_up: Group, down: Group, residual) -> list[jax.Array]:
     """Returns ``[down(silu(gate(x))·up(x))]``, added to `residual`.
 
-    The backward pass finds gate(x) and up(x) in memory, and forms the inner product from them.
-    Where a `jax.checkpoint` around it has all of this `repeated`, no pass writes what it does not
-    need: the first one forms the inner product alone, the second one gate(x) and up(x).
+    The backward pass reads stored gate(x) and up(x), and recomputes the inner product from them.
+    Under a `jax.checkpoint` that recomputes all of it (`repeated`), each pass writes only what it
+    needs: the first one the inner product, the second one gate(x) and up(x).
     """
     (act,), _ = _swiglu(x, gate_up, keep=False)
     return _forward(act, down, residual)[0]

@@ -1,4 +1,4 @@
-"""Which implementation of `lora_linear` runs: decided at trace time from shapes and a table."""
+"""The choice of `lora_linear`'s implementation, at trace time, from shapes and a table."""
 
 import math
 from collections.abc import Sequence
@@ -73,17 +73,17 @@ def explain_choice(
     rate: float = 0.0,
     stored: str | None = None,
 ) -> tuple[Literal["pallas", "xla"], str]:
-    """Returns what runs at these sizes on one device, and why not the other.
+    """Returns the implementation for these sizes on one device, and why not the other.
 
     Args:
         m: Rows.
         k: Input features.
         ns: Output features of every member.
-        ranks: Of the updates.
-        dtype: Of the operands.
-        kernels: What is asked for.
-        rate: Of the dropout.
-        stored: Why the kernel cannot read how a weight is stored, if it cannot; see `Weight`.
+        ranks: Ranks of the updates.
+        dtype: Dtype of the operands.
+        kernels: The requested implementation.
+        rate: Dropout rate.
+        stored: Why the kernel cannot read a stored weight, if it cannot; see `Weight`.
     """
     check_kernels_name(kernels)
     if kernels == "xla":

@@ -1,7 +1,7 @@
-"""Dropout as a pure function of (seed, row, column): every pass draws the same mask again.
+"""Dropout as a pure function of (seed, row, column): every pass recomputes the same mask.
 
-Row and column are those of the element in the whole matrix, so a mask does not depend on how the
-matrix is cut into tiles, on the implementation, or on the device.
+Row and column are those of the element in the whole matrix, so a mask does not depend on the tiling
+of the matrix, on the implementation, or on the device.
 """
 
 import jax
@@ -45,10 +45,10 @@ def random_bits(seed0, seed1, row, column):
 
 
 def keep_mask(seed0, seed1, row0, row, column, rate: float):
-    """Says which elements of the rows ``row0 + row`` are kept; `row0` is a multiple of 16.
+    """Returns which elements of the rows ``row0 + row`` are kept; `row0` is a multiple of 16.
 
     Rows i and i + 8 of every 16 take the two halves of one draw. A thread holds such a pair in the
-    matrix units' layout, and with `row0` apart the compiler sees that the draw is the same.
+    tensor cores' layout. Because `row0` is separate, the compiler sees that the draw is the same.
     """
     word = jnp.uint32
     bits = random_bits(seed0, seed1, row0 + (row & word(0xFFFFFFF7)), column)
@@ -59,9 +59,9 @@ def keep_mask(seed0, seed1, row0, row, column, rate: float):
 def apply_dropout(
     x: Float[Array, "m k"], rate: float, key: Key[Array, ""] | None
 ) -> Float[Array, "m k"]:
-    """Zeroes each element with probability `rate` and divides the others by what is kept.
+    """Zeroes each element with probability `rate` and divides the others by the share kept.
 
-    A pure function of `key`, so the backward pass draws the same mask again instead of storing it.
+    A pure function of `key`, so the backward pass recomputes the mask instead of storing it.
     """
     if rate == 0.0:
         return x

@@ -1,8 +1,8 @@
-"""`lora_linear` and its group on Hopper: what is handed to the kernels, and what is added up.
+"""`lora_linear` and its group on Hopper: packing the kernels' operands, adding up their parts.
 
-The ranks of a group's updates lie side by side in blocks of 64 columns, so that q, k and v of rank
-16 cost one step of the contraction together. A is packed as ``a`` (r, k) and scale·B as ``b``
-(r, all members' columns), each block on the rows of its own update and zero elsewhere.
+The ranks of a group's updates are packed side by side in blocks of 64 columns, so that q, k and v
+of rank 16 cost one step of the contraction together. A is packed as ``a`` (r, k) and scale·B as
+``b`` (r, all members' columns), each block on the rows of its own update and zero elsewhere.
 """
 
 import dataclasses
@@ -42,10 +42,10 @@ ONE_PASS_RANK = 16  # up to here g and dB come from one read of dy: g's parts ar
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where each update lies in h, g and the packed operands.
+    """The place of each update in h, g and the packed operands.
 
     Attributes:
-        ranks: Of the updates.
+        ranks: Ranks of the updates.
         starts: First row of each in ``a`` and ``b``, first column in h and g.
         size: Rows in all, as `padded_rank` returns it.
         columns: First column of every member in ``b``.
@@ -58,11 +58,11 @@ class Layout:
 
     @property
     def is_short(self) -> bool:
-        """Says whether all updates together are one short step of the product."""
+        """Says whether all updates together are one short step of the matmul."""
         return 0 < len(self.ranks) and self.size == RANK
 
     def block(self, index: int) -> tuple[int, int]:
-        """Returns (first, number) of the rows that update `index` lies in: whole blocks, or all."""
+        """Returns (first, number) of the rows that contain update `index`: whole blocks, or all."""
         if self.size <= STEP:
             return 0, self.size
         first = self.starts[index] // STEP * STEP
@@ -70,7 +70,7 @@ class Layout:
 
 
 class Saved(NamedTuple):
-    """What the backward pass takes from the forward one besides x and the weights.
+    """Arrays that the backward pass takes from the forward one, without x and the weights.
 
     Attributes:
         h: ``dropout(x)·A``, (m, r).
@@ -84,7 +84,7 @@ class Saved(NamedTuple):
 
 
 def lay_out(group: Group) -> Layout:
-    """Places the updates one after another; where one does not fit a block, it begins the next."""
+    """Places the updates one after another; one that does not fit a block begins the next."""
     starts = []
     end = 0
     for r in group.ranks:
@@ -140,7 +140,7 @@ def forward(
 ) -> tuple[list[jax.Array], Saved | None]:
     """Returns the outputs of the members, and what the backward pass needs.
 
-    The output of a group of one is added to `residual`.
+    `residual` is added to the output of a group of one.
     """
     if not group.ranks:
         return multiply(x, None, group, residual=residual), None
@@ -152,7 +152,7 @@ def forward(
     n0 = group.w[0].shape[1]
     width = 0 if dropout else inline_width(m, k, n, n0, layout.size)
     if width and residual is not None and inline_config(layout.size).store_n != STEP:
-        # Its buffers leave no room to stage the residual. One of two passes more: x read again for
+        # Its buffers leave no room to stage the residual. One of two extra passes: x read again for
         # h, or y and the residual read and their sum written.
         if k > 3 * n:
             (y,), saved = forward(x, group, dropout)
@@ -189,7 +189,7 @@ def multiply(
         saved: h and the packed operands, or None where no member has an update.
         group: The members.
         begun: As in `grouped_matmul`.
-        residual: What the output of a group of one is added to.
+        residual: Added to the output of a group of one.
     """
     epilogue, tail = ("store", []) if residual is None else ("add", [residual])
     layout = lay_out(group)
@@ -243,8 +243,8 @@ def backward(
 ):
     """Returns the gradients ``[of x]``, of every A and of every B, the latter in float32.
 
-    Where x is ``silu(gate)·up`` and `gate_up` holds the two, theirs come instead of x's, and x is
-    made from them: it may be None.
+    Where x is ``silu(gate)·up`` and `gate_up` holds the two, it returns their gradients instead of
+    x's, and computes x from them: it may be None.
     """
     m = dys[0].shape[0]
     k = group.w[0].shape[0]
@@ -292,7 +292,7 @@ def backward(
     columns = (0, layout.size)
     (parts,) = gradient(x, g, config=config, columns=columns, mask=dropout)
     if gate_up:
-        # x is as large as either, and done with before their gradients are read.
+        # x is as large as either, and not needed once their gradients are read.
         dxs, parts = jax.lax.optimization_barrier((dxs, parts))
     spans = zip(layout.starts, layout.ranks, strict=True)
     return dxs, [_add(parts[:, :, start : start + r]) for start, r in spans], db
@@ -303,7 +303,7 @@ def _gradient_of_b(h, group: Group, index: int, layout: Layout, dy) -> jax.Array
     m, n = dy.shape
     first, width = layout.block(index)
     config = gradient_config(m, n, width)
-    # Called as for dA, so that passes of one shape are one kernel.
+    # Called in the form of dA, so that passes of one shape are one kernel.
     (sums,) = gradient(dy, h, config=config, columns=(first, width), mask=None)
     return _own_rows(sums, group, index, layout)
 

@@ -35,9 +35,9 @@ def gradient(
         t: (m, c).
         v: (m, r); r as `padded_rank` returns it.
         u: (at most 64, c).
-        columns: Which of v's columns to take, (first, number): a multiple of 64, and a number that
+        columns: Columns of v to use, (first, number): a multiple of 64, and a number that
             `padded_rank` returns; None is all.
-        config: How the pass is cut.
+        config: The tiling of the pass.
         mask: Dropout of t, without `u`.
         sms: CTAs to launch; None asks the device.
 

@@ -1,9 +1,9 @@
-"""The first columns of the product, and h beside them: ``h = x·A`` without another read of x.
+"""The first columns of the matmul together with h: ``h = x·A`` without another read of x.
 
-The narrow product runs in the same loop, on the same tiles of x, into accumulators of its own. That
-slows a tile down by an eighth at rank 16, so only as many columns of tiles are made this way as
-occupy the device once; `grouped_matmul` makes the others with h as it finds it. Tiles of the first
-column write h.
+The narrow matmul runs in the same loop, on the same tiles of x, into accumulators of its own. That
+slows a tile down by an eighth at rank 16, so only as many columns of tiles are computed this way as
+occupy the device once; `grouped_matmul` computes the others from h. Tiles of the first column write
+h.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ class InlineTerm(NamedTuple):
 
     Attributes:
         lhs: (m, k).
-        rhs: (k, n), or (n, k) when the product is transposed.
+        rhs: (k, n), or (n, k) when the matmul is transposed.
         u: (r, ≥ k).
         column: Where the term's columns begin in `u`.
     """
@@ -74,10 +74,10 @@ def inline_matmul(
 
     Args:
         terms: The operands.
-        b: (r, ≥ n), transposed product or not; r is 16, 32 or 64.
+        b: (r, ≥ n), for a transposed matmul too; r is 16, 32 or 64.
         n: Columns of the result.
-        width: Columns to compute, in whole tiles; what the others hold is not defined.
-        config: How the product is cut.
+        width: Columns to compute, in whole tiles; the others are undefined.
+        config: The tiling of the matmul.
         transposed: Whether right operands are (n, k) and read as their transposes, in place.
         bias: (n,) padded to whole tiles.
         residual: (m, n) to add to; `config` must stage 64 columns at a time.
@@ -111,7 +111,7 @@ def inline_matmul(
     )
     dtype = terms[0].lhs.dtype
     c = config
-    # The matrix unit wants both operands of h·b in one swizzle, that of h's short rows.
+    # The tensor cores need both operands of h·b in one swizzle, that of h's short rows.
     rows = functools.partial(swizzled_memory, dtype=dtype, minor=min(r, STEP))
     y, h = launch_roles(
         _InlineFeeder,

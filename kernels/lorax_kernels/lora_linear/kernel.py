@@ -1,15 +1,15 @@
-"""The matrix product behind `lora_linear` on Hopper, in Pallas's Mosaic GPU.
+"""The matmul behind `lora_linear` on Hopper, in Pallas's Mosaic GPU.
 
 One persistent kernel computes, for every group g of output columns,
 
     y_g = Σ_t lhs_t · rhs_t        (bf16 or fp16 operands, float32 sums, one rounding)
 
 The terms of a group run one after another through the same ring of shared memory, as more steps of
-one contraction. So ``x·W0 + h·B`` is one product that is r columns longer, the members of a group
-share one launch, and the backward pass ``Σ_g dy_g·W_gᵀ + g·Aᵀ`` is one product too. Ragged edges
-cost nothing: the copy engine reads zeros outside an array and drops what would be written there.
+one contraction. So ``x·W0 + h·B`` is one matmul that is r columns longer, the members of a group
+share one launch, and the backward pass ``Σ_g dy_g·W_gᵀ + g·Aᵀ`` is one matmul too. Ragged edges
+cost nothing: the copy engine reads zeros outside an array and drops writes there.
 
-See `roles.py` for who does what.
+See `roles.py` for the parts of the warpgroups.
 """
 
 import functools
@@ -57,7 +57,7 @@ def grouped_matmul(
 
     Args:
         groups: The terms of each output.
-        config: How the product is cut.
+        config: The tiling of the matmul.
         transposed: Whether each right operand is (n, k) and read as its transpose, in place.
         epilogue: ``store`` writes the sums; ``add`` that of one group, added to an array. Three
             take gate and up as two right operands:
@@ -66,12 +66,12 @@ def grouped_matmul(
             gate and up, where the sum, of one group, is the gradient of ``silu(gate)·up``, and
             then that product.
         bias: One vector for all groups, each group's part padded to whole tiles.
-        tail: What an epilogue reads, each (m, n): what ``add`` adds to, the gradient of
+        tail: Arrays that an epilogue reads, each (m, n): the addend of ``add``, the gradient of
             ``silu(gate)·up`` for ``swiglu_grad``, gate and up for ``swiglu_back``.
-        update: A product of rank 16 to add to all groups.
-        dropout: Drops the update, or without one the last term, of a transposed product of one
+        update: A matmul of rank 16 to add to all groups.
+        dropout: Drops the update, or without one the last term, of a transposed matmul of one
             group.
-        begun: The first group's result, and how many of its first columns are there already, in
+        begun: The first group's result, and the number of its first columns that are computed, in
             whole tiles; the rest is written into it.
         sms: CTAs to launch; None asks the device.
 
@@ -118,7 +118,7 @@ def grouped_matmul(
 
 
 def _write_into(kernel, into: list[jax.Array], arrays: list[jax.Array]) -> list[jax.Array]:
-    """Runs a kernel that writes into some arrays, and returns them before what it returns."""
+    """Runs a kernel that writes into some arrays, and returns these before the kernel's results."""
     if not into:
         return list(kernel(*arrays))
 
@@ -138,7 +138,7 @@ def _write_into(kernel, into: list[jax.Array], arrays: list[jax.Array]) -> list[
 
 
 def _short_step_memory(config: MatmulConfig, dtype) -> dict[str, Any]:
-    # The matrix unit wants both operands in one swizzle, that of the short rows of lhs.
+    # The tensor cores need both operands in one swizzle, that of the short rows of lhs.
     box = functools.partial(swizzled_memory, dtype=dtype, minor=RANK)
     return {
         "short_lhs": box((config.block_m, RANK)),
@@ -183,10 +183,10 @@ def launch_roles(
     """Returns a function that runs the two roles, with a ring and staging buffers.
 
     Args:
-        feeder: What the feeding warpgroup is.
-        multiplier: What the multiplying ones are.
-        plan: What they know.
-        dtype: Of the operands.
+        feeder: The role of the feeding warpgroup.
+        multiplier: The role of the multiplying ones.
+        plan: The kernel's plan.
+        dtype: Dtype of the operands.
         outputs: Types of the results.
         sms: CTAs; None asks the device.
         **scratch: More shared memory and barriers.

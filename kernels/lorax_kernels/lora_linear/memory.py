@@ -1,4 +1,4 @@
-"""Shared memory in the layout of the matrix units, and the dropout mask of a tile of registers."""
+"""Shared memory in the layout of the tensor cores, and the dropout mask of a tile of registers."""
 
 from typing import Any, cast
 
@@ -9,16 +9,16 @@ from lorax_kernels.lora_linear.dropout import keep_mask
 
 
 def swizzled_memory(shape: tuple[int, ...], dtype, minor: int | None = None) -> Any:
-    """Returns shared memory for tiles in the layout that the matrix units and copies agree on.
+    """Returns shared memory for tiles in the layout that tensor cores and copies share.
 
     Args:
-        shape: Of the memory.
-        dtype: Of its elements.
+        shape: Shape of the memory.
+        dtype: Dtype of its elements.
         minor: Elements of a swizzled row, if not as many as `shape` allows.
     """
     bits = jnp.finfo(dtype).bits
     swizzle = plgpu.find_swizzle((minor or shape[-1]) * bits)
-    # Pyright takes the two classes for abstract: they leave out a method that is not called here.
+    # Pyright considers the two classes abstract: they lack a method that is not called here.
     tiling = cast(Any, plgpu.TilingTransform)((8, swizzle * 8 // bits))
     swizzling = cast(Any, plgpu.SwizzleTransform)(swizzle)
     return plgpu.SMEM(shape, dtype, transforms=(tiling, swizzling))

@@ -32,16 +32,16 @@ def lora_linear(
     """Applies a frozen linear map and its low-rank update.
 
     ``x·w + scale·(dropout(x)·a)·b + bias + residual``. The residual costs the kernel no pass of its
-    own, but where the rank is 33 to 64 and k more than 3·n.
+    own, except where the rank is 33 to 64 and k more than 3·n.
 
-    Operands take `x`'s dtype and every product accumulates in float32. `da` and `db` come in the
-    dtypes of `a` and `b`. `w` and `bias` are frozen: their gradients are never computed, and
+    Operands take `x`'s dtype and every matmul accumulates in float32. `da` and `db` have the dtypes
+    of `a` and `b`. `w` and `bias` are frozen: their gradients are never computed, and
     differentiating with respect to them gives zeros.
 
     Args:
         x: Input rows.
-        w: Frozen weight: an array, or a `Weight` that is stored otherwise. Where the kernel cannot
-            read how it is stored, both passes make it dense, multiply, and keep no copy.
+        w: Frozen weight: an array, or a `Weight`. Where the kernel cannot read its stored form,
+            both passes compute the dense matrix, multiply, and keep no copy.
         a: Down-projection to the rank r.
         b: Up-projection from the rank r.
         scale: ``alpha / r``, or ``alpha / √r`` under rank stabilisation; a Python number.
@@ -51,9 +51,9 @@ def lora_linear(
         dropout_key: Decides the dropout mask; required when `dropout_rate` is not 0.
         kernels: ``pallas`` runs the fused kernel (Hopper; k and n multiples of 64 and at least 128,
             bfloat16 or float16, rank at most 256, a weight that it can read), ``xla`` plain XLA,
-            ``auto`` whichever was faster when measured at such a shape.
-        row_axes: Mesh axes that divide the first dimension of `x`. The kernel cannot be divided by
-            the compiler, so under a mesh it runs once per shard of these axes.
+            ``auto`` the faster one by measurements at such a shape.
+        row_axes: Mesh axes that divide the first dimension of `x`. The compiler cannot divide the
+            kernel, so under a mesh it runs once per shard of these axes.
 
     Returns:
         The adapted output, in `x`'s dtype.
@@ -110,7 +110,7 @@ def _apply(
     row_axes: Sequence[str],
     residual=None,
 ) -> list[jax.Array]:
-    """Returns the outputs of a group; that of one is added to `residual`."""
+    """Returns the outputs of a group; `residual` is added to a single output."""
     _validate(x, members, dropout_rate, dropout_key)
     _validate_residual(residual, x, members[0].w)
     rate = _rate(members, dropout_rate)
@@ -137,8 +137,8 @@ def lora_swiglu(
 ) -> Float[Array, "*batch n"]:
     """Applies two linear layers to one input and combines them: ``silu(gate(x)) · up(x)``.
 
-    The kernel forms the result from the sums while they are in registers; where no gradient is
-    asked for, gate and up never reach memory.
+    The kernel computes the result from the sums while they are in registers; without a gradient,
+    gate and up never reach memory.
 
     Args:
         x: Input rows.
@@ -148,11 +148,11 @@ def lora_swiglu(
         dropout_key: As in `lora_linear`.
         kernels: As in `lora_linear`.
         row_axes: As in `lora_linear`.
-        recompute: Whether the backward pass multiplies again instead of keeping gate(x) and up(x),
-            which are two thirds of what a SwiGLU layer keeps.
+        recompute: Whether the backward pass recomputes gate(x) and up(x) instead of storing them:
+            two thirds of the activations of a SwiGLU layer.
 
     Returns:
-        The product, in `x`'s dtype.
+        The inner product, in `x`'s dtype.
 
     Raises:
         ValueError: As `lora_linear`, and if the layers' widths differ or they have biases.
@@ -191,22 +191,22 @@ def lora_mlp(
 ) -> Float[Array, "*batch d"]:
     """Applies a whole SwiGLU layer: ``down(silu(gate(x)) · up(x))``.
 
-    It is `lora_linear` of `lora_swiglu`; in the backward pass the kernel turns the gradient of the
-    inner product into those of gate(x) and up(x) while it is in registers, and makes that product
-    again from these two, which is all that is kept of the layer besides `x`.
+    It is `lora_linear` of `lora_swiglu`. Only `x`, gate(x) and up(x) are stored. In the backward
+    pass the kernel computes the gradients of gate(x) and up(x) from that of the inner product while
+    it is in registers, and recomputes the inner product from the two.
 
     Args:
         x: Input rows.
         gate: The layer whose output passes through ``silu``.
         up: The layer that it multiplies.
-        down: The layer that reads the product.
+        down: The layer that reads the inner product.
         residual: As in `lora_linear`.
         dropout_rate: As in `lora_linear`.
-        dropout_keys: Of the inputs of gate and up, and of down.
+        dropout_keys: Dropout keys of the inputs of gate and up, and of down.
         kernels: As in `lora_linear`.
         row_axes: As in `lora_linear`.
-        repeated: Whether it lies in a `jax.checkpoint` that keeps none of it but x·A; then neither
-            pass writes what only the other one needs. Elsewhere it costs a product.
+        repeated: Whether it is in a `jax.checkpoint` that stores only x·A of it; then neither pass
+            writes what only the other one needs. Elsewhere it costs a matmul.
 
     Returns:
         The output, in `x`'s dtype.

@@ -1,4 +1,4 @@
-"""What `grouped_matmul` is told and what its kernel knows before it runs."""
+"""The arguments of `grouped_matmul`, and the plan of its kernel."""
 
 import dataclasses
 import functools
@@ -28,13 +28,13 @@ EPILOGUE_ARRAYS = {
 
 @dataclasses.dataclass(frozen=True)
 class MatmulConfig:
-    """How the product is cut.
+    """The tiling of the matmul.
 
     Attributes:
         block_m: Rows of an output tile; the two multiplying warpgroups take half each.
         block_n: Columns of an output tile.
         stages: Slots of the ring.
-        cluster: CTAs below each other that share the right operand's copies.
+        cluster: CTAs of consecutive row tiles that share the right operand's copies.
         raster_minor: Dimension in which neighbouring tiles follow each other, 0 rows, 1 columns.
         raster_width: Tiles in that dimension before the other one advances.
         store_n: Columns that are staged at a time on the way out.
@@ -51,19 +51,19 @@ class MatmulConfig:
     store_slots: int = 2
 
     def shared_memory_bytes(self) -> int:
-        """Returns what the ring and the staging buffers need."""
+        """Returns the bytes of the ring and the staging buffers."""
         ring = self.stages * STEP * (self.block_m + self.block_n) * 2
         return ring + 2 * self.store_slots * 64 * self.store_n * 2
 
 
 def fits(config: MatmulConfig, *, short: bool) -> bool:
-    """Says whether shared memory holds what a product needs, with a short step or without."""
+    """Says whether a matmul fits shared memory, with a short step or without."""
     step = 2 * RANK * (config.block_m + config.block_n) if short else 0
     return config.shared_memory_bytes() + step <= SHARED_MEMORY_BYTES - 1024
 
 
-def beside_short_step(config: MatmulConfig) -> MatmulConfig:
-    """Returns `config`, with a slot less where a short step has no room beside it."""
+def with_short_step(config: MatmulConfig) -> MatmulConfig:
+    """Returns `config`, with a slot less where a short step would not fit."""
     return config if fits(config, short=True) else dataclasses.replace(config, stages=3)
 
 
@@ -72,7 +72,7 @@ class Term(NamedTuple):
 
     Attributes:
         lhs: (m, ≥ k); columns beyond the array count as zero.
-        rhs: One matrix, or gate and up: each (k, n), or (n, k) when the product is transposed.
+        rhs: One matrix, or gate and up: each (k, n), or (n, k) when the matmul is transposed.
         k: Length of the contraction; 0 is all of `rhs`.
         column: Where the term's columns begin in `lhs`, a multiple of 64.
         row: Where they begin in the rows of `rhs`, not transposed.
@@ -92,7 +92,7 @@ class Update(NamedTuple):
 
     Attributes:
         lhs: (m, 16).
-        rhs: (16, all groups' columns side by side), transposed product or not.
+        rhs: (16, all groups' columns side by side), for a transposed matmul too.
     """
 
     lhs: jax.Array
@@ -102,7 +102,7 @@ class Update(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Dropout:
-    """Dropout of the update of a transposed product: ``mask ∘ (lhs·rhs) / keep``.
+    """Dropout of the update of a transposed matmul: ``mask ∘ (lhs·rhs) / keep``.
 
     Attributes:
         seed: Two words of the key, and the number of the array's first row.
@@ -135,7 +135,7 @@ def place(arrays: list[jax.Array], array: jax.Array) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What the kernel knows before it runs: sizes, and where each operand stands in `refs`."""
+    """The kernel's plan: sizes, and the index of each operand in `refs`."""
 
     config: MatmulConfig
     epilogue: Epilogue
@@ -154,7 +154,7 @@ class Plan:
 
     @property
     def halves(self) -> int:
-        """Right operands that share a left one: two where gate and up are formed together."""
+        """Right operands that share a left one: two where gate and up are computed together."""
         return len(self.terms[0][0].rhs)
 
     @property
@@ -189,7 +189,7 @@ class Plan:
 
     @property
     def staging_slots(self) -> int:
-        """Staging buffers in use: a divisor of a tile's pieces, so that they go on in turn."""
+        """Staging buffers in use: a divisor of a tile's pieces, so that they rotate evenly."""
         _, writes = EPILOGUE_ARRAYS.get(self.epilogue, (0, 1))
         pieces = self.warpgroup_m // 64 * self.tile_n // self.config.store_n * writes
         return max(s for s in range(1, self.config.store_slots + 1) if pieces % s == 0)
@@ -213,14 +213,14 @@ class Plan:
         return total - self.masked_steps
 
     def select(self, tile, values: Sequence[int]):
-        """Returns the value of the group that column tile `tile` belongs to."""
+        """Returns the value of column tile `tile`'s group."""
         chosen = jnp.int32(values[0])
         for first, value in zip(self.first_tiles[1:], values[1:], strict=True):
             chosen = jnp.where(tile >= first, jnp.int32(value), chosen)
         return chosen
 
     def for_each_group(self, tile, body: Callable[[int], None]) -> None:
-        """Runs ``body(group)`` for the group that column tile `tile` belongs to."""
+        """Runs ``body(group)`` for column tile `tile`'s group."""
         firsts = (*self.first_tiles, self.tiles[1] + self.skipped)
         for group in range(len(self.columns)):
             if len(self.columns) == 1:

@@ -1,4 +1,4 @@
-"""``t·uᵀ``: h = x·A, and g = dy·Bᵀ where it is made on its own."""
+"""``t·uᵀ``: h = x·A, and g = dy·Bᵀ where it is computed on its own."""
 
 import functools
 
@@ -29,7 +29,7 @@ def project(
     Args:
         t: (m, c).
         u: (r, c); r as `padded_rank` returns it.
-        config: How the pass is cut.
+        config: The tiling of the pass.
         mask: Dropout of t.
         sms: CTAs to launch; None asks the device.
     """

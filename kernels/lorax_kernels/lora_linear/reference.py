@@ -1,4 +1,4 @@
-"""What `lora_linear` means, in plain JAX. Every other implementation is tested against this."""
+"""The definition of `lora_linear` in plain JAX; every implementation is tested against it."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key

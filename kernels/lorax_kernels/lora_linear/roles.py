@@ -1,7 +1,7 @@
-"""The warpgroups of the product: one feeds the ring, two multiply and store.
+"""The warpgroups of the matmul: one feeds the ring, two multiply and store.
 
-The ring's counter runs on across output tiles, so the next tile is being loaded while this one is
-being stored.
+The ring's counter continues across output tiles, so the next tile is loaded while this one is
+stored.
 """
 
 import functools
@@ -62,7 +62,7 @@ class Role:
         return lax.rem(count, jnp.int32(self.config.stages))
 
     def tail_places(self, slot):
-        """Returns where the tail's arrays lie in a slot."""
+        """Returns the places of the tail's arrays in a slot."""
         return self.lhs.at[slot], self.rhs.at[0, slot]
 
 
@@ -70,7 +70,7 @@ class Feeder(Role):
     """Copies the operands into the ring."""
 
     def run(self) -> None:
-        """Feeds this CTA's tiles and waits until all that it copied is read."""
+        """Feeds this CTA's tiles and waits until all its copies are read."""
         total = self.for_each_tile(self.feed_tile)
         drain(total, self.config.stages, self.empty, self.slot)
         if (single := self.single_empty) is not None:
@@ -82,7 +82,7 @@ class Feeder(Role):
         return self.short_empty if self.plan.update is not None else None
 
     def feed_tile(self, row, column, count):
-        """Copies what one output tile needs and returns the ring count after it."""
+        """Copies the operands of one output tile, and returns the ring count after it."""
         plan = self.plan
         first_tile = count == 0
         plan.for_each_group(column, functools.partial(self.feed_group, row, column, count))
@@ -94,7 +94,7 @@ class Feeder(Role):
         return self.feed_tail(row, column, count)
 
     def feed_tail(self, row, column, count):
-        """Copies what the epilogue of one output tile reads; returns the ring count after it."""
+        """Copies the tail for the epilogue of one output tile; returns the ring count after it."""
         plan = self.plan
         for i in range(plan.tail_steps):
             self.copy_tail(count + i, row, column * plan.tile_n + i * STEP)
@@ -170,7 +170,7 @@ class Feeder(Role):
 
 
 class Multiplier(Role):
-    """Multiplies what the ring brings and stores the result."""
+    """Multiplies the operands in the ring and stores the result."""
 
     def run(self) -> None:
         """Multiplies this CTA's tiles and waits until the results are written."""
@@ -203,7 +203,7 @@ class Multiplier(Role):
             plgpu.barrier_wait(self.full.at[slot])
             for half, accumulator in enumerate(accumulators):
                 plgpu.wgmma(accumulator, self.lhs_rows(slot), self.rhs_view(half, slot))
-            plgpu.wgmma_wait(halves)  # this step's products may still run; the last one's are done
+            plgpu.wgmma_wait(halves)  # this step's matmuls may still run; the last one's are done
 
             @pl.when(s > 0)
             def _():
@@ -257,7 +257,7 @@ class Multiplier(Role):
                 plgpu.barrier_arrive(self.empty.at[self.tail_slot(count, j)])
 
     def finish(self, part, at, column, count, i: int, j: int):
-        """Returns what to store of one piece of the tile, per output."""
+        """Returns the values to store for one piece of the tile, per output."""
         plan = self.plan
         c = self.config
         if plan.bias is not None:
@@ -299,7 +299,7 @@ class Multiplier(Role):
         return [place[rows, :].astype(jnp.float32) for place in places]
 
     def dropped(self, at, count, i: int, j: int):
-        """Returns the dropped product's part of one piece, ``mask ∘ (lhs·rhs) / keep``."""
+        """Returns the dropped term's part of one piece, ``mask ∘ (lhs·rhs) / keep``."""
         plan = self.plan
         width = self.config.store_n
         rows = pl.ds(self.warpgroup * plan.warpgroup_m + i * 64, 64)

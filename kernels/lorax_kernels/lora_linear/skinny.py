@@ -1,13 +1,13 @@
-"""The products with a side of only r: one pass over a large matrix each, bound by memory.
+"""The matmuls with a side of only r: one pass over a large matrix each, bound by memory.
 
     project     t·uᵀ                              h = x·A
     gradient    tᵀ·v                              dA = xᵀ·g
                 tᵀ·v and t·uᵀ, t read once        dB = hᵀ·dy and g = dy·Bᵀ
 
-t is (m, c). Sums that several CTAs contribute to are written as float32 parts and added afterwards
-in a fixed order, so results repeat bit by bit; nothing is added atomically.
+t is (m, c). Sums over several CTAs are written as float32 parts and added afterwards in a fixed
+order, so results repeat bit by bit; nothing is added atomically.
 
-This file holds what the two kernels share.
+This file holds the parts that the two kernels share.
 """
 
 import dataclasses
@@ -25,12 +25,12 @@ COLUMNS = 128  # columns of a tile: two boxes of one swizzled row each
 
 @dataclasses.dataclass(frozen=True)
 class SkinnyConfig:
-    """How a pass is cut.
+    """The tiling of a pass.
 
     Attributes:
-        row_blocks: In how many blocks `gradient` cuts the rows of t, as equal as tiles allow;
-            `project` takes 64 rows each.
-        block_c: Columns of t that one CTA walks through.
+        row_blocks: Number of blocks of t's rows in `gradient`, as equal as tiles allow; `project`
+            takes 64 rows each.
+        block_c: Columns of t per CTA.
         stages: Slots of the ring.
         boxes: Boxes of 64 columns per slot of `project`, even.
         v_slots: Slots for v in `gradient`.

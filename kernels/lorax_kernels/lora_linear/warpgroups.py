@@ -1,4 +1,4 @@
-"""What every kernel here is: one warpgroup that feeds a ring of copies, and two that multiply."""
+"""The frame of every kernel here: one warpgroup feeds a ring of copies, and two multiply."""
 
 from collections.abc import Callable
 from typing import Any
@@ -62,7 +62,7 @@ def drain(total, slots: int, empty: Any, slot_of: Callable[[Any], Any]) -> None:
 
     Args:
         total: Steps that went through the ring.
-        slots: Of the ring.
+        slots: Slots of the ring.
         empty: Its barriers.
         slot_of: Step → slot.
     """

@@ -47,16 +47,16 @@ class Group:
     A pytree of its arrays; the rest is static.
 
     Attributes:
-        w: Per member, a `Matrix`; `multiplied_in` makes them arrays.
+        w: Per member, a `Matrix`; `multiplied_in` converts them to arrays.
         biases: Per member, or None.
         a: Per update.
         b: Per update.
-        key: Of the dropout, or None without one.
+        key: Dropout key, or None without dropout.
         members: Which members carry an update.
         scales: Per update.
-        rate: Of the dropout.
+        rate: Dropout rate.
         implementation: ``pallas`` or ``xla``.
-        axes: Of the mesh, where the kernel runs inside shard_map.
+        axes: Axes of the mesh, where the kernel runs inside shard_map.
     """
 
     w: Sequence[Any]
@@ -95,7 +95,7 @@ class Group:
         )
 
     def multiplied_in(self, dtype: jax.typing.DTypeLike) -> "Group":
-        """Returns the group with its frozen weights as arrays of the dtype that they multiply."""
+        """Returns the group with its frozen weights as arrays of the dtype of the matmuls."""
         return dataclasses.replace(self, w=[dense(w, dtype) for w in self.w])
 
     def recomputed(self, after: Any) -> "tuple[Group, Any]":

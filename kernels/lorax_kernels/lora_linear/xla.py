@@ -1,4 +1,4 @@
-"""`lora_linear` and its group in plain XLA: what runs wherever the kernel does not."""
+"""`lora_linear` and its group in plain XLA, for all cases that the kernel does not run."""
 
 import functools
 
@@ -10,13 +10,13 @@ from lorax_kernels.dtypes import accumulation_dtype
 from lorax_kernels.lora_linear.dropout import apply_dropout
 from lorax_kernels.lora_linear.weights import Group
 
-# Ranks that are one step of a product, so that a member may as well read all of them: others' are
-# multiplied by zero, which is exact for all that is finite.
+# Ranks that are one step of a matmul, so that a member may as well read all of them: others' are
+# multiplied by zero, which is exact for finite values.
 _FEW = 64
 
 
 def _fold(total, product):
-    """Adds in the order in which XLA folds a sum into the product that comes last."""
+    """Adds in the order in which XLA folds a sum into the last matmul."""
     return product + total
 
 
@@ -25,7 +25,7 @@ def _wide(p, q):
 
 
 def _span(group: Group, member: int) -> slice | None:
-    """Returns the columns of h that a member's product reads: all of them where they are few."""
+    """Returns the columns of h that a member's matmul reads: all of them where they are few."""
     own = group.columns(member)
     return slice(0, sum(group.ranks)) if own and _reads_all(group) else own
 
@@ -35,7 +35,7 @@ def _reads_all(group: Group) -> bool:
 
 
 def _rows(group: Group, member: int) -> slice:
-    """Returns where the member's own columns lie in its span."""
+    """Returns the place of the member's own columns in its span."""
     own = group.columns(member)
     span = _span(group, member)
     assert own is not None and span is not None
@@ -45,7 +45,7 @@ def _rows(group: Group, member: int) -> slice:
 def _scaled_b(group: Group, member: int, dtype):
     """Returns ``scale·B`` on its own rows of the span, zero on others'.
 
-    It is multiplied before it is rounded: elsewhere that would be a pass more.
+    It is multiplied before it is rounded: elsewhere that would cost another pass.
     """
     index = group.adapter(member)
     rows = _rows(group, member)
@@ -59,22 +59,22 @@ def _scaled_b(group: Group, member: int, dtype):
 def forward(x, group: Group, residual=None):
     """Returns the outputs of the members, and ``h = dropout(x)·[A₁|A₂|…]`` or None.
 
-    The output of a group of one is added to `residual`.
+    `residual` is added to the output of a group of one.
     """
     dtype = x.dtype
     h = None
     if group.ranks:
-        # One product for all members: x is read once.
+        # One matmul for all members: x is read once.
         a = jnp.concatenate([a.astype(dtype) for a in group.a], axis=1)
-        # Named before it is used, so that where it is kept no pass multiplies for it again.
+        # Named before it is used, so that where it is stored no pass recomputes it.
         h = checkpoint_name(jnp.dot(apply_dropout(x, group.rate, group.key), a), "lora_h")
     outputs = []
     for member, w in enumerate(group.w):
         y = jnp.dot(x, w.astype(dtype))
         if (span := _span(group, member)) is not None:
             assert h is not None
-            # Both products leave the matrix unit in x's dtype, so that XLA can fold the sum into
-            # the second one instead of writing a float32 copy of y.
+            # Both matmuls give x's dtype, so that XLA can fold the sum into the second one instead
+            # of writing a float32 copy of y.
             y += jnp.dot(h[:, span], _scaled_b(group, member, dtype))
         if (bias := group.biases[member]) is not None:
             y += bias.astype(dtype)[None, :]
@@ -101,7 +101,7 @@ def backward(x, h, group: Group, dys):
         g = functools.reduce(_fold, g) if _reads_all(group) else jnp.concatenate(g, axis=1)
         a = jnp.concatenate([a.astype(dtype) for a in group.a], axis=1)
         dx = apply_dropout(jnp.dot(g, a.T), group.rate, group.key)
-    # The large products come last: XLA folds what there is so far into each of them.
+    # The large matmuls come last: XLA folds the sum so far into each of them.
     for dy, w in zip(dys, group.w, strict=True):
         product = jnp.dot(dy, w.astype(dtype).T)
         dx = product if dx is None else _fold(dx, product)
@@ -113,6 +113,6 @@ def backward(x, h, group: Group, dys):
 
 
 def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """Returns ``silu(gate)·up``, formed in float32 and rounded once."""
+    """Returns ``silu(gate)·up``, computed in float32 and rounded once."""
     wide = gate.astype(accumulation_dtype(gate.dtype))
     return (jax.nn.silu(wide) * up.astype(wide.dtype)).astype(gate.dtype)

@@ -1,4 +1,4 @@
-"""Frozen matrices that are stored as something else than one array."""
+"""Frozen matrices that are not stored as one dense array."""
 
 from lorax_kernels.weights.weight import Matrix as Matrix
 from lorax_kernels.weights.weight import Weight as Weight

@@ -1,4 +1,4 @@
-"""What an operation asks of a frozen matrix, whatever it is stored as."""
+"""The protocol of a stored frozen matrix, as operations use it."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -10,19 +10,19 @@ from jaxtyping import Array, Float
 
 @runtime_checkable
 class Weight(Protocol):
-    """A frozen matrix that is stored as something else than one array.
+    """A frozen matrix that is not stored as one dense array.
 
-    It is a pytree of the arrays that it is stored in; all else is static.
+    It is a pytree of its stored arrays; all else is static.
     """
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(k, n), of the matrix."""
+        """The matrix's shape, (k, n)."""
         ...
 
     @property
     def dtype(self) -> DTypeLike:
-        """What the matrix is multiplied in, unless it is asked for in another dtype."""
+        """The dtype of its matmuls, unless another is requested."""
         ...
 
     @property
@@ -31,12 +31,12 @@ class Weight(Protocol):
         ...
 
     def dense(self, dtype: DTypeLike | None = None) -> Float[Array, "k n"]:
-        """Returns the matrix: this is what the stored arrays mean. None is its own dtype."""
+        """Returns the dense matrix, the value of the stored arrays. None is its own dtype."""
         ...
 
 
 type Matrix = Float[Array, "k n"] | Weight
-"""A frozen matrix: one array, or stored otherwise."""
+"""A frozen matrix: one dense array, or a `Weight`."""
 
 
 def dense(w: Matrix, dtype: DTypeLike | None = None) -> Float[Array, "k n"]:
@@ -47,19 +47,19 @@ def dense(w: Matrix, dtype: DTypeLike | None = None) -> Float[Array, "k n"]:
 
 
 def kernel_obstacle(w: Matrix) -> str | None:
-    """Returns why the fused kernel cannot read how a matrix is stored, or None if it can."""
+    """Returns why the fused kernel cannot read the stored form of a matrix, or None if it can."""
     return w.kernel_obstacle if isinstance(w, Weight) else None
 
 
 def recomputed(weights: Sequence[Matrix], after: Any) -> tuple[Sequence[Matrix], Any]:
-    """Returns both as they are, but has a backward pass make its own dense matrices.
+    """Returns both unchanged, but makes the backward pass recompute the dense matrices.
 
-    The compiler finds that both passes make the same matrix, and would keep the forward pass's copy
-    for the backward pass: of every layer, the size of the model that was not to be in memory. So
-    the stored arrays are not to be had before `after` is.
+    Otherwise the compiler sees that both passes compute the same matrix, and keeps the forward
+    pass's copy for the backward pass: one per layer, so the whole dense model. Hence the stored
+    arrays become available only after `after`.
 
     Args:
-        weights: What the backward pass multiplies by.
+        weights: The matrices of the backward pass.
         after: Arrays that the forward pass does not have: cotangents.
     """
     if not any(isinstance(w, Weight) for w in weights):

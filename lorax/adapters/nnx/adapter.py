@@ -1,5 +1,6 @@
 """One method's parameters on one layer of an NNX model."""
 
+import dataclasses
 from typing import Any
 
 from flax import nnx
@@ -34,7 +35,17 @@ class Adapter(nnx.Module):
     @property
     def params(self) -> dict[str, Array]:
         """The values by name."""
-        return {name: self.variable(name).get_value() for name in self.spec.method.keys}
+        return {name: getattr(self, name).get_value() for name in self.spec.method.keys}
+
+    @property
+    def dropout(self) -> float:
+        """Probability with which an element of the input is dropped in training."""
+        return self.spec.dropout
+
+    @property
+    def update(self) -> "Update":
+        """What the adapter adds to its layer now."""
+        return Update(self.spec, self.params, self.dropout_key.get_value())
 
     def set_trains(self, trains: bool) -> None:
         """Makes the parameters what trains, or what does not."""
@@ -44,6 +55,21 @@ class Adapter(nnx.Module):
     def variable(self, name: str) -> Any:
         """Returns one parameter as the variable that trains."""
         return getattr(self, name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """What an adapter of these values adds to the layer that it is attached to.
+
+    Attributes:
+        spec: What it is.
+        params: Its values, by the names that the method gives.
+        dropout_key: What decides the dropout mask; None until one was set.
+    """
+
+    spec: Spec
+    params: Params
+    dropout_key: Key[Array, ""] | None
 
     @property
     def dropout(self) -> float:
@@ -56,13 +82,12 @@ class Adapter(nnx.Module):
         Raises:
             ValueError: If none was set.
         """
-        key = self.dropout_key.get_value()
-        if key is None:
+        if self.dropout_key is None:
             raise ValueError(
                 "lora_dropout needs a fresh key every step: train with lorax.make_train_step, call "
                 "lorax.set_dropout_key(model, key) in your own loop, or model.eval() to turn it off"
             )
-        return key
+        return self.dropout_key
 
     def operands(self, w: Matrix) -> LoraWeights | None:
         """See `Method.operands`."""

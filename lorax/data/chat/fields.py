@@ -1,4 +1,4 @@
-"""What a row of messages holds: every text of it, and every key that a template must know."""
+"""The content of a row of messages: every text, and every key that a template must know."""
 
 import json
 import re
@@ -9,12 +9,12 @@ from lorax.data.reading.conversation import Message
 from lorax.data.reading.rows import is_word
 
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
-"""Keys of a message's thinking; transformers hands each of them to a template under all names."""
+"""Keys of a message's thinking; transformers gives each of them to a template under all names."""
 
 THINKING = "assistant.thinking"
 
 NEEDED = ("assistant.content", "assistant.tool_calls")
-"""What no setting can leave out: it is what is learned."""
+"""Fields that no setting can leave out: they are learned."""
 
 _STRUCTURE = ("role", "content", "tool_calls", "tool_call_id", *REASONING_KEYS)
 _CALL_STRUCTURE = ("id", "type", "index", "function", "name", "arguments")
@@ -22,19 +22,19 @@ _CALL_STRUCTURE = ("id", "type", "index", "function", "name", "arguments")
 _THINKING_TAGS = re.compile(r"(?:<think(?:ing)?>|\A)(.*?)</think(?:ing)?>", re.DOTALL)
 
 _NAMING = ("properties", "patternProperties", "$defs", "definitions")
-"""Keys of a JSON schema whose own keys are names that the row gives."""
+"""Keys of a JSON schema whose own keys are names from the row."""
 
 _REWORDED = ("type", "required", "$ref")
-"""Keys of a JSON schema whose values a template may say in other words, as ``city?: string``."""
+"""Keys of a JSON schema whose values a template may paraphrase, as ``city?: string``."""
 
 
 class Field(NamedTuple):
     """A part of a row that the rendering should hold.
 
     Attributes:
-        owner: What it is a part of, such as ``messages[2]``.
-        name: How `data.ignore` names what it is, such as ``developer.content``.
-        texts: What to look for, in order.
+        owner: The message or tool that it is a part of, such as ``messages[2]``.
+        name: Its name in `data.ignore`, such as ``developer.content``.
+        texts: The texts to find, in order.
         message: Index of the message; None for a part of a tool.
     """
 
@@ -45,14 +45,14 @@ class Field(NamedTuple):
 
     @property
     def rank(self) -> int:
-        """The order in which fields of one text are found: what every template writes first."""
+        """Order in which fields of equal text are found: first those that all templates write."""
         if self.name in NEEDED or self.name.startswith("user."):
             return 0
         return 2 if self.name.startswith("message.") else 1
 
     @property
     def is_thinking(self) -> bool:
-        """Whether it is what the assistant thinks before it answers."""
+        """Whether it is the assistant's thinking before an answer."""
         return self.name == THINKING or self.name.removeprefix("message.") in REASONING_KEYS
 
 
@@ -89,7 +89,7 @@ def unread_keys(messages: Sequence[Message], template: str) -> list[str]:
 def fields_of_tools(tools: Sequence[Mapping[str, Any]]) -> list[Field]:
     """Returns the texts, names and numbers in the schemas of tools.
 
-    Not the values of `type`, `required` and ``$ref``, which templates may say in other words.
+    Not the values of `type`, `required` and ``$ref``, which templates may paraphrase.
     """
     return [
         Field(f"tools[{i}]", _of_tools(key), (text,))
@@ -99,9 +99,9 @@ def fields_of_tools(tools: Sequence[Mapping[str, Any]]) -> list[Field]:
 
 
 def unread_tool_keys(tools: Sequence[Mapping[str, Any]], template: str, text: str) -> list[str]:
-    """Returns the keys of tools' schemas that a rendering does not say, as `data.ignore` does.
+    """Returns the keys of tools' schemas that a rendering does not express, as in `data.ignore`.
 
-    A template says them that writes them, or that names them and says what they mean.
+    A template expresses a key by writing it, or by reading it and putting it in other words.
     """
     keys = dict.fromkeys(key for tool in tools for key in _schema_keys(tool))
 
@@ -118,7 +118,7 @@ def _called_names(messages: Sequence[Message]) -> set[str]:
 
 
 def _names_a_call(message: Message, called: Set[str]) -> bool:
-    """Says whether the name of a tool's result says which call it answers, as tool_call_id does."""
+    """Says whether the name of a tool's result identifies its call, as tool_call_id does."""
     return message["role"] == "tool" and message.get("name") in called
 
 
@@ -183,7 +183,7 @@ def _texts_in(value: Any) -> Iterator[str]:
 
 
 def _data_in(value: Any, *, names: bool = True) -> Iterator[str]:
-    """Yields every text and number in a JSON value, and the names in it; of truth values none."""
+    """Yields every text, number and name in a JSON value, but no truth values."""
     if isinstance(value, dict):
         for name, item in value.items():
             yield from _texts_in(name if names else None)
@@ -198,7 +198,7 @@ def _data_in(value: Any, *, names: bool = True) -> Iterator[str]:
 
 
 def _schema_texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
-    """Yields the texts, names and numbers in a schema, each with the key that it stands under."""
+    """Yields the texts, names and numbers in a schema, each with its key."""
     if isinstance(value, dict):
         for inner, item in value.items():
             if item is None:
@@ -215,7 +215,7 @@ def _schema_texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
 
 
 def _schema_keys(value: Any, key: str = "") -> Iterator[str]:
-    """Yields the keys of a schema that hold something, but for names that the row gives."""
+    """Yields the keys of a schema that hold something, except names from the row."""
     if isinstance(value, dict):
         for inner, item in value.items():
             if item is None or item in ("", [], {}):

@@ -1,4 +1,4 @@
-"""Which parts of a row a rendering leaves out: every text must be found in it again."""
+"""Finds the parts of a row that a rendering leaves out: every text must be in it."""
 
 import json
 import re
@@ -8,7 +8,7 @@ from lorax.data.chat.fields import NEEDED, Field
 from lorax.data.reading.rows import RowError
 
 _LONG = 16
-"""So many characters are not found by chance in the midst of a word."""
+"""Characters of a text that does not occur inside a word by chance."""
 
 _GLUED = re.compile(r"\w\w", re.ASCII)
 
@@ -17,9 +17,9 @@ def lost_fields(fields: Sequence[Field], text: str) -> list[Field]:
     """Returns the fields that are not whole in `text`.
 
     Each text must be found, white space at its ends aside, as it is or as in JSON, in a place of
-    its own: one after the other, or anywhere where the template orders them otherwise. Then the
-    longest take their places first, so that no text is found inside another; of equal ones those
-    that every template writes, and of equal thoughts the last.
+    its own: in order, or anywhere if the template orders them otherwise. In that case the longest
+    are placed first, so that no text is found inside another; among equal ones those that every
+    template writes, and among equal thoughts the last.
     """
     if end_of_fields(fields, text, 0) is not None:
         return []
@@ -37,7 +37,7 @@ def lost_fields(fields: Sequence[Field], text: str) -> list[Field]:
 
 
 def end_of_fields(fields: Sequence[Field], text: str, start: int) -> int | None:
-    """Returns where the last of the fields ends behind `start`, if they stand there in order."""
+    """Returns where the last of the fields ends after `start`, if they are there in order."""
     position = start
     for words in (words for field in fields for words in field.texts):
         place = _find(words, text, position)
@@ -51,7 +51,7 @@ class LostError(RowError):
     """Texts that a rendering leaves out, and keys that the template does not read.
 
     Attributes:
-        lost: What is left out.
+        lost: The fields left out.
         unread: The keys, as `data.ignore` names them.
     """
 
@@ -85,13 +85,13 @@ def _listed(names: Sequence[str], most: int = 6) -> str:
 
 
 def forms(words: str) -> list[str]:
-    """Returns a text as it is, and as it stands in JSON where that differs."""
+    """Returns a text as it is, and as in JSON where that differs."""
     forms = [words, *(json.dumps(words, ensure_ascii=flag)[1:-1] for flag in (False, True))]
     return list(dict.fromkeys(forms))
 
 
 def _find(words: str, text: str, start: int) -> tuple[int, int] | None:
-    """Returns where a text stands behind `start`, and ends: a short one as words of its own."""
+    """Returns the start and end of a text after `start`; a short one must be whole words."""
     for form in forms(words):
         place = text.find(form, start)
         while place >= 0 and len(form) < _LONG and _is_inside_a_word(form, text, place):

@@ -17,10 +17,10 @@ def spans_between_markers(
     """Returns the characters of each learned turn: from its marker to the next marker of any kind.
 
     Args:
-        conversation: What was rendered.
+        conversation: The conversation.
         text: Its rendering.
         config: With both markers, `instruction_part` and `response_part`.
-        tokenizer: Knows the special tokens, which an error names.
+        tokenizer: Gives the special tokens, which an error names.
 
     Raises:
         RowError: If the markers cannot bound every assistant turn.
@@ -39,7 +39,7 @@ def spans_between_markers(
     ):
         if not places:
             raise RowError(
-                f"data.{name} {part!r} stands nowhere in the rendered row, whose special "
+                f"data.{name} {part!r} is not in the rendered row, whose special "
                 f"tokens are {' '.join(_special_tokens_of(text, tokenizer)) or 'none at all'}"
                 f"{_advise_escapes(name, part, text)}"
             )
@@ -51,7 +51,7 @@ def spans_between_markers(
 
 
 def _advise_escapes(name: str, part: str, text: str) -> str:
-    """Says how a line break is written where a backslash and an n stand in its place."""
+    """Returns how to write a line break where a backslash and an n are in its place."""
     meant = part.replace("\\n", "\n").replace("\\r", "\r").replace("\\t", "\t")
     if meant == part or meant not in text:
         return ""
@@ -64,7 +64,7 @@ def _advise_escapes(name: str, part: str, text: str) -> str:
 
 
 def _special_tokens_of(text: str, tokenizer: Tokenizer) -> list[str]:
-    """Returns the special tokens that a text has, in its order; nothing else of the text."""
+    """Returns the special tokens in a text, in order, and no other part of it."""
     added = {token.content for token in tokenizer.added_tokens_decoder.values()}
     names = sorted(added | set(tokenizer.all_special_tokens), key=len, reverse=True)
     found = re.findall("|".join(map(re.escape, names)), text) if names else []
@@ -83,7 +83,7 @@ def _check_counts(conversation: Conversation, starts: list[int], ends: list[int]
     found = sum(end >= starts[0] for end in ends)
     if len(starts) != len(replies) or found != later.count("user"):
         raise RowError(
-            f"data.response_part stands {len(starts)} times in the rendered row and "
+            f"data.response_part occurs {len(starts)} times in the rendered row and "
             f"data.instruction_part {found} times after it, but there are {len(replies)} assistant "
             f"turns and {later.count('user')} user turns after the first of them"
         )

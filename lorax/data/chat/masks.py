@@ -21,14 +21,14 @@ from lorax.data.reading.rows import DataError, MalformedRowError, RowError, show
 
 @dataclasses.dataclass(frozen=True)
 class StopTokens:
-    """Which tokens can end a turn.
+    """The tokens that can end a turn.
 
     Attributes:
         begin: The tokenizer's beginning of sequence, if it has one of its own.
         eos: The tokenizer's end of sequence, if it has one.
         special: All special tokens but the one that begins a sequence.
         train_on_eos: Which of them are learned: turn, last, all or none.
-        learned: Those that were met at the end of what is learned, and are learned themselves.
+        learned: Those that were learned at the end of a learned turn.
     """
 
     begin: int | None
@@ -51,19 +51,19 @@ class StopTokens:
 def mask_plain(tokenized: TokenizedText, rendered: RenderedText, stops: StopTokens) -> EncodedRow:
     """Supervises the tokens of plain text that touch a learned character, and the stop after them.
 
-    A text that begins with BOS, or ends with a special token (white space aside), already has what
-    the tokenizer and this function add, and gets no second one.
+    A text that begins with BOS, or ends with a special token (white space aside), gets no second
+    one from the tokenizer or this function.
 
     Args:
         tokenized: The text with the special tokens its tokenizer adds.
-        rendered: The same text; EOS is put behind it unless a special token ends it.
+        rendered: The same text; EOS is appended unless a special token ends it.
         stops: The stop is supervised unless `train_on_eos` is none.
 
     Returns:
         Token ids, and which of them are supervised. No token is masked for being the pad token.
 
     Raises:
-        RowError: If a completion holds BOS, behind the beginning of the row, or EOS before its end.
+        RowError: If a completion holds BOS after the beginning of the row, or EOS before its end.
         DataError: If EOS should be learned and the tokenizer has none.
     """
     tokens = tokenized.ids
@@ -112,8 +112,8 @@ def mask_plain(tokenized: TokenizedText, rendered: RenderedText, stops: StopToke
 def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
     """Returns the token ids of plain text that is to be continued.
 
-    A plain row that begins with the text begins with these ids, but where a token reaches beyond
-    its end: BOS, if the tokenizer adds one, once, and nothing that it adds behind a text.
+    A plain row that begins with the text begins with these ids, except for a token that reaches
+    beyond its end: with one BOS, if the tokenizer adds it, and nothing that it adds after a text.
 
     Raises:
         DataError: If the tokenizer fails.
@@ -128,12 +128,12 @@ def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def mask_labels(row: TokenRow, stops: StopTokens) -> EncodedRow:
-    """Supervises the tokens of a tokenized row that its labels name, or all of them without any.
+    """Supervises the tokens of a tokenized row that its labels name, or all without labels.
 
-    The special tokens at the end of what they supervise are stop tokens that are learned.
+    The special tokens at the end of a supervised stretch are learned stop tokens.
 
     Raises:
-        MalformedRowError: If a number is none that an id can be.
+        MalformedRowError: If a number cannot be a token id.
     """
     try:
         tokens = np.asarray(row.tokens, np.int32)
@@ -150,14 +150,14 @@ def mask_turns(tokenized: TokenizedText, rendered: RenderedText, stops: StopToke
     """Supervises each learned turn of a conversation up to its stop token.
 
     The stop token is the special token a turn ends with, white space aside, or the one right
-    after the turn. What follows it in the turn, such as ChatML's line break, is not learned.
+    after the turn. Text after it in the turn, such as ChatML's line break, is not learned.
 
     Args:
         tokenized: The rendered conversation, tokenized without added special tokens.
         rendered: Its text and learned turns.
-        stops: `train_on_eos` says which stop tokens are supervised. turn: those of the learned
-            turns; last: that of the last of them; none: none of them; all: every token of the row
-            with the id of one of them, so those of user turns too.
+        stops: `train_on_eos` selects the stop tokens that are supervised. turn: those of the
+            learned turns; last: that of the last of them; none: none of them; all: every token of
+            the row with the id of one of them, so those of user turns too.
 
     Raises:
         RowError: If a turn has no stop token although it should be learned, or two; if an answer's
@@ -215,7 +215,7 @@ def _begins_twice(tokenized: TokenizedText, text: str, stops: StopTokens) -> boo
 def _refuse_begin(
     tokenized: TokenizedText, learned: Bool[np.ndarray, " tokens"], text: str, stops: StopTokens
 ) -> None:
-    """Refuses BOS in a completion, unless nothing but white space stands before it."""
+    """Refuses BOS in a completion, unless only white space comes before it."""
     places = np.flatnonzero(learned & (tokenized.ids == stops.begin))
     if any(text[: tokenized.starts[place]].strip() for place in places):
         raise RowError(
@@ -225,7 +225,7 @@ def _refuse_begin(
 
 
 def _refuse_stops_inside(messages: Sequence[int]) -> None:
-    """Refuses messages of the assistant in the midst of which a stop token stands."""
+    """Refuses messages of the assistant with a stop token before their end."""
     if messages:
         raise RowError(
             f"the text of {show_messages(messages)} (assistant) holds a stop token before it ends, "
@@ -236,7 +236,7 @@ def _refuse_stops_inside(messages: Sequence[int]) -> None:
 def _refuse_second_stop(
     tokenized: TokenizedText, text: str, before: Int64[np.ndarray, " turn"], stop: int
 ) -> None:
-    """Refuses a turn whose words end with the stop token that the template writes behind them."""
+    """Refuses a turn whose words end with the stop token that the template writes after them."""
     for index in before[::-1]:
         if text[tokenized.starts[index] : tokenized.ends[index]].strip():
             if tokenized.ids[index] == tokenized.ids[stop]:
@@ -254,9 +254,9 @@ def _find_stop(
     stops: StopTokens,
     words_end: int = 0,
 ) -> int | None:
-    """Returns the index of the token that ends a turn; EOS goes before other special tokens.
+    """Returns the index of the token that ends a turn; EOS wins over other special tokens.
 
-    What a turn's own words end with, before `words_end`, is its stop if it is EOS alone.
+    At the end of a turn's own words, before `words_end`, only EOS counts as its stop.
     """
     if not len(inside):
         return None

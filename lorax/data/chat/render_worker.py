@@ -1,10 +1,10 @@
 """Renders chat templates in a process of its own, with bounds on time, memory and output.
 
 A template comes with a downloaded model. transformers' sandbox keeps it from running code, but not
-from looping for ever or from making a text of many GiB. Says that it is ready, then reads requests
-from standard input, a line of JSON each, and answers each with a line; a line of options is for all
-that follow. Ends with its input. Imports nothing of lorax. Where there is no /proc, the memory is
-not bounded.
+from looping for ever or from rendering a text of many GiB. The process writes a line when it is
+ready. Then it reads requests from standard input, a line of JSON each, and answers each with a
+line; a line of options holds for all that follow. It ends with its input. It imports nothing of
+lorax. Without a /proc, memory is not bounded.
 """
 
 import datetime
@@ -26,11 +26,11 @@ from transformers.utils.chat_template_utils import render_jinja_template
 CPU_SECONDS = 3.0
 CHARACTERS = 2**20
 BYTES = 2**28
-"""What one rendering may take; a long conversation, as much again as it is long, and more."""
+"""Limits of one rendering; a long conversation gets more, in proportion to its length."""
 
 
 class _LimitError(Exception):
-    """A template that took more than it may."""
+    """A template that exceeded its limits."""
 
 
 class Bounds:
@@ -41,8 +41,8 @@ class Bounds:
         self._longest = 0
 
     def __enter__(self) -> None:
-        # The alarm interrupts a loop; a single operation without end is ended by the kernel.
-        # Again and again: Jinja catches what is raised while it computes constants.
+        # The alarm interrupts a loop; the kernel ends a single operation that never returns.
+        # The alarm repeats: Jinja catches what is raised while it computes constants.
         signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS, 0.25)
         if time.monotonic() - self._armed > 1:
             self._armed = time.monotonic()
@@ -54,7 +54,7 @@ class Bounds:
         signal.setitimer(signal.ITIMER_PROF, 0)
 
     def make_room(self, size: int) -> None:
-        """Lets a request of `size` characters have the memory that it may need."""
+        """Raises the memory limit for a request of `size` characters."""
         pages = Path("/proc/self/statm")
         if size > self._longest and pages.exists():
             self._longest = 2 * size
@@ -67,7 +67,7 @@ def _set_limit(kind: int, value: int) -> None:
 
 
 def fix_date(date: str) -> None:
-    """Has templates that ask for today's date be told `date`, which is in ISO format."""
+    """Gives templates that ask for today's date `date`, which is in ISO format."""
     day = datetime.datetime.fromisoformat(date)
 
     class Day(datetime.datetime):
@@ -78,17 +78,19 @@ def fix_date(date: str) -> None:
     chat_template_utils.datetime = Day  # pyright: ignore[reportAttributeAccessIssue]
     asked = '{{ strftime_now("%Y-%m-%d") }}'
     if render_jinja_template([[]], chat_template=asked)[0] != [date]:
-        raise RuntimeError("this transformers cannot be told the date; install a supported version")
+        raise RuntimeError(
+            "this transformers cannot be given the date; install a supported version"
+        )
 
 
 def render(
     request: dict[str, Any], options: dict[str, Any], size: int, bounds: Bounds
 ) -> dict[str, Any]:
-    """Returns the whole text, its generation blocks, and how each part begins the whole.
+    """Returns the whole text, its generation blocks, and how each part compares with the whole.
 
-    Of a part that is its length, how many of its first characters are those of the whole, and its
-    text where those are not all. Or the error of the first part that fails, and whether it took
-    more than it may.
+    Each part gives its length, the number of its first characters that equal the whole's, and its
+    text where those are not all. If a part fails, returns its error, and whether it exceeded its
+    limits.
     """
     length = len(request["messages"])
     whole = None
@@ -125,9 +127,9 @@ def render(
 
 
 def _without_words(error: Exception, texts: list[Any], template: str) -> str:
-    """Returns what an error says, unless a word of it may be from the row: that is training text.
+    """Returns an error's message, unless a word of it may be from the row: that is training text.
 
-    The template's own words may be said, and so may short ones.
+    Words of the template and short words may be shown.
     """
     said = str(error)
     template = template.casefold()
@@ -162,11 +164,11 @@ def main() -> None:
             continue
         answer = render(request, options, len(line), bounds)
         if "error" in answer:
-            bounds = Bounds()  # what the template left behind must not count against the next
+            bounds = Bounds()  # memory left by this template must not count against the next
         try:
             answers.write(json.dumps(answer) + "\n")
             answers.flush()
-        except BrokenPipeError:  # the process that asked has ended
+        except BrokenPipeError:  # the parent process has ended
             os._exit(0)
 
 

@@ -1,4 +1,4 @@
-"""The process that renders chat templates, and how it is asked."""
+"""The process that renders chat templates, and its client."""
 
 import atexit
 import contextlib
@@ -20,7 +20,7 @@ type Span = tuple[int, int]
 
 _WORKER = Path(__file__).with_name("render_worker.py")
 _KEPT = ("PATH", "PYTHONPATH", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR", "TZ")
-"""Of the environment. A template sees none of it; that there are no tokens in it costs nothing."""
+"""Variables that the process inherits. A template sees none; the process gets no access tokens."""
 
 _ENDED = "it takes more time or memory than any conversation needs"
 
@@ -33,10 +33,10 @@ _OWN = {
     *("range", "dict", "lipsum", "cycler", "joiner", "namespace"),
     *NAMED_TOKENS,
 }
-"""What a template is rendered with whatever its row says."""
+"""Variables of a template that its row cannot replace."""
 
 MOST_LIMITS = 3
-"""So many conversations that take too much are enough to know the template."""
+"""After so many conversations beyond the limits, rendering stops."""
 
 
 class RenderError(RowError):
@@ -52,14 +52,14 @@ class LimitError(RowError):
 
 
 class Part(NamedTuple):
-    """The first `length` messages, and whether the assistant's turn begins behind them."""
+    """The first `length` messages, and whether the prompt for the assistant follows them."""
 
     length: int
     is_prompt: bool = False
 
 
 class Request(NamedTuple):
-    """Messages, the parts of them to render, the whole first, JSON schemas of tools, and more."""
+    """Messages, the parts of them to render (the whole first), tools, and template variables."""
 
     messages: Sequence[Mapping[str, Any]]
     parts: Sequence[Part]
@@ -68,14 +68,14 @@ class Request(NamedTuple):
 
 
 class Rendered(NamedTuple):
-    """What was rendered.
+    """The rendering of a request.
 
     Attributes:
-        text: Of the first part.
+        text: The rendering of the first part.
         blocks: The characters of its ``{% generation %}`` blocks.
-        prefixes: By part, how many characters of the text it is; None if it is no beginning of it.
-        shared: By part, how many characters at its beginning are those of the text.
-        others: By part that is no beginning of the text, what it is.
+        prefixes: Length of each part as a prefix of the text; None if it is no prefix.
+        shared: Number of first characters that each part shares with the text.
+        others: The rendering of each part that is no prefix of the text.
     """
 
     text: str
@@ -86,9 +86,9 @@ class Rendered(NamedTuple):
 
 
 class Renderer:
-    """Renders conversations as transformers does, in a process that may not take too much.
+    """Renders conversations as transformers does, in a process with limits.
 
-    The process is started when it is first needed and ends with this one.
+    The process starts when it is first needed and ends with this one.
     """
 
     def __init__(self):
@@ -106,14 +106,14 @@ class Renderer:
         date: str | None = None,
         mark_generation: bool = False,
     ) -> Iterator[Rendered | RowError]:
-        """Yields what each request asks for, in order, or the error of a template that fails on it.
+        """Yields the rendering of each request, in order, or the error of a template that fails.
 
         Args:
-            template: In Jinja.
-            requests: What to render.
-            special_tokens: By name, such as ``eos_token``.
-            date: What the template is told of the day, as ``2026-11-30``; None is today.
-            mark_generation: Whether to tell the generation blocks; else there are none.
+            template: The Jinja source.
+            requests: The requests.
+            special_tokens: Their texts by name, such as ``eos_token``.
+            date: The day for the template, as ``2026-11-30``; None is today.
+            mark_generation: Whether to find the generation blocks; else there are none.
 
         Raises:
             TemplateError: If the template cannot be parsed; names its line.
@@ -164,7 +164,7 @@ class Renderer:
         return answers
 
     def _converse(self, lines: Sequence[str], group: Sequence[Request]) -> list[dict[str, Any]]:
-        """Returns the answers to a beginning of some requests: all, or up to one beyond limits."""
+        """Returns the answers to the first requests: all, or up to one beyond the limits."""
         answers: list[dict[str, Any]] = []
         process = self._running()
         whole = False
@@ -180,7 +180,7 @@ class Renderer:
                     break
             else:
                 whole = True
-        finally:  # answers that nobody waits for must not be taken for those of others
+        finally:  # unread answers must not be mixed up with those of other requests
             if not whole:
                 self.close()
             writer.join()
@@ -213,7 +213,7 @@ class Renderer:
             try:
                 assert process.stdout is not None
                 said = process.stdout.readline()
-            except BaseException:  # Ctrl-C: what it says later must not be taken for an answer
+            except BaseException:  # Ctrl-C: its later output must not count as an answer
                 self.close()
                 raise
             if said != "ready\n":
@@ -237,7 +237,7 @@ class Renderer:
         process.kill()
         process.wait()
         for pipe in (process.stdin, process.stdout):
-            with contextlib.suppress(OSError):  # what it did not read is not missed
+            with contextlib.suppress(OSError):  # unread requests are not needed
                 pipe.close()  # pyright: ignore[reportOptionalMemberAccess]
 
 
@@ -265,6 +265,6 @@ def _write(pipe: IO[str], lines: Sequence[str]) -> None:
 
 
 RENDERER = Renderer()
-"""One for all: it costs a second to start."""
+"""One process for all: it takes a second to start."""
 
 atexit.register(RENDERER.close)

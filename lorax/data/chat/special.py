@@ -1,4 +1,4 @@
-"""The texts of special tokens, and which of them messages bring along in their own words."""
+"""The texts of special tokens, and those that messages hold in their own words."""
 
 import dataclasses
 import functools
@@ -17,7 +17,7 @@ class SpecialTexts:
     """The special tokens of a tokenizer.
 
     Attributes:
-        ids: Of each, by its text.
+        ids: Id of each, by its text.
         begin: The text of BOS; None if there is none, or if it is EOS too.
     """
 
@@ -26,7 +26,7 @@ class SpecialTexts:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> "SpecialTexts":
-        """Returns those of a tokenizer."""
+        """Returns the special tokens of a tokenizer."""
         ids = special_tokens(tokenizer)
         begin = named_token_id(tokenizer, "bos")
         eos = named_token_id(tokenizer, "eos")
@@ -35,20 +35,20 @@ class SpecialTexts:
 
     @functools.cached_property
     def pattern(self) -> re.Pattern[str]:
-        """Finds special tokens in a text: of several that begin alike, the longest."""
+        """Matches special tokens in a text: of several that begin alike, the longest."""
         texts = sorted(self.ids, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, texts)) or "(?!)")
 
     def hide(self, text: str) -> str:
-        """Returns a text, as long as before, in whose special tokens no words are found."""
+        """Returns a text of the same length with its special tokens blanked out."""
         return self.pattern.sub(lambda found: "\1" * len(found[0]), text)
 
     def hidden(self, fields: Iterable[Field]) -> list[Field]:
-        """Returns fields with the special tokens of their texts hidden likewise."""
+        """Returns fields with the special tokens of their texts blanked out likewise."""
         return [field._replace(texts=tuple(map(self.hide, field.texts))) for field in fields]
 
     def inside(self, message: Message, text: str) -> set[int]:
-        """Returns the tokens that a message's words hold in `text`, but for one that ends them."""
+        """Returns the tokens in a message's words in `text`, except one that ends them."""
         words = _texts_of(message)
         return {
             self.ids[match[0]]
@@ -59,7 +59,7 @@ class SpecialTexts:
         }
 
     def refuse_begin(self, messages: Iterable[Message], text: str) -> None:
-        """Refuses BOS in the words of messages, unless it is what the conversation begins with.
+        """Refuses BOS in the words of messages, unless the conversation begins with it.
 
         Args:
             messages: The conversation.

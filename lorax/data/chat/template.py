@@ -22,17 +22,17 @@ from lorax.system.small_files import SmallFileError, read_small_file
 
 REWRITTEN = "became one row per learned turn: the chat template rewrites earlier turns"
 
-CUT_BEHIND = "were cut behind their last learned turn: no learned turn sees what follows it"
+CUT_BEHIND = "were cut after their last learned turn: no learned turn sees what follows it"
 
 
 @dataclasses.dataclass(frozen=True)
 class ChatTemplate:
-    """A chat template and the settings that say what is learned in what it renders.
+    """A chat template, and the settings that decide what is learned of its rendering.
 
-    Spans come from the first of these that there is: the markers of the config, the template's
+    Spans come from the first of these that exists: the markers of the config, the template's
     ``{% generation %}`` blocks, renderings of the first messages alone. Where a template rewrites
-    earlier turns, each learned turn becomes a row of its own, in which it is the last one: what the
-    model sees when it writes that turn.
+    earlier turns, each learned turn becomes a row of its own, in which it is the last one, as the
+    model sees it when it writes that turn.
     """
 
     tokenizer: Tokenizer
@@ -45,8 +45,8 @@ class ChatTemplate:
         """Renders conversations, in order, and finds the turns to learn.
 
         Yields:
-            The rows that a conversation becomes; or what is wrong with it: the template fails,
-            leaves something out, or the turns cannot be told apart for certain.
+            The rows of a conversation; or its error: the template fails, leaves something out, or
+            the turns cannot be determined.
         """
         for template, group in itertools.groupby(conversations, self.template_of):
             whole = list(group)
@@ -70,7 +70,7 @@ class ChatTemplate:
     def _notes(
         self, whole: Conversation, talk: Conversation, parts: Sequence[Conversation]
     ) -> Iterator[str]:
-        """Yields what is told of a conversation that was split, or of which a part was left out."""
+        """Yields the notes on a conversation that was split, or of which a part was left out."""
         if len(parts) > 1:
             yield REWRITTEN
         if parts and len(parts[-1].messages) < len(talk.messages):
@@ -84,7 +84,7 @@ class ChatTemplate:
 
     @property
     def _left_out(self) -> set[str]:
-        """The roles whose messages are left out, as the config says."""
+        """The roles whose messages the config leaves out."""
         return {role for role in INSTRUCTING if f"{role}.content" in self.config.ignore}
 
     def asks_for_date(self, conversation: Conversation) -> bool:
@@ -108,17 +108,17 @@ class ChatTemplate:
             ) from error
 
     def _try(self, template: str, talks: Sequence[Conversation]) -> list[RenderedText | RowError]:
-        """Renders each conversation as a whole; a failure comes in its place.
+        """Renders each conversation as a whole; yields the error of one that fails.
 
-        Templates differ in how they want calls: those without words with no content, an empty one
-        or null; arguments as an object or as text. The first way in which nothing is lost is taken.
+        Templates differ in how they want calls: a call without words with no content, an empty one
+        or null; arguments as an object or as text. The first variant that loses nothing is used.
         """
         tried = self._try_arguments(template, talks)
         for empty in ("", None):
             failed = [i for i, item in enumerate(tried) if _is_failure(item) and talks[i].has_calls]
             again = [talks[i].with_empty_content(empty) for i in failed]
             for i, item in zip(failed, self._try_arguments(template, again), strict=True):
-                # Of ways that fail, the first says most that says what is lost.
+                # Of variants that fail, the first that names what is lost helps most.
                 says_more = isinstance(item, LostError) and not isinstance(tried[i], LostError)
                 if says_more or not _is_failure(item):
                     tried[i] = item
@@ -144,7 +144,7 @@ class ChatTemplate:
         ]
 
     def _advise(self, template: str, talk: Conversation, error: RowError) -> RowError:
-        """Returns the error of a template that fails, with what can be done about it."""
+        """Returns the error of a template that fails, with its remedy."""
         other = "set data.chat_template to one that can render such rows, or remove them"
         for remedy, less in _ways_out(talk):
             (found,) = self._render(template, [less])
@@ -180,7 +180,7 @@ class ChatTemplate:
         return list(rendered)
 
     def _parts(self, template: str, talk: Conversation) -> tuple[Part, ...]:
-        """Returns the whole, and what tells where learned turns start and end."""
+        """Returns the parts to render: the whole, and prefixes that bound the learned turns."""
         length = len(talk.messages)
         learned = talk.learned_replies(self.config.loss_on)
         parts = {Part(length): None}  # a set that keeps its order
@@ -208,8 +208,8 @@ def read_template(path: str | Path, where: str | None = None) -> str:
     """Returns the text of a template file.
 
     Args:
-        path: Of the file.
-        where: How an error names it; its path if not given.
+        path: Path of the file.
+        where: Its name in errors; the path if not given.
 
     Raises:
         DataError: If the file is missing, empty, or no text.
@@ -244,9 +244,9 @@ def encode_prompt(
     """Returns the token ids of messages up to where the assistant's turn begins.
 
     Args:
-        tokenizer: With a chat template.
-        messages: What was said so far.
-        date: What a template that asks for the day is told, as ``2026-11-30``; None is today.
+        tokenizer: A tokenizer with a chat template.
+        messages: The conversation so far.
+        date: The day for a template that asks for it, as ``2026-11-30``; None is today.
 
     Raises:
         DataError: If the tokenizer has no chat template, or it fails or leaves out a message.
@@ -260,7 +260,7 @@ def encode_prompt(
     try:
         (rendered,) = RENDERER.render(template, [request], special_tokens=names, date=date)
     except TemplateError as error:
-        raise DataError(f"the chat template: {error}; mend it") from error
+        raise DataError(f"the chat template: {error}; fix it") from error
     if isinstance(rendered, RowError):
         raise rendered
     special = SpecialTexts.of(tokenizer)
@@ -275,7 +275,7 @@ def encode_prompt(
 
 
 def _ways_out(talk: Conversation) -> Iterator[tuple[str, Conversation]]:
-    """Yields what a setting can leave out of a conversation: what is said of it, and the rest."""
+    """Yields what a setting can leave out: the advice, and the rest of the conversation."""
     here = [role for role in INSTRUCTING if any(item["role"] == role for item in talk.messages)]
     for roles in [*([role] for role in here), here]:
         names = ", ".join(f"{role}.content" for role in roles)
@@ -293,9 +293,9 @@ def _is_failure(item: RenderedText | RowError) -> bool:
 
 
 def _gather(found: Sequence[RenderedText | RowError]) -> list[RenderedText] | RowError:
-    """Returns the rows that a conversation becomes, or what is wrong with those that it does not.
+    """Returns the rows of a conversation, or the error that prevents them.
 
-    What is left out of several rows is told together; else the first error is.
+    Parts that several rows leave out are reported together; otherwise the first error is.
     """
     errors = [item for item in found if isinstance(item, RowError)]
     lossy = [item for item in errors if isinstance(item, LostError)]

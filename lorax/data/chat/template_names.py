@@ -1,4 +1,4 @@
-"""The names that a chat template reads from what it is rendered with."""
+"""The variables that a chat template reads."""
 
 import functools
 import re
@@ -13,7 +13,7 @@ _MARKS = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
 
 @functools.lru_cache(maxsize=8)
 def read_variables(template: str) -> frozenset[str]:
-    """Returns the variables that a template takes from outside; none if it cannot be parsed."""
+    """Returns the variables that a template does not set itself; none if it cannot be parsed."""
     environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
     try:
         parsed = environment.parse(_MARKS.sub("", template))

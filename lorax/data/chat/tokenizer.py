@@ -1,4 +1,4 @@
-"""Tokenizers: how one is loaded, and what one says about a text."""
+"""Loading a tokenizer, and tokenizing texts with offsets."""
 
 import dataclasses
 import json
@@ -30,26 +30,26 @@ from lorax.system.wording import clip
 if TYPE_CHECKING:
     import transformers
 
-# transformers is here for tokenizers only: that PyTorch is missing is no news.
+# transformers is used for tokenizers only: its warning about missing PyTorch does not matter.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 type Tokenizer = transformers.PreTrainedTokenizerBase
 
 WITHOUT_TORCH = threading.Event()
-"""Set where no one needs torch in this process: transformers imports it if it can, for seconds."""
+"""Set where this process needs no torch: transformers imports it if it can, which takes seconds."""
 
 
 _CHARACTERS_AT_ONCE = 2**20
 
 _TORCH_DTYPES = ("bfloat16", "float16", "float32", "float64", "half", "float", "double")
-"""What torch, too, calls a dtype that a config.json may name."""
+"""Names of dtypes that torch accepts in a config.json."""
 
 
 def load_tokenizer(name_or_path: str, revision: str | None = None) -> Tokenizer:
-    """Loads the tokenizer of a model, as its own tokenizer.json has it.
+    """Loads the tokenizer of a model, as defined by its own tokenizer.json.
 
     Some classes of transformers keep a tokenizer.json's vocabulary and replace its other steps:
-    where that gives other ids, the file's are taken, and a warning tells which differ.
+    where that gives other ids, the file's are used, and a warning shows a difference.
     Code that comes with a model is never run, and a local directory sends nothing anywhere.
 
     Args:
@@ -60,8 +60,8 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> Tokenizer:
         A fast tokenizer: one that knows which characters a token stands for.
 
     Raises:
-        ValueError: If there is none, or only a slow one, or one that makes nothing of a text, or a
-            file of it is not what its name says.
+        ValueError: If there is none, or only a slow one, or one without tokens for a text, or a
+            file of it has other content than its name promises.
     """
     local = Path(name_or_path).is_dir()
     if not local and (Path(name_or_path).is_absolute() or name_or_path.startswith(("./", "../"))):
@@ -98,9 +98,9 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> Tokenizer:
             f"{name_or_path}: cannot load its tokenizer; needed is a tokenizer.json: {reason}"
         ) from error
     if not known:
-        # Of a folder without its files transformers makes one that knows nothing.
+        # For a folder without its files transformers builds an empty tokenizer.
         raise ValueError(
-            f"{name_or_path}: its tokenizer makes no token of a text; needed is a tokenizer.json: "
+            f"{name_or_path}: its tokenizer gives no token for a text; needed is a tokenizer.json: "
             "copy the files that came with the model's tokenizer"
         )
     if own is None:
@@ -113,14 +113,14 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> Tokenizer:
 def _config_without_dtype(name_or_path: str, options: dict[str, Any]) -> Any:
     """Returns the model's config without its dtype, where that is no name of a dtype; else None.
 
-    transformers reads config.json for the tokenizer's class, and asks torch for a dtype of any name
-    that stands there: torch has no ``auto``, which leaves the dtype to the tensors.
+    transformers reads config.json for the tokenizer's class, and asks torch for the dtype named
+    there: torch has no ``auto``, which leaves the dtype to the tensors.
     """
     transformers = _import_transformers()
     try:
         fields, _ = transformers.PreTrainedConfig.get_config_dict(name_or_path, **options)
     except (OSError, ValueError):
-        return None  # there is none, or what AutoTokenizer will say of it
+        return None  # there is none, or AutoTokenizer will raise its error
     names = [fields.get(key) for key in ("dtype", "torch_dtype")]
     if all(name is None or name in _TORCH_DTYPES for name in names):
         return None
@@ -140,7 +140,7 @@ def _find_file(name_or_path: str, revision: str | None) -> Path | None:
 
 
 def _replaces_steps(tokenizer: Any, file: Path | None) -> bool:
-    """Says whether a tokenizer's class has replaced the steps that its files name."""
+    """Says whether a tokenizer's class has replaced the steps in its files."""
     if type(tokenizer).__name__ == "TokenizersBackend":  # the class that takes a file as it is
         return False
     backend = tokenizer.backend_tokenizer
@@ -158,7 +158,7 @@ def _replaces_steps(tokenizer: Any, file: Path | None) -> bool:
 
 
 def _complete_names(own: Any, rebuilt: Any) -> None:
-    """Gives `own` the named tokens that the class of `rebuilt` knows and no file names."""
+    """Gives `own` the named tokens that only the class of `rebuilt` knows, and no file."""
     for name, token in rebuilt.special_tokens_map.items():
         if name in NAMED_TOKENS and getattr(own, name) is None and token in own.get_vocab():
             setattr(own, name, token)
@@ -204,10 +204,10 @@ def _import_transformers() -> Any:
 
 
 def check_fast(tokenizer: Tokenizer) -> None:
-    """Raises DataError unless the tokenizer can tell the characters of a token."""
+    """Raises DataError unless the tokenizer gives the characters of each token."""
     if not tokenizer.is_fast:
         raise DataError(
-            f"{type(tokenizer).__name__} is a slow tokenizer, which cannot tell the characters a "
+            f"{type(tokenizer).__name__} is a slow tokenizer, which does not know the characters a "
             "token stands for; needed is a fast one, with a tokenizer.json"
         )
 
@@ -221,7 +221,7 @@ class TokenizedText:
     ends: Int64[np.ndarray, " tokens"]
 
     def inside(self, start: int, end: int) -> Bool[np.ndarray, " tokens"]:
-        """Tells which tokens stand for a character of ``[start, end)``."""
+        """Returns which tokens stand for a character of ``[start, end)``."""
         return (self.ends > start) & (self.starts < end)
 
     def find_lost(self, text: str) -> list[int]:
@@ -241,8 +241,8 @@ def tokenize_texts(
     Args:
         tokenizer: A fast one.
         texts: Any number of texts.
-        add_special_tokens: Whether to add what the tokenizer adds to a text, such as BOS. A
-            rendered chat template already holds it.
+        add_special_tokens: Whether to add the tokenizer's special tokens, such as BOS. A rendered
+            chat template already holds them.
 
     Raises:
         DataError: If it fails, as where its vocabulary lacks what its model needs.
@@ -274,9 +274,9 @@ def tokenize_texts(
 def tokenize_in_parts(
     tokenizer: Tokenizer, texts: Sequence[str], *, add_special_tokens: bool
 ) -> Iterator[TokenizedText]:
-    """Yields what `tokenize_texts` returns, a few texts at a time: a template may make long ones.
+    """Yields the results of `tokenize_texts`, a few texts at a time: renderings may be long.
 
-    While it tokenizes, the library takes a hundred bytes and more for each character.
+    While it tokenizes, the library allocates a hundred bytes and more for each character.
     """
     part = []
     size = 0
@@ -318,7 +318,7 @@ def _with_reach(
 ) -> TokenizedText:
     starts = offsets[:, 0]
     ends = offsets[:, 1]
-    # A byte-level tokenizer that trims offsets leaves a token of white space with no characters:
-    # it stands for those after the token before it.
+    # A byte-level tokenizer that trims offsets gives a token of white space no characters. It
+    # stands for those after the token before it.
     before = np.concatenate([np.zeros(1, np.int64), np.maximum.accumulate(ends)])[:-1]
     return TokenizedText(ids, np.where(starts == ends, np.minimum(before, starts), starts), ends)

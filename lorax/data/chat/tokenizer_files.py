@@ -1,4 +1,4 @@
-"""The files of a tokenizer, looked at before a library makes something of them."""
+"""The files of a tokenizer, checked before a library reads them."""
 
 import contextlib
 import json
@@ -13,7 +13,7 @@ TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 
 VOCABULARY_FILES = ("tokenizer.model", "vocab.json", "vocab.txt", "merges.txt")
-"""What a tokenizer is made of where there is no tokenizer.json, and is not read beside one."""
+"""Files that are read only where there is no tokenizer.json."""
 
 NAMED_TOKENS = tuple(f"{n}_token" for n in ("bos", "eos", "unk", "pad", "sep", "cls", "mask"))
 
@@ -43,7 +43,7 @@ _NAMES = {
 """Of types, as transformers' checks of config.json name them."""
 
 type Steps = dict[str, Any]
-"""What a tokenizer does besides its vocabulary, as tokenizer.json names it."""
+"""Parts of a tokenizer.json that change ids, without the vocabulary."""
 
 MODEL_OPTIONS = (
     "byte_fallback",
@@ -57,9 +57,9 @@ MODEL_OPTIONS = (
 
 
 def explain_field(error: BaseException) -> str | None:
-    """Returns which field of config.json transformers does not take, if that is the error.
+    """Returns the field of config.json that transformers refuses, if that is the error.
 
-    It reads the tokenizer's class from there.
+    transformers reads the tokenizer's class from there.
     """
     field = _FIELD.search(str(error))
     types = _TYPES.findall(str(error))
@@ -74,10 +74,10 @@ def explain_field(error: BaseException) -> str | None:
 
 
 def check_tokenizer_files(folder: Path) -> None:
-    """Refuses files that are not what their names say, and fields of another type.
+    """Refuses files with other content than their names promise, and fields of another type.
 
     Raises:
-        CheckpointError: Naming the file, the fields, what came and what is needed.
+        CheckpointError: Naming the file, the fields, the values found and those needed.
     """
     names = [TOKENIZER_FILE, CONFIG_FILE, "special_tokens_map.json", "added_tokens.json"]
     if not (folder / TOKENIZER_FILE).exists():
@@ -122,7 +122,7 @@ def read_steps(path: Path) -> Steps:
 
 
 def comparable_steps(normalizer: Any, pre_tokenizer: Any, model: Steps) -> Steps:
-    """Returns steps such that equal ones give equal ids; what moves offsets only is left out."""
+    """Returns steps such that equal ones give equal ids, without options of offsets."""
     options = {name: model.get(name) or None for name in MODEL_OPTIONS}
     return {"model": options, "normalizer": normalizer, "pre_tokenizer": _plain(pre_tokenizer)}
 

@@ -1,4 +1,4 @@
-"""Where the words of a turn end in a rendering, and where its stop token does."""
+"""Finds the end of a turn in a rendering: of its words, and of its stop token."""
 
 import dataclasses
 import re
@@ -10,7 +10,7 @@ from lorax.data.chat.renderer import Part, Rendered
 from lorax.data.reading.conversation import Conversation
 
 PROMPT = "add_generation_prompt"
-"""What a template reads that opens the next turn where it is asked to, and not otherwise."""
+"""The variable that asks a template to open the next turn."""
 
 _THOUGHT = re.compile(r"\s*(<think(ing)?>\s*)?")
 
@@ -20,12 +20,12 @@ class TurnEnds:
     """The turns of a rendered conversation, from their words on.
 
     Attributes:
-        template: In Jinja.
+        template: The Jinja source.
         talk: The conversation.
-        found: What was rendered of it.
-        words: The rendering, as long as it is, with its special tokens hidden.
-        fields: What the rendering must hold; the texts are hidden likewise.
-        special: Finds special tokens.
+        found: Its rendering.
+        words: The rendering, of the same length, with its special tokens blanked out.
+        fields: The fields that must be in the rendering, with special tokens blanked out likewise.
+        special: Matches special tokens.
         learns_all: Whether all of the text is learned, so that no turn need be opened.
     """
 
@@ -54,7 +54,7 @@ class TurnEnds:
         return end or self.found.prefixes[Part(index + 1)]
 
     def of_conversation(self, index: int, start: int | None) -> int:
-        """Returns how long the text is without what ends the conversation behind its last turn.
+        """Returns the length of the text without the closing text after its last turn.
 
         Args:
             index: The last learned turn.
@@ -65,7 +65,7 @@ class TurnEnds:
         return closed or len(self.found.text)
 
     def up_to_stop(self, index: int, start: int, end: int) -> int:
-        """Returns where the first special token behind a turn's words ends, or the turn itself."""
+        """Returns where the first special token after a turn's words ends, or the turn itself."""
         behind = self.of_words(index, start)
         if behind is None or behind > end:
             return end
@@ -73,15 +73,15 @@ class TurnEnds:
         return end if stop is None else stop.end()
 
     def is_opened(self, index: int, start: int) -> bool:
-        """Says whether a template that knows no prompt still opens a turn before its words."""
+        """Says whether a template without a prompt still opens a turn before its words."""
         words = next((words for field in self.fields_of(index) for words in field.texts), "")
         opening = self.words[start:].partition(words)[0] if words else ""
         return PROMPT in self.template or _THOUGHT.fullmatch(opening) is not None
 
     def unasked(self, index: int, start: int) -> int | None:
-        """Returns where a turn ends behind which the template opens the next one unasked.
+        """Returns where a turn ends if the template always opens the next one after it.
 
-        What such a template adds is no part of the turn; its stop token follows the words.
+        The text that it adds is not part of the turn; the stop token follows the words.
         """
         fields = self.fields_of(index)
         if PROMPT in self.template or not fields:
@@ -94,10 +94,10 @@ class TurnEnds:
         return None if end is None else len(self.words) - len(self.words[end:].lstrip())
 
     def _closed(self, index: int, start: int) -> int | None:
-        """Returns where a turn ends behind which the template ends the conversation.
+        """Returns where a turn ends if the template closes the conversation after it.
 
-        It does so where no turn follows and no prompt is asked for: so with one of them it writes
-        the turn, up to its stop token, and then something else.
+        The template does so where no turn follows and no prompt is requested. With a turn or a
+        prompt it writes the turn, up to its stop token, and then something else.
         """
         is_last = index == len(self.talk.messages) - 1
         alike = self.found.shared.get(Part(index + 1, is_prompt=is_last))

@@ -24,7 +24,7 @@ from lorax.data.dataset import tell_ignored
 from lorax.data.reading.conversation import Conversation
 from lorax.data.reading.rows import RowError, check_unicode, show_name
 
-OTHER_PROMPT = "begin the assistant's turn otherwise than the chat template's own prompt for it"
+OTHER_PROMPT = "begin the assistant's turn differently from the chat template's own prompt for it"
 
 ALL_TOOLS = Field("tools", "tools", ())
 
@@ -50,9 +50,9 @@ class RenderedText:
         plain: Whether the tokenizer adds its special tokens and EOS ends the row; a chat template
             writes its own.
         one_turn_per_span: Whether each span is one turn, and so must end in a stop token.
-        notes: What is told of such rows, with their number.
-        words_ends: By span, before which character no stop token of its turn is looked for.
-        inside: By message, the special tokens that a learned answer brings along before its end.
+        notes: Lines about such rows, printed with their number.
+        words_ends: The first character of each span at which its stop token may begin.
+        inside: The special tokens inside learned answers, before their end, by message.
     """
 
     text: str
@@ -65,24 +65,24 @@ class RenderedText:
     inside: Mapping[int, Set[int]] = dataclasses.field(default_factory=dict)
 
     def with_notes(self, *notes: str) -> "RenderedText":
-        """Returns the same with more to tell."""
+        """Returns the same with more notes."""
         return dataclasses.replace(self, notes=tuple(dict.fromkeys((*self.notes, *notes))))
 
 
 class RewrittenError(RowError):
-    """A turn that a rendering does not hold as it is when it is the last one."""
+    """A turn whose rendering differs from its rendering as the last turn."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Rendering:
-    """A conversation and what a chat template made of it.
+    """A conversation and its rendering by a chat template.
 
     Attributes:
-        template: In Jinja.
+        template: The Jinja source.
         talk: The conversation.
-        found: What was rendered of it.
-        config: Says what is learned, and what may be left out.
-        tokenizer: What the rows are for.
+        found: Its rendering.
+        config: Decides what is learned, and what may be left out.
+        tokenizer: The tokenizer of the rows.
         special: Its special tokens.
     """
 
@@ -97,15 +97,15 @@ class Rendering:
         """Returns the text with its learned turns.
 
         Raises:
-            RewrittenError: If a learned turn is not here as it is when it is the last one.
-            RowError: If the template leaves something out, or a turn cannot be told for certain.
+            RewrittenError: If a learned turn is rendered otherwise than as the last turn.
+            RowError: If the template leaves something out, or a turn cannot be determined.
         """
         check_unicode(self.found.text, "the rendered conversation")
         try:
             rendered = self._find_turns()
         except RewrittenError:
             raise
-        except RowError:  # of what is lost the reader learns first
+        except RowError:  # lost texts are reported first
             self._refuse_lost(self.found.text)
             raise
         self._refuse_lost(rendered.text)
@@ -130,7 +130,7 @@ class Rendering:
 
     @functools.cached_property
     def _all_fields(self) -> list[Field]:
-        """Every text of the messages, to be found where special tokens are hidden."""
+        """Every text of the messages, with special tokens blanked out."""
         return self.special.hidden(fields_of(self.talk.messages))
 
     @functools.cached_property
@@ -140,11 +140,11 @@ class Rendering:
 
     @functools.cached_property
     def _fields(self) -> list[Field]:
-        """What the rendering must hold of the messages."""
+        """The fields of the messages that must be in the rendering."""
         return [field for field in self._all_fields if field.name not in self._ignored]
 
     def _allowed(self, text: str) -> list[str]:
-        """Returns what the template leaves out, or does not read, and may."""
+        """Returns the fields and keys that the template may leave out, and does."""
         if not self._ignored:
             return []
         fields = [f for f in (*self._all_of_tools, *self._all_fields) if f.name in self._ignored]
@@ -154,7 +154,7 @@ class Rendering:
 
     @functools.cached_property
     def _words(self) -> str:
-        """The rendering with its special tokens hidden."""
+        """The rendering with its special tokens blanked out."""
         return self.special.hide(self.found.text)
 
     @functools.cached_property
@@ -175,7 +175,7 @@ class Rendering:
         return self._learned == (len(self.talk.messages) - 1,)
 
     def _words_ends(self, rendered: RenderedText) -> tuple[int, ...]:
-        """Returns where the words of each span end; 0 where their order cannot be found."""
+        """Returns where the words of each span end; 0 where their order is unknown."""
         if not rendered.one_turn_per_span or self.config.loss_on == "all":
             return ()
         words = self.special.hide(rendered.text)
@@ -187,7 +187,7 @@ class Rendering:
         return tuple(found)
 
     def _refuse_lost(self, text: str) -> None:
-        """Refuses a row of which the template leaves out a text, or does not read a key."""
+        """Refuses a row if the template leaves out a text, or does not read a key."""
         talk = self.talk
         unread = unread_keys(talk.messages, self.template)
         lost = self._lost(text, unread)
@@ -208,21 +208,21 @@ class Rendering:
             )
 
     def _lost(self, text: str, unread: Collection[str]) -> list[Field]:
-        """Returns what a rendering leaves out and must not, but for keys that are `unread`.
+        """Returns the required fields that a rendering leaves out, without keys that are `unread`.
 
-        `ALL_TOOLS` stands for the tools where it writes none.
+        `ALL_TOOLS` is returned if it writes no tools.
         """
         text = self.special.hide(text)
         elsewhere = self.talk.elsewhere
         tools = [field for field in self._all_of_tools if field.name not in self._ignored]
-        # Answers that are learned elsewhere are here as the template means them to be.
+        # Answers that are learned in another row may be rewritten here.
         fields = [
             field
             for field in self._fields
             if field.name not in unread
             if field.message not in elsewhere or not lost_fields([field], text)
         ]
-        # Templates write tools before the conversation, or behind its first message.
+        # Templates write tools before the conversation, or after its first message.
         first = sum(field.message == 0 for field in fields)
         behind = [*fields[:first], *tools, *fields[first:]]
         if tools and end_of_fields(behind, text, 0) is not None:
@@ -234,7 +234,7 @@ class Rendering:
         return lost
 
     def _refuse_cut(self, rendered: RenderedText) -> None:
-        """Refuses learned turns that do not hold what the assistant says, whole."""
+        """Refuses learned turns that do not hold the assistant's whole text."""
         parts = [self.special.hide(rendered.text[start:end]) for start, end in rendered.spans]
         if not rendered.one_turn_per_span:
             parts = ["\0".join(parts)] * len(self._learned)
@@ -265,7 +265,7 @@ class Rendering:
             return self._by_generation()
         starts = [self._start(index) for index in self._learned]
         if None in starts and not self._is_last_alone:
-            raise RewrittenError("the chat template rewrites what stands before a learned turn")
+            raise RewrittenError("the chat template rewrites the text before a learned turn")
         if None in starts:
             return self._as_prompted()
         pairs = list(zip(self._learned, starts, strict=True))
@@ -276,7 +276,7 @@ class Rendering:
         return RenderedText(text, spans, "prefix", plain=False, notes=notes)
 
     def _start(self, index: int) -> int | None:
-        """Returns where message `index` starts: where its prompt, a beginning of the text, ends."""
+        """Returns where message `index` starts: where its prompt, a prefix of the text, ends."""
         if index == 0:
             raise RowError(
                 "messages[0] is an assistant turn, and nothing before it shows where it starts; "
@@ -285,11 +285,11 @@ class Rendering:
         return self.found.prefixes[Part(index, is_prompt=True)]
 
     def _as_prompted(self) -> RenderedText:
-        """Returns the last turn behind its prompt, of which the text is no continuation.
+        """Returns the last turn after its prompt, where the text does not continue the prompt.
 
-        As the prompt is when the model writes that turn, where the turn is behind the same words in
-        the text. Else the prompt opens the turn with more than a finished turn has, such as a
-        thought, and the turn stays where it is.
+        If the turn follows the same words in the text, the row gets the prompt as the model sees it
+        when it writes the turn. Otherwise the prompt opens the turn with more than a finished turn
+        has, such as a thought, and the turn stays where it is.
         """
         (index,) = self._learned
         text = self.found.text
@@ -305,15 +305,15 @@ class Rendering:
             size = self._ends.of_conversation(index, start)
             return RenderedText(text[:size], spans, "prefix", plain=False, notes=(OTHER_PROMPT,))
         raise RowError(
-            f"the chat template renders what stands before messages[{index}] (assistant) otherwise "
-            "without it than with it, so the turn's tokens cannot be told for certain; "
+            f"the chat template renders the text before messages[{index}] (assistant) differently "
+            "with it and without it, so the turn's tokens cannot be determined; "
             f"{self._other_ways}"
         )
 
     def _start_behind(self, prompt: str, index: int) -> int | None:
-        """Returns where a turn starts: in the text, behind what the prompt ends with.
+        """Returns where a turn starts: in the text, after the end of the prompt.
 
-        That is the words of the message before the turn and what opens the turn.
+        That end is the words of the message before the turn and the opening of the turn.
         """
         before = [field for field in fields_of(self.talk.messages) if field.message == index - 1]
         if not before:
@@ -341,7 +341,7 @@ class Rendering:
             return None
         if text[alike:].lstrip().startswith(words):
             return alike
-        # By chance the words begin as the rest of the prompt does.
+        # The words may begin like the rest of the prompt by chance.
         places = range(alike - 1, max(alike - len(words), 0), -1)
         return next((place for place in places if text.startswith(words, place)), None)
 
@@ -356,7 +356,7 @@ class Rendering:
     def _other_ways(self) -> str:
         marked = (
             "a data.chat_template that marks what the assistant writes with {% generation %}: put "
-            "the tag before it and {% endgeneration %} behind its stop token"
+            "the tag before it and {% endgeneration %} after its stop token"
         )
         first = self.talk.replies[0]
         if {"user", "assistant"}.issuperset(item["role"] for item in self.talk.messages[first:]):
@@ -381,7 +381,7 @@ class Rendering:
         if len(self._learned) < len(replies):
             raise RowError(
                 f"the chat template marks {len(spans)} {{% generation %}} blocks for "
-                f"{len(replies)} assistant turns, so it cannot be told which block belongs to the "
+                f"{len(replies)} assistant turns, so it is unknown which block belongs to the "
                 f"{len(self._learned)} turns to learn; give data.instruction_part and "
                 "data.response_part"
             )

@@ -1,4 +1,4 @@
-"""The columns of a row: which formats need them, which are read, which are not."""
+"""The columns of a row: those that a format needs, those that are read, and the unread ones."""
 
 import json
 from collections.abc import Collection, Mapping
@@ -21,7 +21,7 @@ FORMAT_COLUMNS: dict[str, tuple[str, ...]] = {
     "text": ("text",),
     "tokenized": ("input_ids",),
 }
-"""Format to the columns it needs."""
+"""Columns that each format needs."""
 
 CHAT_COLUMNS = ("tools", "chat_template_kwargs")
 """Columns that are for a chat template."""
@@ -45,7 +45,7 @@ FLAGS = (
     "loss_mask",
     "mask",
 )
-"""Keys that say whether a turn, or a row, is learned: 1 or true that it is, 0 or false that not."""
+"""Keys that decide whether a turn or a row is learned: yes with 1 or true, no with 0 or false."""
 
 _LONGEST_NAME = 60
 
@@ -59,23 +59,23 @@ _REMEDIES = {
 
 
 def fitting_formats(columns: Collection[str]) -> list[str]:
-    """Returns the formats whose columns are all there."""
+    """Returns the formats of which all columns are present."""
     return [
         name for name, needed in FORMAT_COLUMNS.items() if all(key in columns for key in needed)
     ]
 
 
 def detect_format(columns: Collection[str]) -> str:
-    """Returns the one format whose columns are all there.
+    """Returns the one format of which all columns are present.
 
     Raises:
-        DataError: If no format fits or several do; lists what was found and what is accepted.
+        DataError: If no format fits or several do; lists the columns found and the formats.
     """
     fitting = fitting_formats(columns)
     if len(fitting) == 1:
         return fitting[0]
     accepted = "; ".join(f"{name}: {', '.join(keys)}" for name, keys in FORMAT_COLUMNS.items())
-    # Without a header the first row of a table stands for its columns: they may be training text.
+    # Without a header the first row of a table names its columns: they may be training text.
     words = sorted(key for key in columns if is_word(key))
     others = f" and {len(columns) - len(words)} that are no words" * (len(words) < len(columns))
     found = f"the columns {words}{others}"
@@ -120,7 +120,7 @@ def refuse_unread(row: Row, data_format: str) -> None:
     if not keys:
         return
     hints = [f"{key}: {_REMEDIES[key]}" for key in keys if key in _REMEDIES]
-    # Beside the columns of a format the others have names too, and no words of the data.
+    # Where a format's columns are present, the other columns have names too, not words of the data.
     names = ", ".join(repr(key) if _is_name(key) else describe(key) for key in keys)
     allowed = ", ".join(_in_a_list(key) if _is_name(key) else "…" for key in keys)
     raise RowError(
@@ -134,12 +134,12 @@ def _is_name(column: str) -> bool:
 
 
 def _in_a_list(name: str) -> str:
-    """Returns a name as it is written in a list of YAML or of a command line."""
+    """Returns a name quoted for a list in YAML or on a command line."""
     return name if is_word(name) else json.dumps(name, ensure_ascii=False)
 
 
 def read_flag(holder: Mapping[str, Any], where: str) -> bool | None:
-    """Returns whether a turn or a row says that it is learned; None if it says nothing.
+    """Returns the flag of a turn or a row that decides whether it is learned; None without one.
 
     Args:
         holder: A message, or a row.
@@ -160,10 +160,10 @@ def read_flag(holder: Mapping[str, Any], where: str) -> bool | None:
             )
         values.add(_FLAG_VALUES[word])
     if len(values) > 1:
-        raise MalformedRowError(f"{where}{' and '.join(found)} say different things; keep one")
+        raise MalformedRowError(f"{where}{' and '.join(found)} contradict each other; keep one")
     return values.pop() if values else None
 
 
 def is_empty(value: Any) -> bool:
-    """Says whether a value holds nothing that could be lost."""
+    """Says whether a value holds no content."""
     return value is None or (isinstance(value, str | list | dict) and not value)

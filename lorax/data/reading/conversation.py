@@ -1,4 +1,4 @@
-"""Conversations: messages as they are read, and which of them are learned."""
+"""Conversations: messages as they are read, and the learned ones among them."""
 
 import dataclasses
 import json
@@ -17,26 +17,26 @@ from lorax.data.reading.rows import (
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 INSTRUCTING = ("system", "developer")
-"""Roles of what stands before a conversation and can be left out of it."""
+"""Roles of messages that come before a conversation and can be left out of it."""
 
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 
 _NEEDED = ("role", "from", "content", "value")
-"""Keys that are looked at even where they are empty."""
+"""Keys that are checked even where they are empty."""
 
 type Message = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Conversation:
-    """Messages that a chat template turns into text.
+    """Messages that a chat template renders as text.
 
     Attributes:
-        messages: Each with a role of `ROLES` and, but for tool calls, a text as content.
+        messages: Each with a role of `ROLES` and, except for tool calls, a text as content.
         tools: JSON schemas of the tools offered.
-        template_kwargs: What the row hands to the chat template besides.
-        completion_start: Where the completion starts, if the row says so.
-        flags: Messages that say whether they are learned.
+        template_kwargs: Further variables of the row for the chat template.
+        completion_start: Index of the first message of the completion, if the row has one.
+        flags: The flags of messages that decide whether they are learned, by index.
         turns: The messages that are learned, where that is decided; else the settings decide.
         elsewhere: Replies that are learned too, each in a row of its own.
     """
@@ -56,7 +56,7 @@ class Conversation:
 
     @property
     def has_leading_answer(self) -> bool:
-        """Whether an assistant turn stands before the first user turn."""
+        """Whether an assistant turn comes before the first user turn."""
         for message in self.messages:
             if message["role"] in ("user", "assistant"):
                 return message["role"] == "assistant"
@@ -73,7 +73,7 @@ class Conversation:
         return tuple(i for i in asked if self.flags.get(i, True))
 
     def without_leading_answer(self) -> "Conversation":
-        """Returns the conversation from its first user turn on; what instructs stays before it.
+        """Returns the conversation from its first user turn on, with its system messages.
 
         Raises:
             MalformedRowError: If nothing is left to learn.
@@ -100,7 +100,7 @@ class Conversation:
         )
 
     def apart(self, loss_on: str) -> list["Conversation"]:
-        """Returns for each learned turn the messages up to it, of which it alone is learned."""
+        """Returns a conversation per learned turn: the messages up to it, with it alone learned."""
         learned = self.learned_replies(loss_on)
         return [
             dataclasses.replace(
@@ -133,7 +133,7 @@ class Conversation:
 
 
 def read_messages(row: Row, column: str) -> tuple[list[Message], dict[int, bool]]:
-    """Reads a column of messages: those for the template, and by index whether they are learned.
+    """Reads a column of messages: the messages for the template, and their flags by index.
 
     Raises:
         MalformedRowError: Naming the message and the key, what came and what was needed.
@@ -144,7 +144,7 @@ def read_messages(row: Row, column: str) -> tuple[list[Message], dict[int, bool]
         flag = read_flag(item, f"{where}.")
         if flag is not None:
             flags[index] = flag
-        # Templates ask whether a key is there: a table has all keys in all messages.
+        # Templates test whether a key exists, and a table has all keys in all messages.
         kept = {
             key: value
             for key, value in item.items()
@@ -156,7 +156,7 @@ def read_messages(row: Row, column: str) -> tuple[list[Message], dict[int, bool]
 
 
 def _read_message(message: Message, where: str, said: str = "content") -> Message:
-    """Reads a message of the form that templates take; `said` is what its row calls the content."""
+    """Reads a message of the form that templates take; `said` is the row's key of the content."""
     role = message.get("role")
     if role not in ROLES:
         raise MalformedRowError(
@@ -170,7 +170,7 @@ def _read_message(message: Message, where: str, said: str = "content") -> Messag
         message = message | {"content": _joined_parts(message["content"], f"{where}.{said}")}
     content = text_of(message.get("content", ""), f"{where}.{said}", empty=True)
     if role == "assistant" and not content.strip() and not message.get("tool_calls"):
-        raise MalformedRowError(f"{where}.{said} is empty, and it is what the assistant should say")
+        raise MalformedRowError(f"{where}.{said} is empty, and it is the assistant's answer")
     return message
 
 
@@ -185,18 +185,20 @@ def _read_sharegpt(turn: Message, where: str) -> Message:
     message |= {"role": _SHAREGPT_ROLES.get(role, role)}
     own = turn.get("role")
     if not is_empty(own) and own not in (role, message["role"]):
-        raise MalformedRowError(f"{where}.from and {where}.role say different things; keep one")
+        raise MalformedRowError(f"{where}.from and {where}.role contradict each other; keep one")
     value = turn.get("value")
     content = turn.get("content")
     if not is_empty(value) and not is_empty(content) and value != content:
-        raise MalformedRowError(f"{where}.value and {where}.content say different things; keep one")
+        raise MalformedRowError(
+            f"{where}.value and {where}.content contradict each other; keep one"
+        )
     if "value" in turn and (is_empty(content) or not is_empty(value)):
         message["content"] = value
     return _read_message(message, where, "value")
 
 
 def _read_calls(calls: Any, where: str) -> list[Any]:
-    """Returns a message's tool calls, arguments that are JSON text parsed as templates expect."""
+    """Returns a message's tool calls; arguments that are JSON text are parsed."""
     if not isinstance(calls, list):
         raise MalformedRowError(
             f"{where}.tool_calls must be a list of objects, got {describe(calls)}"
@@ -224,10 +226,10 @@ def _parse_arguments(value: Any, where: str) -> dict[str, Any]:
 
 
 def parsed(value: Any, needed: str) -> Any:
-    """Returns what JSON text stands for, as in tables that cannot hold objects of any shape.
+    """Parses a value that is JSON text, as in tables that cannot hold objects of any shape.
 
     Raises:
-        MalformedRowError: Saying what is `needed`, if it is text and no JSON.
+        MalformedRowError: Naming what is `needed`, if it is text and no JSON.
     """
     if not isinstance(value, str):
         return value
@@ -252,7 +254,7 @@ def _with_text(message: Message) -> Message:
 
 
 def function_name(value: Any, where: str) -> str:
-    """Returns the name in a tool or a call, which may stand in an object of its own."""
+    """Returns the name in a tool or a call, which may be in an object of its own."""
     inner = value.get("function", value) if isinstance(value, Mapping) else None
     name = inner.get("name") if isinstance(inner, Mapping) else None
     if not isinstance(name, str) or not name:
@@ -261,7 +263,7 @@ def function_name(value: Any, where: str) -> str:
 
 
 def refuse_no_answer(messages: Sequence[Message]) -> None:
-    """Refuses messages among which there is nothing to learn."""
+    """Refuses messages without anything to learn."""
     if not any(message["role"] == "assistant" for message in messages):
         raise MalformedRowError(
             "the conversation has no assistant turn to learn from, only "

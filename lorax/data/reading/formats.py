@@ -1,4 +1,4 @@
-"""What a row may look like, and the example it is read as."""
+"""The formats of rows, and the examples that they are read as."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -20,15 +20,15 @@ from lorax.data.reading.rows import MalformedRowError, Row, describe
 IGNORED_LABEL = -100
 
 type RowKind = Literal["chat", "alpaca", "text", "tokens"]
-"""What rows are made of: a chat template, lorax's Alpaca prompt, plain text, or token ids."""
+"""Kinds of rows: rendered by a chat template or lorax's Alpaca prompt, plain text, or token ids."""
 
 ROW_KINDS: tuple[RowKind, ...] = ("chat", "alpaca", "text", "tokens")
-"""All kinds; first those that say most of what becomes of a prompt."""
+"""All kinds; the first one present decides how a prompt is treated."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """Plain text of which the second part is learned."""
+    """Plain text whose second part is learned."""
 
     prompt: str
     completion: str
@@ -54,7 +54,7 @@ type Example = Conversation | Completion | Document | TokenRow
 
 
 def kind_of(example: Example) -> RowKind:
-    """Returns what the row of an example is made of."""
+    """Returns the kind of an example's row."""
     match example:
         case Conversation():
             return "chat"
@@ -66,7 +66,7 @@ def kind_of(example: Example) -> RowKind:
 
 
 def read_example(row: Row, data_format: str, *, chat: bool) -> Example:
-    """Reads a row as `data_format` says.
+    """Reads a row of the format `data_format`.
 
     Args:
         row: Column to value.
@@ -91,7 +91,7 @@ def read_example(row: Row, data_format: str, *, chat: bool) -> Example:
 
 
 def _read_conversation(row: Row, messages: list[Message], flags: dict[int, bool]) -> Conversation:
-    """Adds the columns `system` and `tools`, if there are any, to the messages."""
+    """Adds the columns `system` and `tools`, if present, to the messages."""
     system = _optional_text(row, "system")
     if system and messages[0]["role"] == "system":
         raise MalformedRowError(
@@ -105,7 +105,7 @@ def _read_conversation(row: Row, messages: list[Message], flags: dict[int, bool]
 
 
 def _optional_text(row: Row, column: str) -> str:
-    """Returns the text of a column that may be absent; what holds nothing is absent."""
+    """Returns the text of an optional column; an empty one counts as absent."""
     value = row.get(column)
     return "" if is_empty(value) else text_of(value, column, empty=True)
 
@@ -154,9 +154,9 @@ def alpaca_prompt(instruction: str, extra: str = "", system: str = "") -> str:
     """Returns the text before the answer to an instruction, where there is no chat template.
 
     Args:
-        instruction: What is asked.
-        extra: An input that goes with it.
-        system: Opens the text in the place of lorax's own sentence.
+        instruction: The instruction.
+        extra: Its input, if any.
+        system: The first text, in the place of lorax's own sentence.
     """
     opening = system or (
         "Read the instruction and the input that goes with it, then write a fitting response."

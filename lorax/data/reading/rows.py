@@ -1,4 +1,4 @@
-"""Rows of one source, read one at a time, each with the place it stands in."""
+"""Rows of one source, read one at a time, each with its place."""
 
 import array
 import datetime
@@ -20,11 +20,11 @@ class DataError(ValueError):
 
 
 class SourceError(DataError):
-    """A file or a dataset of the hub that is not there, or cannot be opened."""
+    """A file or a dataset of the hub that does not exist, or cannot be opened."""
 
 
 class RowError(DataError):
-    """What is wrong with one row, without its place; other rows may be right."""
+    """A problem of one row, without its place; other rows may be right."""
 
 
 class MalformedRowError(RowError):
@@ -32,9 +32,9 @@ class MalformedRowError(RowError):
 
 
 class Rows(Protocol):
-    """What every source offers: its rows in order, and where each one stands.
+    """The protocol of a source: its rows in order, and the place of each.
 
-    A row that cannot be parsed comes as the error that says why.
+    A row that cannot be parsed comes as its error.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Rows(Protocol):
     def __iter__(self) -> Iterator[Row | MalformedRowError]: ...
 
     def place(self, index: int) -> str:
-        """Returns where row `index` of this source stands, for messages."""
+        """Returns the place of row `index` of this source, for messages."""
         ...
 
 
@@ -89,7 +89,7 @@ class LineRows:
 
 
 class NumberedRows:
-    """Rows that are told by their number: those of a JSON array, or of a table.
+    """Rows with a number as their place: those of a JSON array, or of a table.
 
     Args:
         name: The file or hub id, as the user wrote it.
@@ -122,7 +122,7 @@ class NumberedRows:
 def index_lines(
     path: Path,
 ) -> tuple[Int64[np.ndarray, " rows"], Int64[np.ndarray, " rows"]]:
-    """Returns number, from 0, and offset of each line that is not blank; holds one at a time."""
+    """Returns number, from 0, and offset of each line that is not blank; reads one at a time."""
     numbers = array.array("q")
     offsets = array.array("q")
     with path.open("rb") as file:
@@ -130,7 +130,7 @@ def index_lines(
         file.seek(offset)
         for number, line in enumerate(file):
             first = line.lstrip()[:1]
-            # Only what begins otherwise need be decoded, to see whether it is blank in Unicode.
+            # Only a line with another first byte is decoded, to see whether it is blank in Unicode.
             if b" " < first < b"\x7f" or line.decode(errors="replace").strip():
                 numbers.append(number)
                 offsets.append(offset)
@@ -148,7 +148,7 @@ def parse_object(line: bytes) -> Row:
         value = json.loads(text, object_pairs_hook=refuse_duplicate_keys)
     except json.JSONDecodeError as error:
         hint = "; the lines end in CR alone, which is no line end here" * ("\r" in text.strip())
-        # The end of the line is part of the text, and what is cut off fails behind it.
+        # The line break is part of the text: JSON that is cut off fails after it.
         column = min(error.pos, len(text.rstrip())) + 1
         raise MalformedRowError(f"invalid JSON: {error.msg} at column {column}{hint}") from error
     except (ValueError, RecursionError) as error:
@@ -197,7 +197,7 @@ def undecodable_place(path: Path, name: str) -> str:
 
 
 def check_unicode(value: str, where: str) -> str:
-    """Returns `value`; raises MalformedRowError if it holds what no encoding of Unicode can."""
+    """Returns `value`; raises MalformedRowError if Unicode cannot encode a character of it."""
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -215,12 +215,12 @@ def is_word(value: Any) -> bool:
 
 
 def show_name(value: Any) -> str:
-    """Returns a role or a column's name if it may be shown, else what it is."""
+    """Returns a role or a column's name if it may be shown, else its kind."""
     return repr(value) if is_word(value) else describe(value)
 
 
 def describe(value: Any) -> str:
-    """Says what a value is and never the words in it: they are training text."""
+    """Describes a value by its kind, never by its words: they are training text."""
     match value:
         case datetime.date() | datetime.time():
             return (
@@ -233,7 +233,7 @@ def describe(value: Any) -> str:
             return f"text of {len(value):,} characters"
         case bool() | int() | float():
             text = repr(value)
-            # A long number may be somebody's.
+            # A long number may be personal.
             return f"{type(value).__name__} {text if len(text) <= 6 else f'of {len(text)} digits'}"
         case list():
             return f"a list of {len(value):,}" if value else "an empty list"
@@ -243,17 +243,17 @@ def describe(value: Any) -> str:
 
 
 def refuse_duplicate_keys(pairs: list[tuple[str, Any]]) -> Row:
-    """Returns a JSON object's keys and values; raises ValueError if a key stands twice."""
+    """Returns a JSON object's keys and values; raises ValueError if a key appears twice."""
     row = dict(pairs)
     if len(row) != len(pairs):
         keys = [key for key, _ in pairs]
         repeated = next(key for key in keys if keys.count(key) > 1)
         shown = repr(repeated) if is_word(repeated) else f"of {len(repeated):,} characters"
-        raise ValueError(f"key {shown} stands twice in one object")
+        raise ValueError(f"key {shown} appears twice in one object")
     return row
 
 
 def show_messages(indices: Sequence[int], most: int = 6) -> str:
-    """Returns how an error names messages of a row: the first of them, and how many more."""
+    """Returns the words for messages of a row in an error: the first ones, and how many more."""
     more = len(indices) - most
     return ", ".join(f"messages[{i}]" for i in indices[:most]) + f" and {more} more" * (more > 0)

@@ -6,12 +6,12 @@ import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from jaxtyping import Int64
 
-from lorax.config.data import DataSource
+from lorax.config.data import DataConfig, DataSource
 from lorax.data.reading.columns import fitting_formats
 from lorax.data.reading.rows import (
     DataError,
@@ -39,8 +39,8 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 def open_source(source: DataSource) -> Iterator[Rows]:
     """Opens a file or a hub dataset for the length of a `with` block.
 
-    A file is read anew each time: what `datasets` caches of a table goes to a temporary directory
-    that is gone afterwards, so a changed file is never served stale. Reading a file sends nothing.
+    A file is read every time. The cache of `datasets` for a table is a temporary directory that is
+    removed afterwards, so a changed file is never served stale. Reading a file sends nothing.
 
     Args:
         source: The path ends in .jsonl, .json, .parquet or .csv, or is a hub id.
@@ -50,7 +50,7 @@ def open_source(source: DataSource) -> Iterator[Rows]:
 
     Raises:
         DataError: If there is no such file or dataset, or it is empty or broken; names the file
-            and, where there is one, the line.
+            and, if known, the line.
     """
     path = Path(source.path)
     if path.suffix.lower() in SUFFIXES:
@@ -78,6 +78,23 @@ def open_source(source: DataSource) -> Iterator[Rows]:
         from lorax.data.reading import tables
 
         yield tables.open_hub(source)
+
+
+def sources_of(given: Any) -> tuple[DataSource, ...]:
+    """Returns the sources that were given, or those of the paths that were.
+
+    Raises:
+        DataError: If there is none.
+        ConfigError: If one is neither a source nor a path.
+    """
+    if not isinstance(given, str) and not given:
+        raise DataError(
+            "no source of rows: pass a path, config.data.train, or config.data.eval if the config "
+            "sets data.eval"
+        )
+    if isinstance(given, str) or not all(isinstance(each, DataSource) for each in given):
+        return DataConfig(train=cast(Any, given)).train
+    return tuple(cast(Any, given))
 
 
 def _refuse_field(source: DataSource) -> None:
@@ -131,7 +148,7 @@ def _open_json(path: Path, source: DataSource) -> Rows:
 
 
 def _document(path: Path, source: DataSource) -> Any:
-    """Returns the JSON value that is the whole file; None if each line is one."""
+    """Returns the JSON value of the whole file; None if each line is one."""
     if _first_byte(path) == b"[":
         return parse_document(path, source.path)
     with path.open("rb") as file:
@@ -145,11 +162,11 @@ def _document(path: Path, source: DataSource) -> Any:
     try:
         return parse_document(path, source.path)
     except DataError:
-        return None  # what is wrong is told line by line
+        return None  # errors are reported line by line
 
 
 def _rows_of(document: Any, source: DataSource) -> list[Any]:
-    """Returns the rows that a JSON document holds: its own elements, or those of one key."""
+    """Returns the rows of a JSON document: its own elements, or those of one key."""
     if isinstance(document, list):
         if source.field is not None:
             raise DataError(
@@ -173,7 +190,7 @@ def _rows_of(document: Any, source: DataSource) -> list[Any]:
         quoted = source.path if plain else json.dumps(source.path, ensure_ascii=False)
         raise DataError(
             f"{source.path}: the file is one object, which holds {holds}; name the list of the "
-            f"rows with field: {lists[0]} beside its path, on a command line as "
+            f"rows with field: {lists[0]} next to its path, on a command line as "
             f"'data.train=[{{path: {quoted}, field: {lists[0]}}}]'"
         )
     if any(isinstance(value, dict) for value in row.values()) and not fitting_formats(row):
@@ -198,7 +215,7 @@ def _first_byte(path: Path) -> bytes:
 
 
 def _places_of_split(source: DataSource, count: int) -> Int64[np.ndarray, " kept"]:
-    """Returns which of a file's rows a split such as ``train[:10%]`` keeps, counted from 0."""
+    """Returns the rows of a file that a split such as ``train[:10%]`` keeps, counted from 0."""
     if not count:
         raise DataError(f"{source.path}: the file holds no rows")
     if source.split == "train":

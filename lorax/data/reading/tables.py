@@ -33,7 +33,7 @@ class ArrowRows(NumberedRows):
     """Rows of a table."""
 
     def __iter__(self) -> Iterator[Row]:
-        # Arrow gives every struct of a column all the keys that any of them has.
+        # Arrow gives every struct of a column the keys of all of them.
         yield from map(_without_none, self._table.select(self._numbers))
 
 
@@ -43,7 +43,7 @@ def read_table(path: Path, name: str, cache: str) -> datasets.Dataset:
     Args:
         path: The file.
         name: As the user wrote it.
-        cache: Folder for what `datasets` makes of it.
+        cache: Folder for the cache of `datasets`.
 
     Raises:
         DataError: If it is broken or holds no rows.
@@ -52,7 +52,7 @@ def read_table(path: Path, name: str, cache: str) -> datasets.Dataset:
 
 
 def slice_split(split: str, count: int) -> Int64[np.ndarray, " kept"]:
-    """Returns which of `count` rows a split such as ``train[:10%]`` keeps, counted from 0.
+    """Returns the rows of `count` that a split such as ``train[:10%]`` keeps, counted from 0.
 
     Raises:
         ValueError: If it is no split of them; or AssertionError.
@@ -65,7 +65,7 @@ def slice_split(split: str, count: int) -> Int64[np.ndarray, " kept"]:
 def _read_csv(path: Path, name: str, cache: str) -> datasets.Dataset:
     try:
         columns = _check_csv(path, name)
-        # Every cell stays the text it is: no numbers, no dates, and "NA" is no missing value.
+        # Every cell stays text: no numbers, no dates, and "NA" is no missing value.
         options: dict[str, Any] = {
             "features": datasets.Features({column: datasets.Value("string") for column in columns}),
             "keep_default_na": False,
@@ -83,7 +83,7 @@ def _read_csv(path: Path, name: str, cache: str) -> datasets.Dataset:
 
 
 def _check_csv(path: Path, name: str) -> list[str]:
-    """Returns the column names; refuses records that pandas would shift or fill in silence."""
+    """Returns the column names; refuses records that pandas would silently shift or fill."""
     limit = csv.field_size_limit(2**31 - 1)
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, strict=True)
@@ -110,13 +110,13 @@ def _check_csv(path: Path, name: str) -> list[str]:
 
 
 def _refuse_other_separator(columns: list[str], place: str) -> None:
-    """Refuses a header of one column in which something else than a comma parts the names."""
+    """Refuses a header of one column in which another separator than a comma divides the names."""
     kinds = {";": "semicolons", "\t": "tabs"}
     parted = [kind for mark, kind in kinds.items() if len(columns) == 1 and mark in columns[0]]
     if parted:
         raise DataError(
             f"{place}: the header has {parted[0]} and no comma; a .csv file needs commas between "
-            "its columns: write it again with commas"
+            "its columns: save it with commas"
         )
 
 
@@ -131,7 +131,7 @@ def _check_columns(columns: list[str], place: str) -> None:
     if len(set(columns)) != len(columns):
         # Without a header it is the first row: its words may be training text.
         twice = next(column for column in columns if columns.count(column) > 1)
-        raise DataError(f"{place}: a column name stands twice in the header: {show_name(twice)}")
+        raise DataError(f"{place}: a column name appears twice in the header: {show_name(twice)}")
 
 
 def _read_parquet(path: Path, name: str, cache: str) -> datasets.Dataset:
@@ -148,7 +148,7 @@ def _read_parquet(path: Path, name: str, cache: str) -> datasets.Dataset:
 
 
 def _table(read: Any, path: Path, cache: str, **options: Any) -> datasets.Dataset:
-    # `datasets` takes the path for a pattern: "a[1].jsonl" would find nothing.
+    # `datasets` reads the path as a pattern: "a[1].jsonl" would find nothing.
     return read(glob.escape(str(path.absolute())), cache_dir=cache, **options)
 
 

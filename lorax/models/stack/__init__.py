@@ -1,1 +1,1 @@
-"""How the layers of a decoder run: recomputed, offloaded, traced once."""
+"""Running the layers of a decoder: recomputation, offloading, tracing once."""

@@ -1,4 +1,4 @@
-"""Layers whose backward passes keep their order, beside copies from and to the host's memory."""
+"""Layers whose backward passes keep their order, overlapped with copies to and from the host."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,7 +13,7 @@ type RunLayer = Callable[[nnx.Module, Hidden, Any], Hidden]
 _HOST = jax.memory.Space.Host
 _DEVICE = jax.memory.Space.Device
 _SMALL = 0.25
-"""Of the layer's input: what is smaller stays on the device."""
+"""Share of the layer's input: smaller arrays stay on the device."""
 
 
 def run_in_order(
@@ -24,21 +24,22 @@ def run_in_order(
     *,
     offloaded: int,
 ) -> Hidden:
-    """Returns what the last of the layers, run one after another, returns.
+    """Runs the layers one after another, and returns the output of the last.
 
-    In a program that copies from or to the host XLA's scheduler makes room for the copies, and puts
-    off the gradients of A and B, which are only wanted at the end, with all that they are made
-    from: 13 GiB at eight billion parameters and 8,192 tokens. Here each layer's are made with it.
+    In a program that copies from or to the host, XLA's scheduler makes room for the copies. It
+    postpones the gradients of A and B, which are only needed at the end, and so keeps all their
+    inputs: 13 GiB at eight billion parameters and 8,192 tokens. Here each layer's gradients are
+    computed with the layer.
 
     Args:
         runs: Each runs one layer. What is offloaded must keep its input: a function under
             `jax.checkpoint`.
         layers: The layers; their `nnx.Param` variables get gradients.
         hidden: Input of the first one.
-        context: What all of them read besides; it gets no gradient.
-        offloaded: How many of the first layers, never the last one, keep nothing large on the
+        context: Further input of all layers; it gets no gradient.
+        offloaded: How many of the first layers, never the last one, store nothing large on the
             device: their input and other large arrays leave it while the layer runs, and come back
-            while the backward pass of the next layer runs. Weights and what is small stay.
+            while the backward pass of the next layer runs. Weights and small arrays stay.
     """
     split: list[Any] = [nnx.split(layer, nnx.Param, ...) for layer in layers]
     graphs: list[Any] = [parts[0] for parts in split]
@@ -95,7 +96,7 @@ def run_in_order(
 
 
 def _take_out(pull: Any, hidden: jax.Array, given: Any) -> tuple["_Pull", list[jax.Array]]:
-    """Returns a pullback without its large arrays, and these; what was `given` it keeps."""
+    """Returns a pullback without its large arrays, and these; it keeps those in `given`."""
     leaves, structure = jax.tree.flatten(pull)
     stays = {id(leaf) for leaf in jax.tree.leaves(given)}
     large: dict[int, jax.Array] = {}
@@ -113,7 +114,7 @@ def _take_out(pull: Any, hidden: jax.Array, given: Any) -> tuple["_Pull", list[j
 
 @jax.tree_util.register_pytree_node_class
 class _Pull:
-    """A pullback of a layer without its large arrays, which it is called with to become one."""
+    """A pullback of a layer without its large arrays; a call with them restores it."""
 
     def __init__(self, leaves: Sequence[Any], slots: tuple[int | None, ...], structure: Any):
         self.leaves = leaves

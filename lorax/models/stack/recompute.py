@@ -12,18 +12,18 @@ from lorax.models.stack.tracing import traced_once
 type GradientCheckpointing = Literal["none", "selective", "full", "offload"]
 
 REPEATING = ("full", "offload")
-"""Policies that have the backward pass make the products of layers again."""
+"""Policies under which the backward pass recomputes the matmuls of layers."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Recomputation:
-    """What the backward pass of a model recomputes.
+    """The recomputation of a model's backward pass.
 
     Attributes:
-        policy: What each layer keeps.
-        kept_layers: How many layers, counted from the last, keep what "selective" would, where the
-            policy is one of `REPEATING`. The backward pass begins with the last layer, which
-            therefore costs no memory at the peak, unless the rows are very long.
+        policy: Decides the activations that each layer stores.
+        kept_layers: How many layers, counted from the last, store as much as with "selective",
+            where the policy is one of `REPEATING`. The backward pass begins with the last layer,
+            which therefore costs no memory at the peak, unless the sequences are very long.
     """
 
     policy: GradientCheckpointing
@@ -36,36 +36,36 @@ class Recomputation:
 
     @property
     def as_settings(self) -> str:
-        """Returns the settings that ask for it."""
+        """Returns the settings that request it."""
         kept = self.kept_layers if self.policy in REPEATING else "null"
         return f"train.gradient_checkpointing={self.policy} train.kept_layers={kept}"
 
     @classmethod
     def read(cls, text: str) -> "Recomputation":
-        """Returns that of which `text` is the string."""
+        """Returns the recomputation whose string is `text`."""
         policy, _, rest = text.partition(" with ")
         return cls(check_policy(policy), int(rest.split()[0]) if rest else 1)
 
     @classmethod
     def of(cls, model: Any) -> "Recomputation":
-        """Returns what `model` says of itself; of any other model, that it makes nothing again."""
+        """Returns the recomputation of a lorax model; "none" for any other model."""
         policy: Any = getattr(model, "gradient_checkpointing", None)
         if policy not in get_args(GradientCheckpointing.__value__):
             return cls("none")
         return cls(policy, getattr(model, "kept_layers", 1))
 
     def put_on(self, model: Any) -> None:
-        """Sets what `of` returns."""
+        """Sets it on a model; see `of`."""
         model.gradient_checkpointing = self.policy
         model.kept_layers = self.kept_layers
 
 
 def settings_of(text: str) -> str:
-    """Returns the settings that ask for the `Recomputation` of which `text` is the string."""
+    """Returns the settings that request the `Recomputation` whose string is `text`."""
     return Recomputation.read(text).as_settings
 
 
-# Elementwise work, and what only moves elements: one pass over memory, fused with its neighbours.
+# Operations that are elementwise or only move elements: XLA fuses them into one pass over memory.
 _CHEAP = frozenset(
     "abs add broadcast_in_dim concatenate convert_element_type copy cos custom_jvp_call div eq exp"
     " exp2 expand_dims ge gt integer_pow le log logistic lt max min mul ne neg pad pow reshape"
@@ -75,34 +75,34 @@ _CHEAP = frozenset(
 
 
 def kept(x: Array) -> Array:
-    """Marks an elementwise result that "selective" keeps in place of what it is made from."""
+    """Marks an elementwise result that "selective" stores instead of its inputs."""
     return checkpoint_name(x, "kept")
 
 
 def save_products(primitive, *_: Any, **__: Any) -> bool:
-    """Says whether "selective" keeps what `primitive` returns: a policy for `jax.checkpoint`.
+    """Says whether "selective" stores the output of `primitive`: a policy for `jax.checkpoint`.
 
-    Products, attention, reductions, kernels and whatever has a name are kept; other elementwise
-    results are recomputed from them.
+    Matmuls, attention, reductions, kernels and named values are stored; other elementwise results
+    are recomputed from them.
     """
     return primitive.name not in _CHEAP
 
 
 def save_attention(primitive, *_: Any, **parameters: Any) -> bool:
-    """Says whether "offload" keeps what `primitive` returns: cuDNN's attention, and x·A.
+    """Says whether "offload" stores the output of `primitive`: cuDNN's attention, and x·A.
 
-    Attention's output is as large as the layer's input, and takes longer to recompute, the longer
+    Attention's output is as large as the layer's input. Its recomputation takes longer, the longer
     the sequence.
     """
     return "dot_product_attention" in primitive.name or save_lora_h(primitive, *_, **parameters)
 
 
-# x·A of each layer is small, and with it the last product of a layer need not be repeated.
+# x·A of each layer is small, and with it the last matmul of a layer need not be recomputed.
 save_lora_h = jax.checkpoint_policies.save_only_these_names("lora_h")
 
 
 def checkpointed(run: Any, policy: GradientCheckpointing) -> Any:
-    """Returns `run`, a function of a layer, with what `policy` says about its backward pass."""
+    """Returns `run`, a function of a layer, under the checkpointing policy."""
     if policy != "none":
         policies = {"selective": save_products, "full": save_lora_h, "offload": save_attention}
         run = jax.checkpoint(run, policy=policies[policy])

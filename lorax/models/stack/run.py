@@ -1,4 +1,4 @@
-"""The layers of a decoder, one after another, each with what the backward pass keeps of it."""
+"""Runs the layers of a decoder one after another, each under its checkpointing policy."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -25,14 +25,14 @@ def run_layers(
     *,
     from_host: bool = False,
 ) -> Float[Array, "b t d"]:
-    """Returns what the last of the layers, run one after another, returns.
+    """Runs the layers one after another, and returns the output of the last.
 
     Args:
         layers: Each is called with (hidden, context), and returns its output and a cache.
         hidden: Input of the first one.
-        context: What all of them read besides.
-        recomputation: What the backward pass recomputes.
-        from_host: Whether the program copies from the host's memory besides; see `run_in_order`.
+        context: Further input of all layers.
+        recomputation: The recomputation of the backward pass.
+        from_host: Whether the program also copies from the host's memory; see `run_in_order`.
     """
     policy = recomputation.policy
     kept = recomputation.kept_layers
@@ -52,7 +52,7 @@ def run_layers(
 
 
 def _run_layer(layer: Any, hidden: Float[Array, "b t d"], context: Context):
-    return layer(hidden, context)[0]
+    return layer(hidden, context=context)[0]
 
 
 def _repeat_layer(layer: Any, hidden: Float[Array, "b t d"], context: Context):

@@ -1,4 +1,4 @@
-"""Layers that are alike are traced once, not one after another: a start takes seconds less."""
+"""Tracing layers of one structure only once: a start takes seconds less."""
 
 import functools
 from collections.abc import Callable
@@ -17,12 +17,12 @@ class _LayerChangedError(Exception):
 def traced_once[T](run: Callable[..., T]) -> Callable[..., T]:
     """Returns ``run(layer, *arrays)``, traced once for all layers of one structure.
 
-    A layer that changes its variables (`nnx.Dropout`'s count, what is sown) is run as it is, for a
-    traced function would lose that; so is one with an attribute that cannot be hashed, and any
-    that is not part of a larger traced function, where each call would be compiled anew.
+    A layer that changes its variables (`nnx.Dropout`'s count, sown values) runs as it is, because a
+    traced function would lose the change. So does one with an attribute that cannot be hashed, and
+    one outside a larger traced function, where each call would compile.
 
     Args:
-        run: Of a module and trees of arrays.
+        run: A function of a module and trees of arrays.
     """
 
     @functools.partial(jax.jit, static_argnums=0)

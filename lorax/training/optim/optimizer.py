@@ -14,8 +14,8 @@ from lorax.training.optim.schedules import make_schedule
 from lorax.training.optim.stacking import stack_alike, unstack
 
 _UPDATED_TOGETHER = 128
-"""Leaves of one shape that XLA may update in a few launches, making the whole stack again for each:
-the time to compile this grows with the square of their number, to half a minute for 192."""
+"""Most leaves of one shape that are updated as a stack. XLA rebuilds the whole stack for each leaf:
+compile time grows with the square of their number, to half a minute for 192."""
 
 
 def make_optimizer(train: TrainConfig, total_steps: int) -> optax.GradientTransformation:
@@ -70,9 +70,9 @@ def _chain(
 ) -> optax.GradientTransformation:
     """Chains what runs on the leaves of each shape stacked, and then what runs on each leaf.
 
-    Adapters are hundreds of small leaves of a few shapes: an update of its own for each costs more
-    in launches than in arithmetic. `stacked` must treat every element by itself, and not read the
-    parameters: where XLA finds them read in a stack, it cannot write the new ones over them.
+    Adapters are hundreds of small leaves of a few shapes: one update for each is launch-bound.
+    `stacked` must treat every element by itself, and must not read the parameters: XLA cannot
+    update parameters in place that are read in a stack.
     """
     first = optax.chain(*stacked)
     last = optax.chain(*apart)

@@ -17,8 +17,8 @@ def stack_alike(tree: PyTree) -> dict[str, jax.Array]:
         if leaves[where[0]].size > _SMALL:
             return leaves[where[0]][None]
         stacked = jnp.stack([leaves[i] for i in where])
-        # Else XLA keeps each leaf in the layout of the product it comes from, often transposed,
-        # and copies what is made of it.
+        # Otherwise XLA keeps each leaf in the layout of the matmul it comes from, often transposed,
+        # and copies the results.
         return with_layout_constraint(stacked, Layout(tuple(range(stacked.ndim))))
 
     return {name: stack(where) for name, where in _alike(tree).items()}

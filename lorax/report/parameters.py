@@ -1,0 +1,71 @@
+"""How much of a model trains."""
+
+import dataclasses
+import io
+import math
+from typing import override
+
+import jax
+from flax import nnx
+from rich.console import Console
+
+from lorax.layers.linear import Frozen
+from lorax.report.overview import module_rows
+from lorax.report.screen import ModuleRow, print_modules
+
+_WIDTH = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainableParameters:
+    """How much of a model trains; printed, it is a table.
+
+    Attributes:
+        modules: The kinds of adapted modules, with the parameters of their adapters.
+        others: Further parameters that train: biases, modules that are trained whole.
+        total: All parameters of the model, trained and frozen, adapters included.
+    """
+
+    modules: tuple[ModuleRow, ...]
+    others: int
+    total: int
+
+    @property
+    def trained(self) -> int:
+        """Parameters that train."""
+        return sum(row.parameters for row in self.modules) + self.others
+
+    @property
+    def share(self) -> float:
+        """Parameters that train, as a share of all: 0 to 1."""
+        return self.trained / self.total if self.total else 0.0
+
+    @override
+    def __str__(self) -> str:
+        text = io.StringIO()
+        console = Console(file=text, width=_WIDTH)
+        if self.modules:
+            print_modules(console, self.modules, None)
+        if self.others:
+            text.write(f"other parameters that train: {self.others:,}\n")
+        text.write(
+            f"trained {self.trained:,} of {self.total:,} parameters ({100 * self.share:.3f} %)"
+        )
+        return text.getvalue()
+
+
+def trainable_parameters(model: nnx.Module) -> TrainableParameters:
+    """Counts what trains: adapters by kind of module, and every other `nnx.Param`.
+
+    Args:
+        model: Any NNX model; its arrays may be shapes, as of `nnx.eval_shape`.
+    """
+    rows = tuple(module_rows(model))
+    trained = _count(nnx.state(model, nnx.Param))
+    frozen = _count(nnx.state(model, Frozen))
+    others = trained - sum(row.parameters for row in rows)
+    return TrainableParameters(rows, others, trained + frozen)
+
+
+def _count(state: nnx.State) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state))

@@ -1,0 +1,139 @@
+"""Refuses arguments of `make_train_step` and its step that would train wrongly."""
+
+from types import NoneType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import AxisType
+
+from lorax.adapters.nnx.tree import adapted_layers, named_modules
+from lorax.config.run import RunConfig
+from lorax.data.dataset import EncodedDataset
+from lorax.system.arguments import check_kind
+from lorax.system.wording import clip
+
+_SMALLEST = 0.01
+"""Of an update of B at zero to one of B at 1: Adam's are equal, Adafactor's differ by 1,000."""
+
+
+def check_arguments(model: Any, optimizer: Any, loss_fn: Any) -> None:
+    """Refuses what a step cannot be made of.
+
+    Raises:
+        TypeError: Naming what came and what is needed.
+        ValueError: If the optimizer would hardly move what starts at zero.
+    """
+    check_kind("model", model, nnx.Module, "an nnx.Module")
+    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+        raise TypeError(
+            "optimizer must be an optax transformation, such as optax.adamw(1e-3), got "
+            f"{clip(repr(optimizer))}; the order is make_train_step(model, optimizer, loss_fn)"
+        )
+    if not (callable(loss_fn) or hasattr(loss_fn, "terms")):
+        raise TypeError(
+            "loss_fn must be a function (model, micro_batch) -> (sum of losses, count), got "
+            f"{clip(repr(loss_fn))}; the order is make_train_step(model, optimizer, loss_fn)"
+        )
+    if adapted_layers(model):
+        _refuse_scaled_by_size(optimizer)
+
+
+def refuse_untrainable(model: nnx.Module) -> None:
+    """Refuses merged adapters, which get no gradient, and batch norms that update statistics.
+
+    Raises:
+        ValueError: Naming the layers.
+    """
+    merged = [name for name, layer in adapted_layers(model).items() if layer.merged]
+    if merged:
+        raise ValueError(
+            f"{len(merged)} layers are merged, {merged[0]} is the first: their adapters would not "
+            "train. unmerge_lora the model first"
+        )
+    for name, module in named_modules(model).items():
+        if getattr(module, "use_running_average", True) is False:
+            raise ValueError(
+                f"{name} would update batch statistics, which this step does not carry; freeze "
+                "them with model.set_attributes(use_running_average=True)"
+            )
+
+
+def check_run(
+    model: Any, config: Any, train_data: Any, eval_data: Any, *, one_objective: bool
+) -> None:
+    """Refuses what a trainer cannot be made of.
+
+    Raises:
+        TypeError: Naming what came and what is needed.
+        ValueError: If there are two objectives, a course's and a loss function.
+    """
+    if not one_objective:
+        raise ValueError("a course has its own objective: give loss_fn or course, not both")
+    check_kind("model", model, nnx.Module, "an nnx.Module, as lorax.build_model returns")
+    check_kind("config", config, RunConfig, "a lorax.RunConfig, as lorax.load_config returns")
+    rows = "encoded rows, as lorax.load_encoded_dataset returns"
+    check_kind("train_data", train_data, EncodedDataset, rows)
+    check_kind("eval_data", eval_data, (EncodedDataset, NoneType), rows)
+
+
+def check_batch(batch: Any) -> None:
+    """Refuses a batch that is not (micro-batches, rows, …) in every array, or on another mesh.
+
+    Raises:
+        ValueError: Naming the arrays.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(batch)
+    arrays = {f"batch{jax.tree_util.keystr(path)}": leaf for path, leaf in leaves}
+    if not arrays:
+        raise ValueError("the batch holds no array: it needs (micro-batches, rows, …) in each")
+    short = [f"{name} has the shape {x.shape}" for name, x in arrays.items() if x.ndim < 2]
+    if short:
+        raise ValueError(
+            f"{'; '.join(short)}: every array of a step's batch is (micro-batches, rows, …). For "
+            "one micro-batch, pass jax.tree.map(lambda x: x[None], batch)"
+        )
+    if len({x.shape[0] for x in arrays.values()}) > 1:
+        sizes = ", ".join(f"{name} {x.shape[0]}" for name, x in arrays.items())
+        raise ValueError(f"every array needs as many micro-batches on its first axis, got {sizes}")
+    here = jax.sharding.get_abstract_mesh()
+    for name, x in arrays.items():
+        there = jax.typeof(x).sharding.mesh
+        if AxisType.Explicit in there.axis_types and not here.empty and there != here:
+            raise ValueError(
+                f"{name} lies on a mesh with axes of the type Explicit, {there}, and the step on "
+                f"{here}: give make_train_step the mesh of the batch"
+            )
+
+
+def _refuse_scaled_by_size(optimizer: optax.GradientTransformation) -> None:
+    """Refuses an optimizer whose updates grow with the parameter: B, which is zero, would stall.
+
+    It is asked for the updates of two parameters that differ in size alone. One that takes no
+    parameters but the model's own, as with a mask by name, is not asked.
+    """
+    gradients = {"lora_b": jnp.ones((2, 2))}
+
+    def moved(value: float) -> float:
+        params = {"lora_b": jnp.full((2, 2), value)}
+        state = optimizer.init(params)
+        total = 0.0
+        for _ in range(3):  # the first rate of a warm-up is 0
+            updates, state = optimizer.update(gradients, state, params)
+            total += float(optax.tree.norm(updates))
+        return total
+
+    try:
+        with jax.numpy_dtype_promotion("standard"):  # optax needs it
+            zero = moved(0.0)
+            one = moved(1.0)
+    except Exception:
+        return
+    if zero < _SMALLEST * one:
+        raise ValueError(
+            "the optimizer scales its updates by the size of each parameter, and a LoRA's B starts "
+            f"at zero: its updates there are {zero / one:.1e} of those at 1, and training would "
+            "stall. With Adafactor, pass optax.adafactor(…, multiply_by_parameter_scale=False)"
+        )
