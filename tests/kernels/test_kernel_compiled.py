@@ -6,6 +6,7 @@ The compiler comes from two wheels that must not be installed beside a CPU's JAX
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -228,11 +229,28 @@ def gradient_cases(shape):
         yield f"rank {r}, {c} columns{kind}", *case(c, r, u_rank, drops)
 
 
+def nf4_cases(shape):
+    import jax.numpy as jnp
+
+    from lorax_kernels.weights.nf4.kernel import Variant, dequantise
+
+    operands = shape(N, K // 2, dtype=jnp.uint8), shape(N, K // 64, dtype=jnp.float32)
+    for levels, lines, staged in (
+        *itertools.product(("shuffle", "permute"), (4, 8), (False,)),
+        *itertools.product(("shuffle", "permute"), (8, 16), (True,)),
+    ):
+        variant = Variant(levels, lines, staged)
+        for dtype in map(jnp.dtype, ("bfloat16", "float16")):
+            function = functools.partial(dequantise, dtype=dtype, _variant=variant)
+            yield f"{variant}, {dtype}", function, operands
+
+
 CASES = {
     "matmul": matmul_cases,
     "inline": inline_cases,
     "project": project_cases,
     "gradient": gradient_cases,
+    "nf4": nf4_cases,
 }
 
 
