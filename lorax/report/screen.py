@@ -69,6 +69,7 @@ class RunSummary:
         exact_match: Share of exactly matched answers before and after.
         files: What was written: a name and its path.
         gradient_checkpointing: What was recomputed: what `auto` came to.
+        advice: What to try, where little was learned.
     """
 
     steps: int
@@ -81,6 +82,7 @@ class RunSummary:
     exact_match: tuple[float | None, float | None] = (None, None)
     files: Mapping[str, str] = dataclasses.field(default_factory=dict)
     gradient_checkpointing: str | None = None
+    advice: Sequence[str] = ()
 
     @classmethod
     def read(cls, values: Mapping[str, Any], where: str) -> "RunSummary":
@@ -227,6 +229,8 @@ def print_summary(console: Console, summary: RunSummary) -> None:
     width = max(map(len, summary.files), default=0)
     for name, path in summary.files.items():
         _print_plain(console, f"{name:<{width}}  {path}")
+    for advice in summary.advice:
+        console.print(Text(advice, "yellow"), soft_wrap=True)
 
 
 def _print_plain(console: Console, text: str) -> None:
