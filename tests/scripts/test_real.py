@@ -159,6 +159,7 @@ def words(tmp_path):
         "data.train": chats,
         "data.eval": chats,
         "data.max_seq_length": 128,
+        "lora.layers_to_transform": [0, 1],
         "train.max_steps": 4,
         "train.learning_rate": 0.01,
         "train.lr_scheduler_type": "constant",
