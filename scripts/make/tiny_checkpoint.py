@@ -51,7 +51,7 @@ ARCHITECTURE = {
 
 
 def make_tokenizer(files: list[Path]) -> PreTrainedTokenizerFast:
-    """Trains a byte-level BPE on the conversations."""
+    """Trains a byte-level BPE on the conversations; every digit is a token of its own."""
     messages = [
         message["content"]
         for file in files
@@ -59,7 +59,12 @@ def make_tokenizer(files: list[Path]) -> PreTrainedTokenizerFast:
         for message in json.loads(line)["messages"]
     ]
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
