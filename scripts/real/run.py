@@ -49,7 +49,9 @@ def main(words: Sequence[str] | None = None) -> None:
     trained = lorax.load_adapter(base, run / EXPORT_FOLDERS["peft"])
     answers = describe_answers(chats, answer(base, chats, config), answer(trained, chats, config))
     print_answers(answers)
-    distances = compare_logits(base, trained, chats, config)
+    with warnings.catch_warnings():  # PEFT reads what transformers will call otherwise
+        warnings.simplefilter("ignore", FutureWarning)
+        distances = compare_logits(base, trained, chats, config)
     bound = LOGIT_BOUNDS[config.model.dtype]
     print_distances(distances, bound)
     result = {
@@ -136,9 +138,7 @@ def compare_logits(
     dtype = getattr(torch, config.model.dtype)
 
     def load(folder: str | Path) -> Any:
-        with warnings.catch_warnings():  # of what transformers itself will call otherwise
-            warnings.simplefilter("ignore", FutureWarning)
-            return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
 
     def logits_of(model: Any) -> np.ndarray:
         with torch.no_grad():
