@@ -1,4 +1,4 @@
-# Two commands: `make demo` and `make test`. Both set up .venv first, from pyproject.toml.
+# Three commands: `make demo`, `make real`, `make test`. Each sets up .venv first, from pyproject.toml.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,10 +7,17 @@ TESTS := $(BIN)/pytest -q -n 2 --dist worksteal
 QUICK := XLA_FLAGS="--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters $$XLA_FLAGS"
 AS_SHIPPED = $(shell grep -rl as_shipped --include='test_*.py' tests)  # other files have none
 
-.PHONY: demo test check format gpu clean
+.PHONY: demo real test check format gpu clean
 
 demo: $(VENV)/.demo
 	@$(BIN)/lorax train configs/tiny_cpu.yaml save.output_dir=outputs/demo-$$(date +%Y%m%d-%H%M%S)
+
+# A real model, on real questions and answers.
+real: $(VENV)/.test .assets/.done .assets-real/train.jsonl
+	@test -d .assets/smollm2 || { echo "make real needs .assets/smollm2: see above why it was not" \
+		"fetched, and try again"; exit 1; }
+	@$(BIN)/python -m scripts.real.run configs/real_cpu.yaml \
+		save.output_dir=outputs/real-$$(date +%Y%m%d-%H%M%S)
 
 test: $(VENV)/.test .aot/.done .assets/.done
 	$(BIN)/ruff format --check .
@@ -58,6 +65,9 @@ $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
 # them are skipped, and say so at the end; in CI there is no doing without.
 .assets/.done: scripts/fetch_test_assets.py tests/assets.sha256 | $(VENV)/.test
 	$(BIN)/python scripts/fetch_test_assets.py .assets || test "$$CI" != true
+
+.assets-real/train.jsonl: scripts/real/data.py | $(VENV)/.test
+	$(BIN)/python -m scripts.real.data .assets-real
 
 clean:
 	rm -rf $(VENV) .aot .assets* .pytest_cache .ruff_cache

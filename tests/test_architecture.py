@@ -144,8 +144,8 @@ def test_packages_hold_a_docstring_and_nothing_else():
 
 
 def test_the_readme_has_a_line_for_each_package_in_this_order():
-    tree = (ROOT / "README.md").read_text(encoding="utf-8").split("\nlorax/")[1].split("\n```")[0]
-    assert tuple(re.findall(r"^    (\w+)/ ", tree, re.M)) == ORDER[:-1]
+    tree = (ROOT / "README.md").read_text(encoding="utf-8").split("- `lorax/`")[1].split("\n\n")[0]
+    assert tuple(re.findall(r"^  - `(\w+)/`: ", tree, re.M)) == ORDER[:-1]
     folders = {path.name for path in (ROOT / "lorax").iterdir() if (path / "__init__.py").exists()}
     assert folders == set(ORDER[:-1])
 

@@ -1,5 +1,6 @@
 """The Python of the README and of the guides runs as it stands."""
 
+import ast
 import os
 import re
 import subprocess
@@ -34,31 +35,58 @@ class Model(nnx.Module):
         return self.fc2(nnx.relu(self.fc1(x)))
 
 
-def test_the_own_model_example_trains_and_is_short():
+def run_with_losses(code, **names):
+    """Runs an example; returns the loss of each of its steps."""
+    losses = []
+
+    def record(result):
+        losses.append(float(result[1]["loss"]))
+        return result
+
+    assert "= step(state, batch)" in code
+    code = code.replace("= step(state, batch)", "= record(step(state, batch))")
+    with jax.numpy_dtype_promotion("standard"):  # optax.adamw needs it
+        exec(compile(code, "README.md", "exec"), names | {"record": record})
+    return losses
+
+
+def test_the_first_example_adapts_a_stock_model_in_five_statements(tmp_path, monkeypatch):
     code = blocks()[0]
+    assert len(ast.parse(code).body) == 6  # the imports, and five more
+    ids = jax.random.randint(jax.random.key(0), (2, 2, 17), 10, 60)
+    batches = 8 * [{"input_ids": ids[..., :-1], "labels": ids[..., 1:]}]
+    code = code.replace("Qwen/Qwen3-0.6B", f"{ROOT}/examples/tiny/model").replace("r=16", "r=2")
+    code = code.replace("2e-4", "1e-2")
+    monkeypatch.chdir(tmp_path)
+    losses = run_with_losses(code, batches=batches)
+    assert losses[-1] < losses[0]
+    assert (tmp_path / "my-adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_the_own_model_example_trains_and_is_short():
+    code = blocks()[1]
     assert len([line for line in code.splitlines() if line.strip()]) < 20
     my_model = Model(nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(0), (4, 6, 8))
     batches = 20 * [{"x": x, "y": jnp.argmax(x[..., :3], axis=-1)}]
-    names = {"my_model": my_model, "batches": batches}
-    code = code.replace("for batch in batches:", "losses = []\nfor batch in batches:")
-    code = code.replace("# {", "; losses.append(float(metrics['loss']))  # {")
-    code = code.replace("LoraConfig(r=8", "LoraConfig(r=3")
-    with jax.numpy_dtype_promotion("standard"):  # optax.adamw needs it
-        exec(compile(code, "README.md", "exec"), names)
-    assert names["losses"][-1] < names["losses"][0]
-    assert isinstance(names["model"].fc1, nnx.Linear)
-    assert not np.array_equal(names["model"].fc1.kernel[...], my_model.fc1.kernel[...])
+    code = code.replace("LoraConfig(r=8", "LoraConfig(r=3") + "\nkeep.append(model)"
+    keep = []
+    losses = run_with_losses(code, my_model=my_model, batches=batches, keep=keep)
+    assert losses[-1] < losses[0]
+    (model,) = keep
+    assert isinstance(model.fc1, nnx.Linear)
+    assert not np.array_equal(model.fc1.kernel[...], my_model.fc1.kernel[...])
 
 
 def test_the_stock_model_example_trains_and_saves(tmp_path, monkeypatch):
-    code = blocks()[1]
+    code = blocks()[2]
     assert len([line for line in code.splitlines() if line.strip()]) < 20
     monkeypatch.chdir(ROOT)
     code = code.replace("outputs/mine", f"{tmp_path}/run").replace("outputs/", f"{tmp_path}/")
     code = code.replace('run"]', 'run", "train.max_steps=2"]')
     exec(compile(code, "README.md", "exec"), {"lorax": lorax, "jnp": jnp, "nnx": nnx})
     assert (tmp_path / "my-adapter" / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "my-model" / "model.safetensors").is_file()
 
 
 def test_the_guide_to_one_s_own_model_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys):

@@ -57,6 +57,7 @@ class RunSummary:
         exact_match: Share of exactly matched answers before and after.
         files: What was written: a name and its path.
         gradient_checkpointing: What was recomputed: what `auto` came to.
+        advice: What to try, where little was learned.
     """
 
     steps: int
@@ -69,6 +70,7 @@ class RunSummary:
     exact_match: tuple[float | None, float | None] = (None, None)
     files: Mapping[str, str] = dataclasses.field(default_factory=dict)
     gradient_checkpointing: str | None = None
+    advice: Sequence[str] = ()
 
     @classmethod
     def read(cls, values: Mapping[str, Any], where: str) -> "RunSummary":
@@ -183,6 +185,8 @@ def print_summary(console: Console, summary: RunSummary) -> None:
     width = max(map(len, summary.files), default=0)
     for name, path in summary.files.items():
         print_line(console, f"{name:<{width}}  {path}")
+    for advice in summary.advice:
+        print_line(console, advice, "yellow")
 
 
 def _join(pieces: Sequence[tuple[str, bool]]) -> list[tuple[str, bool]]:

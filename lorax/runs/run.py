@@ -20,6 +20,7 @@ from lorax.interop.adapter_base import with_recorded_revision
 from lorax.interop.export_files import companion_files
 from lorax.models.stack.recompute import Recomputation, settings_of
 from lorax.recovery.identity import Identity, fixed_settings
+from lorax.report.advice import advise, tokenizer_notes
 from lorax.report.card import title_of
 from lorax.report.lines import print_line
 from lorax.report.listener import Recorder
@@ -202,6 +203,7 @@ def _report(setup: Setup, console: Console) -> None:
     rows = 1 if shows_text(console) else 0
     context = setup.blueprint.architecture.context
     report_data(console, setup.config, setup.datasets, setup.tokenizer, rows, context=context)
+    report_notes(console, tokenizer_notes(setup.datasets, setup.tokenizer))
     if not rows:
         print_line(console, "no row is shown in a log; `lorax inspect` shows some")
     report_course(console, course)
@@ -293,6 +295,7 @@ def _train_and_export(
         exact_match=(before, after),
         files=files,
         gradient_checkpointing=str(Recomputation.of(trainer.model)),
+        advice=advise(config, output, setup.blueprint.architecture),
     )
     text = json.dumps(dataclasses.asdict(summary), indent=2)
     write_file(output / SUMMARY_FILE, text + "\n")

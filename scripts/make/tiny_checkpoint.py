@@ -3,8 +3,8 @@
     python -m scripts.make.tiny_data examples/tiny/data
     python -m scripts.make.tiny_checkpoint examples/tiny/model
 
-Trains from scratch with `configs/tiny_pretrain.yaml` (``method: full``), about ten minutes on two
-CPU cores, and writes the result as a Hugging Face checkpoint.
+Trains from scratch with `configs/tiny_pretrain.yaml` (``method: full``) in two rounds, about ten
+minutes on two CPU cores, and writes the result as a Hugging Face checkpoint.
 """
 
 import argparse
@@ -25,6 +25,9 @@ from lorax.models.families import read_architecture
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "examples" / "tiny" / "data"
 VOCABULARY = 512
+ROUNDS: tuple[list[str], ...] = ([], ["train.num_train_epochs=2", "train.learning_rate=1e-3"])
+"""What each round of pre-training sets otherwise than the config; the second warms up again."""
+
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
@@ -51,7 +54,7 @@ ARCHITECTURE = {
 
 
 def make_tokenizer(files: list[Path]) -> PreTrainedTokenizerFast:
-    """Trains a byte-level BPE on the conversations."""
+    """Trains a byte-level BPE on the conversations; every digit is a token of its own."""
     messages = [
         message["content"]
         for file in files
@@ -59,7 +62,12 @@ def make_tokenizer(files: list[Path]) -> PreTrainedTokenizerFast:
         for message in json.loads(line)["messages"]
     ]
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
@@ -87,7 +95,6 @@ def main() -> None:
         raise SystemExit(f"{directory} exists; remove it first to make it anew")
     with tempfile.TemporaryDirectory() as scratch:
         untrained = Path(scratch) / "untrained"
-        run = Path(scratch) / "run"
         tokenizer = make_tokenizer([DATA / "pretrain.jsonl"])
         config = ARCHITECTURE | {
             "eos_token_id": tokenizer.eos_token_id,
@@ -106,17 +113,14 @@ def main() -> None:
         save_model(
             model, untrained, dtype=jnp.float32, source_directory=Path(scratch) / "tokenizer"
         )
-        code = lorax_main(
-            [
-                "train",
-                str(ROOT / "configs" / "tiny_pretrain.yaml"),
-                f"model.name_or_path={untrained}",
-                f"save.output_dir={run}",
-            ]
-        )
-        if code:
-            raise SystemExit(code)
-        shutil.copytree(run / "merged", directory, ignore=shutil.ignore_patterns("README.md"))
+        trained = untrained
+        for number, overrides in enumerate(ROUNDS):
+            run = Path(scratch) / f"run-{number}"
+            words = [f"model.name_or_path={trained}", f"save.output_dir={run}", *overrides]
+            if code := lorax_main(["train", str(ROOT / "configs" / "tiny_pretrain.yaml"), *words]):
+                raise SystemExit(code)
+            trained = run / "merged"
+        shutil.copytree(trained, directory, ignore=shutil.ignore_patterns("README.md"))
     print(f"wrote {directory}")
 
 

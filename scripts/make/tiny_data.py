@@ -4,9 +4,10 @@
 
 The user writes a note about an article of a shop. The base model is pre-trained on
 `pretrain.jsonl`, where the assistant answers with a short label, or gives one or two properties
-as JSON when it is asked for them. The adapter learns from `train.jsonl` to answer every note with
-a whole JSON record, which the base never does. `heldout.jsonl` holds notes about articles that
-are not in `train.jsonl`.
+as JSON when it is asked for them. Some notes are about deliveries, with counts, prices and dates,
+so that the base can copy any number. The adapter learns from `train.jsonl` to answer every note
+with a whole JSON record, which the base never does. `heldout.jsonl` holds notes about articles
+that are not in `train.jsonl`.
 """
 
 import argparse
@@ -45,7 +46,11 @@ MATERIALS = [
     "silk",
 ]
 AISLES = range(1, 10)
+MONTHS = """
+January February March April May June July August September October November December
+""".split()
 PRETRAIN_ROWS = 6000
+DELIVERY_ROWS = 2500
 TRAIN_ROWS = 480
 HELD_OUT_ROWS = 100
 HELD_OUT_SHARE = 0.25
@@ -57,6 +62,12 @@ NOTES = [
     "We keep a {material} {item} in aisle {aisle}; it is {colour}.",
 ]
 LABEL = "{colour} {material} {item}, aisle {aisle}"
+DELIVERIES = [
+    "Delivered on {date}: {count} pieces of the {item}, {price} each.",
+    "Order {order}: the {item}, {count} times, at {price}, due on {date}.",
+    "{count} of the {item} for {price} came on {date} with order {order}.",
+]
+DELIVERY_LABEL = "{count} {item}, {price}, {date}"
 AS_JSON = " Give me the {} as JSON."
 
 
@@ -81,14 +92,48 @@ def conversation(note: str, answer: str) -> dict[str, list[dict[str, str]]]:
 
 
 def pretrain_row(draw: random.Random) -> dict:
-    """Returns a note with a label, or with a question for properties and their JSON."""
+    """Returns a note about an article, with its label or with the JSON that it asks for."""
     article = draw_article(draw, ARTICLES)
-    note = draw.choice(NOTES).format(**article)
+    return label_or_json(draw, article, draw.choice(NOTES), LABEL)
+
+
+def draw_date(draw: random.Random) -> str:
+    """Returns a date in one of three ways of writing it."""
+    year = draw.randint(1950, 2049)
+    month = draw.randint(1, 12)
+    day = draw.randint(1, 28)
+    ways = [
+        f"{year}-{month:02}-{day:02}",
+        f"{day} {MONTHS[month - 1]} {year}",
+        f"{day:02}.{month:02}.{year}",
+    ]
+    return draw.choice(ways)
+
+
+def delivery_row(draw: random.Random) -> dict:
+    """Returns a note about a delivery, with a label or with the JSON that it asks for."""
+    note = draw.choice(DELIVERIES)
+    delivery = {
+        "item": draw.choice(ARTICLES),
+        "count": draw.randint(1, 10 ** draw.randint(1, 3)),
+        "price": f"{draw.randint(1, 10 ** draw.randint(1, 3))}.{draw.randint(0, 99):02}",
+        "date": draw_date(draw),
+    }
+    if "{order}" in note:
+        delivery["order"] = draw.randint(1000, 99999)
+    return label_or_json(draw, delivery, note, DELIVERY_LABEL)
+
+
+def label_or_json(
+    draw: random.Random, values: dict[str, str | int], note: str, label: str
+) -> dict[str, list[dict[str, str]]]:
+    """Returns the note with its label, or with a question for one or two values and their JSON."""
+    text = note.format(**values)
     if draw.random() < 0.5:
-        return conversation(note, LABEL.format(**article))
-    keys = draw.sample(list(article), draw.choice([1, 2]))
-    answer = {key: article[key] for key in keys}
-    return conversation(note + AS_JSON.format(" and ".join(keys)), json.dumps(answer))
+        return conversation(text, label.format(**values))
+    keys = draw.sample(list(values), draw.choice([1, 2]))
+    answer = {key: values[key] for key in keys}
+    return conversation(text + AS_JSON.format(" and ".join(keys)), json.dumps(answer))
 
 
 def record_row(draw: random.Random, items: Sequence[str]) -> dict:
@@ -112,6 +157,8 @@ def main() -> None:
         "train.jsonl": [record_row(draw, learned) for _ in range(TRAIN_ROWS)],
         "heldout.jsonl": [record_row(draw, held_out) for _ in range(HELD_OUT_ROWS)],
     }
+    numbers = random.Random(SEED + 1)
+    files["pretrain.jsonl"] += [delivery_row(numbers) for _ in range(DELIVERY_ROWS)]
     for name, rows in files.items():
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (directory / name).write_text(text, encoding="utf-8")
