@@ -1,4 +1,4 @@
-"""Which modules a `LoraConfig` adapts: PEFT's matching of dotted names, nothing left unmatched."""
+"""The modules that a `LoraConfig` adapts: dotted names, matched as PEFT does."""
 
 import dataclasses
 import difflib

@@ -1,4 +1,4 @@
-"""What the commands share."""
+"""Parts that the commands share."""
 
 import functools
 import sys

@@ -27,7 +27,7 @@ from lorax.runs.prompts import choose_form, encode_as
 from lorax.runs.setup import input_notes
 
 NEW_TOKENS = 256
-"""How many are written at most if nothing is said, and the context has room."""
+"""Default limit of an answer in tokens, where the context has room."""
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 _SAMPLING = ("temperature", "top_k", "top_p", "seed")
@@ -35,7 +35,7 @@ _SAMPLING = ("temperature", "top_k", "top_p", "seed")
 
 @dataclasses.dataclass(frozen=True)
 class _Source:
-    """What answers: a base checkpoint's folder, an adapter on it, and the run that they are of."""
+    """The model that answers: the base's folder, an adapter on it, and the run of both."""
 
     base: Path
     adapter: str | None
@@ -147,7 +147,7 @@ def _generate(parsed, _: Console) -> None:
 
 
 def _check_options(parsed) -> list[_Prompt]:
-    """Returns the prompts, after all that can be told of the options alone.
+    """Returns the prompts, after every check that needs the options alone.
 
     Raises:
         ValueError: Naming every option that cannot be used.

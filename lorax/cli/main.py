@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None, stop: StopRequest | None = None
 
     Args:
         arguments: Words after ``lorax``; those of the process if not given.
-        stop: Is told what signals come to while a command trains.
+        stop: Set by a signal while a command trains.
     """
     parsed = parse(list(sys.argv[1:] if arguments is None else arguments))
     parsed.stop = stop

@@ -24,7 +24,7 @@ Alpha = Annotated[float, Field(gt=0, le=1e6)]
 
 
 class LoraConfig(Section):
-    """Which modules are adapted and how, with the names and meanings of PEFT's `LoraConfig`.
+    """The modules to adapt and how, with the names and meanings of PEFT's `LoraConfig`.
 
     Attributes:
         r: Rank of the update ``s · A·B``.

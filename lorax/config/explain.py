@@ -70,7 +70,7 @@ def explain_values(
             got[key] = item["input"]
             needed.setdefault(key, []).append(_describe_needed(kind, context, item["msg"]))
     for key, phrases in needed.items():
-        # One branch of a union got further: what the others wanted is beside the point.
+        # One branch of a union got further: what the others needed is no help.
         others = (*needed, *settled)
         below = [other for other in others if other != key and other[: len(key)] == key]
         if not below and key not in settled:
@@ -112,7 +112,7 @@ def _describe_missing(model: type[BaseModel], key: Key) -> str:
 
 
 def _suggest(model: type[BaseModel], key: Key) -> str:
-    """Says which key was probably meant: the same name elsewhere, or the nearest name here."""
+    """Returns the likely key: the same name in another section, or the nearest name in this one."""
     name = str(key[-1])
     section = find_section(model, key[:-1])
     names = list(section.model_fields) if section else []

@@ -25,7 +25,7 @@ type _Problem = tuple[float, str]  # line, message
 
 
 class _Source:
-    """Where each value of a config came from."""
+    """The file and line, or the override, of each value of a config."""
 
     def __init__(self, file: str):
         self.file = file

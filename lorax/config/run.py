@@ -79,7 +79,7 @@ class SaveConfig(Section):
 
 
 class LogConfig(Section):
-    """What is recorded of the steps, and where.
+    """The record of the steps, and its formats.
 
     Attributes:
         logging_steps: Steps between two that are recorded, in the files of `report_to` and as a

@@ -1,4 +1,4 @@
-"""What the config models are made of: a strict, frozen section and the types of its values."""
+"""Parts of the config models: a strict, frozen section and the types of its values."""
 
 import inspect
 import re
@@ -115,7 +115,7 @@ def _check_count_or_all(value: int) -> int:
 
 
 MOST = 2**31 - 1
-"""What JAX counts steps, rows and ranks in."""
+"""The largest int32, in which JAX counts steps, rows and ranks."""
 
 Text = Annotated[str, AfterValidator(_check_not_blank)]
 Count = Annotated[int, Field(ge=1, le=MOST)]

@@ -19,7 +19,7 @@ INITIAL_DEVIATION = 0.02
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
-    """How a model computes.
+    """The dtypes and the attention of a model.
 
     Attributes:
         dtype: Of activations and products; norms, angles and the softmax are float32.
@@ -37,7 +37,7 @@ class Frozen(nnx.Variable):
 
 
 class Update(Protocol):
-    """What an adapter adds to the layer that it is attached to."""
+    """The update that an adapter adds to its layer."""
 
     @property
     def dropout(self) -> float:
@@ -127,7 +127,7 @@ class Linear(nnx.Linear):
 
     @property
     def kernels_now(self) -> Kernels:
-        """What computes now: where the choice is free, XLA unless training.
+        """The kernels for this call: with `auto`, XLA unless training.
 
         The shapes of evaluation and generation change from call to call, and compiling a kernel for
         each new shape costs more than it saves.

@@ -1,1 +1,1 @@
-"""What a run will take, before it runs: memory, time, kernels."""
+"""Memory, time and kernels of a run, predicted before it starts."""

@@ -1,4 +1,4 @@
-"""What computes each group of adapted layers in a run, and why."""
+"""The kernel that computes each group of adapted layers in a run, and the reason."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from lorax_kernels import explain_choice, kernel_obstacle
 
 @dataclasses.dataclass(frozen=True)
 class KernelChoice:
-    """What computes some layers.
+    """The kernel that computes some layers.
 
     Attributes:
         layers: Their names within a decoder layer, joined by ``+``.

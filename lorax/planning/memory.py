@@ -1,4 +1,4 @@
-"""What a training step will need, from shapes alone: bytes by purpose, and what fits a device.
+"""The memory of a training step, from shapes alone: bytes by purpose, and what fits a device.
 
 It adds up what is stated elsewhere: what a layer keeps per token, by its family, for each policy of
 `lorax.models.stack.recompute`; the columns of the adapters; the bytes of what is stored. To these

@@ -1,1 +1,1 @@
-"""What a person sees of a run: screen, log, curve, model card."""
+"""Screen, log, loss curve and model card of a run."""

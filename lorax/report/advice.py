@@ -1,4 +1,4 @@
-"""What to try where a run learned little, and what its tokenizer hardly knows."""
+"""Advice where a run learned little, and where its tokenizer does not know the text."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,13 +15,13 @@ from lorax.models.architecture import DecoderConfig
 from lorax.report.log import METRICS_FILE, read_metrics
 
 FEWEST_STEPS = 20
-"""Of shorter runs nothing is said."""
+"""Shorter runs get no advice."""
 
 FALLEN = 0.97
-"""A loss has fallen that came to at most this share of what it was."""
+"""A loss has fallen if it is at most this share of its first value."""
 
 LOWEST = 0.1
-"""Nats per token: whoever starts below has little to learn."""
+"""Nats per token: a run that starts below has little to learn."""
 
 HIGHEST_RATE = 1e-3
 """Above this learning rate, a higher one is not advised."""
@@ -34,7 +34,7 @@ def advise(config: RunConfig, run: Path, architecture: DecoderConfig) -> tuple[s
     """Returns what to try where the losses of a run that ended did not fall; empty where they did.
 
     The held-out loss is compared with the one before the first step, the training loss of the last
-    fifth of the steps with that of the first. A base model that did worse than guessing is told
+    fifth of the steps with that of the first. A base model that did worse than guessing is reported
     too, unless all was learned in the end.
 
     Args:

@@ -9,7 +9,7 @@ def write_card(config: RunConfig, format: str, facts: dict[str, str]) -> str:
     """Returns the README.md of an export: what it is, how it was made, how to load it.
 
     Args:
-        config: The run. Of the data, only the names of the sources are told.
+        config: The run. Of the data, the card has the names of the sources alone.
         format: ``peft``, ``peft-portable`` or ``merged``.
         facts: Results to list, by name.
     """

@@ -1,4 +1,4 @@
-"""How a line is printed: as it is, whatever it holds."""
+"""Lines of text, printed as they are whatever they hold."""
 
 import textwrap
 

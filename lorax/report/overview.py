@@ -1,4 +1,4 @@
-"""What a run reads and what it trains, shown before it starts."""
+"""The data and the model of a run, shown before it starts."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -145,7 +145,7 @@ def report_kernels(console: Console, config: RunConfig, model: CausalLM) -> None
 
 
 def _attention(config: RunConfig, model: Any) -> str:
-    """Says what runs attention, and why it is not cuDNN on a GPU."""
+    """Returns what runs attention, and why it is not cuDNN on a GPU."""
     dtype = jnp.dtype(config.model.dtype)
     head_dim = model.config.head_dim
     packed = config.data.packing

@@ -1,4 +1,4 @@
-"""How much of a model trains."""
+"""The count of a model's trained and frozen parameters."""
 
 import dataclasses
 import io
@@ -18,7 +18,7 @@ _WIDTH = 100
 
 @dataclasses.dataclass(frozen=True)
 class TrainableParameters:
-    """How much of a model trains; printed, it is a table.
+    """The trained and frozen parameters of a model; printed, a table.
 
     Attributes:
         modules: The kinds of adapted modules, with the parameters of their adapters.

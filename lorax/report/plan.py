@@ -1,4 +1,4 @@
-"""What `lorax plan` shows: memory and time of a step on a GPU, and what fits it."""
+"""The output of `lorax plan`: memory and time of a step on a GPU, and what fits it."""
 
 import dataclasses
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from lorax.system.hardware import GIB, USABLE
 from lorax.system.wording import plural
 
 OTHERS = ("b200", "h200", "h100", "a100", "a100-40gb", "l40s", "5090", "4090")
-"""The GPUs of which a plan for another one says what `auto` takes there."""
+"""The GPUs for which every plan lists what `auto` takes."""
 
 
 @dataclasses.dataclass(frozen=True)

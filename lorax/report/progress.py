@@ -14,7 +14,7 @@ from lorax.report.lines import print_line
 from lorax.system.wording import format_number, format_time
 
 COLUMNS = 80
-"""What the line of a step fits."""
+"""Width of a terminal that the line of a step fits."""
 
 QUIET_SECONDS = 60.0
 """After so long a time without a line, a log has one of the next step, whatever is asked for."""
@@ -24,7 +24,7 @@ _BAR = 10
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepLine:
-    """What is shown of one step; None stands for what is not known.
+    """The shown values of one step; None stands for an unknown one.
 
     Attributes:
         step: From 1.

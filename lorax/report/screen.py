@@ -1,4 +1,4 @@
-"""What a person sees of a run: settings, modules, one example and a summary."""
+"""The screen of a run: settings, modules, one example and a summary."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -44,7 +44,7 @@ class ModuleRow:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunSummary:
-    """What a run came to; None stands for what was not measured.
+    """The result of a run; None stands for a value that was not measured.
 
     Attributes:
         steps: Optimizer steps.
@@ -70,7 +70,7 @@ class RunSummary:
     exact_match: tuple[float | None, float | None] = (None, None)
     files: Mapping[str, str] = dataclasses.field(default_factory=dict)
     gradient_checkpointing: str | None = None
-    advice: Sequence[str] = ()
+    advice: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, values: Mapping[str, Any], where: str) -> "RunSummary":
@@ -200,7 +200,7 @@ def _join(pieces: Sequence[tuple[str, bool]]) -> list[tuple[str, bool]]:
 
 
 def _shorten(pieces: Sequence[tuple[str, bool]], longest: int) -> list[tuple[str, bool]]:
-    """Leaves out the middle of a text of more than `longest` characters, and says so."""
+    """Leaves out the middle of a text of more than `longest` characters, and notes it there."""
     excess = sum(len(text) for text, _ in pieces) - longest
     if excess <= 0:
         return list(pieces)

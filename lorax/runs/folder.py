@@ -36,7 +36,7 @@ EXPORT_FOLDERS = {"peft": "adapter", "peft-portable": "adapter-portable", "merge
 
 @dataclasses.dataclass(frozen=True)
 class SavedRun:
-    """What a run's folder says.
+    """The contents of a run's folder.
 
     Attributes:
         folder: Where it is.

@@ -1,4 +1,4 @@
-"""What is known of GPUs without having one: NVIDIA's data sheets."""
+"""GPUs by NVIDIA's data sheets: memory, matmul rate and bandwidth."""
 
 import fnmatch
 import re

@@ -1,4 +1,4 @@
-"""What the hardware here can do and hold: peaks of devices, memory of devices and process."""
+"""The hardware at hand: peaks of devices, memory of devices and process."""
 
 import dataclasses
 import resource

@@ -16,7 +16,7 @@ from lorax.system.arguments import check_kind
 from lorax.system.wording import clip
 
 _SMALLEST = 0.01
-"""Of an update of B at zero to one of B at 1: Adam's are equal, Adafactor's differ by 1,000."""
+"""Least ratio of an update of B at 0 to one of B at 1: Adam's is 1, Adafactor's 0.001."""
 
 
 def check_arguments(model: Any, optimizer: Any, loss_fn: Any) -> None:

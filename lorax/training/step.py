@@ -33,7 +33,7 @@ from lorax_kernels import compile_kernels
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """What a step changes.
+    """The state of training that a step changes.
 
     Attributes:
         step: Optimizer steps done, int32.
@@ -114,7 +114,7 @@ class TrainStep:
 
 
 def compile_lowered(lowered: Any, options: dict[str, Any] | None = None) -> Any:
-    """Compiles a lowered step, its kernels in a thread beside the rest.
+    """Compiles a lowered step, and its kernels in a background thread.
 
     Args:
         lowered: From `lower` of a jitted function.

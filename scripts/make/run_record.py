@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = ("summary.json", "real.json")
-"""What a run has in its folder; the second is what `scripts.real.run` adds."""
+"""Files of a run; `scripts.real.run` adds the second."""
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 DATA = ROOT / "examples" / "tiny" / "data"
 VOCABULARY = 512
 ROUNDS: tuple[list[str], ...] = ([], ["train.num_train_epochs=2", "train.learning_rate=1e-3"])
-"""What each round of pre-training sets otherwise than the config; the second warms up again."""
+"""Settings of each round of pre-training that differ from the config; the second warms up again."""
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"

@@ -34,7 +34,7 @@ FILES = {
 SYSTEM = "Answer questions about building in Sweden."
 HELD_OUT_SHARE = 0.12
 ALIKE = 0.9
-"""Of two questions, how much of the letters agree, in order, where they count as the same."""
+"""Share of letters that agree, in order, from which two questions count as the same."""
 
 ATTRIBUTION = """\
 # Attribution

@@ -44,7 +44,7 @@ class Adapter(nnx.Module):
 
     @property
     def update(self) -> "Update":
-        """What the adapter adds to its layer now."""
+        """The update that the adapter adds to its layer now."""
         return Update(self.spec, self.params, self.dropout_key.get_value())
 
     def set_trains(self, trains: bool) -> None:
@@ -59,7 +59,7 @@ class Adapter(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Update:
-    """What an adapter of these values adds to the layer that it is attached to.
+    """The update that an adapter of these values adds to its layer.
 
     Attributes:
         spec: What it is.

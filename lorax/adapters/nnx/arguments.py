@@ -1,4 +1,4 @@
-"""What `apply_lora` is given: checked, and taken in the forms that people have it in."""
+"""The arguments of `apply_lora`: checked, and converted from their usual forms."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -47,7 +47,7 @@ def make_schedule(train: TrainConfig, total_steps: int) -> Schedule:
 
 
 def warmup_note(train: TrainConfig, total_steps: int) -> str | None:
-    """Says that a warm-up takes the whole run, so that the highest rate is never reached; or None.
+    """Returns a warning if the warm-up takes the whole run and the highest rate is never reached.
 
     Args:
         train: Kind of schedule, highest rate and warm-up.
