@@ -98,18 +98,20 @@ def _mark_best(axes: Axes, steps: list[int], losses: list[float]) -> None:
 def _draw_smoothed(
     axes: Axes, steps: list[int], values: list[float], color: str, label: str
 ) -> None:
-    """Draws every value thinly, and over it their moving mean."""
+    """Draws every value thinly, and over it their moving mean, where its window is whole."""
     window = len(values) // 60 * 2 + 1
     if window == 1:
         axes.plot(steps, values, ".-", color=color, linewidth=1.5, label=label)
         return
     axes.plot(steps, values, color=color, alpha=0.3, linewidth=0.8, label=f"{label}, each step")
-    smooth = _smooth(values, window)
-    axes.plot(steps, smooth, color=color, linewidth=2, label=f"{label}, mean of {window} steps")
+    whole = slice(window // 2, -(window // 2))
+    mean = _smooth(values, window)[whole]
+    label = f"{label}, mean of {window} steps"
+    axes.plot(steps[whole], mean, color=color, linewidth=2, label=label)
 
 
 def _smooth(values: Sequence[float], window: int) -> list[float]:
-    """Mean over a centred window, narrower towards both ends so that it never lags; skips NaN."""
+    """Returns means over a centred window, narrower towards both ends; NaN is skipped."""
     finite = [value if math.isfinite(value) else 0.0 for value in values]
     totals = [0.0, *itertools.accumulate(finite)]
     counts = [0, *itertools.accumulate(map(math.isfinite, values))]
