@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from lorax.cli.common import DTYPES, note
-from lorax.interop.adapter_base import BaseModel, choose_base, recorded_base
+from lorax.interop.adapter_base import BaseModel, choose_base, recorded_base, resolve_recorded
 from lorax.interop.adapter_tokenizer import FoundTokenizer, find_tokenizer, tokenizer_files
 from lorax.interop.export import export_model
 from lorax.interop.folder import expand, resolve_checkpoint
@@ -54,8 +54,10 @@ def _export(parsed, console: Console) -> None:
     owner = run or run_of(adapter)
     if parsed.format == "merged" and owner is not None:
         _tell_owner(owner, run, tell)
-    key = "--base" if parsed.base else str(where)
-    base = resolve_checkpoint(chosen.name, chosen.revision, key=key)
+    if parsed.base:
+        base = resolve_checkpoint(chosen.name, chosen.revision, key="--base")
+    else:
+        base = resolve_recorded(chosen, where, "pass its folder with --base")
     for text in input_notes(load_hf_config(base), str(adapter), trains=False):
         tell(text)
     found = _find_tokenizer(parsed.format, base, adapter, owner, tell)

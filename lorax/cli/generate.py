@@ -12,7 +12,7 @@ from rich.console import Console
 from lorax.cli.common import DTYPES, note
 from lorax.generation.generate import generate
 from lorax.generation.sampling import option_problems
-from lorax.interop.adapter_base import BaseModel, choose_base, recorded_base
+from lorax.interop.adapter_base import BaseModel, choose_base, recorded_base, resolve_recorded
 from lorax.interop.adapter_tokenizer import find_tokenizer
 from lorax.interop.folder import CONFIG_FILE, expand, resolve_checkpoint
 from lorax.interop.load import find_stored_dtype, load_hf_config, load_model
@@ -225,8 +225,13 @@ def _find_source(parsed) -> _Source:
         owner = run_of(Path(adapter)) or (owner if run is None else None)
     if owner is not None and (missing := owner.missing_record()):
         tell(missing)
-    key = "MODEL" if run is None else str(run.folder / RUN_FILE)
-    return _Source(resolve_checkpoint(chosen.name, chosen.revision, key=key), adapter, owner)
+    if run is None or adapter is None:
+        key = "MODEL" if run is None else str(run.folder / RUN_FILE)
+        base = resolve_checkpoint(chosen.name, chosen.revision, key=key)
+    else:
+        remedy = f"pass its folder in the place of the run's, with --adapter {adapter}"
+        base = resolve_recorded(chosen, run.folder / RUN_FILE, remedy)
+    return _Source(base, adapter, owner)
 
 
 def _base_of_run(run: SavedRun, revision: str | None, tell) -> BaseModel:

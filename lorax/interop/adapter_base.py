@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lorax.config.run import RunConfig
+from lorax.interop.folder import CheckpointError, resolve_checkpoint
 from lorax.interop.peft_config import AdapterError, read_base_name
 
 
@@ -62,6 +63,23 @@ def choose_base(
     if not same or chosen.revision != recorded.revision:
         tell(f"the base is {chosen}, as asked; {where} names {recorded}")
     return chosen
+
+
+def resolve_recorded(base: BaseModel, where: str | Path, remedy: str) -> Path:
+    """Returns the folder of a base that a file records, fetching it if needed.
+
+    Args:
+        base: The base.
+        where: The file that records it.
+        remedy: How to name another folder, for the error.
+
+    Raises:
+        CheckpointError: As `resolve_checkpoint`, with the remedy.
+    """
+    try:
+        return resolve_checkpoint(base.name, base.revision, key=str(where))
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}. If the base lies elsewhere, {remedy}") from error
 
 
 def with_recorded_revision(config: RunConfig, tell: Callable[[str], object]) -> RunConfig:

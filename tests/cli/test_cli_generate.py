@@ -2,12 +2,14 @@
 
 import io
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from lorax.cli.main import main
 from tests.cli.runs import MODEL, PROMPT
 
 pytestmark = pytest.mark.slow
@@ -19,6 +21,29 @@ def test_a_run_generates_with_its_adapter(trained, monkeypatch, lorax_prints):
     adapted = lorax_prints("generate", MODEL, "--adapter", trained / "adapter", *prompt)
     assert lorax_prints("generate", trained, *prompt) == adapted
     assert plain.strip() and plain != adapted  # three steps at a rate of 0.03 change the answer
+
+
+def test_a_base_that_was_moved_is_named_by_the_remedy(trained, tmp_path, lorax_prints, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    settings = (run / "config.yaml").read_text(encoding="utf-8")
+    assert str(MODEL) in settings
+    moved = settings.replace(str(MODEL), "./was/here")
+    (run / "config.yaml").write_text(moved, encoding="utf-8")
+    prompt = ("--prompt", PROMPT, "--max-new-tokens", "4", "--dtype", "float32")
+    for command, remedy in (
+        (("generate", run, *prompt), f"in the place of the run's, with --adapter {run}/adapter"),
+        (("export", run, "--format", "peft", "--out", tmp_path / "a"), "folder with --base"),
+    ):
+        assert main([str(word) for word in command]) == 2
+        said = capsys.readouterr().err
+        assert f"config.yaml: ./was/here: no such folder in {Path.cwd()}" in said
+        assert remedy in said
+    adapted = lorax_prints("generate", trained, *prompt)
+    assert lorax_prints("generate", MODEL, "--adapter", run / "adapter", *prompt) == adapted
+    words = ("export", run, "--format", "peft", "--out", tmp_path / "b", "--base", MODEL)
+    assert main([str(word) for word in words]) == 0
+    assert (tmp_path / "b" / "adapter_model.safetensors").is_file()
 
 
 def test_the_shipped_model_answers_every_prompt_alone_as_together(lorax_prints):
