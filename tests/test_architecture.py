@@ -58,7 +58,7 @@ LONG_FUNCTIONS = {
         "each gradient needs what the one before left",
     ),
     "lorax_kernels.cross_entropy._kernel": (58, _KERNEL),
-    "lorax.objectives.linear_loss.linear_cross_entropy": (83, "loss and gradient in one pass"),
+    "lorax.objectives.linear_loss.linear_cross_entropy": (84, "loss and gradient in one pass"),
     "lorax.models.stack.offload.run_in_order": (60, "both passes of one custom_vjp"),
     "lorax.runs.run._run": (60, _ROAD),
     "scripts.bench.step.main": (88, _ROAD),

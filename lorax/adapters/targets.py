@@ -129,8 +129,8 @@ def nearest(entry: str, names: Iterable[str], listed: str | Iterable[str] = ()) 
     Args:
         entry: What matches nothing.
         names: Of the model's modules.
-        listed: Entries beside it; what they match already was not meant by this one. A text is a
-            regular expression, which has none beside it.
+        listed: The other entries; what they match already was not meant by this one. A text is
+            a regular expression, which has no others.
     """
     parts = 2 if "." in entry.strip(".*") else 1
     suffixes = sorted({".".join(n.split(".")[-parts:]) for n in names})

@@ -32,7 +32,7 @@ exit status:
 
 _COMPLETION = """\
 Completion of commands, options and files, for bash (or zsh, fish, tcsh, powershell):
-  lorax --print-completion bash > ~/.local/share/bash-completion/completions/lorax
+  eval "$(lorax --print-completion bash)"     # a line for ~/.bashrc
 """
 
 
@@ -132,7 +132,7 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentP
             "Check a config, its data, its targets and the files of the weights.",
         ),
         add("inspect", inspect, "Show the adapted modules and rendered rows with their loss mask."),
-        add("plan", plan, "Say what memory and time a step needs; reads no weights and no data."),
+        add("plan", plan, "Predict memory and time of a step; reads no weights and no data."),
     ):
         _add_settings(command)
     add_generate(add)

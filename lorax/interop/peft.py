@@ -15,7 +15,12 @@ from flax import nnx
 from lorax.adapters.lora import LORA
 from lorax.adapters.method import Shape
 from lorax.adapters.nnx.apply import apply_lora
-from lorax.adapters.nnx.tree import adapted_layers, named_modules, tied_modules
+from lorax.adapters.nnx.tree import (
+    adapted_layers,
+    layers_with_adapters,
+    named_modules,
+    tied_modules,
+)
 from lorax.adapters.targets import TargetError, match_targets
 from lorax.config.adapter import LoraConfig
 from lorax.interop.peft_config import CONFIG_FILE, AdapterError, read_adapter_config
@@ -199,6 +204,11 @@ def load_adapter[M: nnx.Module](model: M, directory: str | Path) -> M:
     """
     check_kind("model", model, nnx.Module, "an nnx.Module with the base weights")
     check_kind("directory", directory, (str, os.PathLike), "the path of an adapter's folder")
+    if layers_with_adapters(model):
+        raise AdapterError(
+            f"{directory}: the model carries adapters already: load into a fresh base, or "
+            "unload_lora the model first (merge_lora would leave them in its weights)"
+        )
     directory = Path(directory)
     config = read_adapter_config(directory)
     try:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from lorax.devices.mesh import ROW_AXES
+from lorax.devices.mesh import ROW_AXES, refuse_explicit_axes
 from lorax_kernels import (
     IGNORED,
     Kernels,
@@ -49,9 +49,10 @@ def linear_cross_entropy(
         kernels: As in `token_nll_and_gradient`.
 
     Raises:
-        ValueError: If shapes disagree, labels are no integers, a setting has the wrong sign, or
-            `kernels` is no such name.
+        ValueError: If shapes disagree, axes of the mesh are Explicit, labels are no integers, a
+            setting has the wrong sign, or `kernels` is no such name.
     """
+    refuse_explicit_axes(hidden)
     if hidden.ndim != 3 or labels.shape != hidden.shape[:2]:
         got = f"{hidden.shape} and {labels.shape}"
         raise ValueError(f"need hidden (b, t, d) and labels (b, t), got {got}")

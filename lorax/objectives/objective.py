@@ -116,11 +116,21 @@ def checked(loss_fn: Callable[..., Any]) -> Callable[..., Terms]:
         raise ValueError(
             "loss_fn must return (sum of losses, count), two scalars, so that micro-batches can be "
             "weighted exactly: `return (nll * mask).sum(), mask.sum()`; a third value may be a "
-            f"dict of further sums, each one scalar; got {found}"
+            f"dict of further sums, each one scalar; got {_describe(found)}"
         )
 
     return check
 
 
+def _describe(found: Any) -> str:
+    """Returns the kinds and shapes of what a loss function has returned."""
+    if isinstance(found, tuple):
+        return f"({', '.join(map(_describe, found))})"
+    if isinstance(found, Mapping):
+        return f"{{{', '.join(f'{name!r}: {_describe(value)}' for name, value in found.items())}}}"
+    shape = getattr(found, "shape", None)
+    return type(found).__name__ if shape is None else f"{found.dtype}{list(shape)}"
+
+
 def _are_scalars(values: Any) -> bool:
-    return all(jnp.shape(value) == () for value in values)
+    return all(value is not None and jnp.shape(value) == () for value in values)

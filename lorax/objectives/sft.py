@@ -14,6 +14,9 @@ from lorax.objectives.linear_loss import linear_cross_entropy
 from lorax.objectives.objective import Batch, LossFunction, Terms, checked
 from lorax_kernels import IGNORED
 
+READ = frozenset({"input_ids", "labels", "positions", "segment_ids", "inputs_embeds"})
+"""The keys of a batch that the loss reads."""
+
 
 def causal_lm_loss(model: Any, batch: Batch) -> tuple[Float[Array, ""], Int[Array, ""]]:
     """Returns (Σ nll, supervised tokens) of a micro-batch under one of `lorax.models`.
@@ -25,8 +28,19 @@ def causal_lm_loss(model: Any, batch: Batch) -> tuple[Float[Array, ""], Int[Arra
             ``inputs_embeds``, rows × sequence × d, where the model's embedding is not to be read.
 
     Raises:
-        ValueError: If ``input_ids`` has another number of axes.
+        ValueError: If ``input_ids`` has another number of axes, or the batch lacks a key or has
+            another one.
     """
+    if missing := sorted({"input_ids", "labels"} - set(batch)):
+        raise ValueError(
+            f"the batch lacks {' and '.join(missing)}: this loss is the next token's. For another "
+            "model, pass its own as make_train_step(model, optimizer, loss_fn)"
+        )
+    if unread := sorted(set(batch) - READ):
+        raise ValueError(
+            f"the batch holds {', '.join(unread)}, which this loss does not read: leave it out. "
+            f"Pad on the right, with the label {IGNORED} where nothing is learned"
+        )
     if len(shape := batch["input_ids"].shape) != 2:
         raise ValueError(
             f"input_ids of a micro-batch must be rows × sequence, got the shape {shape}; the batch "

@@ -135,7 +135,7 @@ def refuse_other_run(
 
 
 def _explain_ways(where: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    """Says what to do with a run that is asked to be another one."""
+    """Returns what to do with a run that is asked to be another one."""
     saved = sorted((Path(where) / WEIGHTS_FOLDER).glob("step-*"))
     begins = "begin another run: save.output_dir=FOLDER"
     if saved:

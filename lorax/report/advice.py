@@ -17,8 +17,14 @@ from lorax.report.log import METRICS_FILE, read_metrics
 FEWEST_STEPS = 20
 """Shorter runs get no advice."""
 
+_FEWEST_LINES = 5
+"""Logged steps that are compared, the last fifth with the first."""
+
 FALLEN = 0.97
 """A loss has fallen if it is at most this share of its first value."""
+
+_CLEARLY = 0.9
+"""As `FALLEN`, of training losses, which differ from batch to batch."""
 
 LOWEST = 0.1
 """Nats per token: a run that starts below has little to learn."""
@@ -48,7 +54,8 @@ def advise(config: RunConfig, run: Path, architecture: DecoderConfig) -> tuple[s
         return ()
     train = _numbers(records, "loss")
     held_out = _numbers(records, "eval_loss")
-    if len(train) < FEWEST_STEPS or min([train[0], *held_out[:1]]) < LOWEST:
+    is_short = len(train) < _FEWEST_LINES or records[-1]["step"] < FEWEST_STEPS
+    if is_short or min([train[0], *held_out[:1]]) < LOWEST:
         return ()
     fifth = len(train) // 5
     first = math.fsum(train[:fifth]) / fifth
@@ -74,7 +81,8 @@ def advise(config: RunConfig, run: Path, architecture: DecoderConfig) -> tuple[s
         what = f"the training loss did not fall ({first:.4f} → {last:.4f})"
     else:
         return ()
-    if last > first / FALLEN:
+    worse = end > start / FALLEN if len(held_out) > 1 else last > first / _CLEARLY
+    if worse:
         return (f"{what}, and training made it worse: try {_rate(config, 1 / 3)}",)
     return (f"{what}. Try, one by one: {'; '.join(list_remedies(config, architecture))}",)
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from lorax.layers.linear import Frozen
 from lorax.report.overview import module_rows
 from lorax.report.screen import ModuleRow, print_modules
+from lorax.system.arguments import check_kind
 
 _WIDTH = 100
 
@@ -43,7 +44,10 @@ class TrainableParameters:
     @override
     def __str__(self) -> str:
         text = io.StringIO()
-        console = Console(file=text, width=_WIDTH)
+        width = _WIDTH + max((len(row.name) for row in self.modules), default=0)
+        console = Console(
+            file=text, width=width, color_system=None, force_terminal=False, force_jupyter=False
+        )
         if self.modules:
             print_modules(console, self.modules, None)
         if self.others:
@@ -60,6 +64,7 @@ def trainable_parameters(model: nnx.Module) -> TrainableParameters:
     Args:
         model: Any NNX model; its arrays may be shapes, as of `nnx.eval_shape`.
     """
+    check_kind("model", model, nnx.Module, "an nnx.Module")
     rows = tuple(module_rows(model))
     trained = _count(nnx.state(model, nnx.Param))
     frozen = _count(nnx.state(model, Frozen))

@@ -78,7 +78,7 @@ class SavedRun:
         )
 
     def missing_record(self) -> str | None:
-        """Says what is not known of a run of an older version; None if all is."""
+        """Returns what is not known of a run of an older version; None if all is."""
         if self.stop_ids is not None:
             return None
         return (
@@ -88,7 +88,7 @@ class SavedRun:
         )
 
     def missing_kinds(self) -> str | None:
-        """Says what follows for a prompt where an older version recorded no rows; else None."""
+        """Returns what follows for a prompt where an older version recorded no rows; else None."""
         if self.row_kinds is not None:
             return None
         return (
@@ -133,7 +133,7 @@ def find_run(output: Path, resume: Resume) -> bool:
 
 
 def _where_else(output: Path) -> str:
-    """Says what to do where no run was found."""
+    """Returns what to do where no run was found."""
     if output.is_absolute():
         return (
             ": set save.output_dir to the folder of one, or leave out --resume to begin one there"

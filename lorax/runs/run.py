@@ -213,7 +213,7 @@ def _report(setup: Setup, console: Console) -> None:
 
 
 def _companions(setup: Setup) -> dict[str, Any]:
-    """Returns what stands beside whole weights that the trainer writes."""
+    """Returns the files that accompany whole weights that the trainer writes."""
     files = companion_files(
         setup.blueprint.folder,
         chat_template=setup.chat_template,

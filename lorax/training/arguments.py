@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import AxisType
 
-from lorax.adapters.nnx.tree import adapted_layers, named_modules
+from lorax.adapters.nnx.tree import adapted_layers, named_modules, split_trainable
 from lorax.config.run import RunConfig
 from lorax.data.dataset import EncodedDataset
 from lorax.system.arguments import check_kind
@@ -17,6 +16,9 @@ from lorax.system.wording import clip
 
 _SMALLEST = 0.01
 """Least ratio of an update of B at 0 to one of B at 1: Adam's is 1, Adafactor's 0.001."""
+
+_MOST_STEPS = 100
+"""Steps of an optimizer that are tried until one updates something."""
 
 
 def check_arguments(model: Any, optimizer: Any, loss_fn: Any) -> None:
@@ -38,7 +40,7 @@ def check_arguments(model: Any, optimizer: Any, loss_fn: Any) -> None:
             f"{clip(repr(loss_fn))}; the order is make_train_step(model, optimizer, loss_fn)"
         )
     if adapted_layers(model):
-        _refuse_scaled_by_size(optimizer)
+        _refuse_scaled_by_size(optimizer, model)
 
 
 def refuse_untrainable(model: nnx.Module) -> None:
@@ -100,40 +102,60 @@ def check_batch(batch: Any) -> None:
         raise ValueError(f"every array needs as many micro-batches on its first axis, got {sizes}")
     here = jax.sharding.get_abstract_mesh()
     for name, x in arrays.items():
-        there = jax.typeof(x).sharding.mesh
-        if AxisType.Explicit in there.axis_types and not here.empty and there != here:
+        sharding = jax.typeof(x).sharding
+        if not (sharding.mesh.empty or here.empty) and sharding.mesh != here:
             raise ValueError(
-                f"{name} lies on a mesh with axes of the type Explicit, {there}, and the step on "
-                f"{here}: give make_train_step the mesh of the batch"
+                f"{name} lies on another mesh than the step: {sharding.mesh}, and {here}. Give "
+                "make_train_step the mesh of the batch"
+            )
+        if sharding.spec[:1] not in ((), (None,)):
+            raise ValueError(
+                f"{name} has its micro-batches divided, by {sharding.spec}: divide the rows, as by "
+                "PartitionSpec(None, 'data')"
             )
 
 
-def _refuse_scaled_by_size(optimizer: optax.GradientTransformation) -> None:
+def _refuse_scaled_by_size(optimizer: optax.GradientTransformation, model: nnx.Module) -> None:
     """Refuses an optimizer whose updates grow with the parameter: B, which is zero, would stall.
 
-    It is asked for the updates of two parameters that differ in size alone. One that takes no
-    parameters but the model's own, as with a mask by name, is not asked.
+    It updates parameters that differ in size alone: a single B, or, where the optimizer knows the
+    model's parameters by name, small ones in their places.
     """
-    gradients = {"lora_b": jnp.ones((2, 2))}
-
-    def moved(value: float) -> float:
-        params = {"lora_b": jnp.full((2, 2), value)}
-        state = optimizer.init(params)
-        total = 0.0
-        for _ in range(3):  # the first rate of a warm-up is 0
-            updates, state = optimizer.update(gradients, state, params)
-            total += float(optax.tree.norm(updates))
-        return total
-
-    try:
-        with jax.numpy_dtype_promotion("standard"):  # optax needs it
-            zero = moved(0.0)
-            one = moved(1.0)
-    except Exception:
-        return
-    if zero < _SMALLEST * one:
+    with jax.numpy_dtype_promotion("standard"):  # optax needs it
+        try:
+            ratio = _update_ratio(optimizer, {"lora_b": jnp.ones((2, 2))})
+        except (KeyError, TypeError, ValueError):
+            _, trainable, _ = split_trainable(model)
+            small = jax.tree.map(lambda x: jnp.ones((2,) * x.ndim, x.dtype), trainable)
+            ratio = _update_ratio(optimizer, small)
+    if ratio < _SMALLEST:
         raise ValueError(
             "the optimizer scales its updates by the size of each parameter, and a LoRA's B starts "
-            f"at zero: its updates there are {zero / one:.1e} of those at 1, and training would "
-            "stall. With Adafactor, pass optax.adafactor(…, multiply_by_parameter_scale=False)"
+            f"at zero: its updates there are {ratio:.1e} of those at 1, and training would stall. "
+            "Leave out what scales them, such as adaptive_grad_clip; with Adafactor, pass "
+            "optax.adafactor(…, multiply_by_parameter_scale=False)"
         )
+
+
+def _update_ratio(optimizer: optax.GradientTransformation, ones: Any) -> float:
+    """Returns the least ratio of a B's update at zero to its update at 1; 1 if none updates it.
+
+    The first steps may update nothing, in a warm-up or while `optax.MultiSteps` gathers.
+    """
+
+    @jax.jit
+    def update(params, state):
+        updates, state = optimizer.update(ones, state, params)
+        paths = jax.tree_util.tree_leaves_with_path(updates)
+        sizes = [jnp.abs(x).sum() for path, x in paths if "lora_b" in jax.tree_util.keystr(path)]
+        return jnp.stack(sizes), state
+
+    zeros = jax.tree.map(jnp.zeros_like, ones)
+    states = optimizer.init(zeros), optimizer.init(ones)
+    for _ in range(_MOST_STEPS):
+        (at_zero, first), (at_one, second) = map(update, (zeros, ones), states)
+        states = first, second
+        moved = at_one > 0
+        if moved.any():
+            return float(jnp.where(moved, at_zero / jnp.where(moved, at_one, 1), 1).min())
+    return 1.0

@@ -15,13 +15,14 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from lorax.adapters.nnx.apply import set_dropout_key
-from lorax.adapters.nnx.tree import split_trainable
+from lorax.adapters.nnx.tree import layers_with_adapters, split_trainable
 from lorax.devices.determinism import compiler_options, repeatable_attention
 from lorax.devices.placement import place_parameters, placed_shapes
 from lorax.devices.specs import parts_of
 from lorax.objectives.objective import RESERVED, Batch, LossFunction, Objective, Terms
 from lorax.objectives.objectives import as_objective
 from lorax.objectives.sft import SFT
+from lorax.system.arguments import check_kind
 from lorax.system.threads import TRACING, in_background
 from lorax.system.wording import describe
 from lorax.training.accumulate import accumulate_terms
@@ -62,7 +63,8 @@ class TrainStep:
         frozen: The weights that no step changes, passed to every call.
         mesh: Where the arrays are; the kernels are divided along its axes.
         full_determinism: Whether it was made to come to the same bits every time.
-        figures: What it reports besides `RESERVED`.
+        figures: The objective's metrics besides `RESERVED`; a loss function's own are not known
+            before its first step.
     """
 
     compiled: Any
@@ -73,7 +75,7 @@ class TrainStep:
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """The names of all that it tells."""
+        """The names of the metrics, without those of a loss function's own."""
         return (*RESERVED, *self.figures)
 
     def __call__(self, state: TrainState, batch: Batch):
@@ -86,6 +88,7 @@ class TrainStep:
             ValueError: If an earlier call has consumed the state, or an array of the batch is not
                 (micro-batches, rows, …).
         """
+        check_kind("state", state, TrainState, "the TrainState, and the batch comes second")
         if state.step.is_deleted():
             raise ValueError(
                 "the state was donated to an earlier call of the step: pass the state that it "
@@ -202,7 +205,7 @@ def build_step(
     refuse_untrainable(model)
     graph, trainable, frozen = split_trainable(model)
     if not jax.tree.leaves(trainable):
-        raise ValueError("the model has no nnx.Param: nothing would train. apply_lora it first")
+        raise ValueError(f"nothing would train: {_why_untrained(model)}")
     begin = functools.partial(_begin, optimizer)
     if mesh is not None:  # else each array stays where it is, which a compiled function may change
         begin = jax.jit(begin)
@@ -272,6 +275,12 @@ def make_abstract_step(
     state = placed_shapes(state, mesh, parts)
     frozen = placed_shapes(frozen, mesh, parts)
     return dataclasses.replace(found[0], frozen=frozen, mesh=mesh), state
+
+
+def _why_untrained(model: nnx.Module) -> str:
+    if layers_with_adapters(model):
+        return "no adapter is active. Choose one with lorax.use_adapter(model, name)"
+    return "the model has no nnx.Param. apply_lora it first"
 
 
 def _begin(optimizer: optax.GradientTransformation, trainable: Any) -> tuple[Any, Any]:

@@ -1,4 +1,4 @@
-"""Draws the loss curves of one batch split in five ways, and of the mean of means beside them.
+"""Draws the loss curves of one batch split in five ways, and of the mean of means.
 
     python -m scripts.make.accumulation_figure
 

@@ -159,7 +159,7 @@ def compare_logits(
 def print_distances(distances: dict[str, float], bound: float) -> None:
     """Prints how far each model is from the trained one."""
     print(
-        f"\nlogits on these chats, beside those of the trained model in lorax (accepted "
+        f"\nlogits on these chats, compared with the trained model's in lorax (accepted "
         f"{bound:.0e}; the base model's differ by {distances['base']:.2f})\n"
         f"  adapter in PEFT              differ by {distances['peft']:.1e}\n"
         f"  merged model in transformers differ by {distances['merged']:.1e}"

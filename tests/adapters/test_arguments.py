@@ -129,8 +129,15 @@ def test_all_linear_leaves_out_a_classifier_s_head_and_says_so():
     with pytest.raises(TargetError, match=r"head: rank must be in \[1, 3\]"):
         apply_lora(Classifier(), LoraConfig(r=4, target_modules=("head",)), rngs=0)
     layers = nnx.Sequential(nnx.Linear(8, 8, rngs=nnx.Rngs(0)), nnx.Linear(8, 3, rngs=nnx.Rngs(1)))
-    with pytest.raises(TargetError, match=r"layers\.1: rank must be in \[1, 3\]"):
-        apply_lora(layers, LoraConfig(r=4), rngs=0)  # no head, but one layer of many
+    with pytest.warns(UserWarning, match=r"leaves out layers\.1 \(rank 4\)"):
+        assert list(adapted_layers(apply_lora(layers, LoraConfig(r=4), rngs=0))) == ["layers.0"]
+
+    class Stack(nnx.Module):
+        def __init__(self):
+            self.blocks = nnx.List([layers])
+
+    with pytest.raises(TargetError, match=r"blocks\.0\.layers\.1: rank must be in \[1, 3\]"):
+        apply_lora(Stack(), LoraConfig(r=4), rngs=0)  # no head, but a layer of each block
 
 
 def test_layers_that_are_not_found_are_found_by_the_name_of_their_list():

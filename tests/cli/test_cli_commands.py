@@ -80,6 +80,16 @@ def test_inspect_shows_settings_rows_with_their_mask_and_modules(here, lorax_pri
     assert not (here / "run").exists()
 
 
+@pytest.mark.parametrize("verbose", [True, False])
+def test_train_shows_all_settings_when_asked(here, monkeypatch, verbose):
+    asked = []
+    monkeypatch.setattr(
+        "lorax.cli.train.run_training", lambda *_, verbose, **__: asked.append(verbose)
+    )
+    assert main(["train", "run.yaml", *(["--verbose"] if verbose else [])]) == 0
+    assert asked == [verbose]
+
+
 def test_a_run_leaves_its_config_versions_and_card(trained):
     names = {path.name for path in trained.iterdir()}
     assert names == {

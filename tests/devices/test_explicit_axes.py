@@ -74,10 +74,27 @@ def test_a_loop_of_one_s_own_runs_on_explicit_axes(net):
 
 
 def test_a_batch_on_another_mesh_than_the_step_is_refused(net):
-    step, state = lorax.make_train_step(net, optax.sgd(0.1), squares, mesh=make_mesh(2))
-    batch = on(jax.make_mesh((2,), ("data",)), {"x": X, "y": X})
-    with pytest.raises(ValueError, match=r"batch\['x'\] lies on a mesh .*the mesh of the batch"):
+    explicit = jax.make_mesh((2,), ("data",))
+    for mine, other in ((make_mesh(2), explicit), (explicit, make_mesh(2))):
+        step, state = lorax.make_train_step(net, optax.sgd(0.1), squares, mesh=mine)
+        with pytest.raises(ValueError, match=r"batch\['x'\] lies on another mesh .*of the batch"):
+            step(state, on(other, {"x": X, "y": X}))
+
+
+def test_micro_batches_that_are_divided_are_refused(net):
+    mesh = jax.make_mesh((2,), ("data",))
+    step, state = lorax.make_train_step(net, optax.sgd(0.1), squares, mesh=mesh)
+    batch = jax.device_put({"x": X, "y": X}, NamedSharding(mesh, PartitionSpec("data")))
+    with pytest.raises(ValueError, match=r"has its micro-batches divided.*Spec\(None, 'data'\)"):
         step(state, batch)
+
+
+def test_the_loss_of_a_head_names_the_mesh_that_it_needs():
+    mesh = jax.make_mesh((2,), ("data",))
+    head = nnx.Linear(8, 16, rngs=nnx.Rngs(0))
+    hidden = jax.device_put(X, NamedSharding(mesh, PartitionSpec("data")))
+    with pytest.raises(ValueError, match=r"have JAX's type Explicit"):
+        lorax.linear_cross_entropy(head, hidden, jnp.ones((2, 8), jnp.int32))
 
 
 def test_the_stock_models_name_the_mesh_that_they_need():

@@ -44,6 +44,23 @@ def test_the_table_has_no_name_twice_and_no_figure_that_cannot_be():
     assert gpu_of("NVIDIA A100-SXM4-40GB MIG 1g.5gb") is None and gpu_of("cpu") is None
 
 
+@pytest.mark.parametrize(
+    "name, gb, tflops, tb_per_s",
+    [
+        ("h200", 141, 989.5, 4.8),  # NVIDIA's data sheets; TFLOP/s are half of those with sparsity
+        ("h100", 80, 989.5, 3.35),
+        ("h100-pcie", 80, 756.5, 2.0),
+        ("a100", 80, 312.0, 2.0),
+        ("l40s", 48, 362.05, 0.864),
+        ("l4", 24, 121.0, 0.3),
+        ("4090", 24, 165.2, 1.008),
+    ],
+)
+def test_the_figures_are_those_of_the_data_sheets(name, gb, tflops, tb_per_s):
+    gpu = find_gpu(name)
+    assert (gpu.gb, gpu.tflops, gpu.tb_per_s) == (gb, tflops, tb_per_s)
+
+
 @functools.cache
 def usual() -> Planner:
     return make_planner(num_hidden_layers=8)

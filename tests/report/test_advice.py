@@ -72,6 +72,26 @@ def test_a_flat_loss_names_what_to_try(advice, held_out):
         assert setting in said
 
 
+def test_losses_that_differ_from_batch_to_batch_do_not_ask_for_a_lower_rate(advice):
+    noisy = [3.0] * 32 + [3.2] * 8  # 7 % above the first ones
+    for held_out in ([3.0, 2.999], []):
+        said = advice(noisy, held_out)
+        assert "did not fall" in said and "learning_rate=6.0e-04" in said
+        assert "made it worse" not in said
+    assert "made it worse: try train.learning_rate=6.7e-05" in advice(noisy, [3.0, 3.2])
+
+
+def test_a_run_that_logged_few_of_its_steps_is_advised_by_them(settings, tmp_path):
+    def advised(steps):
+        rows = [{"step": step, "loss": 3.0} for step in steps]
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+        config = settings()
+        return advise(config, tmp_path, Blueprint.of(config).architecture)
+
+    assert advised(range(10, 160, 10))
+    assert not advised(range(1, 20)) and not advised((10, 20, 30, 40))
+
+
 def test_a_held_out_loss_that_rose_alone_is_not_called_flat(advice):
     said = advice(FALLING, [3, 3.5])
     assert "learned by heart" in said and "learning_rate" not in said

@@ -1,4 +1,4 @@
-"""`make real`: how its data are divided; its whole road with the demo's model and a few rows."""
+"""`make real`: how its data are divided; all of its steps with the demo's model and a few rows."""
 
 import hashlib
 import json
@@ -85,6 +85,22 @@ def test_a_question_and_its_translation_fall_on_the_same_side(tmp_path):
     system, user, assistant = sides["train.jsonl"][0]
     assert [m["role"] for m in (system, user, assistant)] == ["system", "user", "assistant"]
     assert assistant["content"] == user["content"][::-1]
+
+
+def test_questions_that_ask_the_same_fall_on_the_same_side(tmp_path):
+    def edition(letter):
+        """Each question stands twice, under two ids, with a full stop the second time."""
+        rows = many(letter)["questions"]
+        again = [{**row, "id": f"{row['id']}-again", "q": f"{row['q']}."} for row in rows]
+        return {"_meta": META, "questions": [*rows, *again]}
+
+    data.write([edition("sv"), edition("en")], tmp_path)
+    held_out = {chat[1]["content"] for chat in chats_in(tmp_path, "held_out.jsonl")}
+    trained = {chat[1]["content"] for chat in chats_in(tmp_path, "train.jsonl")}
+    assert len(held_out) > 10
+    assert {question.rstrip(".") for question in held_out}.isdisjoint(
+        question.rstrip(".") for question in trained
+    )
 
 
 def test_the_side_depends_on_the_question_alone(tmp_path):

@@ -96,6 +96,38 @@ def test_a_state_that_was_donated_is_refused_with_what_to_pass(net):
         lorax.merge_state(third, net)
 
 
+def test_adapters_that_are_inactive_or_merged_name_what_to_do(net):
+    model = nnx.clone(net)
+    lorax.use_adapter(model, None)
+    with pytest.raises(ValueError, match=r"no adapter is active\. Choose one with lorax\.use_adap"):
+        lorax.make_train_step(model, SGD, squares)
+    with pytest.raises(ValueError, match=r"no adapter is active: choose one with lorax\.use_adapt"):
+        lorax.merge_lora(model)
+    lorax.use_adapter(model, "default")  # the remedy
+    lorax.make_train_step(model, SGD, squares)
+    merged = lorax.merge_lora(net, keep_adapters=True)
+    with pytest.raises(ValueError, match=r"first is merged already; unmerge_lora the model first"):
+        lorax.merge_lora(merged)
+    with pytest.raises(ValueError, match=r"unmerge_lora and then merge_lora it first"):
+        lorax.apply_lora(merged, lorax.LoraConfig(r=2), rngs=0)
+    plain = lorax.merge_lora(lorax.unmerge_lora(merged))  # the remedy
+    lorax.apply_lora(plain, lorax.LoraConfig(r=2), rngs=0)
+
+
+def test_a_batch_holds_what_the_loss_reads_and_nothing_else(model):
+    step, state = lorax.make_train_step(model, SGD)
+    ids = jnp.ones((1, 2, 8), jnp.int32)
+    for batch, said in (
+        ({"input_ids": ids, "labels": ids, "attention_mask": ids}, r"holds attention_mask, which"),
+        ({"input_ids": ids}, r"lacks labels: .* make_train_step\(model, optimizer, loss_fn\)"),
+        ({"x": ids}, r"the batch lacks input_ids and labels"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            step(state, batch)
+    with pytest.raises(TypeError, match=r"state must be the TrainState, and the batch comes sec"):
+        step({"input_ids": ids}, state)
+
+
 def test_arguments_in_another_order_are_refused(net):
     for arguments, said in (
         ((net, 1e-3, squares), r"optimizer must be an optax transformation.*got 0\.001"),
@@ -163,6 +195,31 @@ def test_an_optimizer_that_would_leave_b_at_zero_is_refused(net, scaled):
     assert np.abs(after.first.adapter.lora_b[...]).max() > 0.05
 
 
+def by_the_models_own_tree(net, optimizer):
+    """Returns an optimizer that takes the model's own tree alone."""
+    _, trainable, _ = lorax.split_trainable(net)
+    labels = jax.tree.map(lambda _: "all", trainable)
+    return optax.multi_transform({"all": optimizer}, labels)
+
+
+@pytest.mark.parametrize("name", ["gathered", "late", "labelled", "clipped"])
+def test_an_optimizer_that_scales_by_size_is_found_within_others(net, name):
+    adafactor = optax.adafactor(1e-2)
+    late = optax.join_schedules([optax.constant_schedule(0.0), optax.constant_schedule(1e-2)], [9])
+    optimizer = {
+        "gathered": lambda: optax.MultiSteps(adafactor, 4),
+        "late": lambda: optax.adafactor(late),
+        "labelled": lambda: by_the_models_own_tree(net, adafactor),
+        "clipped": lambda: optax.chain(optax.adaptive_grad_clip(0.01), SGD),
+    }[name]()
+    with pytest.raises(ValueError, match=r"B starts at zero.*such as adaptive_grad_clip; with Ad"):
+        check_arguments(net, optimizer, squares)
+
+
+def test_an_optimizer_by_the_models_own_tree_is_taken(net):
+    check_arguments(net, by_the_models_own_tree(net, optax.adam(1e-3)), squares)
+
+
 @pytest.mark.parametrize(
     "optimizer",
     [
@@ -172,9 +229,8 @@ def test_an_optimizer_that_would_leave_b_at_zero_is_refused(net, scaled):
         optax.multi_transform(
             {"a": optax.sgd(0.1)}, lambda tree: jax.tree.map(lambda _: "a", tree)
         ),
-        optax.masked(SGD, {"first": True}),  # takes the model's own tree alone
     ],
-    ids=["warm-up", "lamb", "lion", "labels", "mask"],
+    ids=["warm-up", "lamb", "lion", "labels"],
 )
 def test_other_optimizers_are_taken(net, optimizer):
     check_arguments(net, optimizer, squares)

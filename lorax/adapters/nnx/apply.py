@@ -35,6 +35,7 @@ from lorax.adapters.targets import (
 )
 from lorax.config.adapter import LoraConfig
 from lorax.layers.linear import Frozen, Linear
+from lorax.system.arguments import check_kind
 from lorax_kernels import Kernels, check_kernels_name, dense
 
 
@@ -45,6 +46,7 @@ def set_kernels(model: nnx.Module, kernels: Kernels) -> None:
         ValueError: If `kernels` is none of these.
     """
     check_kernels_name(kernels)
+    check_kind("model", model, nnx.Module, "an nnx.Module")
     modules: list[Any] = [model, *named_modules(model).values()]
     for module in modules:
         if getattr(module, "kernels", None) in get_args(Kernels.__value__):
@@ -75,8 +77,10 @@ def apply_lora[M: nnx.Module](
     rngs = as_rngs(rngs)
     adapted = nnx.clone(model)
     modules = named_modules(adapted)
-    if layers_with_adapters(adapted):
-        raise TargetError("the model carries adapters already; merge_lora it first")
+    if carried := layers_with_adapters(adapted):
+        merged = any(layer.merged for layer in carried.values())
+        remedy = "unmerge_lora and then merge_lora it" if merged else "merge_lora or unload_lora it"
+        raise TargetError(f"the model carries adapters already; {remedy} first")
     refuse_other_adapters(model)
     targets = targets_of(adapted, config)
     references = module_references(adapted)
@@ -144,8 +148,8 @@ def _without_narrow(targets: list[Target], modules: dict[str, nnx.Module]) -> li
 
     def is_head(target: Target) -> bool:
         shape = shape_of(modules[target.name])
-        numbered = any(part.isdigit() for part in target.name.split("."))
-        return shape is not None and shape.outputs < target.r and not numbered
+        repeated = any(part.isdigit() for part in target.name.split(".")[:-1])
+        return shape is not None and shape.outputs < target.r and not repeated
 
     narrow = [target for target in targets if is_head(target)]
     if not narrow or len(narrow) == len(targets):
@@ -183,6 +187,8 @@ def set_dropout_key(model: nnx.Module, key: Key[Array, ""]) -> None:
 
     Call it once a step with a fresh key; `make_train_step` does.
     """
+    check_kind("model", model, nnx.Module, "an nnx.Module from apply_lora")
+    check_kind("key", key, jax.Array, "a key, as of jax.random.key(0)")
     for index, layer in enumerate(adapted_layers(model).values()):
         if layer.adapter.dropout:
             layer.adapter.dropout_key = DropoutKey(jax.random.fold_in(key, index))

@@ -6,7 +6,10 @@ from flax import nnx
 from lorax.adapters.nnx.adapter import merged_kernel, unmerged_kernel
 from lorax.adapters.nnx.tree import adapted_layers, layers_with_adapters
 from lorax.layers.linear import Linear
+from lorax.system.arguments import check_kind
 from lorax_kernels import Matrix, Weight
+
+_MODEL = "an nnx.Module from apply_lora"
 
 
 def merge_lora[M: nnx.Module](model: M, *, keep_adapters: bool = False) -> M:
@@ -16,19 +19,25 @@ def merge_lora[M: nnx.Module](model: M, *, keep_adapters: bool = False) -> M:
 
     Args:
         model: A model from `apply_lora`; it stays as it was.
-        keep_adapters: Keep A and B beside the merged kernel, so that `unmerge_lora` can take the
+        keep_adapters: Keep A and B with the merged kernel, so that `unmerge_lora` can take the
             update out again; otherwise the layers have none any more.
 
     Raises:
         ValueError: If nothing is adapted, an update is not finite, or a layer is merged already.
     """
+    check_kind("model", model, nnx.Module, _MODEL)
     merged = nnx.clone(model)
     layers = adapted_layers(merged)
     if not layers:
-        raise ValueError("the model has no adapters to merge")
+        inactive = bool(layers_with_adapters(merged))
+        raise ValueError(
+            "no adapter is active: choose one with lorax.use_adapter(model, name)"
+            if inactive
+            else "the model has no adapters to merge"
+        )
     for name, layer in layers.items():
         if layer.merged:
-            raise ValueError(f"{name} is merged already")
+            raise ValueError(f"{name} is merged already; unmerge_lora the model first")
         kernel = merged_kernel(layer)
         if not bool(jnp.isfinite(kernel).all()):
             raise ValueError(f"{name}: merging gives values that are not finite")
@@ -49,6 +58,7 @@ def unmerge_lora[M: nnx.Module](model: M) -> M:
     Raises:
         ValueError: If no layer is merged.
     """
+    check_kind("model", model, nnx.Module, _MODEL)
     unmerged = nnx.clone(model)
     layers = [layer for layer in adapted_layers(unmerged).values() if layer.merged]
     if not layers:
@@ -65,6 +75,7 @@ def unload_lora[M: nnx.Module](model: M) -> M:
     Raises:
         ValueError: If a layer is merged: its base is not known any more.
     """
+    check_kind("model", model, nnx.Module, _MODEL)
     unloaded = nnx.clone(model)
     for name, layer in layers_with_adapters(unloaded).items():
         if layer.merged:
