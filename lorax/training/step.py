@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from lorax.adapters.nnx.apply import set_dropout_key
-from lorax.adapters.nnx.tree import layers_with_adapters, split_trainable
+from lorax.adapters.nnx.tree import adapted_layers, layers_with_adapters, split_trainable
 from lorax.devices.determinism import compiler_options, repeatable_attention
 from lorax.devices.placement import place_parameters, placed_shapes
 from lorax.devices.specs import parts_of
@@ -278,7 +278,7 @@ def make_abstract_step(
 
 
 def _why_untrained(model: nnx.Module) -> str:
-    if layers_with_adapters(model):
+    if layers_with_adapters(model) and not adapted_layers(model):
         return "no adapter is active. Choose one with lorax.use_adapter(model, name)"
     return "the model has no nnx.Param. apply_lora it first"
 

@@ -250,3 +250,18 @@ def trained(net, optimizer, steps=10):
         for _ in range(steps):
             state, _ = step(state, batch_of())
     return net, lorax.merge_state(net, state)
+
+
+def test_a_step_of_shapes_is_checked_too(net):
+    def build():
+        return lorax.make_train_step(Net(), SGD, squares)[1]
+
+    assert jax.eval_shape(build).step.shape == ()
+
+    def stalls():
+        return lorax.make_train_step(
+            lorax.apply_lora(Net(), lorax.LoraConfig(r=2), rngs=0), optax.adafactor(1e-2), squares
+        )[1]
+
+    with pytest.raises(ValueError, match=r"B starts at zero"):
+        jax.eval_shape(stalls)

@@ -481,7 +481,7 @@ def test_a_model_without_anything_to_train_is_refused(make_trainer, model):
     still = jax.tree.map(
         lambda v: nnx.Variable(v.get_value()), trained, is_leaf=lambda x: isinstance(x, nnx.Param)
     )
-    with pytest.raises(ValueError, match=r"no nnx.Param: nothing would train"):
+    with pytest.raises(ValueError, match=r"nothing would train: the model has no nnx.Param"):
         make_trainer(of=nnx.merge(graph, still, rest))
 
 
