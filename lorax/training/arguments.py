@@ -121,8 +121,8 @@ def _refuse_scaled_by_size(optimizer: optax.GradientTransformation, model: nnx.M
     It updates parameters that differ in size alone: a single B, or, where the optimizer knows the
     model's parameters by name, small ones in their places.
     """
-    # optax needs standard promotion; and the step may be built of shapes, where all is traced.
-    with jax.numpy_dtype_promotion("standard"), jax.ensure_compile_time_eval():
+    untraced = jax.ensure_compile_time_eval  # a step may be built of shapes, where all is traced
+    with jax.numpy_dtype_promotion("standard"), untraced():  # optax needs that promotion
         try:
             ratio = _update_ratio(optimizer, {"lora_b": jnp.ones((2, 2))})
         except (KeyError, TypeError, ValueError):
