@@ -17,6 +17,7 @@ from lorax_kernels.lora_linear import lora_linear_group as lora_linear_group
 from lorax_kernels.lora_linear import lora_mlp as lora_mlp
 from lorax_kernels.lora_linear import lora_swiglu as lora_swiglu
 from lorax_kernels.lora_linear import padded_rank as padded_rank
+from lorax_kernels.lora_linear import scale_columns as scale_columns
 from lorax_kernels.lora_linear.xla import swiglu as swiglu
 from lorax_kernels.rms_norm import rms_norm as rms_norm
 from lorax_kernels.rms_norm import rms_norm_fork as rms_norm_fork

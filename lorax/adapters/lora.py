@@ -6,25 +6,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 
-from lorax.adapters.method import Cost, FileKey, Params, Shape, Spec
-from lorax_kernels import LoraWeights, Matrix, dense, lora_linear
+from lorax.adapters.method import Parameter, Params, Spec, Start
+from lorax_kernels import LoraWeights, Matrix
 
 
 class Lora:
     """LoRA, and rsLoRA, which differs in the scale alone.
 
     A new adapter changes nothing, because B, (r, n), starts at zero. A, (k, r), is uniform in
-    ±1/√k (``init_lora_weights=True``) or normal with deviation 1/r (``"gaussian"``).
+    ±1/√k (``init_lora_weights=True``) or normal with deviation 1/r (``"gaussian"``). For an
+    embedding A starts at zero, and B is normal with deviation 1, as in PEFT.
 
     Source: Hu et al. 2021, "LoRA", §4.1, https://arxiv.org/abs/2106.09685
     """
 
     name = "lora"
-    keys: Mapping[str, FileKey] = {
-        "lora_a": FileKey("lora_A.weight", transposed=True),
-        "lora_b": FileKey("lora_B.weight", transposed=True),
+    parameters: Mapping[str, Parameter] = {
+        "lora_a": Parameter("lora_A.weight", "kr"),
+        "lora_b": Parameter("lora_B.weight", "rn"),
     }
     settings: Mapping[str, Any] = {"peft_type": "LORA", "use_dora": False}
 
@@ -32,73 +32,42 @@ class Lora:
         """See `Method`."""
         return True
 
+    def obstacle(self, kind: str, has_bias: bool) -> str | None:
+        """See `Method`."""
+        return None
+
     def identity(self, spec: Spec) -> str:
         """See `Method`."""
         return f"{spec.r} {spec.scale!r} {spec.dropout!r}"
 
-    def shapes(self, shape: Shape, spec: Spec) -> dict[str, tuple[int, ...]]:
+    def start(self, spec: Spec, w: Matrix, key, kind: str) -> Start:
         """See `Method`."""
-        return {"lora_a": (shape.inputs, spec.r), "lora_b": (spec.r, shape.outputs)}
-
-    def start(
-        self, shape: Shape, spec: Spec, w: Matrix, key
-    ) -> tuple[dict[str, jax.Array], Matrix]:
-        """See `Method`."""
-        shapes = self.shapes(shape, spec)
-        if spec.start == "gaussian":
-            a = jax.random.normal(key, shapes["lora_a"], jnp.float32) / spec.r
+        k, n = w.shape
+        a = jnp.zeros((k, spec.r), jnp.float32)
+        b = jnp.zeros((spec.r, n), jnp.float32)
+        if kind == "lookup":
+            b = jax.random.normal(key, b.shape, jnp.float32)
+        elif spec.start == "gaussian":
+            a = jax.random.normal(key, a.shape, jnp.float32) / spec.r
         else:
-            bound = shape.inputs**-0.5
-            a = jax.random.uniform(key, shapes["lora_a"], jnp.float32, -bound, bound)
-        return {"lora_a": a, "lora_b": jnp.zeros(shapes["lora_b"], jnp.float32)}, w
+            bound = k**-0.5
+            a = jax.random.uniform(key, a.shape, jnp.float32, -bound, bound)
+        return Start({"lora_a": a, "lora_b": b}, {}, w)
 
-    def operands(self, spec: Spec, w, params: Params) -> LoraWeights:
+    def operands(self, spec: Spec, w: Matrix, values: Params) -> LoraWeights:
         """See `Method`."""
-        return LoraWeights(w, params["lora_a"], params["lora_b"], scale=spec.scale)
+        return LoraWeights(w, values["lora_a"], values["lora_b"], scale=spec.scale)
 
-    def apply(self, spec: Spec, w, params: Params, x, dropout_rate: float, dropout_key):
+    def portable_rank(self, spec: Spec) -> int:
         """See `Method`."""
-        return lora_linear(
-            x,
-            w,
-            params["lora_a"],
-            params["lora_b"],
-            scale=spec.scale,
-            dropout_rate=dropout_rate,
-            dropout_key=dropout_key,
-            kernels="xla",
-        )
+        return spec.r
 
-    def merged(self, spec: Spec, w, params: Params) -> jax.Array:
-        """Returns ``W + s·A·B``."""
-        return dense(w, jnp.float32) + self._update(spec, params)
-
-    def unmerged(self, spec: Spec, w, params: Params) -> jax.Array:
-        """Returns ``W' - s·A·B``."""
-        return dense(w, jnp.float32) - self._update(spec, params)
-
-    def _update(self, spec: Spec, params: Params) -> jax.Array:
-        product = jnp.dot(params["lora_a"], params["lora_b"], precision="highest")
-        return product * jnp.float32(spec.scale)
-
-    def portable(self, spec: Spec, params: Params, rank: int) -> dict[str, np.ndarray]:
+    def portable(self, spec: Spec, values: Params, rank: int) -> dict[str, np.ndarray]:
         """Returns A and s·B, with zeros up to the rank."""
         padding = (0, rank - spec.r)
-        a, b = (np.asarray(params[name]) for name in self.keys)
-        return {
-            "lora_a": np.pad(a, ((0, 0), padding)),
-            "lora_b": np.pad(b * np.float32(spec.scale), (padding, (0, 0))),
-        }
-
-    def cost(self, shape: Shape, spec: Spec) -> Cost:
-        """See `Method`."""
-        width = shape.inputs + shape.outputs
-        return Cost(parameters=spec.r * width, kept=spec.r, streamed=width)
-
-    def parts(self, base: PartitionSpec) -> dict[str, PartitionSpec]:
-        """Returns A divided along k as W is, and B along n."""
-        rows, columns = (*base, None, None)[:2]
-        return {"lora_a": PartitionSpec(rows, None), "lora_b": PartitionSpec(None, columns)}
+        a = np.asarray(values["lora_a"])
+        b = np.asarray(values["lora_b"]) * np.float32(spec.scale)
+        return {"lora_a": np.pad(a, ((0, 0), padding)), "lora_b": np.pad(b, (padding, (0, 0)))}
 
 
 LORA = Lora()

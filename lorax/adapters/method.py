@@ -1,17 +1,19 @@
 """The protocol of an adapter method: pure functions on arrays, independent of module libraries."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Key
 
-from lorax_kernels import LoraWeights, Matrix
+from lorax_kernels import LoraWeights, Matrix, dense
 
 type Params = Mapping[str, Array]
-"""One layer's parameters by name."""
+"""One layer's values by name."""
 
 
 class Shape(NamedTuple):
@@ -21,11 +23,16 @@ class Shape(NamedTuple):
     outputs: int
 
 
-class FileKey(NamedTuple):
-    """A parameter in PEFT's files: the end of its key, and whether it is transposed there."""
+class Parameter(NamedTuple):
+    """A trained parameter of a layer.
+
+    Attributes:
+        suffix: The end of its key in PEFT's files of linear layers.
+        axes: A letter per axis: ``k`` inputs, ``n`` outputs, ``r`` rank. Files hold the transpose.
+    """
 
     suffix: str
-    transposed: bool
+    axes: str
 
 
 class Cost(NamedTuple):
@@ -63,11 +70,25 @@ class Spec:
     start: bool | str = True
 
 
+class Start(NamedTuple):
+    """What a layer's adapter begins with.
+
+    Attributes:
+        params: The first values of what trains, float32.
+        fixed: Further values that the method needs and that do not train, by name.
+        w: W, which differs where the method moves a part of it into its parameters.
+    """
+
+    params: dict[str, Array]
+    fixed: dict[str, Array]
+    w: Matrix
+
+
 class Method(Protocol):
     """An adapter method. To add one: a file with an object like this, an entry in `METHODS`.
 
-    W is the layer's frozen matrix, (k, n), an array or stored otherwise; `params` are the
-    parameters of one layer, float32, with the names of `keys`.
+    W is the layer's frozen matrix, (k, n), an array or stored otherwise; `values` are those of one
+    layer, what trains and what is fixed, float32.
     """
 
     @property
@@ -76,8 +97,8 @@ class Method(Protocol):
         ...
 
     @property
-    def keys(self) -> Mapping[str, FileKey]:
-        """Its parameters, and their keys in PEFT's files."""
+    def parameters(self) -> Mapping[str, Parameter]:
+        """What trains, by name."""
         ...
 
     @property
@@ -89,48 +110,26 @@ class Method(Protocol):
         """Says whether a `LoraConfig` asks for this method."""
         ...
 
+    def obstacle(self, kind: str, has_bias: bool) -> str | None:
+        """Returns why a layer of a kind cannot carry it, or None; see `lorax.layers.maps`."""
+        ...
+
     def identity(self, spec: Spec) -> str:
         """Returns the part of a layer's adapter that a resumed run must share."""
         ...
 
-    def shapes(self, shape: Shape, spec: Spec) -> dict[str, tuple[int, ...]]:
-        """Returns the shapes of a layer's parameters."""
+    def start(self, spec: Spec, w: Matrix, key: Key[Array, ""], kind: str) -> Start:
+        """Returns the first values, which do not change the layer's output."""
         ...
 
-    def start(
-        self, shape: Shape, spec: Spec, w: Matrix, key: Key[Array, ""]
-    ) -> tuple[dict[str, Array], Matrix]:
-        """Returns the first values, which do not change the layer's output, and W.
+    def operands(self, spec: Spec, w: Matrix, values: Params) -> LoraWeights:
+        """Returns what computes the adapted layer; this defines the method.
 
-        W differs where the method moves a part of it into its parameters.
+        Its `bias` is the adapter's own, added to the layer's: it has a gradient.
         """
         ...
 
-    def operands(self, spec: Spec, w: Matrix, params: Params) -> LoraWeights | None:
-        """Returns the kernels' operands, alone or in a group; None if there is only `apply`."""
-        ...
-
-    def apply(
-        self,
-        spec: Spec,
-        w: Matrix,
-        params: Params,
-        x: Float[Array, "*batch k"],
-        dropout_rate: float,
-        dropout_key: Key[Array, ""] | None,
-    ) -> Float[Array, "*batch n"]:
-        """Returns the adapted layer's output in `x`'s dtype; this defines the method."""
-        ...
-
-    def merged(self, spec: Spec, w: Matrix, params: Params) -> Float[Array, "k n"]:
-        """Returns the W' in float32 with which a plain layer gives the same output."""
-        ...
-
-    def unmerged(self, spec: Spec, w: Matrix, params: Params) -> Float[Array, "k n"]:
-        """Returns the W in float32 for which `merged` returned `w`, up to rounding."""
-        ...
-
-    def portable(self, spec: Spec, params: Params, rank: int) -> dict[str, np.ndarray]:
+    def portable(self, spec: Spec, values: Params, rank: int) -> dict[str, np.ndarray]:
         """Returns equivalent parameters of plain LoRA of some rank, with the scale 1.
 
         Raises:
@@ -138,10 +137,61 @@ class Method(Protocol):
         """
         ...
 
-    def cost(self, shape: Shape, spec: Spec) -> Cost:
-        """Returns the cost of a layer with it."""
+    def portable_rank(self, spec: Spec) -> int:
+        """Returns the least rank of `portable`."""
         ...
 
-    def parts(self, base: PartitionSpec) -> dict[str, PartitionSpec]:
-        """Returns the partition of each parameter, given that of W."""
-        ...
+
+def shapes_of(spec: Spec, shape: Shape) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of what trains in a layer."""
+    sizes = {"k": shape.inputs, "n": shape.outputs, "r": spec.r}
+    return {
+        name: tuple(sizes[axis] for axis in parameter.axes)
+        for name, parameter in spec.method.parameters.items()
+    }
+
+
+def parts_of(method: Method, base: PartitionSpec) -> dict[str, PartitionSpec]:
+    """Returns the partition of each parameter: k and n divided as those of W are, r whole."""
+    rows, columns = (*base, None, None)[:2]
+    axes = {"k": rows, "n": columns, "r": None}
+    return {
+        name: PartitionSpec(*(axes[axis] for axis in parameter.axes))
+        for name, parameter in method.parameters.items()
+    }
+
+
+def cost_of(spec: Spec, shape: Shape) -> Cost:
+    """Returns the cost of a layer with an adapter."""
+    parameters = sum(math.prod(shape) for shape in shapes_of(spec, shape).values())
+    return Cost(parameters, kept=spec.r, streamed=shape.inputs + shape.outputs)
+
+
+def merged(spec: Spec, w: Matrix, values: Params) -> Float[Array, "k n"]:
+    """Returns ``factor · (W + s·A·B)``, float32: with it a plain layer gives the same output."""
+    operands = spec.method.operands(spec, w, values)
+    whole = dense(operands.w, jnp.float32) + _update(operands)
+    return whole if operands.factor is None else whole * operands.factor[None, :]
+
+
+def unmerged(
+    spec: Spec, w: Matrix, values: Params, factor: Float[Array, " n"] | None
+) -> Float[Array, "k n"]:
+    """Returns ``W' / factor - s·A·B``, float32: the W for which `merged` returned `w`.
+
+    Args:
+        spec: The adapter.
+        w: The merged matrix, W'.
+        values: The adapter's values.
+        factor: The factor that was merged; None is 1.
+    """
+    whole = dense(w, jnp.float32)
+    if factor is not None:
+        whole /= jnp.where(factor == 0, 1, factor)[None, :]
+    return whole - _update(spec.method.operands(spec, w, values))
+
+
+def _update(operands: LoraWeights) -> Array:
+    assert operands.a is not None and operands.b is not None
+    product = jnp.matmul(operands.a, operands.b, precision="highest")
+    return product * jnp.float32(operands.scale)

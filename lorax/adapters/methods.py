@@ -1,11 +1,13 @@
 """The list of adapter methods."""
 
+from lorax.adapters.dora import DORA
 from lorax.adapters.lora import LORA
+from lorax.adapters.lora_bias import LORA_BIAS
 from lorax.adapters.method import Method, Spec
 from lorax.adapters.targets import Target
 from lorax.config.adapter import LoraConfig
 
-METHODS: list[Method] = [LORA]
+METHODS: list[Method] = [DORA, LORA_BIAS, LORA]
 """The first that claims the settings is taken; `LORA` claims all."""
 
 

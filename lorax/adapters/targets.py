@@ -41,19 +41,20 @@ def match_targets(
     other_names: Collection[str],
     config: LoraConfig,
     *,
-    output_layer: str | None = None,
+    left_out: Collection[str] = (),
 ) -> list[Target]:
     """Selects the modules that `config` adapts, in the order of `linear_names`.
 
     A string `target_modules` must match a whole name as a regular expression; an entry of a list
-    matches the whole name or a dotted suffix of it; ``all-linear`` takes every linear module but
-    `output_layer`. Excluded and fully trained modules never match, but see `is_saved`.
+    matches the whole name or a dotted suffix of it; ``all-linear`` takes every one but `left_out`.
+    Excluded and fully trained modules never match, but see `is_saved`.
 
     Args:
         linear_names: Dotted names of the modules that can carry an adapter.
         other_names: Dotted names of all other modules; matching one is an error.
         config: What to match.
-        output_layer: The linear module that ``all-linear`` leaves out.
+        left_out: Those of the first that ``all-linear`` leaves out: the head, embeddings,
+            convolutions.
 
     Raises:
         TargetError: If an entry of any setting matches nothing, or a module matches that is not
@@ -64,16 +65,16 @@ def match_targets(
     """
     refuse_patterns(config, {*linear_names, *other_names})
     excluded = {n for n in (*linear_names, *other_names) if is_excluded(n, config)}
-    matched = [n for n in linear_names if n not in excluded and is_target(n, config, output_layer)]
+    matched = [n for n in linear_names if n not in excluded and is_target(n, config, left_out)]
     if not is_all_linear(config):
-        wrong = sorted(n for n in other_names if n not in excluded and is_target(n, config, None))
+        wrong = sorted(n for n in other_names if n not in excluded and is_target(n, config, ()))
         if wrong:
             raise TargetError(
                 f"lora.target_modules matches {_listed(wrong)}, which cannot carry an adapter: "
-                "only linear modules can. Narrow the entry, or train the module fully with "
-                "lora.modules_to_save"
+                "only layers that multiply by a weight can. Narrow the entry, or train the module "
+                "fully with lora.modules_to_save"
             )
-    _refuse_unmatched(matched, linear_names, other_names, config, output_layer)
+    _refuse_unmatched(matched, linear_names, other_names, config, left_out)
     _refuse_trained_twice(matched, (*linear_names, *other_names), config)
     return [_sized(name, config) for name in matched]
 
@@ -95,12 +96,12 @@ def is_excluded(name: str, config: LoraConfig) -> bool:
     return any(re.match(_below(m), name) for m in config.modules_to_save or ())
 
 
-def is_target(name: str, config: LoraConfig, output_layer: str | None) -> bool:
+def is_target(name: str, config: LoraConfig, left_out: Collection[str]) -> bool:
     """Says whether `target_modules`, with the layer settings, takes `name`."""
     targets = config.target_modules
     if isinstance(targets, str):
         if is_all_linear(config):
-            return name != output_layer
+            return name not in left_out
         return re.fullmatch(targets, name) is not None
     if name in targets:
         return True  # PEFT lets a full name pass the layer settings too
@@ -223,7 +224,7 @@ def refuse_patterns(config: LoraConfig, names: Collection[str]) -> None:
         )
 
 
-def _refuse_unmatched(matched, linear_names, other_names, config, output_layer):
+def _refuse_unmatched(matched, linear_names, other_names, config, left_out):
     """Raises unless every entry of every setting names something, and something is adapted."""
     names = (*linear_names, *other_names)
     targets = config.target_modules
@@ -231,10 +232,10 @@ def _refuse_unmatched(matched, linear_names, other_names, config, output_layer):
         alone = config
         if not isinstance(targets, str):
             alone = config.model_copy(update={"target_modules": (entry,)})
-        if any(is_target(n, alone, output_layer) for n in linear_names):
+        if any(is_target(n, alone, left_out) for n in linear_names):
             continue
         anywhere = alone.model_copy(update={"layers_to_transform": None, "layers_pattern": None})
-        found = [n for n in linear_names if is_target(n, anywhere, output_layer)]
+        found = [n for n in linear_names if is_target(n, anywhere, left_out)]
         if found:
             _refuse_layers(config, found, linear_names)
         else:
@@ -251,7 +252,7 @@ def _refuse_unmatched(matched, linear_names, other_names, config, output_layer):
                 f"lora.exclude_modules: {show(entry)} matches no module; "
                 f"{nearest(entry, names, exclude)}"
             )
-    in_layers = [n for n in linear_names if is_target(n, config, output_layer)]
+    in_layers = [n for n in linear_names if is_target(n, config, left_out)]
     _refuse_layers(config, in_layers, linear_names)
     if not matched:
         raise TargetError(

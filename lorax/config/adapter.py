@@ -39,6 +39,8 @@ class LoraConfig(Section):
         alpha_pattern: Module pattern to its own alpha.
         use_rslora: Rank-stabilised scale.
         bias: Which biases are trained.
+        use_dora: DoRA: the length of every column trains too.
+        lora_bias: B has a bias that trains.
         init_lora_weights: `true`: A Kaiming-uniform; `gaussian`: A normal with deviation 1/r.
             B is zero in both.
         modules_to_save: Modules that are trained whole and saved with the adapter, by how their
@@ -55,6 +57,8 @@ class LoraConfig(Section):
     rank_pattern: Annotated[dict[str, Count], OfStep] = Field(default={})
     alpha_pattern: Annotated[dict[str, Alpha], OfStep] = Field(default={})
     use_rslora: Annotated[bool, OfStep] = False
+    use_dora: Annotated[bool, OfStep] = False
+    lora_bias: Annotated[bool, OfStep] = False
     bias: Annotated[Literal["none", "all", "lora_only"], OfStep] = "none"
     init_lora_weights: Annotated[Literal[True, "gaussian"], NotInteger, OfStep] = True
     modules_to_save: Annotated[Names | None, OfStep] = None
@@ -76,5 +80,7 @@ class LoraConfig(Section):
             )
         if self.layers_to_transform == ():
             yield "layers_to_transform", "needs at least one layer, got an empty list"
+        if self.use_dora and self.lora_bias:
+            yield "lora_bias", "does not go with use_dora, as in PEFT: set one of them to false"
         if self.layers_pattern is not None and self.layers_to_transform is None:
             yield "layers_pattern", "is only read together with layers_to_transform: set both"

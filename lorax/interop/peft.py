@@ -13,7 +13,6 @@ import numpy as np
 from flax import nnx
 
 from lorax.adapters.lora import LORA
-from lorax.adapters.method import Shape
 from lorax.adapters.nnx.apply import apply_lora
 from lorax.adapters.nnx.tree import (
     adapted_layers,
@@ -21,12 +20,14 @@ from lorax.adapters.nnx.tree import (
     named_modules,
     tied_modules,
 )
+from lorax.adapters.sites import shape_of
 from lorax.adapters.targets import TargetError, match_targets
 from lorax.config.adapter import LoraConfig
 from lorax.interop.peft_config import CONFIG_FILE, AdapterError, read_adapter_config
+from lorax.interop.peft_layout import file_key, file_shape, from_file, to_file
 from lorax.interop.safetensors import TensorEntry, read_headers, read_tensor, save_tensors
 from lorax.interop.tensors import hf_name
-from lorax.layers.linear import Linear
+from lorax.layers.carrier import Carrier
 from lorax.models.decoder import CausalLM
 from lorax.system.arguments import check_kind
 from lorax.system.files import write_folder
@@ -105,18 +106,18 @@ def adapter_tensors(model: nnx.Module, *, portable: bool = False) -> dict[str, n
     With `portable`, every pair is zero-padded to the largest rank and its scale folded into B.
     """
     layers = _adapted(model)
-    rank = max(layer.adapter.spec.r for layer in layers.values())
+    specs = [layer.adapter.spec for layer in layers.values()]
+    rank = max(spec.method.portable_rank(spec) for spec in specs)
     tensors = {}
     for name, layer in layers.items():
         spec = layer.adapter.spec
         values = layer.adapter.params
-        keys = (LORA if portable else spec.method).keys
+        parameters = (LORA if portable else spec.method).parameters
         if portable:
-            values = spec.method.portable(spec, values, rank)
-        for parameter, key in keys.items():
-            value = np.asarray(values[parameter])
-            stored = np.ascontiguousarray(value.T if key.transposed else value)
-            tensors[f"{PREFIX}{name}.{key.suffix}"] = stored
+            values = spec.method.portable(spec, layer.adapter.values, rank)
+        for parameter, about in parameters.items():
+            key = f"{PREFIX}{name}.{file_key(layer.linear_map, about)}"
+            tensors[key] = to_file(layer.linear_map, about, np.asarray(values[parameter]))
     extra = trained_base_tensors(model)
     if portable and extra:
         raise ValueError(
@@ -237,7 +238,7 @@ def check_adapter(model: nnx.Module, directory: str | Path) -> dict[str, TensorE
     _refuse_untied(entries, model, path)
     # PEFT also saves the weights of an adapted head, which are the base's.
     copies = {
-        f"{PREFIX}{name}.base_layer.weight": (layer.out_features, layer.in_features)
+        f"{PREFIX}{name}.base_layer.weight": _base_shape(layer)
         for name, layer in adapted_layers(model).items()
     }
     for label, keys in (
@@ -259,10 +260,11 @@ def _expected_shapes(model: nnx.Module) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for name, layer in _adapted(model).items():
         spec = layer.adapter.spec
-        shape = Shape(layer.in_features, layer.out_features)
-        for parameter, needed in spec.method.shapes(shape, spec).items():
-            key = spec.method.keys[parameter]
-            shapes[f"{PREFIX}{name}.{key.suffix}"] = needed[::-1] if key.transposed else needed
+        linear_map = layer.linear_map
+        stack = tuple(layer.matrix.shape[:-2])
+        for parameter, about in spec.method.parameters.items():
+            key = f"{PREFIX}{name}.{file_key(linear_map, about)}"
+            shapes[key] = file_shape(linear_map, about, parameter, spec, stack)
     for key, transposed, variable in _trained_parameters(model):
         shape = tuple(variable.get_value().shape)
         shapes[PREFIX + key] = shape[::-1] if transposed else shape
@@ -287,9 +289,10 @@ def _fill(model: nnx.Module, tensors: dict[str, np.ndarray]) -> None:
         return tensors[key].astype(np.float32)
 
     for name, layer in adapted_layers(model).items():
-        for parameter, key in layer.adapter.spec.method.keys.items():
-            value = wide(f"{PREFIX}{name}.{key.suffix}")
-            value = jnp.asarray(value.T if key.transposed else value)
+        linear_map = layer.linear_map
+        for parameter, about in layer.adapter.spec.method.parameters.items():
+            stored = wide(f"{PREFIX}{name}.{file_key(linear_map, about)}")
+            value = jnp.asarray(from_file(linear_map, about, stored))
             layer.adapter.variable(parameter).set_value(value)
     for key, transposed, variable in _trained_parameters(model):
         value = wide(PREFIX + key)
@@ -306,7 +309,7 @@ def _check_values(found: dict[str, np.ndarray], model: nnx.Module, path: Path) -
     for name, layer in adapted_layers(model).items():
         key = f"{PREFIX}{name}.base_layer.weight"
         if key in found and key not in expected:
-            kernel = np.asarray(dense(layer.kernel.get_value())).T.astype(np.float32)
+            kernel = _base_weight(layer).astype(np.float32)
             if not np.array_equal(found[key].astype(np.float32), kernel):
                 raise AdapterError(
                     f"{path}: {key} differs from the base model's weight; the adapter was made for "
@@ -327,7 +330,18 @@ def _refuse_untied(entries: dict[str, TensorEntry], model: nnx.Module, path: Pat
             )
 
 
-def _adapted(model: nnx.Module) -> dict[str, Linear]:
+def _base_weight(layer: Carrier) -> np.ndarray:
+    """Returns the weight of an adapted layer as PEFT saves it."""
+    matrix = np.asarray(dense(layer.matrix))
+    return matrix if layer.linear_map.kind == "lookup" else matrix.T
+
+
+def _base_shape(layer: Carrier) -> tuple[int, ...]:
+    shape = tuple(layer.linear_map.shape)
+    return shape if layer.linear_map.kind == "lookup" else shape[::-1]
+
+
+def _adapted(model: nnx.Module) -> dict[str, Carrier]:
     layers = adapted_layers(model)
     if not layers:
         raise ValueError("the model has no adapters; apply_lora or load_adapter first")
@@ -355,7 +369,7 @@ def _saved_modules(model: nnx.Module) -> list[str]:
     return sorted({n for n, attribute, _ in _trained_variables(model) if attribute != "bias"})
 
 
-def _bias_setting(model: nnx.Module, layers: dict[str, Linear]) -> str:
+def _bias_setting(model: nnx.Module, layers: dict[str, Carrier]) -> str:
     saved = set(_saved_modules(model))
     biases = {n for n, a, _ in _trained_variables(model) if a == "bias" and n not in saved}
     if not biases:
@@ -367,7 +381,7 @@ def _short_targets(model: nnx.Module, names: list[str]) -> list[str]:
     """Returns the last names of the adapted layers where these suffice, else the full names."""
     short = sorted({n.split(".")[-1] for n in names})
     modules = named_modules(model)
-    linear = [n for n, m in modules.items() if isinstance(m, nnx.Linear)]
+    linear = [n for n, m in modules.items() if shape_of(m) is not None]
     config = LoraConfig(target_modules=tuple(short))
     others = modules.keys() - set(linear)
     try:

@@ -51,7 +51,6 @@ _CONVERT = (
 
 # Fields of other methods than LoRA, the reason, and the remedy. PEFT 0.21 was run for each.
 _OTHER_METHODS = {
-    "use_dora": ("DoRA scales the columns of the weight too", _MERGE),
     "kasa_config": ("KaSA cuts singular values off the base", _MERGE),
     "use_bdlora": ("BD-LoRA keeps blocks of A or B only", _MERGE),
     "velora_config": ("VeLoRA keeps more than A and B", _MERGE),
@@ -64,7 +63,6 @@ _OTHER_METHODS = {
     ),
     "arrow_config": ("Arrow chooses among several adapters for each token", _KEEP),
     "layer_replication": ("layers of the base are used more than once", _KEEP),
-    "lora_bias": ("B has a bias, which no layer without one can take in", _KEEP),
     "use_qalora": ("QALoRA pools the inputs of a quantised base", _KEEP),
 }
 

@@ -1,5 +1,6 @@
 """Layers that run in one operation: q, k and v; gate and up; the whole MLP; a residual added."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -8,15 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from lorax.devices.mesh import ROW_AXES
-from lorax.layers.linear import (
-    Frozen,
-    Linear,
-    add,
-    compute_dtype,
-    finish,
-    obstacle,
-    promises,
-)
+from lorax.layers.carrier import Frozen, apply_adapted, compute_dtype
+from lorax.layers.linear import Linear, finish, is_plain, promises
+from lorax.layers.maps import with_bias
 from lorax_kernels import (
     Kernels,
     LoraWeights,
@@ -40,19 +35,23 @@ def apply_together(layers: Sequence[Any], x: Float[Array, "*batch k"]) -> list[A
     group = _group(layers, x.dtype)
     if group is None or group.way is None:
         return [layer(x) for layer in layers]
+    members = [dataclasses.replace(member, bias=None) for member in group.members]
     outputs = lora_linear_group(
-        x.astype(group.dtype), group.members, dropout_key=group.key, **_options(group.way)
+        x.astype(group.dtype), members, dropout_key=group.key, **_options(group.way)
     )
-    return [finish(layer, y) for layer, y in zip(layers, outputs, strict=True)]
+    return [
+        finish(layer, with_bias(y, member.bias))
+        for layer, member, y in zip(layers, group.members, outputs, strict=True)
+    ]
 
 
 def apply_added(
     layer: Any, x: Float[Array, "*batch k"], residual: Float[Array, "*batch n"]
 ) -> Float[Array, "*batch n"]:
     """Returns ``residual + layer(x)``, in one operation where they have one dtype."""
-    adapted = isinstance(layer, Linear) and layer.computing is not None
+    adapted = is_plain(layer) and layer.computing is not None
     if adapted and promises(layer, residual.dtype, x.dtype):
-        return add(layer, x, residual)
+        return finish(layer, apply_adapted(layer, x, residual))
     return residual + layer(x)
 
 
@@ -75,10 +74,12 @@ def apply_mlp(
         repeated: Whether the backward pass recomputes all of it; see `lorax_kernels.lora_mlp`.
     """
     pair = _group((gate, up), x.dtype)
-    if pair is None or not all(_is_bare(layer) for layer in (gate, up)):
+    if pair is None or not all(map(_is_bare, (gate, up), pair.members)):
         return residual + down(_multiply(*apply_together((gate, up), x)))
     single = _group((down,), pair.dtype)
     way = None if single is None else _common_way(pair, single)
+    if single is not None and single.members[0].bias is not None:
+        way = None
     if single is not None and way is not None and promises(down, residual.dtype, pair.dtype):
         y = lora_mlp(
             x.astype(pair.dtype),
@@ -136,7 +137,7 @@ def _group(layers: Sequence[Any], dtype: Any) -> _Group | None:
     ways = set()
     key = None
     for layer in layers:
-        if not isinstance(layer, Linear) or obstacle(layer) or not isinstance(layer.kernel, Frozen):
+        if not is_plain(layer) or not isinstance(layer.kernel, Frozen):
             return None
         adapter = layer.computing
         member = LoraWeights(layer.kernel.get_value())
@@ -144,8 +145,6 @@ def _group(layers: Sequence[Any], dtype: Any) -> _Group | None:
             member = adapter.operands(member.w)
             ways.add(_Way(layer.dropout_rate, layer.kernels_now))
             key = adapter.key() if layer.dropout_rate and key is None else key
-        if member is None:
-            return None
         members.append(member)
         dtypes.add(compute_dtype(layer, dtype))
     if len(dtypes) > 1 or len(ways) > 1:
@@ -163,6 +162,7 @@ def _options(way: _Way) -> dict[str, Any]:
     return {**way._asdict(), "row_axes": ROW_AXES}
 
 
-def _is_bare(layer: Linear) -> bool:
+def _is_bare(layer: Linear, member: LoraWeights) -> bool:
     """Says whether a layer's output is its matmul, with nothing added and not cast."""
-    return layer.bias is None and layer.preferred_element_type is None
+    biases = layer.bias, member.bias
+    return biases == (None, None) and layer.preferred_element_type is None

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from lorax.adapters.nnx.tree import adapted_layers, named_modules
 from lorax.adapters.sites import shape_of
 from lorax.config.run import RunConfig
-from lorax.layers.linear import Linear
+from lorax.layers.carrier import Carrier
 from lorax.models.decoder import CausalLM
 from lorax.models.family import Family
 from lorax_kernels import explain_choice, kernel_obstacle
@@ -90,16 +90,14 @@ def _size(module: Any) -> _Size | None:
 
 def _obstacle(module: Any) -> str | None:
     """Returns why the kernel cannot compute a module, whatever its size, or None."""
-    w = module.kernel.get_value()
-    adapter = module.computing if isinstance(module, Linear) else None
-    if adapter is not None and adapter.operands(w) is None:
-        return f"no kernel computes the adapter method {module.adapter.spec.method.name}"
-    return kernel_obstacle(w)
+    if isinstance(module, Carrier) and module.linear_map.kind != "matmul":
+        return f"no kernel computes a {module.linear_map.kind}"
+    return kernel_obstacle(module.kernel.get_value())
 
 
 def _rank(module: Any) -> int:
     """Returns the rank of a module's adapter, 0 if it has none."""
-    adapter = module.adapter if isinstance(module, Linear) else None
+    adapter = module.adapter if isinstance(module, Carrier) else None
     return 0 if adapter is None else adapter.spec.r
 
 

@@ -164,7 +164,7 @@ def module_rows(model: nnx.Module) -> list[ModuleRow]:
     for name, layer in adapted_layers(model).items():
         kind = ".".join(name.split(".")[-2:])
         spec = layer.adapter.spec
-        shape = layer.in_features, layer.out_features
+        shape = layer.linear_map.shape
         key = (kind, *shape, spec.r, spec.scale, cost_of(layer).parameters)
         groups[key] = groups.get(key, 0) + 1
     return [

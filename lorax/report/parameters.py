@@ -9,7 +9,7 @@ import jax
 from flax import nnx
 from rich.console import Console
 
-from lorax.layers.linear import Frozen
+from lorax.layers.carrier import Frozen
 from lorax.report.overview import module_rows
 from lorax.report.screen import ModuleRow, print_modules
 from lorax.system.arguments import check_kind

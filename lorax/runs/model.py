@@ -21,7 +21,8 @@ from lorax.interop.load import check_checkpoint, load_hf_config, load_model
 from lorax.interop.peft import load_adapter
 from lorax.interop.peft_config import read_adapter_config
 from lorax.interop.safetensors import TensorEntry
-from lorax.layers.linear import Frozen, Linear
+from lorax.layers.carrier import Frozen
+from lorax.layers.linear import Linear
 from lorax.models.architecture import DecoderConfig
 from lorax.models.decoder import CausalLM
 from lorax.models.stack.recompute import Recomputation

@@ -14,7 +14,7 @@ from lorax import LoraConfig, apply_lora, merge_lora, unmerge_lora
 from lorax.adapters.nnx.apply import set_dropout_key
 from lorax.adapters.nnx.tree import adapted_layers, split_trainable
 from lorax.devices.mesh import make_mesh
-from lorax.layers.linear import Frozen
+from lorax.layers.carrier import Frozen
 from lorax.layers.together import apply_added, apply_mlp
 from lorax_kernels import lora_linear
 
@@ -323,7 +323,7 @@ def test_the_models_own_dropout_gets_a_fresh_mask_every_step(x):
     "settings, message",
     [
         ({"r": 17, "target_modules": ["fc1"]}, r"rank must be in \[1, 16\] for a 16 × 32"),
-        ({"target_modules": ["norm"]}, "only linear modules can"),
+        ({"target_modules": ["norm"]}, "only layers that multiply"),
         ({"target_modules": ["fc3"]}, "matches no linear module; did you mean fc[12], fc[12]"),
         (
             {"target_modules": ["fc2"], "bias": "lora_only"},

@@ -139,7 +139,7 @@ def names_of(model):
 
 def ours(model, settings):
     linear, others = names_of(model)
-    return match_targets(linear, others, LoraConfig(**settings), output_layer="lm_head")
+    return match_targets(linear, others, LoraConfig(**settings), left_out={"lm_head"})
 
 
 def test_there_are_at_least_sixty_cases():
@@ -174,9 +174,9 @@ def _lists(settings):
         ({"target_modules": ["q_proj", "nope"]}, "'nope' matches no linear module"),
         ({"target_modules": "q_proj"}, "'q_proj' matches no linear module.*did you mean .*q_proj"),
         ({"target_modules": ["proj"]}, "'proj' matches no linear module"),
-        ({"target_modules": ["mlp"]}, "mlp.*only linear modules can"),
+        ({"target_modules": ["mlp"]}, "mlp.*only layers that multiply"),
         ({"target_modules": ["embed_tokens"]}, "embed_tokens.*modules_to_save"),
-        ({"target_modules": r".*norm"}, "norm.*only linear modules can"),
+        ({"target_modules": r".*norm"}, "norm.*only layers that multiply"),
         (
             {"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]},
             "leave no module to adapt",

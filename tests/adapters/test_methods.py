@@ -1,5 +1,6 @@
 """The contract of adapter methods, over every method, and one that a single file adds."""
 
+import dataclasses
 import json
 from collections.abc import Mapping
 
@@ -13,17 +14,19 @@ from safetensors.numpy import load_file
 
 import lorax
 from lorax import LoraConfig, apply_lora, merge_lora, unload_lora, unmerge_lora
+from lorax.adapters.dora import DORA
 from lorax.adapters.lora import Lora
-from lorax.adapters.method import FileKey, Method, Shape, Spec
+from lorax.adapters.lora_bias import LORA_BIAS
+from lorax.adapters.method import Method, Parameter, Shape, Spec, merged, parts_of, shapes_of
 from lorax.adapters.methods import METHODS
 from lorax.adapters.nnx.adapter import Adapter, attach, cost_of
 from lorax.adapters.nnx.apply import set_dropout_key, use_adapter
 from lorax.adapters.nnx.tree import adapted_layers, split_trainable
 from lorax.layers.linear import Linear
+from lorax.layers.maps import Matmul, Way
 from lorax.layers.together import apply_added, apply_mlp, apply_together
 from lorax.weights.dense import DENSE
 from lorax.weights.formats import FORMATS
-from lorax_kernels import LoraWeights
 from lorax_kernels.weights import Weight
 from tests.int8 import INT8
 
@@ -31,12 +34,12 @@ SHAPE = Shape(24, 16)
 
 
 class Columns(Lora):
-    """LoRA and a trained factor per column of what comes out, which no kernel takes."""
+    """LoRA and a trained factor per column of what comes out."""
 
     name = "columns"
-    keys: Mapping[str, FileKey] = {
-        **Lora.keys,
-        "factor": FileKey("lora_factor_vector", transposed=False),
+    parameters: Mapping[str, Parameter] = {
+        **Lora.parameters,
+        "factor": Parameter("lora_factor_vector", "n"),
     }
 
     def claims(self, config):
@@ -45,35 +48,16 @@ class Columns(Lora):
     def identity(self, spec):
         return f"columns {super().identity(spec)}"
 
-    def shapes(self, shape, spec):
-        return {**super().shapes(shape, spec), "factor": (shape.outputs,)}
+    def start(self, spec, w, key, kind):
+        begun = super().start(spec, w, key, kind)
+        ones = jnp.ones(w.shape[1], jnp.float32)
+        return begun._replace(params={**begun.params, "factor": ones})
 
-    def start(self, shape, spec, w, key):
-        params, w = super().start(shape, spec, w, key)
-        return {**params, "factor": jnp.ones(shape.outputs, jnp.float32)}, w
+    def operands(self, spec, w, values):
+        return dataclasses.replace(super().operands(spec, w, values), factor=values["factor"])
 
-    def operands(self, spec, w, params) -> LoraWeights | None:  # type: ignore[override]
-        return None
-
-    def apply(self, spec, w, params, x, dropout_rate, dropout_key):
-        y = super().apply(spec, w, params, x, dropout_rate, dropout_key)
-        return y * params["factor"].astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
-
-    def merged(self, spec, w, params):
-        return super().merged(spec, w, params) * params["factor"][None, :]
-
-    def unmerged(self, spec, w, params):
-        return super().unmerged(spec, w / params["factor"][None, :], params)
-
-    def portable(self, spec, params, rank):
+    def portable(self, spec, values, rank):
         raise ValueError("no plain LoRA multiplies by a factor")
-
-    def cost(self, shape, spec):
-        cost = super().cost(shape, spec)
-        return cost._replace(parameters=cost.parameters + shape.outputs)
-
-    def parts(self, base):
-        return {**super().parts(base), "factor": PartitionSpec(*(*base, None, None)[1:2])}
 
 
 COLUMNS: Method = Columns()
@@ -88,12 +72,14 @@ def method(request, monkeypatch):
 
 
 def settings_for(method, **more):
-    return LoraConfig(r=4, lora_alpha=6.0, use_rslora=method is COLUMNS, **more)
+    chosen = {"use_rslora": method is COLUMNS, "use_dora": method is DORA}
+    return LoraConfig(r=4, lora_alpha=6.0, lora_bias=method is LORA_BIAS, **chosen, **more)
 
 
 class Net(nnx.Module):
-    def __init__(self, dtype=jnp.float32):
-        make = lambda k, n, bias=False: Linear(
+    def __init__(self, method, dtype=jnp.float32):
+        has_bias = method is LORA_BIAS  # without one it cannot be merged
+        make = lambda k, n, bias=has_bias: Linear(
             k, n, use_bias=bias, dtype=dtype, param_dtype=dtype, rngs=rngs
         )
         rngs = nnx.Rngs(0)
@@ -107,10 +93,10 @@ class Net(nnx.Module):
 
 def adapt(method, net=None, std=0.2, **more):
     """Returns a net with adapters of a method, some way from where they start."""
-    model = apply_lora(net or Net(), settings_for(method, **more), rngs=nnx.Rngs(1))
+    model = apply_lora(net or Net(method), settings_for(method, **more), rngs=nnx.Rngs(1))
     for index, layer in enumerate(adapted_layers(model).values()):
         assert layer.adapter.spec.method is method
-        for place, name in enumerate(method.keys):
+        for place, name in enumerate(method.parameters):
             variable = layer.adapter.variable(name)
             key = jax.random.fold_in(jax.random.key(index), place)
             noise = std * jax.random.normal(key, variable.shape)
@@ -125,7 +111,7 @@ def x():
 
 def test_a_fresh_adapter_changes_no_bit(method):
     # In bfloat16, where any other order of rounding shows.
-    net = Net(jnp.bfloat16)
+    net = Net(method, jnp.bfloat16)
     adapted = apply_lora(net, settings_for(method), rngs=nnx.Rngs(1))
     assert len(adapted_layers(adapted)) == 4
     for seed in range(3):
@@ -138,40 +124,36 @@ def test_parameters_have_the_shapes_names_and_costs_that_are_stated(method):
     for layer in adapted_layers(model).values():
         shape, spec = Shape(layer.in_features, layer.out_features), layer.adapter.spec
         found = {name: value.shape for name, value in layer.adapter.params.items()}
-        assert found == method.shapes(shape, spec)
+        assert found == shapes_of(spec, shape)
         assert cost_of(layer).parameters == sum(
             value.size for value in layer.adapter.params.values()
         )
         assert {v.dtype for v in layer.adapter.params.values()} == {jnp.dtype("float32")}
         assert 0 < cost_of(layer).kept and 0 < cost_of(layer).streamed
     _, trainable, _ = split_trainable(model)
-    assert len(jax.tree.leaves(trainable)) == 4 * len(method.keys)
+    assert len(jax.tree.leaves(trainable)) == 4 * len(method.parameters)
 
 
-def test_the_kernels_operands_compute_what_the_method_defines(method):
+def test_a_layer_computes_what_is_merged_and_the_operands_say(method):
     spec = Spec(method, r=4, lora_alpha=6.0, scale=1.5)
     w = jax.random.normal(jax.random.key(0), SHAPE)
-    params, w = method.start(SHAPE, spec, w, jax.random.key(1))
+    params, fixed, w = method.start(spec, w, jax.random.key(1), "matmul")
     params = {n: p + jnp.linspace(0.0, 0.1, p.size).reshape(p.shape) for n, p in params.items()}
+    values = {**params, **fixed}
     x = jax.random.normal(jax.random.key(2), (7, SHAPE.inputs))
-    defined = method.apply(spec, w, params, x, 0.0, None)
-    merged = np.asarray(x, np.float64) @ np.asarray(method.merged(spec, w, params), np.float64)
-    np.testing.assert_allclose(defined, merged, rtol=1e-4, atol=1e-4)
+    whole = np.asarray(x, np.float64) @ np.asarray(merged(spec, w, values), np.float64)
+    operands = method.operands(spec, w, values)
+    assert operands.w is w and operands.scale == spec.scale
+    bias = 0 if operands.bias is None else np.asarray(operands.bias, np.float64)
     layer = Linear(*SHAPE, use_bias=False, rngs=nnx.Rngs(0))
     layer.freeze(w)
-    layer.attached["default"], layer.active = Adapter(spec, params), "default"
-    np.testing.assert_allclose(layer(x), defined, rtol=1e-5, atol=1e-5)
-    if (operands := method.operands(spec, w, params)) is not None:
-        assert operands.w is w and operands.scale == spec.scale
-    else:
-        layer.kernels = "pallas"
-        with pytest.raises(ValueError, match="no kernel computes this adapter's method"):
-            layer(x)
+    layer.attached["default"], layer.active = Adapter(spec, params, fixed), "default"
+    np.testing.assert_allclose(layer(x), whole + bias, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("format", [*FORMATS, INT8], ids=lambda format: format.name)
 def test_a_base_stored_in_any_format_is_adapted_and_merged_as_what_is_meant(method, format, x):
-    whole, stored = Net(), Net()
+    whole, stored = Net(method), Net(method)
     for net in (whole, stored):
         for layer in (net.gate_proj, net.up_proj, net.down_proj, net.lone):
             matrix = format.store(layer.kernel[...])
@@ -200,7 +182,7 @@ def test_layers_together_compute_what_each_does_alone(method, x):
 
 
 def test_merged_equals_applied_and_unmerged_and_unloaded_the_base(method, x):
-    net = Net()
+    net = Net(method)
     model = adapt(method, net)
     assert np.abs(np.asarray(model(x) - net(x))).max() > 0.1
     for merged in (merge_lora(model), kept := merge_lora(model, keep_adapters=True)):
@@ -212,7 +194,7 @@ def test_merged_equals_applied_and_unmerged_and_unloaded_the_base(method, x):
 
 
 def test_without_an_active_adapter_a_layer_is_its_base(method, x):
-    net = Net()
+    net = Net(method)
     model = adapt(method, net)
     adapted = np.asarray(model(x))
     use_adapter(model, None)
@@ -241,14 +223,13 @@ def test_files_hold_every_parameter_under_the_stated_key(method, tmp_path, x):
     lorax.save_adapter(model, tmp_path / "out")
     tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
     for name, layer in adapted_layers(model).items():
-        for parameter, key in method.keys.items():
-            stored = tensors.pop(f"base_model.model.{name}.{key.suffix}")
-            stored = stored.T if key.transposed else stored
+        for parameter, key in method.parameters.items():
+            stored = tensors.pop(f"base_model.model.{name}.{key.suffix}").T
             np.testing.assert_array_equal(stored, layer.adapter.params[parameter])
     assert not tensors
     settings = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert method.settings.items() <= settings.items()
-    again = lorax.load_adapter(Net(), tmp_path / "out")
+    again = lorax.load_adapter(Net(method), tmp_path / "out")
     np.testing.assert_array_equal(again(x), model(x))
 
 
@@ -258,14 +239,19 @@ def test_parameters_are_divided_as_the_matrix_is(method, axis, x):
     base = PartitionSpec(*(("data", None) if axis == 0 else (None, "data")))
     spec = Spec(method, r=4, lora_alpha=6.0, scale=1.5)
     w = jax.random.normal(jax.random.key(0), SHAPE)
-    params, w = method.start(SHAPE, spec, w, jax.random.key(1))
-    parts = method.parts(base)
+    params, fixed, w = method.start(spec, w, jax.random.key(1), "matmul")
+    parts = parts_of(method, base)
     assert parts.keys() == params.keys()
     place = lambda value, part: jax.device_put(value, NamedSharding(mesh, part))
     placed = {name: place(value, parts[name]) for name, value in params.items()}
     assert any(not value.is_fully_replicated for value in placed.values())
     x = x.reshape(-1, SHAPE.inputs)
-    run = jax.jit(lambda w, params: method.apply(spec, w, params, x, 0.0, None))
+
+    @jax.jit
+    def run(w, params):
+        operands = method.operands(spec, w, {**params, **fixed})
+        return Matmul((SHAPE.inputs,), (SHAPE.outputs,)).apply(x, operands, Way(), x.dtype)
+
     np.testing.assert_allclose(run(place(w, base), placed), run(w, params), rtol=1e-5, atol=1e-5)
 
 
@@ -285,7 +271,7 @@ def test_the_active_adapter_alone_trains_and_computes(method, x):
     layer, spec = model.down_proj, model.down_proj.adapter.spec
     attach(layer, spec, jax.random.key(8), "second")
     assert {path for path in paths() if path.startswith("down_proj")} == {
-        f"down_proj.attached.second.{name}" for name in method.keys
+        f"down_proj.attached.second.{name}" for name in method.parameters
     }
     assert not np.allclose(model(x), first)  # a new one has changed nothing yet
     use_adapter(model, None)
@@ -295,3 +281,10 @@ def test_the_active_adapter_alone_trains_and_computes(method, x):
     assert not any(m.attached for m in (unload_lora(model).down_proj, unload_lora(model).lone))
     use_adapter(model, "default")
     np.testing.assert_array_equal(model(x), first)
+
+
+def test_a_bias_of_the_update_is_merged_into_a_bias_alone(x):
+    net = nnx.Sequential(Linear(24, 24, use_bias=False, rngs=nnx.Rngs(0)))
+    model = apply_lora(net, LoraConfig(r=4, lora_bias=True), rngs=nnx.Rngs(1))
+    with pytest.raises(ValueError, match="layers.0: its lora_bias cannot be merged, because the "):
+        merge_lora(model)

@@ -1,14 +1,17 @@
 """The contract of sites: which layers carry an adapter, and one kind that a single object adds."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+import lorax
 from lorax import LoraConfig, apply_lora, merge_lora, unload_lora
 from lorax.adapters.method import Shape
 from lorax.adapters.nnx.tree import adapted_layers
-from lorax.adapters.sites import SITES, LinearSite, Obstacle, Site, find_site
+from lorax.adapters.sites import SITES, Obstacle, Site, find_site
+from lorax.layers.carrier import Carrier
 from lorax.layers.linear import Linear
 
 
@@ -25,6 +28,8 @@ class Product(nnx.Module):
 class ProductSite:
     """The layers above; those with one output carry no adapter."""
 
+    by_name_only = False
+
     def find(self, module):
         if not isinstance(module, Product):
             return None
@@ -37,34 +42,121 @@ class ProductSite:
         return layer
 
 
-class Squared(nnx.Linear):
-    """A linear layer with something of its own in its call."""
+class Doubled(nnx.Linear):
+    """A linear layer whose call adds something of its own to Flax's."""
+
+    factor = 2
 
     def __call__(self, inputs, out_sharding=None):
-        return super().__call__(inputs) ** 2
+        return self.factor * super().__call__(inputs)
+
+    def own(self):
+        return self.factor
 
 
-def is_variable(value):
-    return isinstance(value, nnx.Variable)
+class Apart(nnx.Linear):
+    """A linear layer whose call does not use Flax's."""
+
+    def __call__(self, inputs, out_sharding=None):
+        return jnp.dot(inputs, self.kernel[...]) ** 2
+
+
+class Whitened(nnx.Embed):
+    def __call__(self, inputs, out_sharding=None):
+        return self.embedding[...][inputs] / 2
 
 
 RNGS = nnx.Rngs(3)
-# A site, two of its modules that carry an adapter, and one that does not, with the reason.
+VOCABULARY = 40
+
+
+def floats(*shape):
+    return jax.random.normal(jax.random.key(0), shape)
+
+
+IDS = jax.random.randint(jax.random.key(0), (3, 5), 0, VOCABULARY)
+
+
+def conv(window, **options):
+    return nnx.Conv(6, 8, window, rngs=RNGS, **options)
+
+
+# Kinds of layers: those that carry an adapter, each with an input, and some that do not, with the
+# reason. The first has 24 inputs and 16 outputs, or is an embedding.
 EXAMPLES = {
-    LinearSite: (
-        lambda: [nnx.Linear(24, 16, rngs=RNGS), Linear(8, 8, use_bias=False, rngs=RNGS)],
-        lambda: Squared(8, 8, rngs=RNGS),
-        "__call__ of its own",
+    "Linear": (
+        lambda: [
+            (nnx.Linear(24, 16, rngs=RNGS), floats(3, 24)),
+            (Linear(8, 8, use_bias=False, rngs=RNGS), floats(3, 8)),
+            (Doubled(8, 4, rngs=RNGS), floats(2, 3, 8)),
+        ],
+        lambda: [
+            (Apart(8, 8, rngs=RNGS), "__call__ of its own that does not call that of nnx.Linear"),
+            (nnx.Linear(8, 8, precision="highest", rngs=RNGS), "it sets precision=highest"),
+            (nnx.Linear(8, 8, dot_general=jax.lax.dot, rngs=RNGS), "dot_general or promote_dtype"),
+        ],
     ),
-    ProductSite: (
-        lambda: [Product(24, 16, RNGS), Product(8, 8, RNGS)],
-        lambda: Product(8, 1, RNGS),
-        "one output",
+    "LinearGeneral": (
+        lambda: [
+            (nnx.LinearGeneral(24, 16, rngs=RNGS), floats(3, 24)),
+            (nnx.LinearGeneral(24, (4, 4), rngs=RNGS), floats(3, 2, 24)),
+            (nnx.LinearGeneral((4, 6), 16, axis=(-2, -1), rngs=RNGS), floats(3, 2, 4, 6)),
+            (nnx.LinearGeneral((6, 4), (2, 8), axis=(3, 1), rngs=RNGS), floats(3, 6, 2, 4)),
+            (nnx.LinearGeneral(24, 16, axis=1, use_bias=False, rngs=RNGS), floats(3, 24, 2)),
+        ],
+        lambda: [
+            (nnx.LinearGeneral(8, 8, batch_axis={0: 3}, rngs=RNGS), "it has a batch_axis"),
+            (nnx.LinearGeneral(8, 8, dot_general_cls=lambda: 0, rngs=RNGS), "a dot_general of its"),
+        ],
+    ),
+    "Einsum": (
+        lambda: [
+            (nnx.Einsum("TD,DH->TH", (24, 16), (16,), rngs=RNGS), floats(3, 24)),
+            (nnx.Einsum("BTD,NDH->BTNH", (2, 24, 8), (2, 8), rngs=RNGS), floats(3, 2, 24)),
+            (nnx.Einsum("BTD,DNH->BNTH", (24, 2, 8), rngs=RNGS), floats(3, 5, 24)),
+            (nnx.Einsum("BTNH,NHD->BTD", (4, 6, 16), (16,), rngs=RNGS), floats(3, 2, 4, 6)),
+            (nnx.Einsum("...D,HD->...H", (16, 24), (16,), rngs=RNGS), floats(3, 2, 24)),
+            (nnx.Einsum("D...,DH->...H", (24, 16), rngs=RNGS), floats(24, 2, 3)),
+            (nnx.Einsum("BTNH,HND->BDT", (6, 4, 16), rngs=RNGS), floats(3, 2, 4, 6)),
+        ],
+        lambda: [
+            (nnx.Einsum("BTD,BDH->BTH", (3, 8, 8), rngs=RNGS), "elementwise over an axis of both"),
+            (nnx.Einsum("BTD,DH->TBH", (8, 8), rngs=RNGS), "changes or drops axes of its input"),
+            (nnx.Einsum("BTD,DH->BT", (8, 8), rngs=RNGS), "no matrix product of input and kernel"),
+        ],
+    ),
+    "Embed": (
+        lambda: [
+            (nnx.Embed(VOCABULARY, 16, rngs=RNGS), IDS),
+            (nnx.Embed(VOCABULARY, 8, dtype=jnp.bfloat16, rngs=RNGS), IDS[0]),
+        ],
+        lambda: [(Whitened(8, 8, rngs=RNGS), "does not call that of nnx.Embed")],
+    ),
+    "Conv": (
+        lambda: [
+            (nnx.Conv(24, 16, (1,), rngs=RNGS), floats(3, 4, 24)),
+            (conv((3, 3), strides=2), floats(2, 9, 9, 6)),
+            (conv((3, 3), padding="CIRCULAR", use_bias=False), floats(2, 5, 5, 6)),
+            (conv((3,), padding="CAUSAL", kernel_dilation=2), floats(2, 3, 7, 6)),
+            (conv((4, 4), strides=4, padding="VALID"), floats(8, 8, 6)),
+        ],
+        lambda: [
+            (conv((3,), feature_group_count=2), "it has feature_group_count=2"),
+            (conv((3,), mask=jnp.ones((3, 6, 8))), "it has a mask"),
+        ],
+    ),
+    "ProductSite": (
+        lambda: [(Product(24, 16, RNGS), floats(3, 24)), (Product(8, 8, RNGS), floats(3, 8))],
+        lambda: [(Product(8, 1, RNGS), "it has one output")],
     ),
 }
 
 
-@pytest.fixture(params=[*SITES, ProductSite()], ids=lambda site: type(site).__name__)
+def name_of(site):
+    return site.kind.__name__ if hasattr(site, "kind") else type(site).__name__
+
+
+@pytest.fixture(params=[*SITES, ProductSite()], ids=name_of)
 def site(request, monkeypatch) -> Site:
     """A site of the list; a new one is in it by its one entry, and has examples above."""
     if request.param not in SITES:
@@ -72,51 +164,187 @@ def site(request, monkeypatch) -> Site:
     return request.param
 
 
+def is_variable(value):
+    return isinstance(value, nnx.Variable)
+
+
+def arrays_of(module):
+    return {id(v.get_value()) for _, v in nnx.iter_graph(module) if is_variable(v)}
+
+
+class Holder(nnx.Module):
+    """One layer, and another one that takes an adapter too."""
+
+    def __init__(self, layer):
+        self.layer = layer
+        self.other = nnx.Linear(4, 4, rngs=RNGS)
+
+    def __call__(self, x):
+        return self.layer(x)
+
+
+def adapt(net, r=2, **settings):
+    """Returns a net whose adapters are some way from where they start."""
+    targets = {"target_modules": ["layer", "other"]}
+    model = apply_lora(net, LoraConfig(r=r, **targets, **settings), rngs=nnx.Rngs(1))
+    for layer in adapted_layers(model).values():
+        for index, name in enumerate(layer.adapter.spec.method.parameters):
+            variable = layer.adapter.variable(name)
+            noise = 0.3 * jax.random.normal(jax.random.key(index), variable.shape)
+            variable.set_value(variable[...] + noise)
+    return model
+
+
 def test_a_site_knows_its_modules_and_no_others(site):
-    carrying, odd, reason = EXAMPLES[type(site)]
-    for module in carrying():
+    carrying, odd = EXAMPLES[name_of(site)]
+    for module, _ in carrying():
         known = find_site(module)
         assert known is not None and known == (site, site.find(module))
-        values = [v.get_value() for v in jax.tree.leaves(nnx.state(module), is_leaf=is_variable)]
-        assert site.find(module) in [value.shape for value in values]
-    found = site.find(odd())
-    assert isinstance(found, Obstacle) and reason in found.reason
+        sizes = [
+            v.get_value().size for v in jax.tree.leaves(nnx.state(module), is_leaf=is_variable)
+        ]
+        shape = site.find(module)
+        assert isinstance(shape, Shape) and shape.inputs * shape.outputs in sizes
+    for module, reason in odd():
+        found = site.find(module)
+        assert isinstance(found, Obstacle) and reason in found.reason
     assert site.find(nnx.LayerNorm(8, rngs=RNGS)) is None
-    for other, (modules, _, _) in EXAMPLES.items():
-        assert other is type(site) or not any(site.find(module) for module in modules())
+    for other, (modules, _) in EXAMPLES.items():
+        assert other == name_of(site) or not any(site.find(module) for module, _ in modules())
 
 
 def test_what_is_adopted_computes_the_same_from_the_same_arrays(site):
-    for module in EXAMPLES[type(site)][0]():
-        layer = site.adopt(module)
+    for module, x in EXAMPLES[name_of(site)][0]():
+        expected = module(x)
         shape = site.find(module)
-        assert isinstance(layer, Linear)
-        assert (layer.in_features, layer.out_features) == shape
-        x = jax.random.normal(jax.random.key(0), (3, shape.inputs))
-        np.testing.assert_array_equal(layer(x), module(x))
-        held = lambda m: {id(v.get_value()) for _, v in nnx.iter_graph(m) if is_variable(v)}
-        assert held(layer) == held(module)
+        held = arrays_of(module)
+        layer = site.adopt(module)
+        assert isinstance(layer, Carrier)
+        assert layer.linear_map.shape == shape
+        np.testing.assert_array_equal(layer(x), expected)
+        assert arrays_of(layer) == held
         known = find_site(layer)
         assert known is not None and known[0].adopt(layer) is layer  # which is one already
 
 
-def test_adapted_merged_and_unloaded_they_are_what_a_model_has(site):
-    first, _ = EXAMPLES[type(site)][0]()
-    net = nnx.Sequential(first, nnx.Linear(16, 8, rngs=RNGS))
-    x = jax.random.normal(jax.random.key(1), (5, 24))
-    model = apply_lora(net, LoraConfig(r=2), rngs=nnx.Rngs(1))
-    assert len(adapted_layers(model)) == 2
-    np.testing.assert_array_equal(model(x), net(x))
-    for layer in adapted_layers(model).values():
-        b = layer.adapter.lora_b
-        b.set_value(jax.random.normal(jax.random.key(2), b.shape))
-    assert np.abs(np.asarray(model(x) - net(x))).max() > 0.1
-    np.testing.assert_allclose(merge_lora(model)(x), model(x), rtol=1e-4, atol=1e-4)
-    np.testing.assert_array_equal(unload_lora(model)(x), net(x))
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"lora_bias": True}], ids=str)
+def test_adapted_merged_and_unloaded_they_are_what_a_model_has(site, settings, tmp_path):
+    if settings.get("lora_bias") and name_of(site) == "Embed":
+        pytest.skip("an embedding's update has no bias, and is refused")
+    for index, (module, x) in enumerate(EXAMPLES[name_of(site)][0]()):
+        net = Holder(module)
+        fresh = apply_lora(
+            net, LoraConfig(r=2, target_modules=["layer"], **settings), rngs=nnx.Rngs(1)
+        )
+        np.testing.assert_array_equal(fresh(x), net(x))
+        model = adapt(net, **settings)
+        got = model(x)
+        assert got.shape == net(x).shape and got.dtype == net(x).dtype
+        tolerance = 0.05 if got.dtype == jnp.bfloat16 else 1e-4
+        assert np.abs(np.asarray(got - net(x), np.float32)).max() > tolerance
+        np.testing.assert_array_equal(unload_lora(model)(x), net(x))
+        lorax.save_adapter(model, tmp_path / f"{index}")
+        again = lorax.load_adapter(net, tmp_path / f"{index}")
+        np.testing.assert_array_equal(again(x), got)
+        if settings.get("lora_bias") and getattr(module, "bias", None) is None:
+            continue
+        close = lambda y: np.testing.assert_allclose(
+            np.float32(y), np.float32(got), rtol=tolerance, atol=tolerance
+        )
+        close(merge_lora(model)(x))
+        close(lorax.unmerge_lora(merge_lora(model, keep_adapters=True))(x))
 
 
 def test_one_that_cannot_carry_an_adapter_is_refused_by_name(site):
-    _, odd, reason = EXAMPLES[type(site)]
-    net = nnx.Sequential(odd(), nnx.Linear(8, 8, rngs=RNGS))
-    with pytest.raises(ValueError, match=f"layers.0 cannot be adapted: .*{reason}"):
-        apply_lora(net, LoraConfig(r=1), rngs=nnx.Rngs(1))
+    for odd, reason in EXAMPLES[name_of(site)][1]():
+        with pytest.raises(ValueError, match=f"layer cannot be adapted: .*{reason}"):
+            adapt(Holder(odd), r=1)
+
+
+def test_a_subclass_stays_one():
+    net = Holder(Doubled(8, 8, rngs=RNGS))
+    layer = adapt(net).layer
+    assert isinstance(layer, Doubled) and layer.own() == 2 and type(layer).__name__ == "Doubled"
+    assert type(net.layer) is Doubled
+
+
+def test_a_tied_head_reads_the_adapted_table():
+    net = Holder(nnx.Embed(VOCABULARY, 16, rngs=RNGS))
+    query = floats(3, 16)
+    for settings in ({}, {"use_dora": True}):
+        model = adapt(net, **settings)
+        merged = merge_lora(model).layer.attend(query)
+        assert np.abs(np.asarray(merged - net.layer.attend(query))).max() > 0.1
+        np.testing.assert_allclose(model.layer.attend(query), merged, rtol=1e-4, atol=1e-4)
+
+
+class Stack(nnx.Module):
+    """Layers stacked by `nnx.vmap` and run by `nnx.scan`."""
+
+    def __init__(self, make, depth=3):
+        @nnx.split_rngs(splits=depth)
+        @nnx.vmap(in_axes=0, out_axes=0)
+        def stack(rngs):
+            return make(rngs)
+
+        self.layers = stack(nnx.Rngs(5))
+        self.depth = depth
+
+    def __call__(self, x):
+        @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+        def run(x, layer):
+            return x + jnp.tanh(layer(x))
+
+        return run(x, self.layers)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda rngs: nnx.Linear(8, 8, rngs=rngs),
+        lambda rngs: nnx.Einsum("TD,HD->TH", (8, 8), (8,), rngs=rngs),
+        lambda rngs: nnx.Conv(8, 8, (3,), rngs=rngs),
+    ],
+    ids=["linear", "einsum", "conv"],
+)
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"lora_bias": True}], ids=str)
+def test_stacked_layers_have_an_adapter_each(make, settings, tmp_path):
+    net = Stack(make)
+    x = floats(6, 8)
+    settings = {"r": 2, "target_modules": ["layers"], **settings}
+    model = apply_lora(net, LoraConfig(**settings), rngs=nnx.Rngs(1))
+    np.testing.assert_array_equal(model(x), net(x))
+    a = model.layers.adapter.params["lora_a"]
+    assert a.shape[0] == 3 and not np.allclose(a[0], a[1])
+    for index, name in enumerate(model.layers.adapter.spec.method.parameters):
+        variable = model.layers.adapter.variable(name)
+        noise = jax.random.normal(jax.random.key(index), variable.shape)
+        variable.set_value(variable[...] + 0.3 * noise)
+    got = model(x)
+    assert np.abs(np.asarray(got - net(x))).max() > 0.1
+    np.testing.assert_allclose(merge_lora(model)(x), got, rtol=1e-4, atol=1e-4)
+    kept = lorax.unmerge_lora(merge_lora(model, keep_adapters=True))
+    np.testing.assert_allclose(kept(x), got, rtol=1e-4, atol=1e-4)
+    lorax.save_adapter(model, tmp_path / "out")
+    np.testing.assert_array_equal(lorax.load_adapter(net, tmp_path / "out")(x), got)
+    assert lorax.trainable_parameters(model).trained == sum(
+        v.size for v in model.layers.adapter.params.values()
+    )
+
+
+def test_dropout_of_stacked_layers_differs_between_them():
+    model = apply_lora(
+        Stack(lambda rngs: nnx.Linear(8, 8, rngs=rngs)),
+        LoraConfig(r=2, target_modules=["layers"], lora_dropout=0.5),
+        rngs=nnx.Rngs(1),
+    )
+    lorax.set_dropout_key(model, jax.random.key(0))
+    keys = jax.random.key_data(model.layers.adapter.dropout_key.get_value())
+    assert keys.shape[0] == 3 and len({tuple(key) for key in np.asarray(keys).tolist()}) == 3
+    b = model.layers.adapter.lora_b
+    b.set_value(jnp.ones(b.shape))
+    x = floats(6, 8)
+    first = np.asarray(model(x))
+    np.testing.assert_array_equal(model(x), first)
+    lorax.set_dropout_key(model, jax.random.key(1))
+    assert not np.allclose(model(x), first)

@@ -13,7 +13,7 @@ from flax import nnx
 import lorax.objectives.linear_loss
 from lorax.adapters.nnx.apply import apply_lora, set_dropout_key
 from lorax.config.adapter import LoraConfig
-from lorax.layers.linear import Frozen
+from lorax.layers.carrier import Frozen
 from lorax.objectives.linear_loss import linear_cross_entropy
 from lorax_kernels import IGNORED, token_nll
 from tests.jaxprs import equations

@@ -6,4 +6,5 @@ from lorax_kernels.lora_linear.op import lora_linear as lora_linear
 from lorax_kernels.lora_linear.op import lora_linear_group as lora_linear_group
 from lorax_kernels.lora_linear.op import lora_mlp as lora_mlp
 from lorax_kernels.lora_linear.op import lora_swiglu as lora_swiglu
+from lorax_kernels.lora_linear.op import scale_columns as scale_columns
 from lorax_kernels.lora_linear.weights import LoraWeights as LoraWeights

@@ -1,5 +1,6 @@
 """`lora_linear`, its groups, SwiGLU and the MLP: argument checks, the choice of implementation."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from lorax_kernels.dispatch import Kernels
+from lorax_kernels.dtypes import accumulation_dtype
 from lorax_kernels.lora_linear import choice, xla
 from lorax_kernels.lora_linear.calls import apply_group, apply_mlp, apply_swiglu, run
 from lorax_kernels.lora_linear.weights import LoraWeights
@@ -23,6 +25,7 @@ def lora_linear(
     *,
     scale: float,
     bias: Float[Array, " n"] | None = None,
+    factor: Float[Array, " n"] | None = None,
     residual: Float[Array, "*batch n"] | None = None,
     dropout_rate: float = 0.0,
     dropout_key: Key[Array, ""] | None = None,
@@ -31,8 +34,8 @@ def lora_linear(
 ) -> Float[Array, "*batch n"]:
     """Applies a frozen linear map and its low-rank update.
 
-    ``x·w + scale·(dropout(x)·a)·b + bias + residual``. The residual costs the kernel no pass of its
-    own, except where the rank is 33 to 64 and k more than 3·n.
+    ``factor·(x·w + scale·(dropout(x)·a)·b) + bias + residual``. The residual costs the kernel no
+    pass of its own, except where the rank is 33 to 64 and k more than 3·n.
 
     Operands take `x`'s dtype and every matmul accumulates in float32. `da` and `db` have the dtypes
     of `a` and `b`. `w` and `bias` are frozen: their gradients are never computed, and
@@ -46,6 +49,7 @@ def lora_linear(
         b: Up-projection from the rank r.
         scale: ``alpha / r``, or ``alpha / √r`` under rank stabilisation; a Python number.
         bias: Frozen bias.
+        factor: Factor of every column, which has a gradient; None is 1.
         residual: Added to the output, in `x`'s dtype; it has a gradient.
         dropout_rate: Probability with which an element of `x` is zeroed on the update's path.
         dropout_key: Decides the dropout mask; required when `dropout_rate` is not 0.
@@ -64,7 +68,7 @@ def lora_linear(
 
     Source: Hu et al. 2021, "LoRA", eq. 3, https://arxiv.org/abs/2106.09685
     """
-    members = [LoraWeights(w, a, b, bias, scale)]
+    members = [LoraWeights(w, a, b, bias, scale, factor)]
     options = {"kernels": kernels, "row_axes": row_axes, "residual": residual}
     return _apply(x, members, dropout_rate, dropout_key, **options)[0]
 
@@ -113,6 +117,17 @@ def _apply(
     """Returns the outputs of a group; `residual` is added to a single output."""
     _validate(x, members, dropout_rate, dropout_key)
     _validate_residual(residual, x, members[0].w)
+    if _have_factors(members):
+        products = _apply(
+            x,
+            [_without_factor(member) for member in members],
+            dropout_rate,
+            dropout_key,
+            kernels=kernels,
+            row_axes=row_axes,
+        )
+        outputs = [_scaled(y, member) for y, member in zip(products, members, strict=True)]
+        return outputs if residual is None else [residual + outputs[0]]
     rate = _rate(members, dropout_rate)
     implementation = choice.choose(x, members, rate, kernels, row_axes)
     parts = choice.split(members, rate) if implementation == "pallas" else [range(len(members))]
@@ -122,6 +137,32 @@ def _apply(
         keys = [dropout_key]
         outputs += run(x, [group], rate, keys, row_axes, apply_group, implementation, residual)
     return outputs
+
+
+def _without_factor(member: LoraWeights) -> LoraWeights:
+    """Returns a member without its factor, and without the bias that the factor comes before."""
+    if member.factor is None:
+        return member
+    return dataclasses.replace(member, factor=None, bias=None)
+
+
+def _scaled(y: jax.Array, member: LoraWeights) -> jax.Array:
+    """Returns ``factor · y + bias`` of the output of `_without_factor`."""
+    if member.factor is None:
+        return y
+    y = scale_columns(y, member.factor)
+    bias = member.bias
+    return y if bias is None else y + _along(jax.lax.stop_gradient(bias), y).astype(y.dtype)
+
+
+def scale_columns(y: Float[Array, "*batch n"], factor: Float[Array, " n"]):
+    """Returns ``factor · y`` in `y`'s dtype: multiplied in float32 and rounded once."""
+    wide = accumulation_dtype(y.dtype)
+    return (y.astype(wide) * _along(factor, y).astype(wide)).astype(y.dtype)
+
+
+def _along(vector: jax.Array, y: jax.Array) -> jax.Array:
+    return vector.reshape((1,) * (y.ndim - 1) + (-1,))
 
 
 def lora_swiglu(
@@ -163,17 +204,28 @@ def lora_swiglu(
     _validate(x, members, dropout_rate, dropout_key)
     _validate_pair(gate, up)
     rate = _rate(members, dropout_rate)
+    if _have_factors(members):
+        return _swiglu_apart(x, members, rate, dropout_key, kernels, row_axes, recompute)
     implementation = choice.choose(x, members, rate, kernels, row_axes)
     if implementation == "pallas" and len(choice.split(members, rate)) > 1:
-
-        def apart(x):
-            options: dict[str, Any] = {"dropout_rate": rate, "dropout_key": dropout_key}
-            options |= {"kernels": "pallas", "row_axes": row_axes}
-            return xla.swiglu(*lora_linear_group(x, members, **options))
-
-        return (jax.checkpoint(apart) if recompute else apart)(x)
+        return _swiglu_apart(x, members, rate, dropout_key, "pallas", row_axes, recompute)
     function = functools.partial(apply_swiglu, recompute)
     return run(x, [members], rate, [dropout_key], row_axes, function, implementation)[0]
+
+
+def _swiglu_apart(x, members, rate: float, key, kernels: Kernels, row_axes, recompute: bool):
+    """Returns ``silu(gate(x)) · up(x)`` of a group's outputs."""
+
+    def apart(x, members):
+        options: dict[str, Any] = {"dropout_rate": rate, "dropout_key": key}
+        options |= {"kernels": kernels, "row_axes": row_axes}
+        return xla.swiglu(*lora_linear_group(x, members, **options))
+
+    return (jax.checkpoint(apart) if recompute else apart)(x, members)
+
+
+def _have_factors(members: Sequence[LoraWeights]) -> bool:
+    return any(member.factor is not None for member in members)
 
 
 def lora_mlp(
@@ -226,7 +278,7 @@ def lora_mlp(
     choose = functools.partial(choice.choose, rate=rate, kernels=kernels, row_axes=row_axes)
     implementations = {choose(x, first), choose(inner, second)}
     in_parts = "pallas" in implementations and len(choice.split(first, rate)) > 1
-    if len(implementations) > 1 or in_parts:
+    if len(implementations) > 1 or in_parts or _have_factors([*first, *second]):
         options: dict[str, Any] = {"kernels": kernels, "row_axes": row_axes}
         options |= {"dropout_rate": _rate(first, dropout_rate)}
         product = lora_swiglu(x, gate, up, dropout_key=dropout_keys[0], **options)
@@ -278,8 +330,9 @@ def _validate(x, members: Sequence[LoraWeights], dropout_rate, dropout_key):
             fit = fit and a.shape[0] == w.shape[0] and b.shape == (a.shape[1], w.shape[1])
         if not fit:
             raise ValueError(f"need x (…, k), w (k, n), a (k, r), b (r, n); got {shapes}")
-        if bias is not None and bias.shape != (w.shape[1],):
-            raise ValueError(f"need bias ({w.shape[1]},), got {bias.shape}")
+        for name, vector in (("bias", bias), ("factor", member.factor)):
+            if vector is not None and vector.shape != (w.shape[1],):
+                raise ValueError(f"need {name} ({w.shape[1]},), got {vector.shape}")
     if not 0.0 <= dropout_rate < 1.0:
         raise ValueError(f"dropout_rate must be in [0, 1), got {dropout_rate}")
     if dropout_rate > 0.0 and dropout_key is None and any(m.a is not None for m in members):

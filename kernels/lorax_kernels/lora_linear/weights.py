@@ -12,11 +12,15 @@ from lorax_kernels.weights import Matrix, dense, recomputed
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["w", "a", "b", "bias"], meta_fields=["scale"]
+    jax.tree_util.register_dataclass,
+    data_fields=["w", "a", "b", "bias", "factor"],
+    meta_fields=["scale"],
 )
 @dataclasses.dataclass(frozen=True)
 class LoraWeights:
     """One linear layer: frozen weight and bias, and its low-rank update if it has one.
+
+    It computes ``factor · (x·w + scale · (x·a)·b) + bias``.
 
     A pytree of its arrays; the scale is static.
 
@@ -26,6 +30,7 @@ class LoraWeights:
         b: Up-projection from the rank r.
         bias: Frozen bias.
         scale: ``alpha / r``, or ``alpha / √r`` under rank stabilisation.
+        factor: Trained factor of every column, or None for 1.
     """
 
     w: Matrix
@@ -33,6 +38,7 @@ class LoraWeights:
     b: Float[Array, "r n"] | None = None
     bias: Float[Array, " n"] | None = None
     scale: float = 1.0
+    factor: Float[Array, " n"] | None = None
 
 
 @functools.partial(

@@ -1,13 +1,17 @@
 """One method's parameters on one layer of an NNX model."""
 
 import dataclasses
+import functools
+import math
 from typing import Any
 
+import jax
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from lorax.adapters.method import Cost, Params, Shape, Spec
-from lorax.layers.linear import Frozen, Linear
+from lorax.adapters import method
+from lorax.adapters.method import Cost, Params, Shape, Spec, Start
+from lorax.layers.carrier import Carrier, Frozen
 from lorax_kernels import LoraWeights, Matrix, dense
 
 NAME = "default"
@@ -19,23 +23,34 @@ class DropoutKey(nnx.Variable):
 
 
 class Adapter(nnx.Module):
-    """The parameters of an adapter, `nnx.LoRAParam` each, and how its method computes with them.
+    """The values of an adapter: what trains is an `nnx.LoRAParam`, the rest `Frozen`.
 
     Args:
         spec: What it is.
-        params: Its first values, by the names that the method gives.
+        params: The first values of what trains, by name.
+        fixed: The values that do not.
     """
 
-    def __init__(self, spec: Spec, params: Params):
+    def __init__(self, spec: Spec, params: Params, fixed: Params | None = None):
         self.spec = spec
         self.dropout_key = DropoutKey(None)
+        self.merged_factor = Frozen(None)
+        self.fixed_names = tuple(fixed or ())
         for name, value in params.items():
             setattr(self, name, nnx.LoRAParam(value))
+        for name, value in (fixed or {}).items():
+            setattr(self, name, Frozen(value))
 
     @property
     def params(self) -> dict[str, Array]:
-        """The values by name."""
-        return {name: getattr(self, name).get_value() for name in self.spec.method.keys}
+        """The values of what trains, by name."""
+        return {name: getattr(self, name).get_value() for name in self.spec.method.parameters}
+
+    @property
+    def values(self) -> dict[str, Array]:
+        """All values by name."""
+        fixed = {name: getattr(self, name).get_value() for name in self.fixed_names}
+        return {**self.params, **fixed}
 
     @property
     def dropout(self) -> float:
@@ -45,7 +60,7 @@ class Adapter(nnx.Module):
     @property
     def update(self) -> "Update":
         """The update that the adapter adds to its layer now."""
-        return Update(self.spec, self.params, self.dropout_key.get_value())
+        return Update(self.spec, self.values, self.dropout_key.get_value())
 
     def set_trains(self, trains: bool) -> None:
         """Makes the parameters what trains, or what does not."""
@@ -63,12 +78,12 @@ class Update:
 
     Attributes:
         spec: What it is.
-        params: Its values, by the names that the method gives.
+        values: Its values by name.
         dropout_key: What decides the dropout mask; None until one was set.
     """
 
     spec: Spec
-    params: Params
+    values: Params
     dropout_key: Key[Array, ""] | None
 
     @property
@@ -89,50 +104,121 @@ class Update:
             )
         return self.dropout_key
 
-    def operands(self, w: Matrix) -> LoraWeights | None:
+    def operands(self, w: Matrix) -> LoraWeights:
         """See `Method.operands`."""
-        return self.spec.method.operands(self.spec, w, self.params)
-
-    def apply(self, x: Float[Array, "*batch k"], w: Matrix, rate: float):
-        """See `Method.apply`."""
-        key = self.key() if rate else None
-        return self.spec.method.apply(self.spec, w, self.params, x, rate, key)
+        return self.spec.method.operands(self.spec, w, self.values)
 
 
-def attach(layer: Linear, spec: Spec, key: Key[Array, ""], name: str = NAME) -> None:
-    """Attaches a new adapter to a layer with a frozen kernel, and makes it the active one."""
-    w = layer.kernel.get_value()
-    params, base = spec.method.start(Shape(*w.shape), spec, w, key)
-    layer.attached[name] = Adapter(spec, params)
+def attach(layer: Carrier, spec: Spec, key: Key[Array, ""], name: str = NAME) -> None:
+    """Attaches a new adapter to a layer with a frozen kernel, and makes it the active one.
+
+    Args:
+        layer: The layer.
+        spec: What it is.
+        key: Decides its first values.
+        name: Its name.
+    """
+    w = layer.matrix
+    kind = layer.linear_map.kind
+    start = over_stack(functools.partial(_start, spec, kind), w)
+    begun = start(keys_of(key, w), w)
+    layer.attached[name] = Adapter(spec, begun.params, begun.fixed)
     activate(layer, name)
-    if base is not w:
-        layer.freeze(base)
+    if begun.w is not w:
+        layer.freeze(begun.w)
 
 
-def activate(layer: Linear, name: str | None) -> None:
+def _start(spec: Spec, kind: str, key, w) -> Start:
+    return spec.method.start(spec, w, key, kind)
+
+
+def over_stack(function: Any, w: Any) -> Any:
+    """Returns a function mapped over the axes of stacked layers: all but the last two of W."""
+    for _ in w.shape[:-2]:
+        function = jax.vmap(function)
+    return function
+
+
+def keys_of(key: Key[Array, ""], w: Any) -> Key[Array, "..."]:
+    """Returns a key for each of the layers that are stacked in W; `key` if it is one layer."""
+    stack = w.shape[:-2]
+    return jax.random.split(key, math.prod(stack)).reshape(stack) if stack else key
+
+
+def activate(layer: Carrier, name: str | None) -> None:
     """Has one attached adapter compute and train, and no other; with None, none does."""
     layer.active = name
     for each, adapter in layer.attached.items():
         adapter.set_trains(each == name)
 
 
-def cost_of(layer: Linear) -> Cost:
+def shape_of(layer: Carrier) -> Shape:
+    """Returns the shape (k, n) of a layer's matrix; the layer may be of shapes."""
+    return Shape(*layer.linear_map.shape)
+
+
+def cost_of(layer: Carrier) -> Cost:
     """Returns what the active adapter of a layer costs; the layer may be of shapes."""
-    spec = layer.adapter.spec
-    return spec.method.cost(Shape(layer.in_features, layer.out_features), spec)
+    cost = method.cost_of(layer.adapter.spec, shape_of(layer))
+    return cost._replace(parameters=cost.parameters * math.prod(layer.matrix.shape[:-2]))
 
 
-def merged_kernel(layer: Linear) -> Float[Array, "k n"]:
-    """Returns the kernel with the active adapter in it, rounded once to the kernel's dtype."""
-    kernel = layer.kernel.get_value()
+def merged_matrix(layer: Carrier) -> Float[Array, "k n"]:
+    """Returns the matrix with the active adapter in it, rounded once to its dtype."""
+    w = layer.matrix
     if layer.merged:
-        return dense(kernel)
+        return dense(w)
     spec = layer.adapter.spec
-    return spec.method.merged(spec, kernel, layer.adapter.params).astype(kernel.dtype)
+    merge = over_stack(lambda w, values: method.merged(spec, w, values), w)
+    return merge(w, layer.adapter.values).astype(w.dtype)
 
 
-def unmerged_kernel(layer: Linear) -> Float[Array, "k n"]:
-    """Returns the kernel of a merged layer without its adapter, rounded to the kernel's dtype."""
-    kernel = layer.kernel.get_value()
+def merged_bias(layer: Carrier) -> Array | None:
+    """Returns the layer's bias with the adapter's in it, rounded once to its dtype.
+
+    Raises:
+        ValueError: If the adapter has one and the layer does not.
+    """
+    own = _own_bias(layer)
+    if own is None or layer.merged:
+        return None if layer.bias is None else layer.bias.get_value()
+    if layer.bias is None:
+        raise ValueError("its lora_bias cannot be merged, because the layer has no bias")
+    return _sum(layer.bias.get_value(), own)
+
+
+def unmerged_bias(layer: Carrier) -> Array | None:
+    """Returns the bias of a merged layer without the adapter's, rounded to its dtype."""
+    own = _own_bias(layer)
+    if layer.bias is None or own is None:
+        return None if layer.bias is None else layer.bias.get_value()
+    return _sum(layer.bias.get_value(), -own)
+
+
+def _sum(bias: Array, own: Array) -> Array:
+    return (bias.astype(own.dtype) + own.reshape(bias.shape)).astype(bias.dtype)
+
+
+def _own_bias(layer: Carrier) -> Array | None:
+    return _operands(layer).bias
+
+
+def _operands(layer: Carrier) -> LoraWeights:
     spec = layer.adapter.spec
-    return spec.method.unmerged(spec, kernel, layer.adapter.params).astype(kernel.dtype)
+    w = layer.matrix
+    operands = over_stack(lambda w, values: spec.method.operands(spec, w, values), w)
+    return operands(w, layer.adapter.values)
+
+
+def merge_factor(layer: Carrier) -> Array | None:
+    """Returns the factor that merging multiplies the columns by; None is 1."""
+    return _operands(layer).factor
+
+
+def unmerged_matrix(layer: Carrier) -> Float[Array, "k n"]:
+    """Returns the matrix of a merged layer without its adapter, rounded to its dtype."""
+    w = layer.matrix
+    spec = layer.adapter.spec
+    unmerge = over_stack(lambda w, values, f: method.unmerged(spec, w, values, f), w)
+    factor = layer.adapter.merged_factor.get_value()
+    return unmerge(w, layer.adapter.values, factor).astype(w.dtype)

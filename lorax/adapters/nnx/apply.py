@@ -12,7 +12,7 @@ from jaxtyping import Array, Key
 
 from lorax.adapters.method import Shape
 from lorax.adapters.methods import spec_of
-from lorax.adapters.nnx.adapter import DropoutKey, activate, attach
+from lorax.adapters.nnx.adapter import DropoutKey, activate, attach, keys_of
 from lorax.adapters.nnx.arguments import as_rngs, check_arguments, refuse_other_adapters
 from lorax.adapters.nnx.tree import (
     adapted_layers,
@@ -22,7 +22,7 @@ from lorax.adapters.nnx.tree import (
     set_child,
     tied_modules,
 )
-from lorax.adapters.sites import find_site, obstacle_of, shape_of
+from lorax.adapters.sites import find_site, is_by_name_only, obstacle_of, shape_of
 from lorax.adapters.targets import (
     Target,
     TargetError,
@@ -34,7 +34,7 @@ from lorax.adapters.targets import (
     refuse_patterns,
 )
 from lorax.config.adapter import LoraConfig
-from lorax.layers.linear import Frozen, Linear
+from lorax.layers.carrier import Carrier, Frozen
 from lorax.system.arguments import check_kind
 from lorax_kernels import Kernels, check_kernels_name, dense
 
@@ -56,7 +56,7 @@ def set_kernels(model: nnx.Module, kernels: Kernels) -> None:
 def apply_lora[M: nnx.Module](
     model: M, config: LoraConfig, *, rngs: nnx.Rngs | int | Key[Array, ""]
 ) -> M:
-    """Returns `model` with adapters on its linear layers and every other weight frozen.
+    """Returns `model` with adapters on its layers and every other weight frozen.
 
     The result shares the base weights' arrays with `model`, which stays as it was. Afterwards
     `nnx.Param` is exactly what trains: A and B (as `nnx.LoRAParam`), the biases that `bias` names,
@@ -64,7 +64,8 @@ def apply_lora[M: nnx.Module](
     a compute dtype, so that small updates are not rounded away.
 
     Args:
-        model: Any module tree holding `nnx.Linear` layers.
+        model: Any module tree holding `nnx.Linear`, `LinearGeneral`, `Einsum`, `Embed` or `Conv`
+            layers, stacked by `nnx.vmap` or not, or layers of a `Site` of your own.
         config: PEFT's settings.
         rngs: Source of the A matrices (stream ``params``), or the seed or key of one.
 
@@ -95,7 +96,7 @@ def apply_lora[M: nnx.Module](
     _freeze((adapted, *modules.values()), keep)
     for target in targets:
         layer = _adopt(target.name, modules, references)
-        _check_rank(Shape(layer.in_features, layer.out_features), target)
+        _check_rank(Shape(*layer.linear_map.shape), target)
         attach(layer, spec_of(target, config), rngs.params())
     for name in trained_biases:
         module = modules[name]
@@ -116,31 +117,16 @@ def targets_of(model: nnx.Module, config: LoraConfig) -> list[Target]:
     refuse_patterns(config, modules.keys() | tied.keys())
     _refuse_odd_layers(model, modules, config)
     linear = [n for n, m in modules.items() if shape_of(m)]
-    _name_what_is_left_out(modules, config)
-    head = "lm_head" if "lm_head" in linear else None
+    left_out = {name for name in linear if name == "lm_head" or is_by_name_only(modules[name])}
     try:
         others = (modules.keys() | tied.keys()) - set(linear)
-        found = match_targets(linear, others, config, output_layer=head)
+        found = match_targets(linear, others, config, left_out=left_out)
         return _without_narrow(found, modules) if is_all_linear(config) else found
     except TargetError as error:
         names = [
             f"{name} is tied to {source}" for name, source in tied.items() if name in str(error)
         ]
         raise TargetError("; ".join([str(error), *names])) from None
-
-
-def _name_what_is_left_out(modules: dict[str, nnx.Module], config: LoraConfig) -> None:
-    """Warns of layers that multiply by a weight and that ``all-linear`` does not take."""
-    if not is_all_linear(config):
-        return
-    kinds = (nnx.LinearGeneral, nnx.Einsum)
-    left = [n for n, m in modules.items() if isinstance(m, kinds) and not is_excluded(n, config)]
-    if left:
-        warnings.warn(
-            f"all-linear leaves out {', '.join(left)}: only nnx.Linear can carry an adapter, not "
-            "nnx.LinearGeneral or nnx.Einsum. Name them in lora.exclude_modules if that is meant",
-            stacklevel=4,
-        )
 
 
 def _without_narrow(targets: list[Target], modules: dict[str, nnx.Module]) -> list[Target]:
@@ -166,13 +152,14 @@ def _without_narrow(targets: list[Target], modules: dict[str, nnx.Module]) -> li
 def _refuse_odd_layers(model, modules: dict[str, nnx.Module], config: LoraConfig) -> None:
     """Refuses linear layers that would be targets but cannot be adapted, or cannot be found."""
     for name, module in modules.items():
-        wanted = is_target(name, config, None) and not is_excluded(name, config)
+        left_out = {name} if is_all_linear(config) and is_by_name_only(module) else set()
+        wanted = is_target(name, config, left_out) and not is_excluded(name, config)
         if wanted and (reason := obstacle_of(module)):
             raise TargetError(
                 f"{name} cannot be adapted: {reason}. Leave it out with lora.exclude_modules"
             )
-    linear = [module for module in modules.values() if isinstance(module, Linear)]
-    attached = [inner for layer in linear for _, inner in nnx.iter_modules(layer)]
+    carriers = [module for module in modules.values() if isinstance(module, Carrier)]
+    attached = [inner for layer in carriers for _, inner in nnx.iter_modules(layer)]
     known = {id(model), *map(id, modules.values()), *map(id, attached)}
     for path, module in nnx.iter_modules(model):
         if id(module) not in known:
@@ -191,7 +178,8 @@ def set_dropout_key(model: nnx.Module, key: Key[Array, ""]) -> None:
     check_kind("key", key, jax.Array, "a key, as of jax.random.key(0)")
     for index, layer in enumerate(adapted_layers(model).values()):
         if layer.adapter.dropout:
-            layer.adapter.dropout_key = DropoutKey(jax.random.fold_in(key, index))
+            own = keys_of(jax.random.fold_in(key, index), layer.matrix)
+            layer.adapter.dropout_key = DropoutKey(own)
 
 
 def use_adapter(model: nnx.Module, name: str | None) -> None:
@@ -216,7 +204,7 @@ def use_adapter(model: nnx.Module, name: str | None) -> None:
         activate(layer, name if name in set(layer.attached) else None)
 
 
-def _adopt(name: str, modules: dict[str, nnx.Module], references: Any) -> Linear:
+def _adopt(name: str, modules: dict[str, nnx.Module], references: Any) -> Carrier:
     """Returns the layer that carries a module's adapter, put in its place wherever it is held."""
     base = modules[name]
     found = find_site(base)

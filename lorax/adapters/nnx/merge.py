@@ -1,11 +1,19 @@
 """Adapters into the weights, out of them again, and off the model."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from flax import nnx
 
-from lorax.adapters.nnx.adapter import merged_kernel, unmerged_kernel
+from lorax.adapters.nnx.adapter import (
+    merge_factor,
+    merged_bias,
+    merged_matrix,
+    unmerged_bias,
+    unmerged_matrix,
+)
 from lorax.adapters.nnx.tree import adapted_layers, layers_with_adapters
-from lorax.layers.linear import Linear
+from lorax.layers.carrier import Carrier
 from lorax.system.arguments import check_kind
 from lorax_kernels import Matrix, Weight
 
@@ -38,14 +46,21 @@ def merge_lora[M: nnx.Module](model: M, *, keep_adapters: bool = False) -> M:
     for name, layer in layers.items():
         if layer.merged:
             raise ValueError(f"{name} is merged already; unmerge_lora the model first")
-        kernel = merged_kernel(layer)
-        if not bool(jnp.isfinite(kernel).all()):
+        matrix = merged_matrix(layer)
+        try:
+            bias = merged_bias(layer)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}; train it with lora_bias=False") from None
+        if not bool(jnp.isfinite(matrix).all()):
             raise ValueError(f"{name}: merging gives values that are not finite")
         if keep_adapters:
-            layer.freeze(kernel)
+            layer.adapter.merged_factor.set_value(merge_factor(layer))
+            layer.freeze(matrix)
+            _set_bias(layer, bias)
             layer.merged = True
         else:
-            _unload(layer, kernel)
+            _set_bias(layer, bias)
+            _unload(layer, matrix)
     return merged
 
 
@@ -64,7 +79,10 @@ def unmerge_lora[M: nnx.Module](model: M) -> M:
     if not layers:
         raise ValueError("no layer is merged: unmerge_lora undoes merge_lora(keep_adapters=True)")
     for layer in layers:
-        layer.freeze(unmerged_kernel(layer))
+        bias = unmerged_bias(layer)
+        layer.freeze(unmerged_matrix(layer))
+        _set_bias(layer, bias)
+        layer.adapter.merged_factor.set_value(None)
         layer.merged = False
     return unmerged
 
@@ -80,17 +98,23 @@ def unload_lora[M: nnx.Module](model: M) -> M:
     for name, layer in layers_with_adapters(unloaded).items():
         if layer.merged:
             raise ValueError(f"{name} is merged; unmerge_lora first")
-        _unload(layer, layer.kernel.get_value())
+        _unload(layer, layer.matrix)
     return unloaded
 
 
-def _unload(layer: Linear, kernel: Matrix) -> None:
+def _set_bias(layer: Carrier, bias: Any) -> None:
+    """Gives a layer's bias a value; it stays what trains or what does not."""
+    if layer.bias is not None:
+        layer.bias.set_value(bias)
+
+
+def _unload(layer: Carrier, matrix: Matrix) -> None:
     """Takes all adapters off a layer, whose kernel and bias may train then."""
     layer.attached.clear()
     layer.active = None
-    if isinstance(kernel, Weight):
-        layer.freeze(kernel)
+    if isinstance(matrix, Weight):
+        layer.freeze(matrix)
     else:
-        layer.kernel = nnx.Param(kernel)
+        setattr(layer, layer.weight_name, nnx.Param(layer.linear_map.kernel(matrix)))
     if layer.bias is not None:
         layer.bias = nnx.Param(layer.bias.get_value())

@@ -2,7 +2,7 @@
 
 from flax import nnx
 
-from lorax.layers.linear import Linear
+from lorax.layers.carrier import Carrier
 
 
 def tied_modules(model: nnx.Module) -> dict[str, str]:
@@ -31,19 +31,19 @@ def named_modules(model: nnx.Module) -> dict[str, nnx.Module]:
             if isinstance(child, nnx.Module) and id(child) not in seen:
                 seen.add(id(child))
                 names[prefix + key] = child
-                if not isinstance(child, Linear):
+                if not isinstance(child, Carrier):
                     visit(child, f"{prefix}{key}.")
 
     visit(model, "")
     return names
 
 
-def layers_with_adapters(model: nnx.Module) -> dict[str, Linear]:
+def layers_with_adapters(model: nnx.Module) -> dict[str, Carrier]:
     """Returns the layers that have adapters, active or not, under their dotted names."""
-    return {n: m for n, m in named_modules(model).items() if isinstance(m, Linear) and m.attached}
+    return {n: m for n, m in named_modules(model).items() if isinstance(m, Carrier) and m.attached}
 
 
-def adapted_layers(model: nnx.Module) -> dict[str, Linear]:
+def adapted_layers(model: nnx.Module) -> dict[str, Carrier]:
     """Returns the layers that have an active adapter, under their dotted names."""
     layers = layers_with_adapters(model)
     return {name: layer for name, layer in layers.items() if layer.active is not None}
