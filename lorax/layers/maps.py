@@ -206,6 +206,7 @@ class Lookup:
         self, x: Array, weights: LoraWeights, way: Way, dtype: DTypeLike, residual: Any = None
     ) -> Array:
         """See `Map`."""
+        assert weights.a is not None
         y = self.product(x, dense(weights.w, dtype))
         return _finish(y, self.product(x, weights.a), weights, residual)
 
@@ -253,12 +254,13 @@ class Convolution:
         """Returns the convolution of x with a kernel of other features, m (k, c)."""
         layer = self.layer.clone(features=m.shape[1], use_bias=False, parent=None, name=None)
         kernel = m.reshape(*self.kernel_shape[:-1], m.shape[1])
-        return layer.apply({"params": {"kernel": kernel}}, x)
+        return jnp.asarray(layer.apply({"params": {"kernel": kernel}}, x))
 
     def apply(
         self, x: Array, weights: LoraWeights, way: Way, dtype: DTypeLike, residual: Any = None
     ) -> Array:
         """See `Map`."""
+        assert weights.a is not None
         x = x.astype(dtype)
         y = self.product(x, dense(weights.w, dtype))
         h = self.product(_drop(x, way), weights.a.astype(dtype))
