@@ -124,9 +124,9 @@ def _right_vectors(matrix: Array, number: int) -> tuple[Array, Array]:
     else:
         # The key is fixed, so that equal rows give equal components.
         _, s, vt = leading_svd(jax.random.key(0), matrix, width, _ITERATIONS)
-    s, vt = s[:number], vt[:number]
+    vt = vt[:number]
     largest = jnp.argmax(jnp.abs(vt), axis=1, keepdims=True)
-    return s, vt * jnp.where(jnp.take_along_axis(vt, largest, 1) < 0, -1, 1)
+    return s[:number], jnp.where(jnp.take_along_axis(vt, largest, 1) < 0, -vt, vt)
 
 
 def converged(old: Directions, new: Directions, tau: float) -> Bool[Array, " c"]:
@@ -174,8 +174,8 @@ def redistribute(
         values = np.asarray(given, np.float64)[: round(before[name] * rho)]
         if not np.all(np.isfinite(values)):
             raise ValueError(
-                f"{name}: EVA found no variance in its inputs: they had no rows, equal rows, or values "
-                "that are not finite; use other rows, or leave the layer out with exclude_modules"
+                f"{name}: EVA found no variance in its inputs: they had no rows, equal rows, or "
+                "values that are not finite; use other rows, or leave the layer out with exclude_modules"
             )
         if len(values) < before[name]:
             raise ValueError(
