@@ -175,7 +175,8 @@ def redistribute(
         if not np.all(np.isfinite(values)):
             raise ValueError(
                 f"{name}: EVA found no variance in its inputs: they had no rows, equal rows, or "
-                "values that are not finite; use other rows, or leave the layer out with exclude_modules"
+                "values that are not finite; use other rows, or leave the layer out with "
+                "exclude_modules"
             )
         if len(values) < before[name]:
             raise ValueError(
