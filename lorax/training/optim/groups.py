@@ -59,13 +59,14 @@ def scale_learning_rates(
         "lora_embedding": lora_embedding,
         "modules_to_save": modules_to_save,
     }
-    factors = {group: factor for group, factor in given.items() if factor is not None}
+    factors: dict[Group, float] = {g: factor for g, factor in given.items() if factor is not None}
+    needed: dict[Group, str] = {group: group for group in factors}
     for group, factor in factors.items():
         number = isinstance(factor, int | float) and not isinstance(factor, bool)
         if not (number and math.isfinite(factor) and factor > 0):
             raise ValueError(f"{group} must be a finite number > 0, got {show(factor)}")
     names = (embeddings,) if isinstance(embeddings, str) else tuple(embeddings)
-    return _scale(factors, {group: group for group in factors}, names)
+    return _scale(factors, needed, names)
 
 
 def scale_by_settings(train: TrainConfig) -> optax.GradientTransformation | None:
