@@ -166,8 +166,6 @@ def usual(base):
         "train.per_device_train_batch_size=3",
         "train.skip_nonfinite_steps=1",
         "train.weight_decay=0.5",
-        "train.loraplus_lr_ratio=16",
-        "train.neftune_noise_alpha=5",
         "lora.r=4",
         "lora.lora_alpha=3",
         "lora.lora_dropout=0.25",

@@ -15,9 +15,12 @@ from peft.optimizers import create_loraplus_optimizer
 
 import lorax
 from lorax.config.train import TrainConfig
+from lorax.runs.checks import check_targets
+from lorax.runs.model import Blueprint
 from lorax.training.optim.groups import groups_of
 from lorax.training.optim.optimizer import make_optimizer
 from tests.bounds import assert_equal_after_steps
+from tests.tiny import TINY
 
 STEPS = 6
 SETTINGS: dict[str, Any] = dict(
@@ -205,7 +208,10 @@ def test_without_rates_of_their_own_the_optimizer_is_the_one_it_was():
 def test_a_rate_of_nothing_is_refused():
     params = nnx.state(lorax.apply_lora(Net(), lorax.LoraConfig(r=2), rngs=0), nnx.Param)
     for settings, said in (
-        (dict(modules_to_save_learning_rate=1e-4), "a module that is trained whole.*lora.modules"),
+        (
+            dict(modules_to_save_learning_rate=1e-4),
+            "a module that is trained whole.*with lora.modules",
+        ),
         (dict(loraplus_lr_ratio=2.0, loraplus_lr_embedding=1e-5), "an adapter on an embedding"),
     ):
         optimizer = make_optimizer(TrainConfig(**settings), 10)
@@ -215,6 +221,14 @@ def test_a_rate_of_nothing_is_refused():
         lorax.scale_learning_rates(modules_to_save=2.0).init(params)
     with pytest.raises(ValueError, match=r"train\.loraplus_lr_ratio needs a B of an adapter"):
         make_optimizer(TrainConfig(loraplus_lr_ratio=2.0), 10).init({"kernel": jnp.ones((2, 2))})
+
+
+def test_a_rate_of_nothing_is_found_before_a_run_begins(tmp_path):
+    rates = ["train.loraplus_lr_ratio=2", "train.loraplus_lr_embedding=1e-5"]
+    settings = [f"model.name_or_path={TINY / 'model'}", f"save.output_dir={tmp_path}/run", *rates]
+    blueprint = Blueprint.of(lorax.load_config("configs/tiny_cpu.yaml", settings))
+    with pytest.raises(ValueError, match=r"^train\.loraplus_lr_embedding needs an adapter on an"):
+        check_targets(blueprint)
 
 
 @pytest.mark.parametrize("factor", [0, -1.0, float("nan"), True, "16"])

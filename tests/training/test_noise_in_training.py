@@ -1,4 +1,4 @@
-"""Noise on embeddings in a step and a run: which steps equal each other, and where there is none."""
+"""Noise on embeddings in a step and a run: which steps are equal, and where there is none."""
 
 import functools
 import shutil

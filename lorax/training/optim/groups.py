@@ -20,7 +20,10 @@ EMBEDDINGS = ("embed_tokens",)
 _MEANING: Mapping[str, tuple[str, str]] = {
     "lora_b": ("a B of an adapter (lora_b)", "apply_lora the model"),
     "lora_embedding": ("an adapter on an embedding", "adapt one"),
-    "modules_to_save": ("a module that is trained whole", "name one in lora.modules_to_save"),
+    "modules_to_save": (
+        "a module that is trained whole",
+        "begin an adapter with lora.modules_to_save",
+    ),
 }
 """The parameters of a group, and how to have some."""
 
@@ -125,7 +128,7 @@ def _scale(
         for group, setting in needed.items():
             if group not in found:
                 what, remedy = _MEANING[group]
-                raise ValueError(f"{setting} needs {what}, and none trains: {remedy}, or remove it")
+                raise ValueError(f"{setting} needs {what}, and none trains: remove it, or {remedy}")
         return optax.EmptyState()
 
     def update(
