@@ -45,7 +45,7 @@ def test_it_is_distributed_as_in_transformers():
 
 
 def test_in_bfloat16_its_mean_is_zero_too():
-    noise = noise_of(shape=(8, 64, 64), dtype=jnp.bfloat16)
+    noise = noise_of(shape=(128, 64, 64), dtype=jnp.bfloat16)
     assert noise.dtype == jnp.bfloat16
     values = np.asarray(noise, np.float64)
     deviation = ALPHA / 64 / np.sqrt(3 * values.size)
