@@ -66,7 +66,9 @@ class Tokens:
 
     def portable(self, spec: Spec, values: Params, rank: int) -> dict[str, np.ndarray]:
         """See `Method`."""
-        raise ValueError("trainable_token_indices changes rows of a table, which no plain LoRA does")
+        raise ValueError(
+            "trainable_token_indices changes rows of a table, which no plain LoRA does"
+        )
 
 
 EMBEDDING_TOKENS = Tokens("embedding_tokens", "nt")
