@@ -1,6 +1,7 @@
 """Checks before anything is written."""
 
-from lorax.interop.peft import check_adapter, trains_base_weights
+from lorax.interop.export_formats import refuse_formats
+from lorax.interop.peft import check_adapter
 from lorax.models.decoder import CausalLM
 from lorax.planning.kernels import check_kernels
 from lorax.runs.model import Blueprint
@@ -27,17 +28,13 @@ def check_targets(blueprint: Blueprint) -> CausalLM:
         The model that trains, with shapes instead of weights.
 
     Raises:
-        ValueError: If a setting matches nothing, a rank does not fit, or the requested kernels
-            cannot run here.
+        ValueError: If a setting matches nothing, a rank does not fit, an export cannot hold what
+            trains, or the requested kernels cannot run here.
     """
     config = blueprint.config
     adapted = blueprint.shapes
     if config.train.method == "full":
         return adapted
-    if "peft-portable" in config.save.export and trains_base_weights(adapted):
-        raise ValueError(
-            "save.export: peft-portable holds A and B only, but lora.bias or lora.modules_to_save "
-            "trains other weights too; export peft or merged"
-        )
+    refuse_formats(adapted, {"peft": None} | dict.fromkeys(config.save.export))
     check_kernels(config, adapted)
     return adapted

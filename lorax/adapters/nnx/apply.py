@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Key
 
-from lorax.adapters.method import Shape
+from lorax.adapters.method import Shape, Spec
 from lorax.adapters.methods import spec_of
 from lorax.adapters.nnx.adapter import DropoutKey, activate, attach, keys_of
 from lorax.adapters.nnx.arguments import as_rngs, check_arguments, refuse_other_adapters
@@ -97,7 +97,9 @@ def apply_lora[M: nnx.Module](
     for target in targets:
         layer = _adopt(target.name, modules, references)
         _check_rank(Shape(*layer.linear_map.shape), target)
-        attach(layer, spec_of(target, config), rngs.params())
+        spec = spec_of(target, config)
+        _refuse_method(target.name, layer, spec)
+        attach(layer, spec, rngs.params())
     for name in trained_biases:
         module = modules[name]
         bias = nnx.Param(_trainable_value(module, vars(module)["bias"]))
@@ -124,7 +126,9 @@ def targets_of(model: nnx.Module, config: LoraConfig) -> list[Target]:
         return _without_narrow(found, modules) if is_all_linear(config) else found
     except TargetError as error:
         names = [
-            f"{name} is tied to {source}" for name, source in tied.items() if name in str(error)
+            f"{name} is tied to {source}, whose adapter or training is its own too"
+            for name, source in tied.items()
+            if name in str(error)
         ]
         raise TargetError("; ".join([str(error), *names])) from None
 
@@ -214,6 +218,14 @@ def _adopt(name: str, modules: dict[str, nnx.Module], references: Any) -> Carrie
         set_child(parent, key, layer)
     modules[name] = layer
     return layer
+
+
+def _refuse_method(name: str, layer: Carrier, spec: Spec) -> None:
+    if reason := spec.method.obstacle(layer.linear_map.kind, layer.bias is not None):
+        raise TargetError(
+            f"{name} cannot carry {spec.method.name}: {reason}. Leave it out with "
+            "lora.exclude_modules"
+        )
 
 
 def _check_rank(shape: Shape, target: Target) -> None:
