@@ -13,8 +13,8 @@ import numpy as np
 from flax import nnx
 
 from lorax.adapters.lora import LORA
-from lorax.adapters.nnx.adapter import rank_of
 from lorax.adapters.method import Params, Spec
+from lorax.adapters.nnx.adapter import rank_of
 from lorax.adapters.nnx.apply import apply_lora
 from lorax.adapters.nnx.tree import (
     adapted_layers,

@@ -227,10 +227,7 @@ def _adopt(name: str, modules: dict[str, nnx.Module], references: Any) -> Carrie
 def _attach(name: str, layer: Carrier, spec: Spec, rngs: nnx.Rngs) -> None:
     linear_map = layer.linear_map
     if reason := spec.method.obstacle(spec, linear_map.kind, Shape(*linear_map.shape)):
-        raise TargetError(
-            f"{name} cannot carry {spec.method.name}: {reason}. Leave it out with "
-            "lora.exclude_modules"
-        )
+        raise TargetError(f"{name} cannot carry {spec.method.name}: {reason}")
     attach(layer, spec, rngs.params())
 
 
