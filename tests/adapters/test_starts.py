@@ -109,7 +109,10 @@ def test_the_scale_survives_the_doubled_rank(rslora, tmp_path):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"init_lora_weights": "orthogonal", "r": 3}, r"fc cannot carry lora: r=3 is odd.*take r=4"),
+        (
+            {"init_lora_weights": "orthogonal", "r": 3},
+            r"fc cannot carry lora: r=3 is odd.*take r=4",
+        ),
         ({"init_lora_weights": "pissa", "r": 17}, r"fc: rank must be in \[1, 16\]"),
     ],
     ids=str,
