@@ -131,7 +131,7 @@ def adapter_tensors(model: nnx.Module, *, portable: bool = False) -> dict[str, n
         spec, values = _as_saved(layer)
         parameters = (LORA if portable else spec.method).parameters
         if portable:
-            values = portable_values(spec, layer.adapter.values, rank)
+            values = portable_values(spec, values, rank)
         for parameter, about in parameters.items():
             key = f"{PREFIX}{name}.{file_key(layer.linear_map, about)}"
             tensors[key] = to_file(layer.linear_map, about, np.asarray(values[parameter]))
