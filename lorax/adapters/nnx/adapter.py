@@ -1,16 +1,14 @@
 """One method's parameters on one layer of an NNX model."""
 
 import dataclasses
-import functools
 import math
 from typing import Any
 
-import jax
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from lorax.adapters import method
-from lorax.adapters.method import Cost, Params, Shape, Spec, Start
+from lorax.adapters import method, stack
+from lorax.adapters.method import Cost, Params, Shape, Spec
 from lorax.layers.carrier import Carrier, Frozen
 from lorax_kernels import LoraWeights, Matrix, dense
 
@@ -119,30 +117,11 @@ def attach(layer: Carrier, spec: Spec, key: Key[Array, ""], name: str = NAME) ->
         name: Its name.
     """
     w = layer.matrix
-    kind = layer.linear_map.kind
-    start = over_stack(functools.partial(_start, spec, kind), w)
-    begun = start(keys_of(key, w), w)
+    begun = stack.start(spec, w, key, layer.linear_map.kind)
     layer.attached[name] = Adapter(spec, begun.params, begun.fixed)
     activate(layer, name)
     if begun.w is not w:
         layer.freeze(begun.w)
-
-
-def _start(spec: Spec, kind: str, key, w) -> Start:
-    return spec.method.start(spec, w, key, kind)
-
-
-def over_stack(function: Any, w: Any) -> Any:
-    """Returns a function mapped over the axes of stacked layers: all but the last two of W."""
-    for _ in w.shape[:-2]:
-        function = jax.vmap(function)
-    return function
-
-
-def keys_of(key: Key[Array, ""], w: Any) -> Key[Array, "..."]:
-    """Returns a key for each of the layers that are stacked in W; `key` if it is one layer."""
-    stack = w.shape[:-2]
-    return jax.random.split(key, math.prod(stack)).reshape(stack) if stack else key
 
 
 def activate(layer: Carrier, name: str | None) -> None:
@@ -168,9 +147,8 @@ def merged_matrix(layer: Carrier) -> Float[Array, "k n"]:
     w = layer.matrix
     if layer.merged:
         return dense(w)
-    spec = layer.adapter.spec
-    merge = over_stack(lambda w, values: method.merged(spec, w, values), w)
-    return merge(w, layer.adapter.values).astype(w.dtype)
+    adapter = layer.adapter
+    return stack.merged(adapter.spec, w, adapter.values).astype(w.dtype)
 
 
 def merged_bias(layer: Carrier) -> Array | None:
@@ -204,10 +182,8 @@ def _own_bias(layer: Carrier) -> Array | None:
 
 
 def _operands(layer: Carrier) -> LoraWeights:
-    spec = layer.adapter.spec
-    w = layer.matrix
-    operands = over_stack(lambda w, values: spec.method.operands(spec, w, values), w)
-    return operands(w, layer.adapter.values)
+    adapter = layer.adapter
+    return stack.operands(adapter.spec, layer.matrix, adapter.values)
 
 
 def merge_factor(layer: Carrier) -> Array | None:
@@ -219,6 +195,6 @@ def unmerged_matrix(layer: Carrier) -> Float[Array, "k n"]:
     """Returns the matrix of a merged layer without its adapter, rounded to its dtype."""
     w = layer.matrix
     spec = layer.adapter.spec
-    unmerge = over_stack(lambda w, values, f: method.unmerged(spec, w, values, f), w)
+    unmerge = stack.over_stack(lambda w, values, f: method.unmerged(spec, w, values, f), w)
     factor = layer.adapter.merged_factor.get_value()
     return unmerge(w, layer.adapter.values, factor).astype(w.dtype)

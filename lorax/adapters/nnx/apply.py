@@ -1,7 +1,6 @@
 """LoRA on a model: freeze, adapt, choose kernels and dropout."""
 
 import hashlib
-import warnings
 from collections.abc import Iterable
 from typing import Any, get_args
 
@@ -12,7 +11,7 @@ from jaxtyping import Array, Key
 
 from lorax.adapters.method import Shape
 from lorax.adapters.methods import spec_of
-from lorax.adapters.nnx.adapter import DropoutKey, activate, attach, keys_of
+from lorax.adapters.nnx.adapter import DropoutKey, activate, attach
 from lorax.adapters.nnx.arguments import as_rngs, check_arguments, refuse_other_adapters
 from lorax.adapters.nnx.tree import (
     adapted_layers,
@@ -22,7 +21,9 @@ from lorax.adapters.nnx.tree import (
     set_child,
     tied_modules,
 )
+from lorax.adapters.ranks import check_rank, without_narrow
 from lorax.adapters.sites import find_site, is_by_name_only, obstacle_of, shape_of
+from lorax.adapters.stack import keys_of
 from lorax.adapters.targets import (
     Target,
     TargetError,
@@ -96,7 +97,7 @@ def apply_lora[M: nnx.Module](
     _freeze((adapted, *modules.values()), keep)
     for target in targets:
         layer = _adopt(target.name, modules, references)
-        _check_rank(Shape(*layer.linear_map.shape), target)
+        check_rank(Shape(*layer.linear_map.shape), target)
         attach(layer, spec_of(target, config), rngs.params())
     for name in trained_biases:
         module = modules[name]
@@ -130,23 +131,11 @@ def targets_of(model: nnx.Module, config: LoraConfig) -> list[Target]:
 
 
 def _without_narrow(targets: list[Target], modules: dict[str, nnx.Module]) -> list[Target]:
-    """Leaves out the head of a classifier: what has fewer outputs than its rank, in no layer."""
-
-    def is_head(target: Target) -> bool:
-        shape = shape_of(modules[target.name])
-        repeated = any(part.isdigit() for part in target.name.split(".")[:-1])
-        return shape is not None and shape.outputs < target.r and not repeated
-
-    narrow = [target for target in targets if is_head(target)]
-    if not narrow or len(narrow) == len(targets):
-        return targets
-    names = ", ".join(f"{target.name} (rank {target.r})" for target in narrow)
-    warnings.warn(
-        f"all-linear leaves out {names}: fewer outputs than the rank, as a classifier's head has. "
-        "Train it whole with lora.modules_to_save, or name it in lora.exclude_modules",
-        stacklevel=4,
+    shapes = {target.name: shape_of(modules[target.name]) for target in targets}
+    sized = {name: shape for name, shape in shapes.items() if shape is not None}
+    return without_narrow(
+        targets, sized, lambda name: any(part.isdigit() for part in name.split(".")[:-1])
     )
-    return [target for target in targets if target not in narrow]
 
 
 def _refuse_odd_layers(model, modules: dict[str, nnx.Module], config: LoraConfig) -> None:
@@ -214,15 +203,6 @@ def _adopt(name: str, modules: dict[str, nnx.Module], references: Any) -> Carrie
         set_child(parent, key, layer)
     modules[name] = layer
     return layer
-
-
-def _check_rank(shape: Shape, target: Target) -> None:
-    if not 1 <= target.r <= (largest := min(shape)):
-        raise TargetError(
-            f"{target.name}: rank must be in [1, {largest}] for a {shape.inputs} × "
-            f"{shape.outputs} layer, got {target.r}; "
-            "lower it with lora.rank_pattern, or leave the layer out"
-        )
 
 
 def _biases_to_train(modules, targets: list[Target], config: LoraConfig) -> list[str]:
