@@ -6,10 +6,11 @@ from typing import Any, override
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from lorax.layers.carrier import Carrier, apply_adapted
-from lorax.layers.maps import Lookup, Matmul
+from lorax.layers.maps import Lookup, Matmul, Way
 from lorax_kernels import LoraWeights, scale_columns
 
 
@@ -42,14 +43,18 @@ class Embed(Carrier, nnx.Embed):
         if self.computing is None:
             return nnx.Embed.attend(self, query, out_sharding)
         operands = self.computing.operands(self.matrix)
-        dtype = jnp.dtype(self.dtype)
-        query = query.astype(dtype)
-        if operands.factor is not None:  # of the table's columns, which the query is summed over
-            query = scale_columns(query, operands.factor)
-        turned = transposed(operands)
-        way = dataclasses.replace(self.way, dropout_rate=0.0, dropout_key=None)
-        matmul = Matmul((self.features,), (self.num_embeddings,))
-        return matmul.apply(query, turned, way, dtype)
+        return attended(query, operands, self.way, jnp.dtype(self.dtype))
+
+
+def attended(query: Array, operands: LoraWeights, way: Way, dtype: DTypeLike) -> Array:
+    """Returns ``query · Wᵀ`` of the table W that `operands` give, without dropout."""
+    query = query.astype(dtype)
+    if operands.factor is not None:  # of the table's columns, which the query is summed over
+        query = scale_columns(query, operands.factor)
+    vocabulary, features = operands.w.shape
+    way = dataclasses.replace(way, dropout_rate=0.0, dropout_key=None)
+    matmul = Matmul((features,), (vocabulary,))
+    return matmul.apply(query, transposed(operands), way, dtype)
 
 
 def transposed(operands: LoraWeights) -> LoraWeights:

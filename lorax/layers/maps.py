@@ -265,6 +265,19 @@ class Convolution:
         return _finish(y, h, weights, residual)
 
 
+def bias_of(linear_map: Map, columns: Array) -> Array:
+    """Returns the layer's bias of one in the order of W's columns, (n,), after axes of a stack."""
+    if not isinstance(linear_map, Matmul):
+        return columns
+    lead = columns.ndim - 1
+    bias = columns.reshape(*columns.shape[:-1], *linear_map.outputs)
+    if linear_map.places is None:
+        return bias
+    places = [(place < 0, place) for place in linear_map.places]  # those from the start first
+    order = sorted(range(len(places)), key=places.__getitem__)
+    return jnp.transpose(bias, (*range(lead), *(lead + axis for axis in order)))
+
+
 def with_bias(y: Array, bias: Array | None) -> Array:
     """Returns (…, n) with a bias (n,) added, in its dtype."""
     if bias is None:
