@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Key
 
+from lorax.layers.maps import Map, TokenRows
 from lorax_kernels import LoraWeights, Matrix, dense
 
 type Params = Mapping[str, Array]
@@ -28,7 +29,8 @@ class Parameter(NamedTuple):
 
     Attributes:
         suffix: The end of its key in PEFT's files of linear layers.
-        axes: A letter per axis: ``k`` inputs, ``n`` outputs, ``r`` rank. Files hold the transpose.
+        axes: A letter per axis: ``k`` inputs, ``n`` outputs, ``r`` rank, ``t`` tokens. Files hold
+            the transpose.
     """
 
     suffix: str
@@ -60,6 +62,7 @@ class Spec:
         scale: Factor on the update.
         dropout: Probability of dropping an element of its input in training.
         start: Initialisation: `LoraConfig.init_lora_weights`.
+        tokens: The tokens whose rows train, ascending; see `lorax.adapters.tokens`.
     """
 
     method: "Method"
@@ -68,6 +71,7 @@ class Spec:
     scale: float
     dropout: float = 0.0
     start: bool | str = True
+    tokens: tuple[int, ...] = ()
 
 
 class Start(NamedTuple):
@@ -122,7 +126,7 @@ class Method(Protocol):
         """Returns the first values, which do not change the layer's output."""
         ...
 
-    def operands(self, spec: Spec, w: Matrix, values: Params) -> LoraWeights:
+    def operands(self, spec: Spec, w: Matrix, values: Params) -> LoraWeights | TokenRows:
         """Returns what computes the adapted layer; this defines the method.
 
         Its `bias` is the adapter's own, added to the layer's: it has a gradient.
@@ -144,7 +148,7 @@ class Method(Protocol):
 
 def shapes_of(spec: Spec, shape: Shape) -> dict[str, tuple[int, ...]]:
     """Returns the shapes of what trains in a layer."""
-    sizes = {"k": shape.inputs, "n": shape.outputs, "r": spec.r}
+    sizes = {"k": shape.inputs, "n": shape.outputs, "r": spec.r, "t": len(spec.tokens)}
     return {
         name: tuple(sizes[axis] for axis in parameter.axes)
         for name, parameter in spec.method.parameters.items()
@@ -154,7 +158,7 @@ def shapes_of(spec: Spec, shape: Shape) -> dict[str, tuple[int, ...]]:
 def parts_of(method: Method, base: PartitionSpec) -> dict[str, PartitionSpec]:
     """Returns the partition of each parameter: k and n divided as those of W are, r whole."""
     rows, columns = (*base, None, None)[:2]
-    axes = {"k": rows, "n": columns, "r": None}
+    axes = {"k": rows, "n": columns, "r": None, "t": None}
     return {
         name: PartitionSpec(*(axes[axis] for axis in parameter.axes))
         for name, parameter in method.parameters.items()
@@ -167,9 +171,11 @@ def cost_of(spec: Spec, shape: Shape) -> Cost:
     return Cost(parameters, kept=spec.r, streamed=shape.inputs + shape.outputs)
 
 
-def merged(spec: Spec, w: Matrix, values: Params) -> Float[Array, "k n"]:
+def merged(spec: Spec, linear_map: Map, w: Matrix, values: Params) -> Float[Array, "k n"]:
     """Returns ``factor · (W + s·A·B)``, float32: with it a plain layer gives the same output."""
     operands = spec.method.operands(spec, w, values)
+    if isinstance(operands, TokenRows):
+        return linear_map.replaced(dense(w), operands)
     whole = dense(operands.w, jnp.float32) + _update(operands)
     return whole if operands.factor is None else whole * operands.factor[None, :]
 
@@ -188,7 +194,9 @@ def unmerged(
     whole = dense(w, jnp.float32)
     if factor is not None:
         whole /= jnp.where(factor == 0, 1, factor)[None, :]
-    return whole - _update(spec.method.operands(spec, w, values))
+    operands = spec.method.operands(spec, w, values)
+    assert isinstance(operands, LoraWeights)
+    return whole - _update(operands)
 
 
 def _update(operands: LoraWeights) -> Array:

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Key
 
 from lorax.adapters import method
 from lorax.adapters.method import Params, Spec, Start
-from lorax_kernels import LoraWeights
+from lorax.layers.maps import Map
 
 
 def over_stack(function: Any, w: Any) -> Any:
@@ -38,11 +38,12 @@ def _start(spec: Spec, kind: str, key, w) -> Start:
     return spec.method.start(spec, w, key, kind)
 
 
-def operands(spec: Spec, w: Any, values: Params) -> LoraWeights:
+def operands(spec: Spec, w: Any, values: Params) -> Any:
     """Returns `Method.operands` of every layer."""
     return over_stack(lambda w, values: spec.method.operands(spec, w, values), w)(w, values)
 
 
-def merged(spec: Spec, w: Any, values: Params) -> Float[Array, "*stack k n"]:
+def merged(spec: Spec, linear_map: Map, w: Any, values: Params) -> Float[Array, "*stack k n"]:
     """Returns every layer's matrix with its adapter in it, float32."""
-    return over_stack(lambda w, values: method.merged(spec, w, values), w)(w, values)
+    merge = over_stack(lambda w, values: method.merged(spec, linear_map, w, values), w)
+    return merge(w, values)

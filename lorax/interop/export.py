@@ -153,7 +153,7 @@ def _export_merged(
 
 def _weight_dtype(model) -> Any:
     layers = adapted_layers(model)
-    return next(iter(layers.values())).kernel.get_value().dtype if layers else model.dtype
+    return next(iter(layers.values())).matrix.dtype if layers else model.dtype
 
 
 def _compare(expected: Iterable[tuple[str, np.ndarray]], files: list[Path]) -> int:

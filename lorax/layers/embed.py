@@ -10,8 +10,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from lorax.layers.carrier import Carrier, apply_adapted
-from lorax.layers.maps import Lookup, Matmul, Way
-from lorax_kernels import LoraWeights, scale_columns
+from lorax.layers.maps import Lookup, Matmul, TokenRows, Way
+from lorax_kernels import LoraWeights, Matrix, scale_columns
 
 
 class Embed(Carrier, nnx.Embed):
@@ -42,18 +42,23 @@ class Embed(Carrier, nnx.Embed):
         """Returns ``query · Wᵀ`` of the adapted table W: the logits of a tied head."""
         if self.computing is None:
             return nnx.Embed.attend(self, query, out_sharding)
-        operands = self.computing.operands(self.matrix)
-        return attended(query, operands, self.way, jnp.dtype(self.dtype))
+        table = self.matrix
+        operands = self.computing.operands(table)
+        return attended(query, table, operands, self.way, jnp.dtype(self.dtype))
 
 
-def attended(query: Array, operands: LoraWeights, way: Way, dtype: DTypeLike) -> Array:
-    """Returns ``query · Wᵀ`` of the table W that `operands` give, without dropout."""
+def attended(
+    query: Array, table: Matrix, operands: LoraWeights | TokenRows, way: Way, dtype: DTypeLike
+) -> Array:
+    """Returns ``query · Wᵀ`` of the adapted table, without dropout."""
     query = query.astype(dtype)
+    vocabulary, features = table.shape
+    matmul = Matmul((features,), (vocabulary,))
+    if isinstance(operands, TokenRows):
+        return matmul.replace(query, table.T, operands, dtype)  # type: ignore[union-attr]
     if operands.factor is not None:  # of the table's columns, which the query is summed over
         query = scale_columns(query, operands.factor)
-    vocabulary, features = operands.w.shape
     way = dataclasses.replace(way, dropout_rate=0.0, dropout_key=None)
-    matmul = Matmul((features,), (vocabulary,))
     return matmul.apply(query, transposed(operands), way, dtype)
 
 

@@ -43,6 +43,19 @@ class Way:
     kernels: Kernels = "auto"
 
 
+@dataclasses.dataclass(frozen=True)
+class TokenRows:
+    """Rows of an embedding, or columns of a head, that stand in the place of W's own.
+
+    Attributes:
+        ids: The tokens, ascending.
+        values: A column for each token, (features, t).
+    """
+
+    ids: tuple[int, ...]
+    values: Array
+
+
 class Map(Protocol):
     """A kind of linear map with its sizes. It is static: hashable, and without arrays."""
 
@@ -76,6 +89,14 @@ class Map(Protocol):
 
         The bias of `weights`, in the order of W's columns, is added to it.
         """
+        ...
+
+    def replace(self, x: Array, w: Matrix, rows: TokenRows, dtype: DTypeLike) -> Array:
+        """Returns ``x∘W`` with the values of some tokens in the place of W's own."""
+        ...
+
+    def replaced(self, w: Array, rows: TokenRows) -> Array:
+        """Returns W, float32, with these values in it."""
         ...
 
 
@@ -172,6 +193,17 @@ class Matmul:
         )
         return self.unfold(with_bias(y, weights.bias))
 
+    def replace(self, x: Array, w: Matrix, rows: TokenRows, dtype: DTypeLike) -> Array:
+        """See `Map`."""
+        x = self.rows(x.astype(dtype))
+        values = rows.values.astype(dtype)
+        y = jnp.dot(x, jax.lax.stop_gradient(dense(w, dtype)))
+        return self.unfold(y.at[..., jnp.array(rows.ids)].set(jnp.dot(x, values)))
+
+    def replaced(self, w: Array, rows: TokenRows) -> Array:
+        """See `Map`; tokens are columns."""
+        return w.astype(jnp.float32).at[:, jnp.array(rows.ids)].set(rows.values)
+
 
 @dataclasses.dataclass(frozen=True)
 class Lookup:
@@ -206,8 +238,21 @@ class Lookup:
         self, x: Array, weights: LoraWeights, way: Way, dtype: DTypeLike, residual: Any = None
     ) -> Array:
         """See `Map`."""
+        assert weights.a is not None
         y = self.product(x, dense(weights.w, dtype))
         return _finish(y, self.product(x, weights.a), weights, residual)
+
+    def replace(self, x: Array, w: Matrix, rows: TokenRows, dtype: DTypeLike) -> Array:
+        """See `Map`."""
+        ids = jnp.array(rows.ids)
+        place = jnp.clip(jnp.searchsorted(ids, x), max=len(rows.ids) - 1)
+        own = jnp.take(rows.values.T.astype(dtype), place, axis=0)
+        found = jnp.take(ids, place) == x
+        return jnp.where(found[..., None], own, self.product(x, dense(w, dtype)))
+
+    def replaced(self, w: Array, rows: TokenRows) -> Array:
+        """See `Map`; tokens are rows."""
+        return w.astype(jnp.float32).at[jnp.array(rows.ids)].set(rows.values.T)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,16 +298,41 @@ class Convolution:
         """Returns the convolution of x with a kernel of other features, m (k, c)."""
         layer = self.layer.clone(features=m.shape[1], use_bias=False, parent=None, name=None)
         kernel = m.reshape(*self.kernel_shape[:-1], m.shape[1])
-        return layer.apply({"params": {"kernel": kernel}}, x)
+        return jnp.asarray(layer.apply({"params": {"kernel": kernel}}, x))
 
     def apply(
         self, x: Array, weights: LoraWeights, way: Way, dtype: DTypeLike, residual: Any = None
     ) -> Array:
         """See `Map`."""
+        assert weights.a is not None
         x = x.astype(dtype)
         y = self.product(x, dense(weights.w, dtype))
         h = self.product(_drop(x, way), weights.a.astype(dtype))
         return _finish(y, h, weights, residual)
+
+    def replace(self, x: Array, w: Matrix, rows: TokenRows, dtype: DTypeLike) -> Array:
+        """See `Map`."""
+        raise TypeError("a convolution has no tokens")
+
+    def replaced(self, w: Array, rows: TokenRows) -> Array:
+        """See `Map`."""
+        raise TypeError("a convolution has no tokens")
+
+
+def apply_map(
+    linear_map: Map,
+    x: Array,
+    w: Matrix,
+    operands: LoraWeights | TokenRows,
+    way: Way,
+    dtype: DTypeLike,
+    residual: Any = None,
+) -> Array:
+    """Returns what a layer with the matrix `w` gives with an adapter's operands."""
+    if isinstance(operands, TokenRows):
+        y = linear_map.replace(x, w, operands, dtype)
+        return y if residual is None else residual + y
+    return linear_map.apply(x, operands, way, dtype, residual)
 
 
 def bias_of(linear_map: Map, columns: Array) -> Array:

@@ -85,20 +85,14 @@ def _size(module: Any) -> _Size | None:
     shape = shape_of(module)
     if shape is None:
         return None
-    return _Size(*shape, _rank(module), _obstacle(module))
-
-
-def _obstacle(module: Any) -> str | None:
-    """Returns why the kernel cannot compute a module, whatever its size, or None."""
-    if isinstance(module, Carrier) and module.linear_map.kind != "matmul":
-        return f"no kernel computes a {module.linear_map.kind}"
-    return kernel_obstacle(module.kernel.get_value())
+    return _Size(*shape, _rank(module), kernel_obstacle(module.kernel.get_value()))
 
 
 def _rank(module: Any) -> int:
-    """Returns the rank of a module's adapter, 0 if it has none."""
-    adapter = module.adapter if isinstance(module, Carrier) else None
-    return 0 if adapter is None else adapter.spec.r
+    """Returns the rank of the adapter of a matmul, 0 if it has none: no kernel does a look-up."""
+    if not isinstance(module, Carrier) or module.linear_map.kind != "matmul":
+        return 0
+    return 0 if module.adapter is None else module.adapter.spec.r
 
 
 def check_kernels(config: RunConfig, model: CausalLM) -> None:

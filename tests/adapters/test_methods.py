@@ -185,8 +185,8 @@ def test_merged_equals_applied_and_unmerged_and_unloaded_the_base(method, x):
     net = Net(method)
     model = adapt(method, net)
     assert np.abs(np.asarray(model(x) - net(x))).max() > 0.1
-    for merged in (merge_lora(model), kept := merge_lora(model, keep_adapters=True)):
-        np.testing.assert_allclose(merged(x), model(x), rtol=2e-5, atol=2e-5)
+    for whole in (merge_lora(model), kept := merge_lora(model, keep_adapters=True)):
+        np.testing.assert_allclose(whole(x), model(x), rtol=2e-5, atol=2e-5)
     back = unmerge_lora(kept)
     np.testing.assert_allclose(back(x), model(x), rtol=2e-5, atol=2e-5)
     np.testing.assert_array_equal(unload_lora(model)(x), net(x))
@@ -286,5 +286,7 @@ def test_the_active_adapter_alone_trains_and_computes(method, x):
 def test_a_bias_of_the_update_is_merged_into_a_bias_alone(x):
     net = nnx.Sequential(Linear(24, 24, use_bias=False, rngs=nnx.Rngs(0)))
     model = apply_lora(net, LoraConfig(r=4, lora_bias=True), rngs=nnx.Rngs(1))
-    with pytest.raises(ValueError, match="layers.0: its lora_bias cannot be merged, because the "):
+    with pytest.raises(
+        ValueError, match=r"layers\.0: its lora_bias cannot be merged, because the "
+    ):
         merge_lora(model)

@@ -248,11 +248,11 @@ def test_adapted_merged_and_unloaded_they_are_what_a_model_has(site, settings, t
         np.testing.assert_array_equal(again(x), got)
         if settings.get("lora_bias") and getattr(module, "bias", None) is None:
             continue
-        close = lambda y: np.testing.assert_allclose(
-            np.float32(y), np.float32(got), rtol=tolerance, atol=tolerance
-        )
-        close(merge_lora(model)(x))
-        close(lorax.unmerge_lora(merge_lora(model, keep_adapters=True))(x))
+        back = lorax.unmerge_lora(merge_lora(model, keep_adapters=True))
+        for other in (merge_lora(model), back):
+            np.testing.assert_allclose(
+                np.float32(other(x)), np.float32(got), rtol=tolerance, atol=tolerance
+            )
 
 
 def test_one_that_cannot_carry_an_adapter_is_refused_by_name(site):
@@ -276,6 +276,30 @@ def test_a_tied_head_reads_the_adapted_table():
         merged = merge_lora(model).layer.attend(query)
         assert np.abs(np.asarray(merged - net.layer.attend(query))).max() > 0.1
         np.testing.assert_allclose(model.layer.attend(query), merged, rtol=1e-4, atol=1e-4)
+
+
+def test_all_linear_takes_attention_and_leaves_out_embeddings_and_convolutions():
+    class Attending(nnx.Module):
+        def __init__(self, rngs):
+            self.embed = nnx.Embed(16, 16, rngs=rngs)
+            self.conv = nnx.Conv(16, 16, (3,), rngs=rngs)
+            self.attention = nnx.MultiHeadAttention(2, 16, decode=False, rngs=rngs)
+
+        def __call__(self, ids):
+            return self.attention(self.conv(self.embed(ids)))
+
+    net = Attending(nnx.Rngs(0))
+    ids = jnp.arange(12).reshape(2, 6)
+    model = apply_lora(net, LoraConfig(r=2), rngs=nnx.Rngs(1))
+    parts = ("key", "out", "query", "value")
+    assert set(adapted_layers(model)) == {f"attention.{part}" for part in parts}
+    np.testing.assert_array_equal(model(ids), net(ids))
+    for layer in adapted_layers(model).values():
+        layer.adapter.lora_b.set_value(0.3 * floats(*layer.adapter.lora_b.shape))
+    assert np.abs(np.asarray(model(ids) - net(ids))).max() > 0.1
+    np.testing.assert_allclose(merge_lora(model)(ids), model(ids), rtol=1e-4, atol=1e-4)
+    named = LoraConfig(r=2, target_modules=["embed", "conv"])
+    assert set(adapted_layers(apply_lora(net, named, rngs=nnx.Rngs(1)))) == {"embed", "conv"}
 
 
 class Stack(nnx.Module):

@@ -4,7 +4,6 @@ import pytest
 from flax import nnx
 
 import lorax
-from lorax.adapters.lora import LORA
 from lorax.models.decoder import CausalLM
 from lorax.models.families import read_architecture
 from lorax.planning.kernels import check_kernels, kernel_choices
@@ -62,15 +61,6 @@ def test_pallas_is_refused_where_it_cannot_run_and_the_layers_are_named():
         check_kernels(*choices("pallas", dtype="float32"))
     with interpreted(132):
         check_kernels(*choices("pallas"))
-
-
-def test_a_method_without_a_kernel_is_named(monkeypatch):
-    monkeypatch.setattr(type(LORA), "operands", lambda *_: None)
-    reason = "no kernel computes the adapter method lora"
-    with interpreted(132), pytest.raises(ValueError, match=f"up_proj {reason}.*v_proj {reason}"):
-        check_kernels(*choices("pallas"))
-    with interpreted(132):
-        assert {choice.reason for choice in kernel_choices(*choices())} == {reason}
 
 
 def test_auto_says_what_the_table_says(monkeypatch):

@@ -47,11 +47,11 @@ def _merge(layer: Layer, params: Any, variables: Mapping[str, Any]) -> Any:
     where = (*layer.path, layer.weight)
     w = linear_map.matrix(value_at(params, where))
     values = layer.values(variables)
-    whole = stack.merged(layer.spec, w, values).astype(w.dtype)
+    whole = stack.merged(layer.spec, linear_map, w, values).astype(w.dtype)
     if not bool(jnp.isfinite(whole).all()):
         raise ValueError(f"{layer.name}: merging gives values that are not finite")
     params = replaced(params, where, linear_map.kernel(whole))
-    own = stack.operands(layer.spec, w, values).bias
+    own = getattr(stack.operands(layer.spec, w, values), "bias", None)
     if own is None:
         return params
     beside = (*layer.path, "bias")

@@ -13,7 +13,7 @@ from jaxtyping import Array
 from lorax.adapters.linen.update import BESIDE, Update
 from lorax.layers.embed import attended
 from lorax.layers.general import einsum_map, general_map
-from lorax.layers.maps import Convolution, Lookup, Map, Matmul
+from lorax.layers.maps import Convolution, Lookup, Map, Matmul, apply_map
 
 type Shape = tuple[int, ...]
 type Call = Callable[..., Array]
@@ -56,8 +56,8 @@ def _apply(site: LinenSite, module: Any, update: Update, inputs: Array) -> Array
     bias = meta.unbox(module.get_variable("params", "bias")) if module.use_bias else None
     dtype = canonicalize_dtype(inputs, kernel, bias, dtype=module.dtype)
     linear_map = update.linear_map
-    operands = update.operands(linear_map.matrix(kernel))
-    y = linear_map.apply(inputs, operands, update.way, dtype)
+    w = linear_map.matrix(kernel)
+    y = apply_map(linear_map, inputs, w, update.operands(w), update.way, dtype)
     if bias is None:
         return y
     return y + bias.astype(y.dtype).reshape(_among_outputs(linear_map, y.ndim, bias.shape))
@@ -86,13 +86,14 @@ def _look_up(site: LinenSite, module: Any, update: Update, inputs: Array) -> Arr
         raise ValueError(f"inputs must be integers, got {inputs.dtype}")
     table = site.weight_of(module)
     dtype = canonicalize_dtype(table, dtype=module.dtype, inexact=False)
-    return update.linear_map.apply(inputs, update.operands(table), update.way, dtype)
+    operands = update.operands(table)
+    return apply_map(update.linear_map, inputs, table, operands, update.way, dtype)
 
 
 def _attend(site: LinenSite, module: Any, update: Update, query: Array) -> Array:
     table = site.weight_of(module)
     dtype = canonicalize_dtype(query, table, dtype=module.dtype)
-    return attended(query, update.operands(table), update.way, dtype)
+    return attended(query, table, update.operands(table), update.way, dtype)
 
 
 def _dense_map(module: linen.Dense, shape: Shape, *_: Any) -> Matmul:

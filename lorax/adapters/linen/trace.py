@@ -82,9 +82,7 @@ def find_modules(model: linen.Module, params: Mapping[str, Any], rest: Any, inpu
                 _record_stack(entry, site, module, params)
             elif entry.site is None and (site := site_of(module)):
                 entry.site = site
-                entry.obstacle = (
-                    f"it has a method of its own that does not call that of nn.{site.layer.__name__}"
-                )
+                entry.obstacle = f"it has a method of its own that does not call that of nn.{site.layer.__name__}"
         return result
 
     modules = sorted({path[:-1] for path, _ in leaves(params)})
@@ -178,4 +176,6 @@ def _trace(model: linen.Module, variables: Any, inputs: Inputs, interceptor: Any
                 variables, *args, rngs=rngs, method=inputs.method, mutable=mutable, **kwargs
             )
 
-    jax.eval_shape(run, variables, [x for x, is_array in zip(flat, dynamic, strict=True) if is_array])
+    jax.eval_shape(
+        run, variables, [x for x, is_array in zip(flat, dynamic, strict=True) if is_array]
+    )

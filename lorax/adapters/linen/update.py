@@ -7,7 +7,7 @@ import jax
 from jaxtyping import Array, Key
 
 from lorax.adapters.method import Params, Spec
-from lorax.layers.maps import Map, Way
+from lorax.layers.maps import Map, TokenRows, Way
 from lorax_kernels import Kernels, LoraWeights, Matrix
 
 # Parameters travel together, so whatever carries a layer's kernel to it, such as `nn.scan`, carries
@@ -44,7 +44,7 @@ class Update:
         rate = 0.0 if self.key is None else self.spec.dropout
         return Way(rate, self.key, self.kernels)
 
-    def operands(self, w: Matrix) -> LoraWeights:
+    def operands(self, w: Matrix) -> LoraWeights | TokenRows:
         """See `Method.operands`."""
         return self.spec.method.operands(self.spec, w, self.values)
 

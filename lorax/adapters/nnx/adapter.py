@@ -148,7 +148,7 @@ def merged_matrix(layer: Carrier) -> Float[Array, "k n"]:
     if layer.merged:
         return dense(w)
     adapter = layer.adapter
-    return stack.merged(adapter.spec, w, adapter.values).astype(w.dtype)
+    return stack.merged(adapter.spec, layer.linear_map, w, adapter.values).astype(w.dtype)
 
 
 def merged_bias(layer: Carrier) -> Array | None:
