@@ -73,6 +73,11 @@ class Spec:
     start: bool | str = True
     tokens: tuple[int, ...] = ()
 
+    @property
+    def use_rslora(self) -> bool:
+        """Whether the scale is ``lora_alpha / √r``."""
+        return self.scale != self.lora_alpha / self.r
+
 
 class Start(NamedTuple):
     """What a layer's adapter begins with.
@@ -80,12 +85,10 @@ class Start(NamedTuple):
     Attributes:
         params: The first values of what trains, float32.
         fixed: Further values that the method needs and that do not train, by name.
-        w: W, which differs where the method moves a part of it into its parameters.
     """
 
     params: dict[str, Array]
     fixed: dict[str, Array]
-    w: Matrix
 
 
 class Method(Protocol):
@@ -114,8 +117,8 @@ class Method(Protocol):
         """Says whether a `LoraConfig` asks for this method."""
         ...
 
-    def obstacle(self, kind: str, has_bias: bool) -> str | None:
-        """Returns why a layer of a kind cannot carry it, or None; see `lorax.layers.maps`."""
+    def obstacle(self, spec: Spec, kind: str, shape: Shape) -> str | None:
+        """Returns why a layer of a kind of `lorax.layers.maps` cannot carry it, or None."""
         ...
 
     def identity(self, spec: Spec) -> str:
@@ -141,8 +144,12 @@ class Method(Protocol):
         """
         ...
 
-    def portable_rank(self, spec: Spec) -> int:
-        """Returns the least rank of `portable`."""
+    def rank(self, spec: Spec, kind: str) -> int:
+        """Returns the rank of the update that is computed, the least one of `portable`."""
+        ...
+
+    def plain(self, spec: Spec, values: Params) -> tuple[Spec, Params]:
+        """Returns the adapter that does the same without `fixed` values of its start."""
         ...
 
 
@@ -165,10 +172,11 @@ def parts_of(method: Method, base: PartitionSpec) -> dict[str, PartitionSpec]:
     }
 
 
-def cost_of(spec: Spec, shape: Shape) -> Cost:
-    """Returns the cost of a layer with an adapter."""
+def cost_of(spec: Spec, shape: Shape, kind: str) -> Cost:
+    """Returns the cost of a layer of a kind with an adapter."""
     parameters = sum(math.prod(shape) for shape in shapes_of(spec, shape).values())
-    return Cost(parameters, kept=spec.r, streamed=shape.inputs + shape.outputs)
+    rank = spec.method.rank(spec, kind)
+    return Cost(parameters, kept=rank, streamed=shape.inputs + shape.outputs)
 
 
 def merged(spec: Spec, linear_map: Map, w: Matrix, values: Params) -> Float[Array, "k n"]:
@@ -181,21 +189,23 @@ def merged(spec: Spec, linear_map: Map, w: Matrix, values: Params) -> Float[Arra
 
 
 def unmerged(
-    spec: Spec, w: Matrix, values: Params, factor: Float[Array, " n"] | None
+    spec: Spec, linear_map: Map, w: Matrix, values: Params, factor: Float[Array, " n"] | None
 ) -> Float[Array, "k n"]:
     """Returns ``W' / factor - s·A·B``, float32: the W for which `merged` returned `w`.
 
     Args:
         spec: The adapter.
+        linear_map: The layer's.
         w: The merged matrix, W'.
         values: The adapter's values.
         factor: The factor that was merged; None is 1.
     """
+    operands = spec.method.operands(spec, w, values)
+    if isinstance(operands, TokenRows):
+        return linear_map.replaced(dense(w), TokenRows(operands.ids, values["own"]))
     whole = dense(w, jnp.float32)
     if factor is not None:
         whole /= jnp.where(factor == 0, 1, factor)[None, :]
-    operands = spec.method.operands(spec, w, values)
-    assert isinstance(operands, LoraWeights)
     return whole - _update(operands)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lorax.adapters.method import Parameter, Params, Spec, Start
+from lorax.adapters.method import Parameter, Params, Shape, Spec, Start
 from lorax.layers.maps import TokenRows
 from lorax_kernels import Matrix, dense
 
@@ -32,9 +32,14 @@ class Tokens:
         """Never: it takes part beside the method of the target modules."""
         return False
 
-    def obstacle(self, kind: str, has_bias: bool) -> str | None:
+    def obstacle(self, spec: Spec, kind: str, shape: Shape) -> str | None:
         """See `Method`."""
-        return "a convolution has no tokens" if kind == "convolution" else None
+        if kind == "convolution":
+            return "a convolution has no tokens"
+        last = (shape.inputs if kind == "lookup" else shape.outputs) - 1
+        if spec.tokens[0] < 0 or spec.tokens[-1] > last:
+            return f"its tokens are 0 to {last}, got {spec.tokens[0]} to {spec.tokens[-1]}"
+        return None
 
     def identity(self, spec: Spec) -> str:
         """See `Method`."""
@@ -45,15 +50,19 @@ class Tokens:
         whole = dense(w)
         ids = jnp.array(spec.tokens)
         own = whole[ids].T if kind == "lookup" else whole[:, ids]
-        return Start({"rows": own.astype(jnp.float32)}, {"own": own}, w)
+        return Start({"rows": own.astype(jnp.float32)}, {"own": own})
 
     def operands(self, spec: Spec, w: Matrix, values: Params) -> TokenRows:
         """See `Method`."""
         return TokenRows(spec.tokens, values["rows"])
 
-    def portable_rank(self, spec: Spec) -> int:
+    def rank(self, spec: Spec, kind: str) -> int:
         """See `Method`."""
         return 0
+
+    def plain(self, spec: Spec, values: Params) -> tuple[Spec, Params]:
+        """See `Method`."""
+        return spec, values
 
     def portable(self, spec: Spec, values: Params, rank: int) -> dict[str, np.ndarray]:
         """See `Method`."""
@@ -66,17 +75,7 @@ EMBEDDING_TOKENS = Tokens("embedding_tokens", "nt")
 HEAD_TOKENS = Tokens("head_tokens", "kt")
 
 
-def tokens_of(config: Any, embeddings: list[str]) -> dict[str, tuple[int, ...]]:
-    """Returns the tokens that train by the name of their table, as the settings give it.
-
-    Args:
-        config: A `LoraConfig`; a list of tokens is of the one embedding.
-        embeddings: Names of the model's embeddings.
-    """
-    given = config.trainable_token_indices
-    if not given:
-        return {}
-    if isinstance(given, Mapping):
-        return {name: tuple(sorted(ids)) for name, ids in given.items()}
-    first = next((n for n in embeddings if n.split(".")[-1] == "embed_tokens"), None)
-    return {first or embeddings[0]: tuple(sorted(given))}
+def token_spec(kind: str, tokens: tuple[int, ...]) -> Spec:
+    """Returns the adapter of a table: of an embedding (``lookup``), or of a head."""
+    method = EMBEDDING_TOKENS if kind == "lookup" else HEAD_TOKENS
+    return Spec(method, r=0, lora_alpha=0.0, scale=0.0, tokens=tuple(sorted(set(tokens))))

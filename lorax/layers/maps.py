@@ -19,6 +19,7 @@ from lorax.devices.mesh import ROW_AXES
 from lorax_kernels import (
     Kernels,
     LoraWeights,
+    Matrix,
     accumulation_dtype,
     dense,
     lora_linear,

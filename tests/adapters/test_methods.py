@@ -137,11 +137,11 @@ def test_parameters_have_the_shapes_names_and_costs_that_are_stated(method):
 def test_a_layer_computes_what_is_merged_and_the_operands_say(method):
     spec = Spec(method, r=4, lora_alpha=6.0, scale=1.5)
     w = jax.random.normal(jax.random.key(0), SHAPE)
-    params, fixed, w = method.start(spec, w, jax.random.key(1), "matmul")
+    params, fixed = method.start(spec, w, jax.random.key(1), "matmul")
     params = {n: p + jnp.linspace(0.0, 0.1, p.size).reshape(p.shape) for n, p in params.items()}
     values = {**params, **fixed}
     x = jax.random.normal(jax.random.key(2), (7, SHAPE.inputs))
-    whole = np.asarray(x, np.float64) @ np.asarray(merged(spec, w, values), np.float64)
+    whole = np.asarray(x, np.float64) @ np.asarray(merged(spec, Matmul((SHAPE.inputs,), (SHAPE.outputs,)), w, values), np.float64)
     operands = method.operands(spec, w, values)
     assert operands.w is w and operands.scale == spec.scale
     bias = 0 if operands.bias is None else np.asarray(operands.bias, np.float64)
@@ -239,7 +239,7 @@ def test_parameters_are_divided_as_the_matrix_is(method, axis, x):
     base = PartitionSpec(*(("data", None) if axis == 0 else (None, "data")))
     spec = Spec(method, r=4, lora_alpha=6.0, scale=1.5)
     w = jax.random.normal(jax.random.key(0), SHAPE)
-    params, fixed, w = method.start(spec, w, jax.random.key(1), "matmul")
+    params, fixed = method.start(spec, w, jax.random.key(1), "matmul")
     parts = parts_of(method, base)
     assert parts.keys() == params.keys()
     place = lambda value, part: jax.device_put(value, NamedSharding(mesh, part))

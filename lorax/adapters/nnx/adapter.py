@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Key
 from lorax.adapters import method, stack
 from lorax.adapters.method import Cost, Params, Shape, Spec
 from lorax.layers.carrier import Carrier, Frozen
+from lorax.layers.maps import TokenRows
 from lorax_kernels import LoraWeights, Matrix, dense
 
 NAME = "default"
@@ -102,7 +103,7 @@ class Update:
             )
         return self.dropout_key
 
-    def operands(self, w: Matrix) -> LoraWeights:
+    def operands(self, w: Matrix) -> LoraWeights | TokenRows:
         """See `Method.operands`."""
         return self.spec.method.operands(self.spec, w, self.values)
 
@@ -120,8 +121,6 @@ def attach(layer: Carrier, spec: Spec, key: Key[Array, ""], name: str = NAME) ->
     begun = stack.start(spec, w, key, layer.linear_map.kind)
     layer.attached[name] = Adapter(spec, begun.params, begun.fixed)
     activate(layer, name)
-    if begun.w is not w:
-        layer.freeze(begun.w)
 
 
 def activate(layer: Carrier, name: str | None) -> None:
@@ -138,7 +137,7 @@ def shape_of(layer: Carrier) -> Shape:
 
 def cost_of(layer: Carrier) -> Cost:
     """Returns what the active adapter of a layer costs; the layer may be of shapes."""
-    cost = method.cost_of(layer.adapter.spec, shape_of(layer))
+    cost = method.cost_of(layer.adapter.spec, shape_of(layer), layer.linear_map.kind)
     return cost._replace(parameters=cost.parameters * math.prod(layer.matrix.shape[:-2]))
 
 
@@ -178,23 +177,26 @@ def _sum(bias: Array, own: Array) -> Array:
 
 
 def _own_bias(layer: Carrier) -> Array | None:
-    return _operands(layer).bias
+    operands = _operands(layer)
+    return operands.bias if isinstance(operands, LoraWeights) else None
 
 
-def _operands(layer: Carrier) -> LoraWeights:
+def _operands(layer: Carrier) -> LoraWeights | TokenRows:
     adapter = layer.adapter
     return stack.operands(adapter.spec, layer.matrix, adapter.values)
 
 
 def merge_factor(layer: Carrier) -> Array | None:
     """Returns the factor that merging multiplies the columns by; None is 1."""
-    return _operands(layer).factor
+    operands = _operands(layer)
+    return operands.factor if isinstance(operands, LoraWeights) else None
 
 
 def unmerged_matrix(layer: Carrier) -> Float[Array, "k n"]:
     """Returns the matrix of a merged layer without its adapter, rounded to its dtype."""
     w = layer.matrix
     spec = layer.adapter.spec
-    unmerge = stack.over_stack(lambda w, values, f: method.unmerged(spec, w, values, f), w)
+    linear_map = layer.linear_map
+    unmerge = stack.over_stack(lambda w, v, f: method.unmerged(spec, linear_map, w, v, f), w)
     factor = layer.adapter.merged_factor.get_value()
     return unmerge(w, layer.adapter.values, factor).astype(w.dtype)
