@@ -44,9 +44,7 @@ class Dora(Lora):
         squares = jnp.square(dense(w, jnp.float32)).sum(0)
         operands = super().operands(spec, w, {**begun.params, **begun.fixed})
         magnitude = _lengths(operands, squares)
-        return Start(
-            {**begun.params, "magnitude": magnitude}, {**begun.fixed, "squares": squares}
-        )
+        return Start({**begun.params, "magnitude": magnitude}, {**begun.fixed, "squares": squares})
 
     def operands(self, spec: Spec, w: Matrix, values: Params) -> LoraWeights:
         """See `Method`."""

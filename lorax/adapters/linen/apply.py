@@ -12,7 +12,7 @@ from jaxtyping import Array, Key
 from lorax.adapters import stack
 from lorax.adapters.linen.model import FIXED, TRAINED, AdaptedModel, Layer
 from lorax.adapters.linen.trace import Found, Inputs, check_reached, find_modules
-from lorax.adapters.linen.tree import dotted, get, leaves, put, replaced, value_at
+from lorax.adapters.linen.tree import dotted, get, leaves, put, value_at
 from lorax.adapters.method import Shape
 from lorax.adapters.methods import spec_of
 from lorax.adapters.nnx.arguments import as_rngs
@@ -80,15 +80,12 @@ def apply_lora(
     layers = []
     for target in targets:
         layer = _layer(modules[target.name], target, config)
-        where = (*layer.path, layer.weight)
-        w = layer.linear_map.matrix(value_at(params, where))
+        w = layer.linear_map.matrix(value_at(params, (*layer.path, layer.weight)))
         begun = stack.start(layer.spec, w, source.params(), layer.linear_map.kind)
         for name, value in begun.params.items():
             trained = put(trained, (*layer.path, name), value)
         for name, value in begun.fixed.items():
             fixed = put(fixed, (*layer.path, name), value)
-        if begun.w is not w:
-            params = replaced(params, where, layer.linear_map.kernel(begun.w))
         layers.append(layer)
     can_carry = {name: entry.linear_map is not None for name, entry in modules.items()}
     adapted = AdaptedModel(model, tuple(layers), modules=can_carry)
@@ -152,11 +149,8 @@ def _layer(entry: Found, target: Target, config: LoraConfig) -> Layer:
     linear_map = entry.linear_map
     assert site is not None and linear_map is not None
     spec = spec_of(target, config)
-    bias = site.weight == "kernel"
-    if reason := spec.method.obstacle(linear_map.kind, bias):
-        raise TargetError(
-            f"{target.name} cannot be adapted: {reason}. Leave it out with lora.exclude_modules"
-        )
+    if reason := spec.method.obstacle(spec, linear_map.kind, Shape(*linear_map.shape)):
+        raise TargetError(f"{target.name}: {reason}")
     return Layer(entry.path, spec, linear_map, site.weight, entry.stack)
 
 

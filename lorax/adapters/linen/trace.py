@@ -82,7 +82,8 @@ def find_modules(model: linen.Module, params: Mapping[str, Any], rest: Any, inpu
                 _record_stack(entry, site, module, params)
             elif entry.site is None and (site := site_of(module)):
                 entry.site = site
-                entry.obstacle = f"it has a method of its own that does not call that of nn.{site.layer.__name__}"
+                kind = site.layer.__name__
+                entry.obstacle = f"it has a method of its own that does not call that of nn.{kind}"
         return result
 
     modules = sorted({path[:-1] for path, _ in leaves(params)})

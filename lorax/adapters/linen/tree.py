@@ -1,4 +1,4 @@
-"""Nested dicts of parameters, as Linen holds them: read and changed without changing the original."""
+"""Nested dicts of parameters, as Linen holds them, read and rebuilt."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
