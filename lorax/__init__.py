@@ -25,6 +25,7 @@ from lorax.objectives.linear_loss import linear_cross_entropy as linear_cross_en
 from lorax.report.parameters import trainable_parameters as trainable_parameters
 from lorax.runs.setup import build_model as build_model
 from lorax.training.accumulate import accumulate as accumulate
+from lorax.training.optim.groups import scale_learning_rates as scale_learning_rates
 from lorax.training.step import make_train_step as make_train_step
 from lorax.training.step import merge_state as merge_state
 from lorax.training.trainer import Trainer as Trainer

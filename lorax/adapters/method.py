@@ -202,7 +202,7 @@ def unmerged(
     """
     operands = spec.method.operands(spec, w, values)
     if isinstance(operands, TokenRows):
-        return linear_map.replaced(dense(w), TokenRows(operands.ids, values["own"]))
+        return linear_map.replaced(dense(w), dataclasses.replace(operands, values=operands.own))
     whole = dense(w, jnp.float32)
     if factor is not None:
         whole /= jnp.where(factor == 0, 1, factor)[None, :]

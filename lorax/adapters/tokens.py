@@ -54,7 +54,7 @@ class Tokens:
 
     def operands(self, spec: Spec, w: Matrix, values: Params) -> TokenRows:
         """See `Method`."""
-        return TokenRows(spec.tokens, values["rows"])
+        return TokenRows(spec.tokens, values["rows"], values["own"])
 
     def rank(self, spec: Spec, kind: str) -> int:
         """See `Method`."""

@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from lorax.adapters.lora import LORA
+from lorax.adapters.nnx.adapter import rank_of
 from lorax.adapters.nnx.apply import apply_lora
 from lorax.adapters.nnx.tree import (
     adapted_layers,
@@ -106,8 +107,7 @@ def adapter_tensors(model: nnx.Module, *, portable: bool = False) -> dict[str, n
     With `portable`, every pair is zero-padded to the largest rank and its scale folded into B.
     """
     layers = _adapted(model)
-    specs = [layer.adapter.spec for layer in layers.values()]
-    rank = max(spec.method.portable_rank(spec) for spec in specs)
+    rank = max(rank_of(layer) for layer in layers.values())
     tensors = {}
     for name, layer in layers.items():
         spec = layer.adapter.spec

@@ -51,10 +51,12 @@ class TokenRows:
     Attributes:
         ids: The tokens, ascending.
         values: A column for each token, (features, t).
+        own: W's own values of them.
     """
 
     ids: tuple[int, ...]
     values: Array
+    own: Array
 
 
 class Map(Protocol):
@@ -197,9 +199,10 @@ class Matmul:
     def replace(self, x: Array, w: Matrix, rows: TokenRows, dtype: DTypeLike) -> Array:
         """See `Map`."""
         x = self.rows(x.astype(dtype))
-        values = rows.values.astype(dtype)
+        # As a change, which is exactly 0 at first: a narrow matmul sums in another order.
+        change = (rows.values - rows.own.astype(rows.values.dtype)).astype(dtype)
         y = jnp.dot(x, jax.lax.stop_gradient(dense(w, dtype)))
-        return self.unfold(y.at[..., jnp.array(rows.ids)].set(jnp.dot(x, values)))
+        return self.unfold(y.at[..., jnp.array(rows.ids)].add(jnp.dot(x, change)))
 
     def replaced(self, w: Array, rows: TokenRows) -> Array:
         """See `Map`; tokens are columns."""

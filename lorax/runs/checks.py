@@ -1,9 +1,11 @@
 """Checks before anything is written."""
 
+from lorax.adapters.nnx.tree import split_trainable
 from lorax.interop.peft import check_adapter, trains_base_weights
 from lorax.models.decoder import CausalLM
 from lorax.planning.kernels import check_kernels
 from lorax.runs.model import Blueprint
+from lorax.training.optim.groups import scale_by_settings
 
 
 def check_weights(blueprint: Blueprint) -> None:
@@ -27,8 +29,8 @@ def check_targets(blueprint: Blueprint) -> CausalLM:
         The model that trains, with shapes instead of weights.
 
     Raises:
-        ValueError: If a setting matches nothing, a rank does not fit, or the requested kernels
-            cannot run here.
+        ValueError: If a setting matches nothing, a rank does not fit, a learning rate is that of
+            nothing, or the requested kernels cannot run here.
     """
     config = blueprint.config
     adapted = blueprint.shapes
@@ -39,5 +41,7 @@ def check_targets(blueprint: Blueprint) -> CausalLM:
             "save.export: peft-portable holds A and B only, but lora.bias or lora.modules_to_save "
             "trains other weights too; export peft or merged"
         )
+    if (scale := scale_by_settings(config.train)) is not None:
+        scale.init(split_trainable(adapted)[1])
     check_kernels(config, adapted)
     return adapted

@@ -10,6 +10,7 @@ from flax import nnx
 from lorax.adapters.nnx.apply import set_dropout_key
 from lorax.adapters.nnx.tree import adapted_layers, layers_with_adapters, split_trainable
 from lorax.devices.specs import Parts, parts_of
+from lorax.models.noise import EmbeddingNoise
 from lorax.training.arguments import refuse_untrainable
 
 
@@ -59,7 +60,11 @@ def _why_untrained(model: nnx.Module) -> str:
 
 
 def _reseed(model: nnx.Module, key: jax.Array) -> None:
-    """Gives `nnx.Dropout` and its like a new key too."""
-    streams = [n for _, n in nnx.iter_graph(model) if isinstance(n, nnx.RngStream)]
+    """Gives `nnx.Dropout` and its like a new key too, and noise on embeddings."""
+    nodes = [node for _, node in nnx.iter_graph(model)]
+    streams = [node for node in nodes if isinstance(node, nnx.RngStream)]
+    noises = [node for node in nodes if isinstance(node, EmbeddingNoise)]
     for index, stream in enumerate(streams):
         stream.key.set_value(jax.random.fold_in(key, 1_000_000 + index))
+    for index, noise in enumerate(noises):
+        noise.set_key(jax.random.fold_in(key, 2_000_000 + index))

@@ -141,7 +141,9 @@ def test_a_layer_computes_what_is_merged_and_the_operands_say(method):
     params = {n: p + jnp.linspace(0.0, 0.1, p.size).reshape(p.shape) for n, p in params.items()}
     values = {**params, **fixed}
     x = jax.random.normal(jax.random.key(2), (7, SHAPE.inputs))
-    whole = np.asarray(x, np.float64) @ np.asarray(merged(spec, Matmul((SHAPE.inputs,), (SHAPE.outputs,)), w, values), np.float64)
+    whole = np.asarray(x, np.float64) @ np.asarray(
+        merged(spec, Matmul((SHAPE.inputs,), (SHAPE.outputs,)), w, values), np.float64
+    )
     operands = method.operands(spec, w, values)
     assert operands.w is w and operands.scale == spec.scale
     bias = 0 if operands.bias is None else np.asarray(operands.bias, np.float64)

@@ -135,6 +135,12 @@ def shape_of(layer: Carrier) -> Shape:
     return Shape(*layer.linear_map.shape)
 
 
+def rank_of(layer: Carrier) -> int:
+    """Returns the rank of the update that a layer computes."""
+    spec = layer.adapter.spec
+    return spec.method.rank(spec, layer.linear_map.kind)
+
+
 def cost_of(layer: Carrier) -> Cost:
     """Returns what the active adapter of a layer costs; the layer may be of shapes."""
     cost = method.cost_of(layer.adapter.spec, shape_of(layer), layer.linear_map.kind)
