@@ -62,7 +62,7 @@ class Spec:
         scale: Factor on the update.
         dropout: Probability of dropping an element of its input in training.
         start: Initialisation: `LoraConfig.init_lora_weights`.
-        tokens: The tokens whose rows train, ascending; see `lorax.adapters.tokens`.
+        tokens: The tokens whose rows train; see `lorax.adapters.tokens`.
     """
 
     method: "Method"

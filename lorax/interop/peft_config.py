@@ -1,4 +1,4 @@
-"""Reading adapter_config.json: the settings of plain LoRA, and fields of other methods."""
+"""Reading adapter_config.json: the settings of LoRA, and fields of methods that lorax lacks."""
 
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ _NEUTRAL_FIELDS = {
     "corda_config",
     "lora_ga_config",
     "loftq_config",
-    # For Conv1D alone: PEFT sets it to false for a linear layer, and lorax adapts no other.
+    # For the Conv1D of transformers alone, which is no convolution: PEFT sets it to false for others.
     "fan_in_fan_out",
 }
 
@@ -55,7 +55,6 @@ _OTHER_METHODS = {
     "use_bdlora": ("BD-LoRA keeps blocks of A or B only", _MERGE),
     "velora_config": ("VeLoRA keeps more than A and B", _MERGE),
     "monteclora_config": ("Monteclora keeps more than A and B", _MERGE),
-    "trainable_token_indices": ("rows of the embedding were trained too", _MERGE),
     "target_parameters": ("parameters without a linear layer are adapted", _MERGE),
     "alora_invocation_tokens": (
         "aLoRA adapts only the tokens from the invocation on, and without this field all would be",
@@ -118,6 +117,17 @@ def adapter_notes(directory: str | Path) -> list[str]:
         notes.append(f"{path}: MiCA trained A alone; lorax trains A and B")
     if raw.get("fan_in_fan_out"):
         notes.append(f"{path}: fan_in_fan_out is not read: it is for other layers than linear ones")
+    if raw.get("ensure_weight_tying") and "embed_tokens" in str(raw.get("target_modules")):
+        notes.append(
+            f"{path}: with ensure_weight_tying PEFT trains A and B of a tied embedding as those of "
+            "the lookup and as those of the head, with lora_dropout; lorax trains them once, "
+            "without dropout"
+        )
+    if raw.get("use_dora") and raw.get("lora_dropout"):
+        notes.append(
+            f"{path}: with use_dora PEFT's lora_dropout also drops inputs of the frozen weight; "
+            "lorax drops those of A alone"
+        )
     return notes
 
 

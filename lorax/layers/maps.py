@@ -49,7 +49,7 @@ class TokenRows:
     """Rows of an embedding, or columns of a head, that stand in the place of W's own.
 
     Attributes:
-        ids: The tokens, ascending.
+        ids: The tokens, each once.
         values: A column for each token, (features, t).
         own: W's own values of them.
     """
@@ -248,9 +248,10 @@ class Lookup:
 
     def replace(self, x: Array, w: Matrix, rows: TokenRows, dtype: DTypeLike) -> Array:
         """See `Map`."""
-        ids = jnp.array(rows.ids)
-        place = jnp.clip(jnp.searchsorted(ids, x), max=len(rows.ids) - 1)
-        own = jnp.take(rows.values.T.astype(dtype), place, axis=0)
+        order = sorted(range(len(rows.ids)), key=rows.ids.__getitem__)
+        ids = jnp.array([rows.ids[index] for index in order])
+        place = jnp.clip(jnp.searchsorted(ids, x), max=len(order) - 1)
+        own = jnp.take(rows.values.T.astype(dtype), jnp.take(jnp.array(order), place), axis=0)
         found = jnp.take(ids, place) == x
         return jnp.where(found[..., None], own, self.product(x, dense(w, dtype)))
 

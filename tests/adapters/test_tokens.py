@@ -127,7 +127,8 @@ def test_only_their_rows_train():
 @pytest.mark.parametrize(
     "tokens, settings, message",
     [
-        ([20], {}, "embed_tokens: its tokens are 0 to 19, got 20 to 20"),
+        ([20], {}, "embed_tokens: its tokens are 0 to 19, got 20"),
+        ([3, 5, 3], {}, "'embed_tokens' has token 3 more than once"),
         ({"fc2": [1]}, {}, "'fc2' names no embedding and no head; .*embed_tokens"),
         ([1], {"modules_to_save": ["embed_tokens"]}, "modules_to_save trains embed_tokens whole"),
         ([1], {"target_modules": ["fc", "embed_tokens"]}, "embed_tokens carries an adapter of targ"),

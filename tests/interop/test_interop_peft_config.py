@@ -149,7 +149,6 @@ def test_lora_ga_is_not_said_to_be_mended_by_merging(base, adapter, tmp_path):
 
 
 OTHER_METHODS = {
-    "use_dora": True,
     "kasa_config": KasaConfig(),
     "velora_config": VeloraConfig(num_groups=4),
     "monteclora_config": MontecloraConfig(),
@@ -159,11 +158,10 @@ OTHER_METHODS = {
     "init_lora_weights": "pissa",
     "alora_invocation_tokens": [3, 4],
     "layer_replication": [[0, 2], [1, 2]],
-    "lora_bias": True,
 }
 
 
-NOT_MERGED = ("alora_invocation_tokens", "layer_replication", "lora_bias")
+NOT_MERGED = ("alora_invocation_tokens", "layer_replication")
 
 
 @pytest.mark.parametrize("field", OTHER_METHODS)
@@ -207,14 +205,14 @@ def test_a_field_that_may_change_the_result_is_not_said_to_be_removable(adapter,
 
 @pytest.mark.parametrize("value", [0, 0.0])
 def test_a_number_of_zero_switches_only_a_known_method_off(adapter, value):
-    read_adapter_config(edit(adapter, use_dora=value))
+    read_adapter_config(edit(adapter, use_qalora=value))
     with pytest.raises(AdapterError, match=rf"newmethod_scale={value} is not supported"):
         read_adapter_config(edit(adapter, newmethod_scale=value))
 
 
 def test_all_that_is_wrong_is_said_at_once(adapter):
-    edit(adapter, use_dora=True, surprise=3, base_model_name_or_path=5)
+    edit(adapter, use_bdlora=True, surprise=3, base_model_name_or_path=5)
     with pytest.raises(AdapterError) as refused:
         read_adapter_config(adapter)
-    for field in ("use_dora=True", "surprise=3", "base_model_name_or_path must be text"):
+    for field in ("use_bdlora=True", "surprise=3", "base_model_name_or_path must be text"):
         assert field in str(refused.value)
