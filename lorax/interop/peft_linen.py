@@ -70,17 +70,18 @@ def save_adapter(
     check_kind("directory", directory, (str, os.PathLike), "the path of a folder")
     portable = format == "peft-portable"
     tensors = _tensors(adapted, variables, portable)
-    specs = {layer.name: layer.spec for layer in adapted.layers}
-    saved = {
+    tokens = {layer.name: list(layer.spec.tokens) for layer in adapted.layers if layer.spec.tokens}
+    specs = {
         layer.name: layer.spec.method.plain(layer.spec, layer.values(variables))[0]
         for layer in adapted.layers
+        if not layer.spec.tokens
     }
     trained = [(dotted(path[:-1]), path[-1]) for path, _ in adapted.trained_base(variables)]
     linear = [name for name, can_carry in adapted.modules.items() if can_carry]
     others = adapted.modules.keys() - set(linear)
     kind = type(adapted.model)
     config = {
-        **config_fields(saved, portable=portable),
+        **config_fields(specs, portable=portable),
         "task_type": None,
         "auto_mapping": {"base_model_class": kind.__name__, "parent_library": kind.__module__},
         "base_model_name_or_path": base_model_name_or_path,
@@ -88,6 +89,7 @@ def save_adapter(
         "target_modules": short_targets(list(specs), linear, others),
         "bias": bias_setting(trained, specs.keys()),
         "modules_to_save": saved_modules(trained) or None,
+        **({"trainable_token_indices": tokens} if tokens else {}),
     }
     return write_adapter(directory, tensors, config, card)
 
@@ -182,7 +184,12 @@ def _filled(adapted: AdaptedModel, variables: Any, found: Mapping[str, np.ndarra
 def _trained_base(adapted: AdaptedModel, variables: Any) -> Iterator[tuple[str, bool, Place, Any]]:
     """Yields (key, whether transposed in the file, path, value) of base parameters that train."""
     carry = {layer.path for layer in adapted.layers}
+    keys: set[str] = set()
     for path, value in adapted.trained_base(variables):
         inside = (*path[:-1], "base_layer") if path[:-1] in carry else path[:-1]
         name, transposed = _NAMES.get(path[-1], (path[-1], False))
-        yield f"{PREFIX}{dotted((*inside, name))}", transposed, path, meta.unbox(value)
+        key = f"{PREFIX}{dotted((*inside, name))}"
+        if key in keys:
+            raise ValueError(f"two parameters of {dotted(path[:-1])} would have the name {name}")
+        keys.add(key)
+        yield key, transposed, path, meta.unbox(value)

@@ -13,10 +13,11 @@ from lorax.adapters import stack
 from lorax.adapters.linen.model import FIXED, TRAINED, AdaptedModel, Layer
 from lorax.adapters.linen.trace import Found, Inputs, check_reached, find_modules
 from lorax.adapters.linen.tree import dotted, get, leaves, put, value_at
-from lorax.adapters.method import Shape
+from lorax.adapters.method import Shape, Spec
 from lorax.adapters.methods import spec_of
 from lorax.adapters.nnx.arguments import as_rngs
 from lorax.adapters.ranks import check_rank, without_narrow
+from lorax.adapters.tables import tables_of
 from lorax.adapters.targets import (
     Target,
     TargetError,
@@ -27,6 +28,7 @@ from lorax.adapters.targets import (
     match_targets,
     refuse_patterns,
 )
+from lorax.adapters.tokens import token_spec
 from lorax.config.adapter import LoraConfig
 from lorax.system.arguments import check_kind
 
@@ -71,23 +73,22 @@ def apply_lora(
     inputs = Inputs(args, kwargs, method)
     modules = find_modules(model, params, variables, inputs)
     targets = targets_of(modules, config)
-    check_reached(model, params, variables, inputs, {t.name: modules[t.name] for t in targets})
+    specs = _specs(modules, targets, config)
+    check_reached(model, params, variables, inputs, {name: modules[name] for name in specs})
     trained: dict[str, Any] = {}
     for path in _base_to_train(modules, params, targets, config):
         entry = modules.get(dotted(path[:-1]))
         trained = put(trained, path, _trainable(params, path, entry))
     fixed: dict[str, Any] = {}
-    layers = []
-    for target in targets:
-        layer = _layer(modules[target.name], target, config)
+    layers = [_layer(name, modules[name], spec) for name, spec in specs.items()]
+    for layer in layers:
         w = layer.linear_map.matrix(value_at(params, (*layer.path, layer.weight)))
         begun = stack.start(layer.spec, w, source.params(), layer.linear_map.kind)
         for name, value in begun.params.items():
             trained = put(trained, (*layer.path, name), value)
         for name, value in begun.fixed.items():
             fixed = put(fixed, (*layer.path, name), value)
-        layers.append(layer)
-    can_carry = {name: entry.linear_map is not None for name, entry in modules.items()}
+    can_carry = {name: entry.can_carry for name, entry in modules.items()}
     adapted = AdaptedModel(model, tuple(layers), modules=can_carry)
     more = {FIXED: fixed} if fixed else {}
     return adapted, {"params": params, **variables, TRAINED: trained, **more}
@@ -104,7 +105,7 @@ def targets_of(modules: Mapping[str, Found], config: LoraConfig) -> list[Target]
     shapes = {
         name: Shape(*entry.linear_map.shape)
         for name, entry in modules.items()
-        if entry.linear_map is not None and entry.obstacle is None
+        if entry.linear_map is not None and entry.can_carry
     }
     left_out = {name for name in shapes if name == "lm_head" or _is_by_name_only(modules[name])}
     others = modules.keys() - shapes.keys()
@@ -144,13 +145,24 @@ def _is_by_name_only(entry: Found) -> bool:
     return entry.site is not None and entry.site.by_name_only
 
 
-def _layer(entry: Found, target: Target, config: LoraConfig) -> Layer:
+def _specs(
+    modules: Mapping[str, Found], targets: list[Target], config: LoraConfig
+) -> dict[str, Spec]:
+    """Returns the adapter of every layer that has one, by name: targets, then tables of tokens."""
+    specs = {target.name: spec_of(target, config) for target in targets}
+    kinds = {name: e.linear_map.kind for name, e in modules.items() if e.linear_map is not None}
+    embeddings = [name for name, kind in kinds.items() if kind == "lookup"]
+    carriers = {name for name in kinds if modules[name].can_carry}
+    tables = tables_of(list(modules), embeddings, carriers, {}, config, list(specs))
+    return specs | {name: token_spec(kinds[name], ids) for name, ids in tables.items()}
+
+
+def _layer(name: str, entry: Found, spec: Spec) -> Layer:
     site = entry.site
     linear_map = entry.linear_map
     assert site is not None and linear_map is not None
-    spec = spec_of(target, config)
     if reason := spec.method.obstacle(spec, linear_map.kind, Shape(*linear_map.shape)):
-        raise TargetError(f"{target.name}: {reason}")
+        raise TargetError(f"{name}: {reason}")
     return Layer(entry.path, spec, linear_map, site.weight, entry.stack)
 
 

@@ -57,6 +57,11 @@ class Found:
     has_dtype: bool = False
     called: bool = True
 
+    @property
+    def can_carry(self) -> bool:
+        """Whether it can carry an adapter."""
+        return self.linear_map is not None and self.obstacle is None
+
 
 def find_modules(model: linen.Module, params: Mapping[str, Any], rest: Any, inputs: Inputs):
     """Returns every module of a model but the model itself, `Found` by dotted name.

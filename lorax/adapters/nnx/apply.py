@@ -13,7 +13,6 @@ from lorax.adapters.method import Shape, Spec
 from lorax.adapters.methods import spec_of
 from lorax.adapters.nnx.adapter import DropoutKey, activate, attach
 from lorax.adapters.nnx.arguments import as_rngs, check_arguments, refuse_other_adapters
-from lorax.adapters.nnx.tables import tables_of
 from lorax.adapters.nnx.tree import (
     adapted_layers,
     layers_with_adapters,
@@ -25,6 +24,7 @@ from lorax.adapters.nnx.tree import (
 from lorax.adapters.ranks import check_rank, without_narrow
 from lorax.adapters.sites import find_site, is_by_name_only, obstacle_of, shape_of
 from lorax.adapters.stack import keys_of
+from lorax.adapters.tables import tables_of
 from lorax.adapters.targets import (
     Target,
     TargetError,
@@ -87,7 +87,7 @@ def apply_lora[M: nnx.Module](
         raise TargetError(f"the model carries adapters already; {remedy} first")
     refuse_other_adapters(model)
     targets = targets_of(adapted, config)
-    tables = tables_of(modules, tied_modules(adapted), config, [t.name for t in targets])
+    tables = _tables_of(modules, tied_modules(adapted), config, targets)
     references = module_references(adapted)
     trained_biases = _biases_to_train(modules, targets, config)
     tied = tied_modules(adapted)
@@ -144,6 +144,15 @@ def _without_narrow(targets: list[Target], modules: dict[str, nnx.Module]) -> li
     return without_narrow(
         targets, sized, lambda name: any(part.isdigit() for part in name.split(".")[:-1])
     )
+
+
+def _tables_of(
+    modules: dict[str, nnx.Module], tied, config: LoraConfig, targets: list[Target]
+) -> dict[str, tuple[int, ...]]:
+    embeddings = [name for name, module in modules.items() if isinstance(module, nnx.Embed)]
+    carriers = {name for name, module in modules.items() if shape_of(module)}
+    names = [target.name for target in targets]
+    return tables_of(list(modules), embeddings, carriers, tied, config, names)
 
 
 def _refuse_odd_layers(model, modules: dict[str, nnx.Module], config: LoraConfig) -> None:
