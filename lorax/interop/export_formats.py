@@ -35,7 +35,8 @@ def refuse_formats(model: nnx.Module, formats: Iterable[str]) -> None:
                 case "merged":
                     _refuse_merged(layers)
         except ValueError as error:
-            raise ValueError(f"save.export: {error}") from None
+            why = " (a run always exports as peft)" if format == "peft" else ""
+            raise ValueError(f"save.export{why}: {error}") from None
 
 
 def _refuse_portable(model: nnx.Module, layers: dict[str, Carrier]) -> None:

@@ -57,8 +57,8 @@ def tied_keys(model: nnx.Module) -> dict[str, str]:
         if method.parameters.keys() != LORA.parameters.keys():
             raise ValueError(
                 f"{source} is {name} too (tie_word_embeddings), for which PEFT has {method.name} "
-                f"parameters of its own: export it as merged, or leave {source} out with "
-                "lora.exclude_modules"
+                f"parameters of its own: use plain LoRA, leave {source} out with "
+                "lora.exclude_modules, or merge the adapter into the model"
             )
         for suffix, of_source in _TRANSPOSED.items():
             keys[f"{PREFIX}{name}.{suffix}"] = f"{PREFIX}{source}.{of_source}"

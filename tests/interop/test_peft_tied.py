@@ -174,7 +174,9 @@ def test_a_pair_that_was_trained_apart_is_refused(tied, ours, tmp_path):
 def test_dora_of_a_tied_embedding_is_exported_as_merged_alone(tied, ours, tmp_path):
     settings: dict[str, Any] = {"r": 4, "target_modules": ["embed_tokens"], "use_dora": True}
     adapted = lorax.apply_lora(ours, lorax.LoraConfig(**settings), rngs=0)
-    with pytest.raises(ValueError, match="model.embed_tokens is lm_head too .*export it as merged"):
+    with pytest.raises(
+        ValueError, match="model.embed_tokens is lm_head too .*, or merge the adapter"
+    ):
         save_adapter(adapted, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert export_model(adapted, tmp_path / "merged", "merged", base=tied).logit_error <= 1e-4
@@ -189,7 +191,8 @@ def test_the_head_is_no_target_and_the_error_names_the_embedding(ours):
 def test_how_further_training_differs_is_told(tied, tmp_path):
     made_by_peft(tied, tmp_path / "a", ["embed_tokens"])
     (told,) = adapter_notes(tmp_path / "a")
-    assert "as those of the lookup and as those of the head" in told
+    assert "as those of the lookup, and as those of the head" in told
+    assert not adapter_notes(tmp_path / "a", trains=False)
     assert not adapter_notes(edit(tmp_path / "a", target_modules=["q_proj"]))
     (told,) = adapter_notes(edit(tmp_path / "a", use_dora=True, lora_dropout=0.1))
     assert "lora_dropout also drops inputs of the frozen weight" in told
