@@ -5,6 +5,7 @@ from lorax.adapters.nnx.apply import set_dropout_key as set_dropout_key
 from lorax.adapters.nnx.apply import set_kernels as set_kernels
 from lorax.adapters.nnx.apply import use_adapter as use_adapter
 from lorax.adapters.nnx.merge import merge_lora as merge_lora
+from lorax.adapters.nnx.merge import rebase_lora as rebase_lora
 from lorax.adapters.nnx.merge import unload_lora as unload_lora
 from lorax.adapters.nnx.merge import unmerge_lora as unmerge_lora
 from lorax.adapters.nnx.tree import split_trainable as split_trainable
@@ -25,6 +26,7 @@ from lorax.objectives.linear_loss import linear_cross_entropy as linear_cross_en
 from lorax.report.parameters import trainable_parameters as trainable_parameters
 from lorax.runs.setup import build_model as build_model
 from lorax.training.accumulate import accumulate as accumulate
+from lorax.training.optim.groups import scale_learning_rates as scale_learning_rates
 from lorax.training.step import make_train_step as make_train_step
 from lorax.training.step import merge_state as merge_state
 from lorax.training.trainer import Trainer as Trainer

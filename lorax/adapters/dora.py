@@ -41,12 +41,10 @@ class Dora(Lora):
     def start(self, spec: Spec, w: Matrix, key, kind: str) -> Start:
         """See `Method`."""
         begun = super().start(spec, w, key, kind)
-        squares = jnp.square(dense(begun.w, jnp.float32)).sum(0)
-        values = {**begun.params, "squares": squares}
-        magnitude = _lengths(super().operands(spec, begun.w, values), squares)
-        return Start(
-            {**begun.params, "magnitude": magnitude}, {**begun.fixed, "squares": squares}, begun.w
-        )
+        squares = jnp.square(dense(w, jnp.float32)).sum(0)
+        operands = super().operands(spec, w, {**begun.params, **begun.fixed})
+        magnitude = _lengths(operands, squares)
+        return Start({**begun.params, "magnitude": magnitude}, {**begun.fixed, "squares": squares})
 
     def operands(self, spec: Spec, w: Matrix, values: Params) -> LoraWeights:
         """See `Method`."""

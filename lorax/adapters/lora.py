@@ -1,22 +1,24 @@
 """LoRA: a low-rank update added to the frozen matmul, ``x·W + s·(x·A)·B``."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from lorax.adapters.method import Parameter, Params, Spec, Start
+from lorax.adapters.initial import EMBEDDING, as_plain, initialisation
+from lorax.adapters.method import Parameter, Params, Shape, Spec, Start
 from lorax_kernels import LoraWeights, Matrix
 
 
 class Lora:
     """LoRA, and rsLoRA, which differs in the scale alone.
 
-    A new adapter changes nothing, because B, (r, n), starts at zero. A, (k, r), is uniform in
-    ±1/√k (``init_lora_weights=True``) or normal with deviation 1/r (``"gaussian"``). For an
-    embedding A starts at zero, and B is normal with deviation 1, as in PEFT.
+    A new adapter changes nothing: A·B is zero (see `lorax.adapters.initial`), or what A·B begins
+    with is subtracted, ``x·W + s·(x·A)·B - s·(x·A₀)·B₀`` with A₀ and B₀ fixed (`first_a`,
+    `first_b`). PEFT subtracts it from W instead, which rounds W. An embedding begins in its own way
+    whatever the setting, as in PEFT.
 
     Source: Hu et al. 2021, "LoRA", §4.1, https://arxiv.org/abs/2106.09685
     """
@@ -32,42 +34,60 @@ class Lora:
         """See `Method`."""
         return True
 
-    def obstacle(self, kind: str, has_bias: bool) -> str | None:
+    def obstacle(self, spec: Spec, kind: str, shape: Shape) -> str | None:
         """See `Method`."""
-        return None
+        return None if kind == "lookup" else initialisation(spec.start).obstacle(shape, spec.r)
 
     def identity(self, spec: Spec) -> str:
         """See `Method`."""
-        return f"{spec.r} {spec.scale!r} {spec.dropout!r}"
+        first = f" {spec.start}" if changes_base(spec) else ""
+        return f"{spec.r} {spec.scale!r} {spec.dropout!r}{first}"
 
     def start(self, spec: Spec, w: Matrix, key, kind: str) -> Start:
         """See `Method`."""
-        k, n = w.shape
-        a = jnp.zeros((k, spec.r), jnp.float32)
-        b = jnp.zeros((spec.r, n), jnp.float32)
-        if kind == "lookup":
-            b = jax.random.normal(key, b.shape, jnp.float32)
-        elif spec.start == "gaussian":
-            a = jax.random.normal(key, a.shape, jnp.float32) / spec.r
-        else:
-            bound = k**-0.5
-            a = jax.random.uniform(key, a.shape, jnp.float32, -bound, bound)
-        return Start({"lora_a": a, "lora_b": b}, {}, w)
+        begin = EMBEDDING if kind == "lookup" else initialisation(spec.start)
+        a, b = begin.factors(key, w, spec.r, spec.scale)
+        fixed = {"first_a": a, "first_b": b} if begin.changes_base else {}
+        return Start({"lora_a": a, "lora_b": b}, fixed)
 
     def operands(self, spec: Spec, w: Matrix, values: Params) -> LoraWeights:
         """See `Method`."""
-        return LoraWeights(w, values["lora_a"], values["lora_b"], scale=spec.scale)
+        return LoraWeights(w, *_factors(values), scale=spec.scale)
 
-    def portable_rank(self, spec: Spec) -> int:
+    def rank(self, spec: Spec, kind: str) -> int:
         """See `Method`."""
-        return spec.r
+        return spec.r if kind == "lookup" or not changes_base(spec) else 2 * spec.r
+
+    def plain(self, spec: Spec, values: Params) -> tuple[Spec, Params]:
+        """See `Method`: rank 2r, where something is subtracted."""
+        if "first_a" not in values:
+            return spec, values
+        a, b = _factors(values)
+        alpha = spec.scale * (2 * spec.r if not spec.use_rslora else (2 * spec.r) ** 0.5)
+        spec = dataclasses.replace(spec, r=2 * spec.r, lora_alpha=alpha, start=True)
+        return spec, {**values, "lora_a": a, "lora_b": b}
 
     def portable(self, spec: Spec, values: Params, rank: int) -> dict[str, np.ndarray]:
         """Returns A and s·B, with zeros up to the rank."""
+        spec, values = self.plain(spec, values)
         padding = (0, rank - spec.r)
         a = np.asarray(values["lora_a"])
         b = np.asarray(values["lora_b"]) * np.float32(spec.scale)
         return {"lora_a": np.pad(a, ((0, 0), padding)), "lora_b": np.pad(b, (padding, (0, 0)))}
+
+
+def changes_base(spec: Spec) -> bool:
+    """Says whether an adapter begins with a part of W, which is subtracted."""
+    return initialisation(spec.start).changes_base
+
+
+def _factors(values: Params) -> tuple[jax.Array, jax.Array]:
+    """Returns A and B of the whole update: with ``A₀`` and ``-B₀``, where they are subtracted."""
+    a = values["lora_a"]
+    b = values["lora_b"]
+    if "first_a" not in values:
+        return a, b
+    return as_plain(a, b, values["first_a"], values["first_b"])
 
 
 LORA = Lora()

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorax.adapters.lora import Lora
-from lorax.adapters.method import Parameter, Params, Spec, Start
+from lorax.adapters.method import Parameter, Params, Shape, Spec, Start
 from lorax_kernels import LoraWeights, Matrix
 
 
@@ -28,9 +28,11 @@ class LoraBias(Lora):
         """See `Method`."""
         return config.lora_bias
 
-    def obstacle(self, kind: str, has_bias: bool) -> str | None:
+    def obstacle(self, spec: Spec, kind: str, shape: Shape) -> str | None:
         """See `Method`."""
-        return "an embedding's update has no bias" if kind == "lookup" else None
+        if kind == "lookup":
+            return "an embedding's update has no bias. Leave it out with lora.exclude_modules"
+        return super().obstacle(spec, kind, shape)
 
     def identity(self, spec: Spec) -> str:
         """See `Method`."""

@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Key
 
+from lorax.layers.maps import Map, TokenRows
 from lorax_kernels import LoraWeights, Matrix, dense
 
 type Params = Mapping[str, Array]
@@ -28,7 +29,8 @@ class Parameter(NamedTuple):
 
     Attributes:
         suffix: The end of its key in PEFT's files of linear layers.
-        axes: A letter per axis: ``k`` inputs, ``n`` outputs, ``r`` rank. Files hold the transpose.
+        axes: A letter per axis: ``k`` inputs, ``n`` outputs, ``r`` rank, ``t`` tokens. Files hold
+            the transpose.
     """
 
     suffix: str
@@ -60,6 +62,7 @@ class Spec:
         scale: Factor on the update.
         dropout: Probability of dropping an element of its input in training.
         start: Initialisation: `LoraConfig.init_lora_weights`.
+        tokens: The tokens whose rows train; see `lorax.adapters.tokens`.
     """
 
     method: "Method"
@@ -68,6 +71,12 @@ class Spec:
     scale: float
     dropout: float = 0.0
     start: bool | str = True
+    tokens: tuple[int, ...] = ()
+
+    @property
+    def use_rslora(self) -> bool:
+        """Whether the scale is ``lora_alpha / √r``."""
+        return self.scale != self.lora_alpha / self.r
 
 
 class Start(NamedTuple):
@@ -76,12 +85,10 @@ class Start(NamedTuple):
     Attributes:
         params: The first values of what trains, float32.
         fixed: Further values that the method needs and that do not train, by name.
-        w: W, which differs where the method moves a part of it into its parameters.
     """
 
     params: dict[str, Array]
     fixed: dict[str, Array]
-    w: Matrix
 
 
 class Method(Protocol):
@@ -110,8 +117,14 @@ class Method(Protocol):
         """Says whether a `LoraConfig` asks for this method."""
         ...
 
-    def obstacle(self, kind: str, has_bias: bool) -> str | None:
-        """Returns why a layer of a kind cannot carry it, or None; see `lorax.layers.maps`."""
+    def obstacle(self, spec: Spec, kind: str, shape: Shape) -> str | None:
+        """Returns why a layer of a kind cannot carry it, with a remedy, or None.
+
+        Args:
+            spec: The adapter.
+            kind: Of `lorax.layers.maps`.
+            shape: Of its matrix.
+        """
         ...
 
     def identity(self, spec: Spec) -> str:
@@ -122,7 +135,7 @@ class Method(Protocol):
         """Returns the first values, which do not change the layer's output."""
         ...
 
-    def operands(self, spec: Spec, w: Matrix, values: Params) -> LoraWeights:
+    def operands(self, spec: Spec, w: Matrix, values: Params) -> LoraWeights | TokenRows:
         """Returns what computes the adapted layer; this defines the method.
 
         Its `bias` is the adapter's own, added to the layer's: it has a gradient.
@@ -137,14 +150,18 @@ class Method(Protocol):
         """
         ...
 
-    def portable_rank(self, spec: Spec) -> int:
-        """Returns the least rank of `portable`."""
+    def rank(self, spec: Spec, kind: str) -> int:
+        """Returns the rank of the update that is computed, the least one of `portable`."""
+        ...
+
+    def plain(self, spec: Spec, values: Params) -> tuple[Spec, Params]:
+        """Returns the adapter that does the same without `fixed` values of its start."""
         ...
 
 
 def shapes_of(spec: Spec, shape: Shape) -> dict[str, tuple[int, ...]]:
     """Returns the shapes of what trains in a layer."""
-    sizes = {"k": shape.inputs, "n": shape.outputs, "r": spec.r}
+    sizes = {"k": shape.inputs, "n": shape.outputs, "r": spec.r, "t": len(spec.tokens)}
     return {
         name: tuple(sizes[axis] for axis in parameter.axes)
         for name, parameter in spec.method.parameters.items()
@@ -154,41 +171,48 @@ def shapes_of(spec: Spec, shape: Shape) -> dict[str, tuple[int, ...]]:
 def parts_of(method: Method, base: PartitionSpec) -> dict[str, PartitionSpec]:
     """Returns the partition of each parameter: k and n divided as those of W are, r whole."""
     rows, columns = (*base, None, None)[:2]
-    axes = {"k": rows, "n": columns, "r": None}
+    axes = {"k": rows, "n": columns, "r": None, "t": None}
     return {
         name: PartitionSpec(*(axes[axis] for axis in parameter.axes))
         for name, parameter in method.parameters.items()
     }
 
 
-def cost_of(spec: Spec, shape: Shape) -> Cost:
-    """Returns the cost of a layer with an adapter."""
+def cost_of(spec: Spec, shape: Shape, kind: str) -> Cost:
+    """Returns the cost of a layer of a kind with an adapter."""
     parameters = sum(math.prod(shape) for shape in shapes_of(spec, shape).values())
-    return Cost(parameters, kept=spec.r, streamed=shape.inputs + shape.outputs)
+    rank = spec.method.rank(spec, kind)
+    return Cost(parameters, kept=rank, streamed=shape.inputs + shape.outputs)
 
 
-def merged(spec: Spec, w: Matrix, values: Params) -> Float[Array, "k n"]:
+def merged(spec: Spec, linear_map: Map, w: Matrix, values: Params) -> Float[Array, "k n"]:
     """Returns ``factor · (W + s·A·B)``, float32: with it a plain layer gives the same output."""
     operands = spec.method.operands(spec, w, values)
+    if isinstance(operands, TokenRows):
+        return linear_map.replaced(dense(w), operands)
     whole = dense(operands.w, jnp.float32) + _update(operands)
     return whole if operands.factor is None else whole * operands.factor[None, :]
 
 
 def unmerged(
-    spec: Spec, w: Matrix, values: Params, factor: Float[Array, " n"] | None
+    spec: Spec, linear_map: Map, w: Matrix, values: Params, factor: Float[Array, " n"] | None
 ) -> Float[Array, "k n"]:
     """Returns ``W' / factor - s·A·B``, float32: the W for which `merged` returned `w`.
 
     Args:
         spec: The adapter.
+        linear_map: The layer's.
         w: The merged matrix, W'.
         values: The adapter's values.
         factor: The factor that was merged; None is 1.
     """
+    operands = spec.method.operands(spec, w, values)
+    if isinstance(operands, TokenRows):
+        return linear_map.replaced(dense(w), dataclasses.replace(operands, values=operands.own))
     whole = dense(w, jnp.float32)
     if factor is not None:
         whole /= jnp.where(factor == 0, 1, factor)[None, :]
-    return whole - _update(spec.method.operands(spec, w, values))
+    return whole - _update(operands)
 
 
 def _update(operands: LoraWeights) -> Array:

@@ -1,9 +1,10 @@
 """The adapter's settings, with the names and meanings of PEFT's `LoraConfig`."""
 
+import re
 from collections.abc import Iterator
-from typing import Annotated, Literal, override
+from typing import Annotated, Any, Literal, override
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 
 from lorax.config.marks import OfStep
 from lorax.config.types import (
@@ -14,13 +15,30 @@ from lorax.config.types import (
     Index,
     Modules,
     Names,
-    NotInteger,
     Section,
     check_regex,
 )
+from lorax.system.wording import show
 
 Alpha = Annotated[float, Field(gt=0, le=1e6)]
 """Real ones end at a few thousand; far above, s·A·B is infinite after the first step."""
+
+
+_STARTS = ("gaussian", "orthogonal", "pissa", "olora")
+
+
+def _check_start(value: Any) -> bool | str:
+    if value is True:
+        return True
+    word = value.lower() if isinstance(value, str) else ""
+    if word in _STARTS or re.fullmatch(r"pissa_niter_\d{1,3}", word):
+        return word
+    known = "true, gaussian, orthogonal, pissa, pissa_niter_ with a number, or olora"
+    raise ValueError(f"needs {known}, got {show(value)}")
+
+
+Initialisation = Annotated[bool | str, BeforeValidator(_check_start)]
+Tokens = Annotated[tuple[Index, ...], Field(min_length=1), FromList]
 
 
 class LoraConfig(Section):
@@ -41,10 +59,13 @@ class LoraConfig(Section):
         bias: Which biases are trained.
         use_dora: DoRA: the length of every column trains too.
         lora_bias: B has a bias that trains.
-        init_lora_weights: `true`: A Kaiming-uniform; `gaussian`: A normal with deviation 1/r.
-            B is zero in both.
+        init_lora_weights: `true`: A Kaiming-uniform; `gaussian`: A normal with deviation 1/r; B
+            is zero in both. `orthogonal`: A·B is zero. `pissa`, `pissa_niter_4` (a randomised SVD
+            with so many iterations) and `olora` begin with a part of the base.
         modules_to_save: Modules that are trained whole and saved with the adapter, by how their
             names end, at a dot or not: `norm` takes `input_layernorm` too, as in PEFT.
+        trainable_token_indices: Tokens whose embeddings train: ids of the input embedding, or
+            module name to ids.
     """
 
     r: Annotated[Count, OfStep] = 16
@@ -60,8 +81,9 @@ class LoraConfig(Section):
     use_dora: Annotated[bool, OfStep] = False
     lora_bias: Annotated[bool, OfStep] = False
     bias: Annotated[Literal["none", "all", "lora_only"], OfStep] = "none"
-    init_lora_weights: Annotated[Literal[True, "gaussian"], NotInteger, OfStep] = True
+    init_lora_weights: Annotated[Initialisation, OfStep] = True
     modules_to_save: Annotated[Names | None, OfStep] = None
+    trainable_token_indices: Annotated[Tokens | dict[str, Tokens] | None, OfStep] = None
 
     @field_validator("rank_pattern", "alpha_pattern")
     @classmethod

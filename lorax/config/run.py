@@ -142,6 +142,11 @@ class RunConfig(Section):
             if self.save.export != ("merged",):
                 got = ", ".join(self.save.export)
                 yield "save.export", f"train.method `full` can only export `merged`, got {got}"
+        saved_rate = self.train.modules_to_save_learning_rate
+        reads_lora = self.train.method == "lora" and self.model.adapter is None
+        if saved_rate is not None and reads_lora and not self.lora.modules_to_save:
+            key = "train.modules_to_save_learning_rate"
+            yield key, "needs modules that are trained whole: set lora.modules_to_save"
         wants_evaluation = {
             "eval.early_stopping_patience": self.eval.early_stopping_patience is not None,
             "save.load_best_model_at_end": self.save.load_best_model_at_end,

@@ -55,6 +55,11 @@ class TrainConfig(Section):
         per_device_train_batch_size: Rows per device and micro-batch.
         gradient_accumulation_steps: Micro-batches per step; exactly equal to one larger batch.
         learning_rate: The highest of the schedule.
+        loraplus_lr_ratio: LoRA+: the learning rate of every B, and of biases and norms that train,
+            is this many times `learning_rate`, as in PEFT; null is off.
+        loraplus_lr_embedding: LoRA+: the learning rate of adapters on embeddings.
+        modules_to_save_learning_rate: The learning rate of what `lora.modules_to_save` trains
+            whole, such as embedding and head; null is `learning_rate`, and LoRA+'s for its vectors.
         lr_scheduler_type: The schedule, with Hugging Face's values at every step.
         lr_scheduler_kwargs: Settings of single schedules.
         warmup_ratio: Warm-up as a share of all steps.
@@ -73,6 +78,8 @@ class TrainConfig(Section):
             `selective` does, from 0 to all; null is 1, the last alone. Not with `auto`, which
             decides it; a resumed run keeps its policy and layers.
         memory_gib: Memory of one device that `auto` may use, in GiB; null is all of it.
+        neftune_noise_alpha: NEFTune: uniform noise in ±alpha/√(width of a row · hidden size) is
+            added to the input embeddings in training, such as 5; null is off.
         seed: Seed of everything random in the run.
         full_determinism: The same bits every time on NVIDIA GPUs too; slower, with more memory.
         skip_nonfinite_steps: Steps whose loss or gradient may be not finite; each is left out with
@@ -87,6 +94,9 @@ class TrainConfig(Section):
     per_device_train_batch_size: Annotated[Count, OfStep] = 2
     gradient_accumulation_steps: Annotated[Count, OfStep] = 1
     learning_rate: Annotated[Positive, OfStep] = 2e-4
+    loraplus_lr_ratio: Annotated[Annotated[float, Field(ge=1)] | None, OfStep] = None
+    loraplus_lr_embedding: Annotated[Positive, OfStep] = 1e-6
+    modules_to_save_learning_rate: Annotated[Positive | None, OfStep] = None
     lr_scheduler_type: Annotated[
         Literal[
             "linear",
@@ -114,6 +124,7 @@ class TrainConfig(Section):
     ] = "full"
     kept_layers: Annotated[Index | None, Free] = None
     memory_gib: Annotated[Positive | None, Free] = None
+    neftune_noise_alpha: Annotated[Positive | None, OfStep] = None
     seed: Annotated[int, Field(ge=0, lt=2**32), OfStep] = 3407
     full_determinism: Annotated[bool, OfStep] = False
     skip_nonfinite_steps: Annotated[Index, OfCompiling] = 0
@@ -140,6 +151,22 @@ class TrainConfig(Section):
 
     @override
     def conflicts(self) -> Iterator[Conflict]:
+        yield from self._schedule_conflicts()
+        yield from self._rate_conflicts()
+        policy = self.gradient_checkpointing
+        readers = ("full", "offload")
+        if self.kept_layers is not None and policy not in readers:
+            does = "decides it itself" if policy == "auto" else "does not read it"
+            message = f"gradient_checkpointing `{policy}` {does}, only {_listed(readers)} read it"
+            yield "kept_layers", message
+        if self.memory_gib is not None and policy != "auto":
+            message = f"gradient_checkpointing `{policy}` does not read it, only `auto` does"
+            yield "memory_gib", message
+        for name, readers in self._optimizer_keys.items():
+            if self.optim not in readers and getattr(self, name) != _default(self, name):
+                yield name, f"optim `{self.optim}` does not read it, only {_listed(readers)} does"
+
+    def _schedule_conflicts(self) -> Iterator[Conflict]:
         if self.warmup_ratio and self.warmup_steps:
             yield "warmup_ratio", "set warmup_ratio or warmup_steps, not both"
         schedule = self.lr_scheduler_type
@@ -161,15 +188,12 @@ class TrainConfig(Section):
         if schedule == "polynomial" and lr_end >= self.learning_rate:
             message = f"needs less than learning_rate ({self.learning_rate}), got {lr_end}"
             yield "lr_scheduler_kwargs.lr_end", message
-        policy = self.gradient_checkpointing
-        readers = ("full", "offload")
-        if self.kept_layers is not None and policy not in readers:
-            does = "decides it itself" if policy == "auto" else "does not read it"
-            message = f"gradient_checkpointing `{policy}` {does}, only {_listed(readers)} read it"
-            yield "kept_layers", message
-        if self.memory_gib is not None and policy != "auto":
-            message = f"gradient_checkpointing `{policy}` does not read it, only `auto` does"
-            yield "memory_gib", message
-        for name, readers in self._optimizer_keys.items():
-            if self.optim not in readers and getattr(self, name) != _default(self, name):
-                yield name, f"optim `{self.optim}` does not read it, only {_listed(readers)} does"
+
+    def _rate_conflicts(self) -> Iterator[Conflict]:
+        if self.method == "full":
+            for name in ("loraplus_lr_ratio", "modules_to_save_learning_rate"):
+                if getattr(self, name) is not None:
+                    yield name, "method `full` has no adapter: remove this key"
+        name = "loraplus_lr_embedding"
+        if self.loraplus_lr_ratio is None and getattr(self, name) != _default(self, name):
+            yield name, "is only read together with loraplus_lr_ratio: set both"

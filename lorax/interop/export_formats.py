@@ -7,7 +7,7 @@ from flax import nnx
 
 from lorax.adapters.lora_bias import LORA_BIAS
 from lorax.adapters.method import shapes_of
-from lorax.adapters.nnx.adapter import shape_of
+from lorax.adapters.nnx.adapter import rank_of, shape_of
 from lorax.adapters.nnx.tree import adapted_layers
 from lorax.interop.peft import portable_values, trains_base_weights
 from lorax.interop.peft_tied import tied_keys
@@ -46,11 +46,11 @@ def _refuse_portable(model: nnx.Module, layers: dict[str, Carrier]) -> None:
             "weights too; export peft or merged"
         )
     tied_keys(model)
-    layer = next(iter(layers.values()))  # all have one method
-    spec = layer.adapter.spec
-    shapes = shapes_of(spec, shape_of(layer))
-    values = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
-    portable_values(spec, values, spec.method.portable_rank(spec))
+    for layer in {layer.adapter.spec.method: layer for layer in layers.values()}.values():
+        spec = layer.adapter.spec
+        shapes = shapes_of(spec, shape_of(layer))
+        values = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+        portable_values(spec, values, rank_of(layer))
 
 
 def _refuse_merged(layers: dict[str, Carrier]) -> None:

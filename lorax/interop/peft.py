@@ -14,6 +14,7 @@ from flax import nnx
 
 from lorax.adapters.lora import LORA
 from lorax.adapters.method import Params, Spec
+from lorax.adapters.nnx.adapter import rank_of
 from lorax.adapters.nnx.apply import apply_lora
 from lorax.adapters.nnx.tree import (
     adapted_layers,
@@ -59,9 +60,11 @@ def adapter_config(
         revision: Branch, tag or commit of it on the hub.
         portable: One rank, ``lora_alpha = r``, for engines that read only ``alpha / r``.
     """
-    layers = _adapted(model)
+    tables = _tables(model)
+    layers = {n: layer for n, layer in _adapted(model).items() if n not in tables}
     # PEFT reads the patterns for a tied head too.
-    specs = {n: x.adapter.spec for n, x in (layers | tied_layers(model)).items()}
+    tied = {n: layer for n, layer in tied_layers(model).items() if layer in layers.values()}
+    specs = {n: _as_saved(layer)[0] for n, layer in (layers | tied).items()}
     ranks = {n: spec.r for n, spec in specs.items()}
     alphas = {n: spec.lora_alpha for n, spec in specs.items()}
     r, alpha = (Counter(v.values()).most_common(1)[0][0] for v in (ranks, alphas))
@@ -89,7 +92,7 @@ def adapter_config(
         "bias": _bias_setting(model, layers),
         "fan_in_fan_out": False,
         "init_lora_weights": True,
-        "use_rslora": not portable and any(x.scale != x.lora_alpha / x.r for x in specs.values()),
+        "use_rslora": not portable and any(spec.use_rslora for spec in specs.values()),
         "modules_to_save": saved or None,
         "rank_pattern": pattern(ranks, r),
         "alpha_pattern": pattern(alphas, alpha),
@@ -97,9 +100,23 @@ def adapter_config(
         "layers_pattern": None,
         "layer_replication": None,
     }
+    if tables:
+        config["trainable_token_indices"] = {n: list(ids) for n, ids in tables.items()}
     if any(source in saved or source in layers for source in tied_modules(model).values()):
         config["ensure_weight_tying"] = True
     return config
+
+
+def _tables(model: nnx.Module) -> dict[str, tuple[int, ...]]:
+    """Returns the tokens that train by the name of their table."""
+    specs = {name: layer.adapter.spec for name, layer in adapted_layers(model).items()}
+    return {name: spec.tokens for name, spec in specs.items() if spec.tokens}
+
+
+def _as_saved(layer: Carrier) -> tuple[Spec, Params]:
+    """Returns a layer's adapter as one on the original base; see `Method.plain`."""
+    spec = layer.adapter.spec
+    return spec.method.plain(spec, layer.adapter.values)
 
 
 def adapter_tensors(model: nnx.Module, *, portable: bool = False) -> dict[str, np.ndarray]:
@@ -108,12 +125,10 @@ def adapter_tensors(model: nnx.Module, *, portable: bool = False) -> dict[str, n
     With `portable`, every pair is zero-padded to the largest rank and its scale folded into B.
     """
     layers = _adapted(model)
-    specs = [layer.adapter.spec for layer in layers.values()]
-    rank = max(spec.method.portable_rank(spec) for spec in specs)
+    rank = max(rank_of(layer) for layer in layers.values())
     tensors = {}
     for name, layer in layers.items():
-        spec = layer.adapter.spec
-        values = layer.adapter.params
+        spec, values = _as_saved(layer)
         parameters = (LORA if portable else spec.method).parameters
         if portable:
             values = portable_values(spec, layer.adapter.values, rank)

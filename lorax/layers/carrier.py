@@ -9,7 +9,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
-from lorax.layers.maps import Map, Way
+from lorax.layers.maps import Map, TokenRows, Way
 from lorax_kernels import Kernels, LoraWeights, Matrix
 
 
@@ -33,7 +33,7 @@ class Update(Protocol):
         """
         ...
 
-    def operands(self, w: Matrix) -> LoraWeights:
+    def operands(self, w: Matrix) -> LoraWeights | TokenRows:
         """Returns what computes W and its update; the bias is the adapter's own."""
         ...
 
@@ -139,8 +139,12 @@ def apply_adapted(layer: Any, x: Array, residual: Float[Array, "*batch n"] | Non
     """
     adapter = layer.computing
     assert adapter is not None
-    operands = adapter.operands(layer.matrix)
+    w = layer.matrix
+    operands = adapter.operands(w)
     dtype = compute_dtype(layer, x.dtype)
+    if isinstance(operands, TokenRows):
+        y = layer.linear_map.replace(x, w, operands, dtype)
+        return y if residual is None else residual + y
     return layer.linear_map.apply(x, operands, layer.way, dtype, residual)
 
 

@@ -9,7 +9,7 @@ from flax.nnx.nn.dtypes import promote_dtype
 from jaxtyping import Array
 
 from lorax.layers.carrier import Carrier, apply_adapted
-from lorax.layers.maps import Lookup, Matmul
+from lorax.layers.maps import Lookup, Matmul, TokenRows
 from lorax_kernels import LoraWeights, scale_columns
 
 
@@ -44,11 +44,13 @@ class Embed(Carrier, nnx.Embed):
         operands = self.computing.operands(self.matrix)
         dtype = jnp.dtype(self.dtype)
         query = query.astype(dtype)
+        matmul = Matmul((self.features,), (self.num_embeddings,))
+        if isinstance(operands, TokenRows):
+            return matmul.replace(query, self.matrix.T, operands, dtype)
         if operands.factor is not None:  # of the table's columns, which the query is summed over
             query = scale_columns(query, operands.factor)
         turned = transposed(operands)
         way = dataclasses.replace(self.way, dropout_rate=0.0, dropout_key=None)
-        matmul = Matmul((self.features,), (self.num_embeddings,))
         return matmul.apply(query, turned, way, dtype)
 
 

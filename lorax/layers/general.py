@@ -41,7 +41,7 @@ class Einsum(Carrier, nnx.Einsum):
     @property
     def linear_map(self) -> Matmul:
         """See `Carrier`."""
-        found = einsum_map(self.einsum_str, self.kernel_shape)
+        found = einsum_map(self.einsum_str, tuple(self.kernel_shape))
         assert isinstance(found, Matmul)
         return found
 
@@ -85,7 +85,7 @@ def einsum_obstacle(layer: nnx.Einsum) -> str | None:
     """Returns why an `Einsum` cannot carry an adapter, or None."""
     if layer.einsum_op is not jnp.einsum:
         return "it has an einsum_op of its own"
-    if isinstance(found := einsum_map(layer.einsum_str, layer.kernel_shape), str):
+    if isinstance(found := einsum_map(layer.einsum_str, tuple(layer.kernel_shape)), str):
         return found
     return _common_obstacle(layer)
 

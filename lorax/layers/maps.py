@@ -19,6 +19,7 @@ from lorax.devices.mesh import ROW_AXES
 from lorax_kernels import (
     Kernels,
     LoraWeights,
+    Matrix,
     accumulation_dtype,
     dense,
     lora_linear,
@@ -41,6 +42,21 @@ class Way:
     dropout_rate: float = 0.0
     dropout_key: Key[Array, ""] | None = None
     kernels: Kernels = "auto"
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenRows:
+    """Rows of an embedding, or columns of a head, that stand in the place of W's own.
+
+    Attributes:
+        ids: The tokens, each once.
+        values: A column for each token, (features, t).
+        own: W's own values of them.
+    """
+
+    ids: tuple[int, ...]
+    values: Array
+    own: Array
 
 
 class Map(Protocol):
@@ -76,6 +92,14 @@ class Map(Protocol):
 
         The bias of `weights`, in the order of W's columns, is added to it.
         """
+        ...
+
+    def replace(self, x: Array, w: Matrix, rows: TokenRows, dtype: DTypeLike) -> Array:
+        """Returns ``x∘W`` with the values of some tokens in the place of W's own."""
+        ...
+
+    def replaced(self, w: Array, rows: TokenRows) -> Array:
+        """Returns W, float32, with these values in it."""
         ...
 
 
@@ -172,6 +196,18 @@ class Matmul:
         )
         return self.unfold(with_bias(y, weights.bias))
 
+    def replace(self, x: Array, w: Matrix, rows: TokenRows, dtype: DTypeLike) -> Array:
+        """See `Map`."""
+        x = self.rows(x.astype(dtype))
+        # As a change, which is exactly 0 at first: a narrow matmul sums in another order.
+        change = (rows.values - rows.own.astype(rows.values.dtype)).astype(dtype)
+        y = jnp.dot(x, jax.lax.stop_gradient(dense(w, dtype)))
+        return self.unfold(y.at[..., jnp.array(rows.ids)].add(jnp.dot(x, change)))
+
+    def replaced(self, w: Array, rows: TokenRows) -> Array:
+        """See `Map`; tokens are columns."""
+        return w.astype(jnp.float32).at[:, jnp.array(rows.ids)].set(rows.values)
+
 
 @dataclasses.dataclass(frozen=True)
 class Lookup:
@@ -206,8 +242,22 @@ class Lookup:
         self, x: Array, weights: LoraWeights, way: Way, dtype: DTypeLike, residual: Any = None
     ) -> Array:
         """See `Map`."""
+        assert weights.a is not None
         y = self.product(x, dense(weights.w, dtype))
         return _finish(y, self.product(x, weights.a), weights, residual)
+
+    def replace(self, x: Array, w: Matrix, rows: TokenRows, dtype: DTypeLike) -> Array:
+        """See `Map`."""
+        order = sorted(range(len(rows.ids)), key=rows.ids.__getitem__)
+        ids = jnp.array([rows.ids[index] for index in order])
+        place = jnp.clip(jnp.searchsorted(ids, x), max=len(order) - 1)
+        own = jnp.take(rows.values.T.astype(dtype), jnp.take(jnp.array(order), place), axis=0)
+        found = jnp.take(ids, place) == x
+        return jnp.where(found[..., None], own, self.product(x, dense(w, dtype)))
+
+    def replaced(self, w: Array, rows: TokenRows) -> Array:
+        """See `Map`; tokens are rows."""
+        return w.astype(jnp.float32).at[jnp.array(rows.ids)].set(rows.values.T)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,16 +303,25 @@ class Convolution:
         """Returns the convolution of x with a kernel of other features, m (k, c)."""
         layer = self.layer.clone(features=m.shape[1], use_bias=False, parent=None, name=None)
         kernel = m.reshape(*self.kernel_shape[:-1], m.shape[1])
-        return layer.apply({"params": {"kernel": kernel}}, x)
+        return jnp.asarray(layer.apply({"params": {"kernel": kernel}}, x))
 
     def apply(
         self, x: Array, weights: LoraWeights, way: Way, dtype: DTypeLike, residual: Any = None
     ) -> Array:
         """See `Map`."""
+        assert weights.a is not None
         x = x.astype(dtype)
         y = self.product(x, dense(weights.w, dtype))
         h = self.product(_drop(x, way), weights.a.astype(dtype))
         return _finish(y, h, weights, residual)
+
+    def replace(self, x: Array, w: Matrix, rows: TokenRows, dtype: DTypeLike) -> Array:
+        """See `Map`."""
+        raise TypeError("a convolution has no tokens")
+
+    def replaced(self, w: Array, rows: TokenRows) -> Array:
+        """See `Map`."""
+        raise TypeError("a convolution has no tokens")
 
 
 def with_bias(y: Array, bias: Array | None) -> Array:

@@ -142,7 +142,10 @@ def _group(layers: Sequence[Any], dtype: Any) -> _Group | None:
         adapter = layer.computing
         member = LoraWeights(layer.kernel.get_value())
         if adapter is not None:
-            member = adapter.operands(member.w)
+            operands = adapter.operands(member.w)
+            if not isinstance(operands, LoraWeights):
+                return None
+            member = operands
             ways.add(_Way(layer.dropout_rate, layer.kernels_now))
             key = adapter.key() if layer.dropout_rate and key is None else key
         members.append(member)

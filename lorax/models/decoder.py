@@ -28,6 +28,7 @@ from lorax.layers.linear import INITIAL_DEVIATION, Execution, make_linear
 from lorax.layers.norm import RMSNorm
 from lorax.layers.rope import rotary_tables
 from lorax.models.architecture import DecoderConfig
+from lorax.models.noise import EmbeddingNoise
 from lorax.models.stack.recompute import (
     GradientCheckpointing,
     Recomputation,
@@ -93,6 +94,7 @@ class CausalLM(nnx.Module):
         document_layout: Length and number of the documents of packed sequences; if it is None,
             cuDNN gets a mask, and takes longer.
         kernels: Backend of the loss: see `lorax_kernels.token_nll_and_gradient`.
+        noise: What is added to the embeddings in training; None is nothing.
     """
 
     lm_head: Any
@@ -118,6 +120,7 @@ class CausalLM(nnx.Module):
         self.kept_layers = check_kept_layers(kept_layers, config.num_hidden_layers)
         self.document_layout: DocumentLayout | None = None
         self.kernels: Kernels = "auto"
+        self.noise: EmbeddingNoise | None = nnx.data(None)
         self.model = Decoder(config, execution, rngs)
         if not config.tie_word_embeddings:
             self.lm_head = make_linear(
@@ -202,6 +205,8 @@ class CausalLM(nnx.Module):
         else:
             on_device = jax.device_put(inputs_embeds, jax.memory.Space.Device)
             hidden = on_device.astype(self.dtype)
+        if self.noise is not None:
+            hidden = self.noise(hidden)
         documents = None
         if segment_ids is not None:
             documents, hidden = self._find_documents(segment_ids, hidden)

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any, NamedTuple
 
+from lorax.adapters.nnx.adapter import rank_of
 from lorax.adapters.nnx.tree import adapted_layers, named_modules
 from lorax.adapters.sites import shape_of
 from lorax.config.run import RunConfig
@@ -92,7 +93,7 @@ def _rank(module: Any) -> int:
     """Returns the rank of the adapter of a matmul, 0 if it has none: no kernel does a look-up."""
     if not isinstance(module, Carrier) or module.linear_map.kind != "matmul":
         return 0
-    return 0 if module.adapter is None else module.adapter.spec.r
+    return 0 if module.adapter is None else rank_of(module)
 
 
 def check_kernels(config: RunConfig, model: CausalLM) -> None:

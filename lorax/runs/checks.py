@@ -1,10 +1,12 @@
 """Checks before anything is written."""
 
+from lorax.adapters.nnx.tree import split_trainable
 from lorax.interop.export_formats import refuse_formats
 from lorax.interop.peft import check_adapter
 from lorax.models.decoder import CausalLM
 from lorax.planning.kernels import check_kernels
 from lorax.runs.model import Blueprint
+from lorax.training.optim.groups import scale_by_settings
 
 
 def check_weights(blueprint: Blueprint) -> None:
@@ -28,13 +30,15 @@ def check_targets(blueprint: Blueprint) -> CausalLM:
         The model that trains, with shapes instead of weights.
 
     Raises:
-        ValueError: If a setting matches nothing, a rank does not fit, an export cannot hold what
-            trains, or the requested kernels cannot run here.
+        ValueError: If a setting matches nothing, a rank does not fit, a learning rate is that of
+            nothing, an export cannot hold what trains, or the requested kernels cannot run here.
     """
     config = blueprint.config
     adapted = blueprint.shapes
     if config.train.method == "full":
         return adapted
     refuse_formats(adapted, {"peft": None} | dict.fromkeys(config.save.export))
+    if (scale := scale_by_settings(config.train)) is not None:
+        scale.init(split_trainable(adapted)[1])
     check_kernels(config, adapted)
     return adapted

@@ -19,6 +19,8 @@ from lorax.data.dataset import EncodedDataset
 from lorax.data.prefetch import prefetch
 from lorax.devices.mesh import make_mesh
 from lorax.layers.documents import DocumentLayout
+from lorax.models.decoder import CausalLM
+from lorax.models.noise import EmbeddingNoise
 from lorax.objectives.objective import Objective
 from lorax.objectives.objectives import objective_of
 from lorax.training.optim.optimizer import make_optimizer
@@ -150,6 +152,12 @@ class Course:
         """Returns a copy of the model, set up to train on these batches."""
         both = [each for each in (self.batches, self.evaluation) if each is not None]
         model = nnx.clone(model)
+        alpha = self.config.train.neftune_noise_alpha
+        if isinstance(model, CausalLM):
+            model.noise = None if alpha is None else EmbeddingNoise(alpha)
+        elif alpha is not None:
+            name = type(model).__name__
+            raise ValueError(f"train.neftune_noise_alpha needs lorax's CausalLM, got {name}")
         model.train()
         # With a fixed order of sums, cuDNN allocates the square of the longest document for every
         # document. With a mask it allocates no more than for rows that are not packed.

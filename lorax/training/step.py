@@ -19,6 +19,7 @@ from lorax.adapters.nnx.tree import adapted_layers, layers_with_adapters, split_
 from lorax.devices.determinism import compiler_options, repeatable_attention
 from lorax.devices.placement import place_parameters, placed_shapes
 from lorax.devices.specs import parts_of
+from lorax.models.noise import EmbeddingNoise
 from lorax.objectives.objective import RESERVED, Batch, LossFunction, Objective, Terms
 from lorax.objectives.objectives import as_objective
 from lorax.objectives.sft import SFT
@@ -319,7 +320,11 @@ def merge_state(model: nnx.Module, state: TrainState) -> nnx.Module:
 
 
 def _reseed(model: nnx.Module, key: jax.Array) -> None:
-    """Gives `nnx.Dropout` and its like a new key too."""
-    streams = [n for _, n in nnx.iter_graph(model) if isinstance(n, nnx.RngStream)]
+    """Gives `nnx.Dropout` and its like a new key too, and noise on embeddings."""
+    nodes = [node for _, node in nnx.iter_graph(model)]
+    streams = [node for node in nodes if isinstance(node, nnx.RngStream)]
+    noises = [node for node in nodes if isinstance(node, EmbeddingNoise)]
     for index, stream in enumerate(streams):
         stream.key.set_value(jax.random.fold_in(key, 1_000_000 + index))
+    for index, noise in enumerate(noises):
+        noise.set_key(jax.random.fold_in(key, 2_000_000 + index))

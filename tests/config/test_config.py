@@ -192,6 +192,9 @@ def test_missing_sections_name_what_they_need(write):
         ("train: {warmup_steps: true}", "needs a whole number, got true"),
         ("train: {warmup_steps: 1.0}", "needs a whole number, got 1.0"),
         ("train: {warmup_steps: -1}", "needs a number >= 0, got -1"),
+        ("train: {loraplus_lr_ratio: 0.5}", "needs a number >= 1.0, got 0.5"),
+        ("train: {modules_to_save_learning_rate: 0}", "needs a number > 0.0, got 0"),
+        ("train: {neftune_noise_alpha: -5}", "needs a number > 0.0, got -5"),
         ("train: {max_steps: 0}", "needs a whole number >= 1, or -1, got 0"),
         ("train: {max_steps: -2}", "needs a whole number >= 1, or -1, got -2"),
         ("train: {num_train_epochs: 0}", "needs a number > 0.0, got 0"),
@@ -251,6 +254,16 @@ def test_wrong_entry_of_a_list_is_named_by_its_index(write):
             "train.lr_scheduler_kwargs.lr_end",
         ),
         ("lora: {layers_pattern: layers}", "lora.layers_pattern"),
+        ("train: {loraplus_lr_embedding: 1e-5}", "train.loraplus_lr_embedding"),
+        ("train: {method: full, loraplus_lr_ratio: 16}", "train.loraplus_lr_ratio"),
+        (
+            "train: {method: full, modules_to_save_learning_rate: 1e-5}",
+            "train.modules_to_save_learning_rate",
+        ),
+        (
+            "train: {modules_to_save_learning_rate: 1e-5}",
+            "train.modules_to_save_learning_rate",
+        ),
         ("eval: {strategy: epoch}", "eval.strategy"),
         ("eval: {exact_match: true}", "eval.exact_match"),
         ("eval: {early_stopping_patience: 1}", "eval.early_stopping_patience"),
@@ -259,6 +272,23 @@ def test_wrong_entry_of_a_list_is_named_by_its_index(write):
 )
 def test_conflicting_values_are_refused(write, text, key):
     assert f": {key}: " in problem(write(MINIMAL + text + "\n"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "train: {loraplus_lr_ratio: 16, loraplus_lr_embedding: 1e-5}",
+        "train: {modules_to_save_learning_rate: 1e-5}\nlora: {modules_to_save: [norm]}",
+        "train: {method: full, neftune_noise_alpha: 5}",
+    ],
+)
+def test_settings_that_need_each_other_are_taken_together(write, text):
+    load_config(write(MINIMAL + text + "\n"))
+
+
+def test_an_adapter_brings_its_own_modules_that_are_trained_whole(write):
+    base = MINIMAL.replace("model: {", "model: {adapter: folder, ")
+    load_config(write(base + "train: {modules_to_save_learning_rate: 1e-5}\n"))
 
 
 @pytest.mark.parametrize(

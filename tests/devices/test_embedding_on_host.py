@@ -81,7 +81,7 @@ def train(config, ahead=False):
 @pytest.mark.parametrize(
     "overrides, ahead",
     [
-        (["lora.lora_dropout=0.1", "eval.strategy=epoch"], True),
+        (["lora.lora_dropout=0.1", "train.neftune_noise_alpha=5", "eval.strategy=epoch"], True),
         (["data.packing=false", "train.gradient_accumulation_steps=1"], True),
         (["train.gradient_checkpointing=offload"], False),
         (["model.dtype=bfloat16"], False),

@@ -89,12 +89,16 @@ def last_arrays(folder: Path, step: int = STEPS) -> dict[str, bytes]:
 
 
 def resume_everywhere(count: int, folder: Path) -> tuple[int, int]:
-    """R1: resumed after each step, with and without dropout, accumulation, packing: equal bits."""
+    """R1: resumed after each step, with and without dropout, accumulation, packing: equal bits.
+
+    What has dropout has noise on its embeddings too.
+    """
     passed = total = 0
     variants = [(d, k, p) for d in (0.0, 0.1) for k in (1, 3) for p in (False, True)]
     for index, (dropout, micro_batches, packing) in enumerate(variants):
         options: dict[str, Any] = {
             "dropout": dropout,
+            "train__neftune_noise_alpha": 5.0 if dropout else None,
             "train__gradient_accumulation_steps": micro_batches,
             "data__packing": packing,
         }

@@ -6,12 +6,14 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from lorax.adapters import method
 from lorax.adapters.method import Cost, Params, Shape, Spec, Start
 from lorax.layers.carrier import Carrier, Frozen
+from lorax.layers.maps import TokenRows
 from lorax_kernels import LoraWeights, Matrix, dense
 
 NAME = "default"
@@ -104,7 +106,7 @@ class Update:
             )
         return self.dropout_key
 
-    def operands(self, w: Matrix) -> LoraWeights:
+    def operands(self, w: Matrix) -> LoraWeights | TokenRows:
         """See `Method.operands`."""
         return self.spec.method.operands(self.spec, w, self.values)
 
@@ -124,8 +126,6 @@ def attach(layer: Carrier, spec: Spec, key: Key[Array, ""], name: str = NAME) ->
     begun = start(keys_of(key, w), w)
     layer.attached[name] = Adapter(spec, begun.params, begun.fixed)
     activate(layer, name)
-    if begun.w is not w:
-        layer.freeze(begun.w)
 
 
 def _start(spec: Spec, kind: str, key, w) -> Start:
@@ -157,9 +157,15 @@ def shape_of(layer: Carrier) -> Shape:
     return Shape(*layer.linear_map.shape)
 
 
+def rank_of(layer: Carrier) -> int:
+    """Returns the rank of the update that a layer computes."""
+    spec = layer.adapter.spec
+    return spec.method.rank(spec, layer.linear_map.kind)
+
+
 def cost_of(layer: Carrier) -> Cost:
     """Returns what the active adapter of a layer costs; the layer may be of shapes."""
-    cost = method.cost_of(layer.adapter.spec, shape_of(layer))
+    cost = method.cost_of(layer.adapter.spec, shape_of(layer), layer.linear_map.kind)
     return cost._replace(parameters=cost.parameters * math.prod(layer.matrix.shape[:-2]))
 
 
@@ -169,7 +175,8 @@ def merged_matrix(layer: Carrier) -> Float[Array, "k n"]:
     if layer.merged:
         return dense(w)
     spec = layer.adapter.spec
-    merge = over_stack(lambda w, values: method.merged(spec, w, values), w)
+    linear_map = layer.linear_map
+    merge = over_stack(lambda w, values: method.merged(spec, linear_map, w, values), w)
     return merge(w, layer.adapter.values).astype(w.dtype)
 
 
@@ -200,10 +207,11 @@ def _sum(bias: Array, own: Array) -> Array:
 
 
 def _own_bias(layer: Carrier) -> Array | None:
-    return _operands(layer).bias
+    operands = _operands(layer)
+    return operands.bias if isinstance(operands, LoraWeights) else None
 
 
-def _operands(layer: Carrier) -> LoraWeights:
+def _operands(layer: Carrier) -> LoraWeights | TokenRows:
     spec = layer.adapter.spec
     w = layer.matrix
     operands = over_stack(lambda w, values: spec.method.operands(spec, w, values), w)
@@ -212,13 +220,34 @@ def _operands(layer: Carrier) -> LoraWeights:
 
 def merge_factor(layer: Carrier) -> Array | None:
     """Returns the factor that merging multiplies the columns by; None is 1."""
-    return _operands(layer).factor
+    operands = _operands(layer)
+    return operands.factor if isinstance(operands, LoraWeights) else None
+
+
+def begins_in_base(layer: Carrier) -> bool:
+    """Says whether what the active adapter began with is subtracted from what the layer computes."""
+    return "first_a" in layer.adapter.fixed_names
+
+
+def rebase(layer: Carrier) -> None:
+    """Takes what the active adapter began with out of the layer's matrix instead."""
+    w = layer.matrix
+    adapter = layer.adapter
+    fixed = {name: adapter.values[name] for name in adapter.fixed_names}
+    product = jnp.matmul(fixed.pop("first_a"), fixed.pop("first_b"), precision="highest")
+    rest = dense(w, jnp.float32) - jnp.float32(adapter.spec.scale) * product
+    layer.freeze(rest.astype(w.dtype))
+    if "squares" in fixed:
+        fixed["squares"] = jnp.square(layer.matrix.astype(jnp.float32)).sum(-2)
+    spec = dataclasses.replace(adapter.spec, start=True)
+    layer.attached[layer.active] = Adapter(spec, adapter.params, fixed)
 
 
 def unmerged_matrix(layer: Carrier) -> Float[Array, "k n"]:
     """Returns the matrix of a merged layer without its adapter, rounded to its dtype."""
     w = layer.matrix
     spec = layer.adapter.spec
-    unmerge = over_stack(lambda w, values, f: method.unmerged(spec, w, values, f), w)
+    linear_map = layer.linear_map
+    unmerge = over_stack(lambda w, v, f: method.unmerged(spec, linear_map, w, v, f), w)
     factor = layer.adapter.merged_factor.get_value()
     return unmerge(w, layer.adapter.values, factor).astype(w.dtype)

@@ -14,6 +14,7 @@ from lorax.adapters.method import Shape, Spec
 from lorax.adapters.methods import spec_of
 from lorax.adapters.nnx.adapter import DropoutKey, activate, attach, keys_of
 from lorax.adapters.nnx.arguments import as_rngs, check_arguments, refuse_other_adapters
+from lorax.adapters.nnx.tables import tables_of
 from lorax.adapters.nnx.tree import (
     adapted_layers,
     layers_with_adapters,
@@ -33,6 +34,7 @@ from lorax.adapters.targets import (
     match_targets,
     refuse_patterns,
 )
+from lorax.adapters.tokens import token_spec
 from lorax.config.adapter import LoraConfig
 from lorax.layers.carrier import Carrier, Frozen
 from lorax.system.arguments import check_kind
@@ -84,6 +86,7 @@ def apply_lora[M: nnx.Module](
         raise TargetError(f"the model carries adapters already; {remedy} first")
     refuse_other_adapters(model)
     targets = targets_of(adapted, config)
+    tables = tables_of(modules, tied_modules(adapted), config, [t.name for t in targets])
     references = module_references(adapted)
     trained_biases = _biases_to_train(modules, targets, config)
     tied = tied_modules(adapted)
@@ -97,9 +100,10 @@ def apply_lora[M: nnx.Module](
     for target in targets:
         layer = _adopt(target.name, modules, references)
         _check_rank(Shape(*layer.linear_map.shape), target)
-        spec = spec_of(target, config)
-        _refuse_method(target.name, layer, spec)
-        attach(layer, spec, rngs.params())
+        _attach(target.name, layer, spec_of(target, config), rngs)
+    for name, ids in tables.items():
+        table = _adopt(name, modules, references)
+        _attach(name, table, token_spec(table.linear_map.kind, ids), rngs)
     for name in trained_biases:
         module = modules[name]
         bias = nnx.Param(_trainable_value(module, vars(module)["bias"]))
@@ -220,12 +224,11 @@ def _adopt(name: str, modules: dict[str, nnx.Module], references: Any) -> Carrie
     return layer
 
 
-def _refuse_method(name: str, layer: Carrier, spec: Spec) -> None:
-    if reason := spec.method.obstacle(layer.linear_map.kind, layer.bias is not None):
-        raise TargetError(
-            f"{name} cannot carry {spec.method.name}: {reason}. Leave it out with "
-            "lora.exclude_modules"
-        )
+def _attach(name: str, layer: Carrier, spec: Spec, rngs: nnx.Rngs) -> None:
+    linear_map = layer.linear_map
+    if reason := spec.method.obstacle(spec, linear_map.kind, Shape(*linear_map.shape)):
+        raise TargetError(f"{name} cannot carry {spec.method.name}: {reason}")
+    attach(layer, spec, rngs.params())
 
 
 def _check_rank(shape: Shape, target: Target) -> None:

@@ -10,6 +10,7 @@ from jaxtyping import PyTree
 
 from lorax.config.train import TrainConfig
 from lorax.training.optim.adam import scale_by_adam
+from lorax.training.optim.groups import scale_by_settings
 from lorax.training.optim.schedules import make_schedule
 from lorax.training.optim.stacking import stack_alike, unstack
 
@@ -23,7 +24,8 @@ def make_optimizer(train: TrainConfig, total_steps: int) -> optax.GradientTransf
 
     ``p ← p − rate(t) · (direction(clip(g)) + weight_decay · p)``; the decay leaves out biases and
     norms, which are the arrays with fewer than two dimensions. Moments and updates are float32
-    whatever the parameters are.
+    whatever the parameters are. Where the settings give a group of parameters a learning rate of
+    its own, ``rate(t)`` is multiplied by that rate over `learning_rate`: see `groups.py`.
 
     Args:
         train: The optimizer and its settings.
@@ -33,22 +35,25 @@ def make_optimizer(train: TrainConfig, total_steps: int) -> optax.GradientTransf
         An optax transformation; its `update` needs the parameters.
 
     Raises:
-        ValueError: As `make_schedule`.
+        ValueError: As `make_schedule`; and by `init`, if no parameter is in a group whose learning
+            rate is set.
     """
 
     def matrices(params):
         return jax.tree.map(lambda leaf: leaf.ndim >= 2, params)
 
-    stages = [
-        _choose_direction(train),
+    direction = [_choose_direction(train)]
+    if train.max_grad_norm > 0:
+        direction.insert(0, optax.clip_by_global_norm(train.max_grad_norm))
+    scale = [
         optax.add_decayed_weights(train.weight_decay, mask=matrices),
         optax.scale_by_learning_rate(make_schedule(train, total_steps)),
     ]
-    if train.max_grad_norm > 0:
-        stages.insert(0, optax.clip_by_global_norm(train.max_grad_norm))
+    if (by_group := scale_by_settings(train)) is not None:
+        scale.append(by_group)
     if train.optim == "adafactor":  # which looks at rows and columns of each matrix
-        return _compute_in_float32(optax.chain(*stages))
-    return _compute_in_float32(_chain(stages[:-2], stages[-2:]))
+        return _compute_in_float32(optax.chain(*direction, *scale))
+    return _compute_in_float32(_chain(direction, scale))
 
 
 def _choose_direction(train: TrainConfig) -> optax.GradientTransformation:
