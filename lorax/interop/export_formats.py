@@ -1,6 +1,7 @@
 """What a format of an export cannot hold, known before the training."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 from flax import nnx
@@ -9,7 +10,8 @@ from lorax.adapters.lora_bias import LORA_BIAS
 from lorax.adapters.method import shapes_of
 from lorax.adapters.nnx.adapter import rank_of, shape_of
 from lorax.adapters.nnx.tree import adapted_layers
-from lorax.interop.peft import portable_values, trains_base_weights
+from lorax.interop.peft import portable_values
+from lorax.interop.peft_base import trains_base_weights
 from lorax.interop.peft_tied import tied_keys
 from lorax.layers.carrier import Carrier
 
@@ -49,7 +51,7 @@ def _refuse_portable(model: nnx.Module, layers: dict[str, Carrier]) -> None:
     for layer in {layer.adapter.spec.method: layer for layer in layers.values()}.values():
         spec = layer.adapter.spec
         shapes = shapes_of(spec, shape_of(layer))
-        values = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+        values: Any = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
         portable_values(spec, values, rank_of(layer))
 
 

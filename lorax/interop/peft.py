@@ -4,7 +4,6 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,17 +24,25 @@ from lorax.adapters.nnx.tree import (
 from lorax.adapters.sites import shape_of
 from lorax.adapters.targets import TargetError, match_targets
 from lorax.config.adapter import LoraConfig
+from lorax.interop.peft_base import (
+    base_copies,
+    base_shape,
+    base_weight,
+    bias_setting,
+    from_torch,
+    saved_modules,
+    trained_base_tensors,
+    trained_parameters,
+)
 from lorax.interop.peft_config import CONFIG_FILE, AdapterError
 from lorax.interop.peft_layout import PREFIX, file_key, file_shape, from_file, to_file
 from lorax.interop.peft_tied import refuse_untied, settings_for, tied_keys, tied_layers, with_tied
 from lorax.interop.safetensors import TensorEntry, read_headers, read_tensor, save_tensors
-from lorax.interop.tensors import hf_name
 from lorax.layers.carrier import Carrier
 from lorax.models.decoder import CausalLM
 from lorax.system.arguments import check_kind
 from lorax.system.files import write_folder
 from lorax.system.wording import clip
-from lorax_kernels import dense
 
 TENSOR_FILE = "adapter_model.safetensors"
 
@@ -76,7 +83,7 @@ def adapter_config(
     def pattern(values, common):
         return {re.escape(n): v for n, v in values.items() if v != common}
 
-    saved = _saved_modules(model)
+    saved = saved_modules(model)
     method = LORA if portable else next(iter(specs.values())).method
     config = {
         **method.settings,
@@ -89,7 +96,7 @@ def adapter_config(
         "lora_dropout": max(spec.dropout for spec in specs.values()),
         "target_modules": _short_targets(model, list(layers)),
         "exclude_modules": None,
-        "bias": _bias_setting(model, layers),
+        "bias": bias_setting(model, layers),
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "use_rslora": not portable and any(spec.use_rslora for spec in specs.values()),
@@ -157,24 +164,6 @@ def portable_values(spec: Spec, values: Params, rank: int) -> dict[str, np.ndarr
         raise ValueError(
             f"peft-portable holds A and B only, but {error}; export peft or merged"
         ) from None
-
-
-def trained_base_tensors(model: nnx.Module) -> dict[str, np.ndarray]:
-    """Returns the trained base tensors (biases, `modules_to_save`) under PEFT's names."""
-    tensors = {}
-    for key, transposed, variable in _trained_parameters(model):
-        value = np.asarray(variable.get_value())
-        tensors[PREFIX + key] = np.ascontiguousarray(value.T if transposed else value)
-    for name, source in tied_modules(model).items():
-        shared = tensors.get(f"{PREFIX}{source}.weight")
-        if shared is not None:
-            tensors[f"{PREFIX}{name}.weight"] = shared.copy()
-    return tensors
-
-
-def trains_base_weights(model: nnx.Module) -> bool:
-    """Says whether base weights train: biases or `modules_to_save`."""
-    return any(True for _ in _trained_variables(model))
 
 
 def save_adapter(
@@ -268,7 +257,7 @@ def check_adapter(model: nnx.Module, directory: str | Path) -> dict[str, TensorE
     entries = read_headers([path])
     expected = _expected_shapes(model)
     refuse_untied(entries, model, path)
-    copies = {key: _base_shape(layer) for key, layer in _base_copies(model).items()}
+    copies = {key: base_shape(layer) for key, layer in base_copies(model).items()}
     for label, keys in (
         ("lacks", expected.keys() - entries.keys()),
         ("has unexpected", entries.keys() - expected.keys() - copies.keys()),
@@ -294,9 +283,9 @@ def _expected_shapes(model: nnx.Module) -> dict[str, tuple[int, ...]]:
             key = f"{PREFIX}{name}.{file_key(linear_map, about)}"
             shapes[key] = file_shape(linear_map, about, parameter, spec, stack)
     shapes |= {key: shapes[of][::-1] for key, of in tied_keys(model).items()}
-    for key, transposed, variable in _trained_parameters(model):
+    for key, transposed, variable in trained_parameters(model):
         shape = tuple(variable.get_value().shape)
-        shapes[PREFIX + key] = shape[::-1] if transposed else shape
+        shapes[PREFIX + key] = (*shape[:-3:-1], *shape[:-2]) if transposed else shape
     for name, source in tied_modules(model).items():
         if (shared := f"{PREFIX}{source}.weight") in shapes:
             shapes[f"{PREFIX}{name}.weight"] = shapes[shared]
@@ -323,10 +312,10 @@ def _fill(model: nnx.Module, tensors: dict[str, np.ndarray]) -> None:
             stored = wide(f"{PREFIX}{name}.{file_key(linear_map, about)}")
             value = jnp.asarray(from_file(linear_map, about, stored))
             layer.adapter.variable(parameter).set_value(value)
-    for key, transposed, variable in _trained_parameters(model):
+    for key, transposed, variable in trained_parameters(model):
         value = wide(PREFIX + key)
         dtype = variable.get_value().dtype
-        variable.set_value(jnp.asarray(value.T if transposed else value, dtype))
+        variable.set_value(jnp.asarray(from_torch(value) if transposed else value, dtype))
 
 
 def _check_values(found: dict[str, np.ndarray], model: nnx.Module, path: Path) -> None:
@@ -335,9 +324,9 @@ def _check_values(found: dict[str, np.ndarray], model: nnx.Module, path: Path) -
         if not np.isfinite(value.astype(np.float32)).all():
             raise AdapterError(f"{path}: {key} holds values that are not finite")
     expected = _expected_shapes(model)
-    for key, layer in _base_copies(model).items():
+    for key, layer in base_copies(model).items():
         if key in found and key not in expected:
-            kernel = _base_weight(layer).astype(np.float32)
+            kernel = base_weight(layer).astype(np.float32)
             if not np.array_equal(found[key].astype(np.float32), kernel):
                 raise AdapterError(
                     f"{path}: {key} differs from the base model's weight; the adapter was made for "
@@ -345,57 +334,11 @@ def _check_values(found: dict[str, np.ndarray], model: nnx.Module, path: Path) -
                 )
 
 
-def _base_copies(model: nnx.Module) -> dict[str, Carrier]:
-    """Returns the layers whose base weight PEFT may save, by its key: embedding and head."""
-    layers = adapted_layers(model) | tied_layers(model)
-    return {f"{PREFIX}{name}.base_layer.weight": layer for name, layer in layers.items()}
-
-
-def _base_weight(layer: Carrier) -> np.ndarray:
-    """Returns the weight of an adapted layer as PEFT saves it."""
-    matrix = np.asarray(dense(layer.matrix))
-    return matrix if layer.linear_map.kind == "lookup" else matrix.T
-
-
-def _base_shape(layer: Carrier) -> tuple[int, ...]:
-    shape = tuple(layer.linear_map.shape)
-    return shape if layer.linear_map.kind == "lookup" else shape[::-1]
-
-
 def _adapted(model: nnx.Module) -> dict[str, Carrier]:
     layers = adapted_layers(model)
     if not layers:
         raise ValueError("the model has no adapters; apply_lora or load_adapter first")
     return layers
-
-
-def _trained_variables(model: nnx.Module) -> Iterator[tuple[str, str, nnx.Param]]:
-    """Yields (module name, attribute, variable) of all that trains, except A and B."""
-    for name, module in named_modules(model).items():
-        for attribute, value in vars(module).items():
-            if isinstance(value, nnx.Param) and not isinstance(value, nnx.LoRAParam):
-                yield name, attribute, value
-
-
-def _trained_parameters(model: nnx.Module) -> Iterator[tuple[str, bool, nnx.Param]]:
-    """Yields (PEFT's key without prefix, whether transposed there, variable)."""
-    adapted = adapted_layers(model)
-    for name, attribute, variable in _trained_variables(model):
-        inner = (*name.split("."), "base_layer") if name in adapted else tuple(name.split("."))
-        yield *hf_name((*inner, attribute)), variable
-
-
-def _saved_modules(model: nnx.Module) -> list[str]:
-    """Returns the modules trained in full, by their full names."""
-    return sorted({n for n, attribute, _ in _trained_variables(model) if attribute != "bias"})
-
-
-def _bias_setting(model: nnx.Module, layers: dict[str, Carrier]) -> str:
-    saved = set(_saved_modules(model))
-    biases = {n for n, a, _ in _trained_variables(model) if a == "bias" and n not in saved}
-    if not biases:
-        return "none"
-    return "lora_only" if biases <= layers.keys() else "all"
 
 
 def _short_targets(model: nnx.Module, names: list[str]) -> list[str]:

@@ -34,7 +34,7 @@ _NEUTRAL_FIELDS = {
     "corda_config",
     "lora_ga_config",
     "loftq_config",
-    # For the Conv1D of transformers alone, which is no convolution: PEFT sets it to false for others.
+    # For transformers' Conv1D alone, which is no convolution: PEFT sets it to false for others.
     "fan_in_fan_out",
 }
 

@@ -1,9 +1,9 @@
 """Adapters of an embedding that is the output head too, in PEFT's files.
 
 lorax has one table E, (vocabulary, features), so its adapter s·A·B changes the lookup and the head.
-PEFT has a module for each. With `ensure_weight_tying` it adapts both alike: its head, E as a linear
-layer, has the embedding's B as ``lora_A.weight`` and A as ``lora_B.weight``, and its files hold both
-pairs. Without it, PEFT adapts one of the two alone, which no adapter of one table does.
+PEFT has a module for each. With `ensure_weight_tying` it adapts both alike: its head, E as a
+linear layer, has the embedding's B as ``lora_A.weight`` and A as ``lora_B.weight``, and its files
+hold both pairs. Without it, PEFT adapts one of the two alone, which no adapter of one table does.
 
 Source: the behaviour of PEFT 0.21 (`BaseTuner._check_tied_modules`).
 """
