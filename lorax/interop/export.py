@@ -16,7 +16,8 @@ from lorax.adapters.nnx.merge import merge_lora, unload_lora
 from lorax.adapters.nnx.tree import adapted_layers
 from lorax.interop.export_files import companion_files
 from lorax.interop.load import load_model
-from lorax.interop.peft import TENSOR_FILE, adapter_tensors, load_adapter, save_adapter
+from lorax.interop.peft import adapter_tensors, load_adapter, save_adapter
+from lorax.interop.peft_files import TENSOR_FILE
 from lorax.interop.safetensors import read_headers, read_tensor
 from lorax.interop.save import model_tensors, save_model
 from lorax.system.files import refuse_occupied

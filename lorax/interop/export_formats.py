@@ -10,8 +10,8 @@ from lorax.adapters.lora_bias import LORA_BIAS
 from lorax.adapters.method import shapes_of
 from lorax.adapters.nnx.adapter import rank_of, shape_of
 from lorax.adapters.nnx.tree import adapted_layers
-from lorax.interop.peft import portable_values
-from lorax.interop.peft_base import trains_base_weights
+from lorax.interop.peft import trains_base_weights
+from lorax.interop.peft_files import portable_values
 from lorax.interop.peft_tied import tied_keys
 from lorax.layers.carrier import Carrier
 

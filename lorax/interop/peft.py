@@ -1,20 +1,17 @@
 """Reading and writing adapters in PEFT's format: adapter_config.json, adapter_model.safetensors."""
 
-import json
 import os
-import re
-from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lorax.adapters.lora import LORA
-from lorax.adapters.method import Params, Spec
+from lorax.adapters.method import Spec
 from lorax.adapters.nnx.adapter import rank_of
-from lorax.adapters.nnx.apply import apply_lora
+from lorax.adapters.nnx.apply import apply_saved
 from lorax.adapters.nnx.tree import (
     adapted_layers,
     layers_with_adapters,
@@ -22,31 +19,37 @@ from lorax.adapters.nnx.tree import (
     tied_modules,
 )
 from lorax.adapters.sites import shape_of
-from lorax.adapters.targets import TargetError, match_targets
-from lorax.config.adapter import LoraConfig
-from lorax.interop.peft_base import (
-    base_copies,
-    base_shape,
-    base_weight,
+from lorax.adapters.targets import TargetError
+from lorax.interop.peft_config import AdapterError
+from lorax.interop.peft_files import (
+    TENSOR_FILE,
+    AdapterFormat,
     bias_setting,
-    from_torch,
+    check_finite,
+    compare_shapes,
+    config_fields,
+    layer_tensors,
+    refuse_unportable,
     saved_modules,
-    trained_base_tensors,
-    trained_parameters,
+    short_targets,
+    tensor_file,
+    write_adapter,
 )
-from lorax.interop.peft_config import CONFIG_FILE, AdapterError
-from lorax.interop.peft_layout import PREFIX, file_key, file_shape, from_file, to_file
+from lorax.interop.peft_layout import (
+    PREFIX,
+    file_key,
+    file_shape,
+    from_file,
+    kernel_from_file,
+    kernel_to_file,
+)
 from lorax.interop.peft_tied import refuse_untied, settings_for, tied_keys, tied_layers, with_tied
-from lorax.interop.safetensors import TensorEntry, read_headers, read_tensor, save_tensors
+from lorax.interop.safetensors import TensorEntry, read_headers, read_tensor
+from lorax.interop.tensors import hf_name
 from lorax.layers.carrier import Carrier
 from lorax.models.decoder import CausalLM
 from lorax.system.arguments import check_kind
-from lorax.system.files import write_folder
-from lorax.system.wording import clip
-
-TENSOR_FILE = "adapter_model.safetensors"
-
-type AdapterFormat = Literal["peft", "peft-portable"]
+from lorax_kernels import dense
 
 
 def adapter_config(
@@ -71,41 +74,17 @@ def adapter_config(
     layers = {n: layer for n, layer in _adapted(model).items() if n not in tables}
     # PEFT reads the patterns for a tied head too.
     tied = {n: layer for n, layer in tied_layers(model).items() if layer in layers.values()}
-    specs = {n: _as_saved(layer)[0] for n, layer in (layers | tied).items()}
-    ranks = {n: spec.r for n, spec in specs.items()}
-    alphas = {n: spec.lora_alpha for n, spec in specs.items()}
-    r, alpha = (Counter(v.values()).most_common(1)[0][0] for v in (ranks, alphas))
-    if portable:
-        r = alpha = max(ranks.values())
-        ranks = {}
-        alphas = {}
-
-    def pattern(values, common):
-        return {re.escape(n): v for n, v in values.items() if v != common}
-
-    saved = saved_modules(model)
-    method = LORA if portable else next(iter(specs.values())).method
+    specs = {n: _as_saved(layer) for n, layer in (layers | tied).items()}
+    trained = _trained(model)
+    saved = saved_modules(trained)
     config = {
-        **method.settings,
+        **config_fields(specs, portable=portable),
         "task_type": "CAUSAL_LM" if isinstance(model, CausalLM) else None,
         "base_model_name_or_path": base_model_name_or_path,
         "revision": revision,
-        "inference_mode": True,
-        "r": r,
-        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
-        "lora_dropout": max(spec.dropout for spec in specs.values()),
         "target_modules": _short_targets(model, list(layers)),
-        "exclude_modules": None,
-        "bias": bias_setting(model, layers),
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "use_rslora": not portable and any(spec.use_rslora for spec in specs.values()),
+        "bias": bias_setting(trained, layers.keys()),
         "modules_to_save": saved or None,
-        "rank_pattern": pattern(ranks, r),
-        "alpha_pattern": pattern(alphas, alpha),
-        "layers_to_transform": None,
-        "layers_pattern": None,
-        "layer_replication": None,
     }
     if tables:
         config["trainable_token_indices"] = {n: list(ids) for n, ids in tables.items()}
@@ -120,10 +99,10 @@ def _tables(model: nnx.Module) -> dict[str, tuple[int, ...]]:
     return {name: spec.tokens for name, spec in specs.items() if spec.tokens}
 
 
-def _as_saved(layer: Carrier) -> tuple[Spec, Params]:
+def _as_saved(layer: Carrier) -> Spec:
     """Returns a layer's adapter as one on the original base; see `Method.plain`."""
     spec = layer.adapter.spec
-    return spec.method.plain(spec, layer.adapter.values)
+    return spec.method.plain(spec, layer.adapter.values)[0]
 
 
 def adapter_tensors(model: nnx.Module, *, portable: bool = False) -> dict[str, np.ndarray]:
@@ -132,38 +111,34 @@ def adapter_tensors(model: nnx.Module, *, portable: bool = False) -> dict[str, n
     With `portable`, every pair is zero-padded to the largest rank and its scale folded into B.
     """
     layers = _adapted(model)
-    rank = max(rank_of(layer) for layer in layers.values())
+    rank = max(rank_of(layer) for layer in layers.values()) if portable else None
     tensors = {}
     for name, layer in layers.items():
-        spec, values = _as_saved(layer)
-        parameters = (LORA if portable else spec.method).parameters
-        if portable:
-            values = portable_values(spec, layer.adapter.values, rank)
-        for parameter, about in parameters.items():
-            key = f"{PREFIX}{name}.{file_key(layer.linear_map, about)}"
-            tensors[key] = to_file(layer.linear_map, about, np.asarray(values[parameter]))
+        adapter = layer.adapter
+        tensors |= layer_tensors(name, layer.linear_map, adapter.spec, adapter.values, rank=rank)
     tensors = with_tied(tensors, model)
     extra = trained_base_tensors(model)
-    if portable and extra:
-        raise ValueError(
-            f"peft-portable holds A and B only, but this run also trained {', '.join(extra)}; "
-            "export it as peft or merged"
-        )
+    if portable:
+        refuse_unportable(extra)
     return tensors | extra
 
 
-def portable_values(spec: Spec, values: Params, rank: int) -> dict[str, np.ndarray]:
-    """Returns a layer's A and B of one rank, the scale within B; see `Method.portable`.
+def trained_base_tensors(model: nnx.Module) -> dict[str, np.ndarray]:
+    """Returns the trained base tensors (biases, `modules_to_save`) under PEFT's names."""
+    tensors = {}
+    for key, transposed, variable in _trained_parameters(model):
+        value = np.asarray(variable.get_value())
+        tensors[PREFIX + key] = np.ascontiguousarray(kernel_to_file(value) if transposed else value)
+    for name, source in tied_modules(model).items():
+        shared = tensors.get(f"{PREFIX}{source}.weight")
+        if shared is not None:
+            tensors[f"{PREFIX}{name}.weight"] = shared.copy()
+    return tensors
 
-    Raises:
-        ValueError: If its adapter is more than they hold.
-    """
-    try:
-        return spec.method.portable(spec, values, rank)
-    except ValueError as error:
-        raise ValueError(
-            f"peft-portable holds A and B only, but {error}; export peft or merged"
-        ) from None
+
+def trains_base_weights(model: nnx.Module) -> bool:
+    """Says whether base weights train: biases or `modules_to_save`."""
+    return any(True for _ in _trained_variables(model))
 
 
 def save_adapter(
@@ -195,22 +170,13 @@ def save_adapter(
     check_kind("directory", directory, (str, os.PathLike), "the path of a folder")
     portable = format == "peft-portable"
     tensors = adapter_tensors(model, portable=portable)
-    bad = [name for name, value in tensors.items() if not np.isfinite(value).all()]
-    if bad:
-        raise ValueError(f"not saved: {bad[0]} holds values that are not finite")
     config = adapter_config(
         model,
         base_model_name_or_path=base_model_name_or_path,
         revision=revision,
         portable=portable,
     )
-    with write_folder(directory) as folder:
-        save_tensors(tensors, folder / TENSOR_FILE)
-        text = json.dumps(config, indent=2, sort_keys=True)
-        (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
-        if card is not None:
-            (folder / "README.md").write_text(card, encoding="utf-8")
-    return Path(directory)
+    return write_adapter(directory, tensors, config, card)
 
 
 def load_adapter[M: nnx.Module](model: M, directory: str | Path) -> M:
@@ -234,7 +200,7 @@ def load_adapter[M: nnx.Module](model: M, directory: str | Path) -> M:
     directory = Path(directory)
     try:
         config = settings_for(model, directory)
-        adapted = apply_lora(model, config, rngs=nnx.Rngs(0))
+        adapted = apply_saved(model, config)
     except TargetError as error:
         raise TargetError(f"{directory} does not fit this model: {error}") from None
     entries = check_adapter(adapted, directory)
@@ -253,22 +219,12 @@ def check_adapter(model: nnx.Module, directory: str | Path) -> dict[str, TensorE
     Raises:
         AdapterError: Naming the file and the tensor: absent, unknown or of another shape.
     """
-    path = _tensor_file(Path(directory))
+    path = tensor_file(Path(directory))
     entries = read_headers([path])
     expected = _expected_shapes(model)
     refuse_untied(entries, model, path)
-    copies = {key: base_shape(layer) for key, layer in base_copies(model).items()}
-    for label, keys in (
-        ("lacks", expected.keys() - entries.keys()),
-        ("has unexpected", entries.keys() - expected.keys() - copies.keys()),
-    ):
-        if keys:
-            first = clip(sorted(keys)[0])
-            raise AdapterError(f"{path} {label} {len(keys)} tensors, first {first}")
-    for key, entry in entries.items():
-        needed = expected[key] if key in expected else copies[key]
-        if entry.shape != needed:
-            raise AdapterError(f"{path}: {key} has shape {entry.shape}, needed {needed}")
+    copies = {key: _base_shape(layer) for key, layer in _base_copies(model).items()}
+    compare_shapes(path, entries, expected, copies)
     return entries
 
 
@@ -283,23 +239,13 @@ def _expected_shapes(model: nnx.Module) -> dict[str, tuple[int, ...]]:
             key = f"{PREFIX}{name}.{file_key(linear_map, about)}"
             shapes[key] = file_shape(linear_map, about, parameter, spec, stack)
     shapes |= {key: shapes[of][::-1] for key, of in tied_keys(model).items()}
-    for key, transposed, variable in trained_parameters(model):
+    for key, transposed, variable in _trained_parameters(model):
         shape = tuple(variable.get_value().shape)
         shapes[PREFIX + key] = (*shape[:-3:-1], *shape[:-2]) if transposed else shape
     for name, source in tied_modules(model).items():
         if (shared := f"{PREFIX}{source}.weight") in shapes:
             shapes[f"{PREFIX}{name}.weight"] = shapes[shared]
     return shapes
-
-
-def _tensor_file(directory: Path) -> Path:
-    path = directory / TENSOR_FILE
-    if not path.exists() and (directory / "adapter_model.bin").exists():
-        raise AdapterError(
-            f"{directory}: adapter_model.bin is a pickle and is never loaded; save it again with "
-            "PEFT's save_pretrained(safe_serialization=True)"
-        )
-    return path
 
 
 def _fill(model: nnx.Module, tensors: dict[str, np.ndarray]) -> None:
@@ -312,26 +258,41 @@ def _fill(model: nnx.Module, tensors: dict[str, np.ndarray]) -> None:
             stored = wide(f"{PREFIX}{name}.{file_key(linear_map, about)}")
             value = jnp.asarray(from_file(linear_map, about, stored))
             layer.adapter.variable(parameter).set_value(value)
-    for key, transposed, variable in trained_parameters(model):
+    for key, transposed, variable in _trained_parameters(model):
         value = wide(PREFIX + key)
         dtype = variable.get_value().dtype
-        variable.set_value(jnp.asarray(from_torch(value) if transposed else value, dtype))
+        variable.set_value(jnp.asarray(kernel_from_file(value) if transposed else value, dtype))
 
 
 def _check_values(found: dict[str, np.ndarray], model: nnx.Module, path: Path) -> None:
     """Refuses values that are not finite, and copies of another base's weights."""
-    for key, value in found.items():
-        if not np.isfinite(value.astype(np.float32)).all():
-            raise AdapterError(f"{path}: {key} holds values that are not finite")
+    check_finite(path, found)
     expected = _expected_shapes(model)
-    for key, layer in base_copies(model).items():
+    for key, layer in _base_copies(model).items():
         if key in found and key not in expected:
-            kernel = base_weight(layer).astype(np.float32)
+            kernel = _base_weight(layer).astype(np.float32)
             if not np.array_equal(found[key].astype(np.float32), kernel):
                 raise AdapterError(
                     f"{path}: {key} differs from the base model's weight; the adapter was made for "
                     "another base"
                 )
+
+
+def _base_copies(model: nnx.Module) -> dict[str, Carrier]:
+    """Returns the layers whose base weight PEFT may save, by its key: embedding and head."""
+    layers = adapted_layers(model) | tied_layers(model)
+    return {f"{PREFIX}{name}.base_layer.weight": layer for name, layer in layers.items()}
+
+
+def _base_weight(layer: Carrier) -> np.ndarray:
+    """Returns the weight of an adapted layer as PEFT saves it."""
+    matrix = np.asarray(dense(layer.matrix))
+    return matrix if layer.linear_map.kind == "lookup" else matrix.T
+
+
+def _base_shape(layer: Carrier) -> tuple[int, ...]:
+    shape = tuple(layer.linear_map.shape)
+    return shape if layer.linear_map.kind == "lookup" else shape[::-1]
 
 
 def _adapted(model: nnx.Module) -> dict[str, Carrier]:
@@ -341,15 +302,28 @@ def _adapted(model: nnx.Module) -> dict[str, Carrier]:
     return layers
 
 
+def _trained_variables(model: nnx.Module) -> Iterator[tuple[str, str, nnx.Param]]:
+    """Yields (module name, attribute, variable) of all that trains, except A and B."""
+    for name, module in named_modules(model).items():
+        for attribute, value in vars(module).items():
+            if isinstance(value, nnx.Param) and not isinstance(value, nnx.LoRAParam):
+                yield name, attribute, value
+
+
+def _trained_parameters(model: nnx.Module) -> Iterator[tuple[str, bool, nnx.Param]]:
+    """Yields (PEFT's key without prefix, whether transposed there, variable)."""
+    adapted = adapted_layers(model)
+    for name, attribute, variable in _trained_variables(model):
+        inner = (*name.split("."), "base_layer") if name in adapted else tuple(name.split("."))
+        yield *hf_name((*inner, attribute)), variable
+
+
+def _trained(model: nnx.Module) -> list[tuple[str, str]]:
+    return [(name, attribute) for name, attribute, _ in _trained_variables(model)]
+
+
 def _short_targets(model: nnx.Module, names: list[str]) -> list[str]:
     """Returns the last names of the adapted layers where these suffice, else the full names."""
-    short = sorted({n.split(".")[-1] for n in names})
     modules = named_modules(model)
     linear = [n for n, m in modules.items() if shape_of(m) is not None]
-    config = LoraConfig(target_modules=tuple(short))
-    others = modules.keys() - set(linear)
-    try:
-        again = [t.name for t in match_targets(linear, others, config)]
-    except ValueError:
-        return sorted(names)
-    return short if again == names else sorted(names)
+    return short_targets(names, linear, modules.keys() - set(linear))

@@ -9,7 +9,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
-from lorax.layers.maps import Map, TokenRows, Way
+from lorax.layers.maps import Map, TokenRows, Way, apply_map
 from lorax_kernels import Kernels, LoraWeights, Matrix
 
 
@@ -142,10 +142,7 @@ def apply_adapted(layer: Any, x: Array, residual: Float[Array, "*batch n"] | Non
     w = layer.matrix
     operands = adapter.operands(w)
     dtype = compute_dtype(layer, x.dtype)
-    if isinstance(operands, TokenRows):
-        y = layer.linear_map.replace(x, w, operands, dtype)
-        return y if residual is None else residual + y
-    return layer.linear_map.apply(x, operands, layer.way, dtype, residual)
+    return apply_map(layer.linear_map, x, w, operands, layer.way, dtype, residual)
 
 
 @functools.cache

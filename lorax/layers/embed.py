@@ -6,11 +6,12 @@ from typing import Any, override
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from lorax.layers.carrier import Carrier, apply_adapted
-from lorax.layers.maps import Lookup, Matmul, TokenRows
-from lorax_kernels import LoraWeights, scale_columns
+from lorax.layers.maps import Lookup, Matmul, TokenRows, Way
+from lorax_kernels import LoraWeights, Matrix, scale_columns
 
 
 class Embed(Carrier, nnx.Embed):
@@ -41,17 +42,24 @@ class Embed(Carrier, nnx.Embed):
         """Returns ``query · Wᵀ`` of the adapted table W: the logits of a tied head."""
         if self.computing is None:
             return nnx.Embed.attend(self, query, out_sharding)
-        operands = self.computing.operands(self.matrix)
-        dtype = jnp.dtype(self.dtype)
-        query = query.astype(dtype)
-        matmul = Matmul((self.features,), (self.num_embeddings,))
-        if isinstance(operands, TokenRows):
-            return matmul.replace(query, self.matrix.T, operands, dtype)
-        if operands.factor is not None:  # of the table's columns, which the query is summed over
-            query = scale_columns(query, operands.factor)
-        turned = transposed(operands)
-        way = dataclasses.replace(self.way, dropout_rate=0.0, dropout_key=None)
-        return matmul.apply(query, turned, way, dtype)
+        table = self.matrix
+        operands = self.computing.operands(table)
+        return attended(query, table, operands, self.way, jnp.dtype(self.dtype))
+
+
+def attended(
+    query: Array, table: Matrix, operands: LoraWeights | TokenRows, way: Way, dtype: DTypeLike
+) -> Array:
+    """Returns ``query · Wᵀ`` of the adapted table, without dropout."""
+    query = query.astype(dtype)
+    vocabulary, features = table.shape
+    matmul = Matmul((features,), (vocabulary,))
+    if isinstance(operands, TokenRows):
+        return matmul.replace(query, table.T, operands, dtype)  # type: ignore[union-attr]
+    if operands.factor is not None:  # of the table's columns, which the query is summed over
+        query = scale_columns(query, operands.factor)
+    way = dataclasses.replace(way, dropout_rate=0.0, dropout_key=None)
+    return matmul.apply(query, transposed(operands), way, dtype)
 
 
 def transposed(operands: LoraWeights) -> LoraWeights:

@@ -324,6 +324,35 @@ class Convolution:
         raise TypeError("a convolution has no tokens")
 
 
+def apply_map(
+    linear_map: Map,
+    x: Array,
+    w: Matrix,
+    operands: LoraWeights | TokenRows,
+    way: Way,
+    dtype: DTypeLike,
+    residual: Any = None,
+) -> Array:
+    """Returns what a layer with the matrix `w` gives with an adapter's operands."""
+    if isinstance(operands, TokenRows):
+        y = linear_map.replace(x, w, operands, dtype)
+        return y if residual is None else residual + y
+    return linear_map.apply(x, operands, way, dtype, residual)
+
+
+def bias_of(linear_map: Map, columns: Array) -> Array:
+    """Returns the layer's bias of one in the order of W's columns, (n,), after axes of a stack."""
+    if not isinstance(linear_map, Matmul):
+        return columns
+    lead = columns.ndim - 1
+    bias = columns.reshape(*columns.shape[:-1], *linear_map.outputs)
+    if linear_map.places is None:
+        return bias
+    places = [(place < 0, place) for place in linear_map.places]  # those from the start first
+    order = sorted(range(len(places)), key=places.__getitem__)
+    return jnp.transpose(bias, (*range(lead), *(lead + axis for axis in order)))
+
+
 def with_bias(y: Array, bias: Array | None) -> Array:
     """Returns (…, n) with a bias (n,) added, in its dtype."""
     if bias is None:

@@ -29,18 +29,35 @@ def check_arguments(model: Any, optimizer: Any, loss_fn: Any) -> None:
         ValueError: If the optimizer would hardly move what starts at zero.
     """
     check_kind("model", model, nnx.Module, "an nnx.Module")
+    check_functions(optimizer, loss_fn)
+    if adapted_layers(model):
+        _, trainable, _ = split_trainable(model)
+        refuse_scaled_by_size(optimizer, trainable)
+
+
+def check_functions(
+    optimizer: Any, loss_fn: Any, order: str = "make_train_step(model, optimizer, loss_fn)"
+) -> None:
+    """Refuses what is no optimizer and no loss.
+
+    Args:
+        optimizer: What was given as the optimizer.
+        loss_fn: What was given as the loss.
+        order: The call as it should be.
+
+    Raises:
+        TypeError: Naming what came and what is needed.
+    """
     if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
         raise TypeError(
             "optimizer must be an optax transformation, such as optax.adamw(1e-3), got "
-            f"{clip(repr(optimizer))}; the order is make_train_step(model, optimizer, loss_fn)"
+            f"{clip(repr(optimizer))}; the order is {order}"
         )
     if not (callable(loss_fn) or hasattr(loss_fn, "terms")):
         raise TypeError(
             "loss_fn must be a function (model, micro_batch) -> (sum of losses, count), got "
-            f"{clip(repr(loss_fn))}; the order is make_train_step(model, optimizer, loss_fn)"
+            f"{clip(repr(loss_fn))}; the order is {order}"
         )
-    if adapted_layers(model):
-        _refuse_scaled_by_size(optimizer, model)
 
 
 def refuse_untrainable(model: nnx.Module) -> None:
@@ -115,18 +132,20 @@ def check_batch(batch: Any) -> None:
             )
 
 
-def _refuse_scaled_by_size(optimizer: optax.GradientTransformation, model: nnx.Module) -> None:
+def refuse_scaled_by_size(optimizer: optax.GradientTransformation, trainable: Any) -> None:
     """Refuses an optimizer whose updates grow with the parameter: B, which is zero, would stall.
 
     It updates parameters that differ in size alone: a single B, or, where the optimizer knows the
     model's parameters by name, small ones in their places.
+
+    Raises:
+        ValueError: Saying by how much they do.
     """
     untraced = jax.ensure_compile_time_eval  # a step may be built of shapes, where all is traced
     with jax.numpy_dtype_promotion("standard"), untraced():  # optax needs that promotion
         try:
             ratio = _update_ratio(optimizer, {"lora_b": jnp.ones((2, 2))})
         except (KeyError, TypeError, ValueError):
-            _, trainable, _ = split_trainable(model)
             small = jax.tree.map(lambda x: jnp.ones((2,) * x.ndim, x.dtype), trainable)
             ratio = _update_ratio(optimizer, small)
     if ratio < _SMALLEST:

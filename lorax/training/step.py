@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -14,21 +14,20 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from lorax.adapters.nnx.apply import set_dropout_key
-from lorax.adapters.nnx.tree import adapted_layers, layers_with_adapters, split_trainable
+from lorax.adapters.nnx.tree import split_trainable
 from lorax.devices.determinism import compiler_options, repeatable_attention
 from lorax.devices.placement import place_parameters, placed_shapes
 from lorax.devices.specs import parts_of
-from lorax.models.noise import EmbeddingNoise
-from lorax.objectives.objective import RESERVED, Batch, LossFunction, Objective, Terms
+from lorax.objectives.objective import RESERVED, Batch, LossFunction, Objective
 from lorax.objectives.objectives import as_objective
 from lorax.objectives.sft import SFT
 from lorax.system.arguments import check_kind
 from lorax.system.threads import TRACING, in_background
 from lorax.system.wording import describe
 from lorax.training.accumulate import accumulate_terms
-from lorax.training.arguments import check_arguments, check_batch, refuse_untrainable
+from lorax.training.arguments import check_arguments, check_batch
 from lorax.training.optim.stacking import stack_alike
+from lorax.training.split import Split, split_model
 from lorax_kernels import compile_kernels
 
 
@@ -69,7 +68,7 @@ class TrainStep:
     """
 
     compiled: Any
-    frozen: nnx.State
+    frozen: Any
     mesh: Mesh | None = None
     full_determinism: bool = False
     figures: tuple[str, ...] = ()
@@ -203,23 +202,43 @@ def build_step(
     Raises:
         ValueError: As `make_train_step`, but of the optimizer.
     """
-    refuse_untrainable(model)
-    graph, trainable, frozen = split_trainable(model)
-    if not jax.tree.leaves(trainable):
-        raise ValueError(f"nothing would train: {_why_untrained(model)}")
+    return compile_step(
+        split_model(model),
+        optimizer,
+        loss_fn,
+        seed=seed,
+        mesh=mesh,
+        skip_nonfinite=skip_nonfinite,
+        full_determinism=full_determinism,
+    )
+
+
+def compile_step(
+    model: Split,
+    optimizer: optax.GradientTransformation,
+    loss_fn: LossFunction | Objective,
+    *,
+    seed: int = 0,
+    mesh: Mesh | None = None,
+    skip_nonfinite: bool = False,
+    full_determinism: bool = False,
+) -> tuple[TrainStep, TrainState]:
+    """Returns what `make_train_step` does, of a model that is taken apart."""
     begin = functools.partial(_begin, optimizer)
     if mesh is not None:  # else each array stays where it is, which a compiled function may change
         begin = jax.jit(begin)
-    trainable, opt_state = begin(trainable)
+    trainable, opt_state = begin(model.trainable)
+    frozen = model.frozen
     state = TrainState(jnp.zeros((), jnp.int32), trainable, opt_state, jnp.zeros((), bool))
     if mesh is not None:
-        parts = parts_of(model)
-        state = place_parameters(state, mesh, parts)
-        frozen = place_parameters(frozen, mesh, parts)
+        state = place_parameters(state, mesh, model.parts)
+        frozen = place_parameters(frozen, mesh, model.parts)
     objective = as_objective(loss_fn)
-    terms_of = _terms_of(graph, objective)
 
-    def step(state: TrainState, frozen: nnx.State, batch: Batch):
+    def terms_of(trainable, micro_batch, key, frozen):
+        return objective.terms(model.rebuild(trainable, frozen, key), micro_batch)
+
+    def step(state: TrainState, frozen: Any, batch: Batch):
         check_batch(batch)
         size = jax.tree.leaves(batch)[0].shape[0]
         key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -278,27 +297,9 @@ def make_abstract_step(
     return dataclasses.replace(found[0], frozen=frozen, mesh=mesh), state
 
 
-def _why_untrained(model: nnx.Module) -> str:
-    if layers_with_adapters(model) and not adapted_layers(model):
-        return "no adapter is active. Choose one with lorax.use_adapter(model, name)"
-    return "the model has no nnx.Param. apply_lora it first"
-
-
 def _begin(optimizer: optax.GradientTransformation, trainable: Any) -> tuple[Any, Any]:
     """Returns what trains and the optimizer's state, each leaf an array of its own."""
     return jax.tree.map(jnp.copy, (trainable, optimizer.init(trainable)))
-
-
-def _terms_of(graph: nnx.GraphDef, objective: Objective) -> Callable[..., Terms]:
-    """Returns a function of (trainable, micro-batch, key, frozen): the sums of a model so made."""
-
-    def terms_of(trainable, micro_batch, key, frozen):
-        merged = nnx.merge(graph, trainable, frozen, copy=True)
-        set_dropout_key(merged, key)
-        _reseed(merged, key)
-        return objective.terms(merged, micro_batch)
-
-    return terms_of
 
 
 def merge_state(model: nnx.Module, state: TrainState) -> nnx.Module:
@@ -311,20 +312,18 @@ def merge_state(model: nnx.Module, state: TrainState) -> nnx.Module:
     if not isinstance(model, nnx.Module) or not isinstance(state, TrainState):
         found = f"{type(model).__name__}, {type(state).__name__}"
         raise TypeError(f"merge_state takes a model and a TrainState, got {found}")
+    graph, _, frozen = split_trainable(model)
+    return nnx.merge(graph, trained_values(state), frozen)
+
+
+def trained_values(state: TrainState) -> Any:
+    """Returns copies of the trained values of a state, which a later step frees.
+
+    Raises:
+        ValueError: If a later step has consumed the state.
+    """
     if any(getattr(leaf, "is_deleted", bool)() for leaf in jax.tree.leaves(state)):
         raise ValueError(
             "the state was donated to a later step: merge the state that the last step returned"
         )
-    graph, _, frozen = split_trainable(model)
-    return nnx.merge(graph, jax.tree.map(jnp.copy, state.trainable), frozen)
-
-
-def _reseed(model: nnx.Module, key: jax.Array) -> None:
-    """Gives `nnx.Dropout` and its like a new key too, and noise on embeddings."""
-    nodes = [node for _, node in nnx.iter_graph(model)]
-    streams = [node for node in nodes if isinstance(node, nnx.RngStream)]
-    noises = [node for node in nodes if isinstance(node, EmbeddingNoise)]
-    for index, stream in enumerate(streams):
-        stream.key.set_value(jax.random.fold_in(key, 1_000_000 + index))
-    for index, noise in enumerate(noises):
-        noise.set_key(jax.random.fold_in(key, 2_000_000 + index))
+    return jax.tree.map(jnp.copy, state.trainable)

@@ -1,17 +1,15 @@
 """One method's parameters on one layer of an NNX model."""
 
 import dataclasses
-import functools
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from lorax.adapters import method
-from lorax.adapters.method import Cost, Params, Shape, Spec, Start
+from lorax.adapters import method, stack
+from lorax.adapters.method import Cost, Params, Shape, Spec
 from lorax.layers.carrier import Carrier, Frozen
 from lorax.layers.maps import TokenRows
 from lorax_kernels import LoraWeights, Matrix, dense
@@ -121,28 +119,9 @@ def attach(layer: Carrier, spec: Spec, key: Key[Array, ""], name: str = NAME) ->
         name: Its name.
     """
     w = layer.matrix
-    kind = layer.linear_map.kind
-    start = over_stack(functools.partial(_start, spec, kind), w)
-    begun = start(keys_of(key, w), w)
+    begun = stack.start(spec, w, key, layer.linear_map.kind)
     layer.attached[name] = Adapter(spec, begun.params, begun.fixed)
     activate(layer, name)
-
-
-def _start(spec: Spec, kind: str, key, w) -> Start:
-    return spec.method.start(spec, w, key, kind)
-
-
-def over_stack(function: Any, w: Any) -> Any:
-    """Returns a function mapped over the axes of stacked layers: all but the last two of W."""
-    for _ in w.shape[:-2]:
-        function = jax.vmap(function)
-    return function
-
-
-def keys_of(key: Key[Array, ""], w: Any) -> Key[Array, "..."]:
-    """Returns a key for each of the layers that are stacked in W; `key` if it is one layer."""
-    stack = w.shape[:-2]
-    return jax.random.split(key, math.prod(stack)).reshape(stack) if stack else key
 
 
 def activate(layer: Carrier, name: str | None) -> None:
@@ -174,10 +153,8 @@ def merged_matrix(layer: Carrier) -> Float[Array, "k n"]:
     w = layer.matrix
     if layer.merged:
         return dense(w)
-    spec = layer.adapter.spec
-    linear_map = layer.linear_map
-    merge = over_stack(lambda w, values: method.merged(spec, linear_map, w, values), w)
-    return merge(w, layer.adapter.values).astype(w.dtype)
+    adapter = layer.adapter
+    return stack.merged(adapter.spec, layer.linear_map, w, adapter.values).astype(w.dtype)
 
 
 def merged_bias(layer: Carrier) -> Array | None:
@@ -212,10 +189,8 @@ def _own_bias(layer: Carrier) -> Array | None:
 
 
 def _operands(layer: Carrier) -> LoraWeights | TokenRows:
-    spec = layer.adapter.spec
-    w = layer.matrix
-    operands = over_stack(lambda w, values: spec.method.operands(spec, w, values), w)
-    return operands(w, layer.adapter.values)
+    adapter = layer.adapter
+    return stack.operands(adapter.spec, layer.matrix, adapter.values)
 
 
 def merge_factor(layer: Carrier) -> Array | None:
@@ -248,6 +223,6 @@ def unmerged_matrix(layer: Carrier) -> Float[Array, "k n"]:
     w = layer.matrix
     spec = layer.adapter.spec
     linear_map = layer.linear_map
-    unmerge = over_stack(lambda w, v, f: method.unmerged(spec, linear_map, w, v, f), w)
+    unmerge = stack.over_stack(lambda w, v, f: method.unmerged(spec, linear_map, w, v, f), w)
     factor = layer.adapter.merged_factor.get_value()
     return unmerge(w, layer.adapter.values, factor).astype(w.dtype)

@@ -1,8 +1,7 @@
 """LoRA on a model: freeze, adapt, choose kernels and dropout."""
 
 import hashlib
-import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, get_args
 
 import jax
@@ -12,9 +11,8 @@ from jaxtyping import Array, Key
 
 from lorax.adapters.method import Shape, Spec
 from lorax.adapters.methods import spec_of
-from lorax.adapters.nnx.adapter import DropoutKey, activate, attach, keys_of
+from lorax.adapters.nnx.adapter import DropoutKey, activate, attach
 from lorax.adapters.nnx.arguments import as_rngs, check_arguments, refuse_other_adapters
-from lorax.adapters.nnx.tables import tables_of
 from lorax.adapters.nnx.tree import (
     adapted_layers,
     layers_with_adapters,
@@ -23,7 +21,10 @@ from lorax.adapters.nnx.tree import (
     set_child,
     tied_modules,
 )
+from lorax.adapters.ranks import check_rank, without_narrow
 from lorax.adapters.sites import find_site, is_by_name_only, obstacle_of, shape_of
+from lorax.adapters.stack import keys_of
+from lorax.adapters.tables import tables_of
 from lorax.adapters.targets import (
     Target,
     TargetError,
@@ -77,7 +78,27 @@ def apply_lora[M: nnx.Module](
             the model is adapted already, or a rank exceeds a layer's dimensions.
     """
     check_arguments(model, config)
-    rngs = as_rngs(rngs)
+    return _apply(model, config, as_rngs(rngs), check_rank)
+
+
+def apply_saved[M: nnx.Module](model: M, config: LoraConfig) -> M:
+    """Returns `model` with adapters as `apply_lora` puts them, for the values of a file.
+
+    Its ranks may exceed a layer's dimensions: those of ``peft-portable`` are the largest of all
+    layers, and those of PiSSA and OLoRA are doubled.
+
+    Raises:
+        TargetError: As `apply_lora`, but of ranks.
+    """
+    return _apply(model, config, nnx.Rngs(0), lambda shape, target: None)
+
+
+def _apply[M: nnx.Module](
+    model: M,
+    config: LoraConfig,
+    rngs: nnx.Rngs,
+    check: Callable[[Shape, Target], None],
+) -> M:
     adapted = nnx.clone(model)
     modules = named_modules(adapted)
     if carried := layers_with_adapters(adapted):
@@ -86,7 +107,7 @@ def apply_lora[M: nnx.Module](
         raise TargetError(f"the model carries adapters already; {remedy} first")
     refuse_other_adapters(model)
     targets = targets_of(adapted, config)
-    tables = tables_of(modules, tied_modules(adapted), config, [t.name for t in targets])
+    tables = _tables_of(modules, tied_modules(adapted), config, targets)
     references = module_references(adapted)
     trained_biases = _biases_to_train(modules, targets, config)
     tied = tied_modules(adapted)
@@ -99,7 +120,7 @@ def apply_lora[M: nnx.Module](
     _freeze((adapted, *modules.values()), keep)
     for target in targets:
         layer = _adopt(target.name, modules, references)
-        _check_rank(Shape(*layer.linear_map.shape), target)
+        check(Shape(*layer.linear_map.shape), target)
         _attach(target.name, layer, spec_of(target, config), rngs)
     for name, ids in tables.items():
         table = _adopt(name, modules, references)
@@ -138,23 +159,20 @@ def targets_of(model: nnx.Module, config: LoraConfig) -> list[Target]:
 
 
 def _without_narrow(targets: list[Target], modules: dict[str, nnx.Module]) -> list[Target]:
-    """Leaves out the head of a classifier: what has fewer outputs than its rank, in no layer."""
-
-    def is_head(target: Target) -> bool:
-        shape = shape_of(modules[target.name])
-        repeated = any(part.isdigit() for part in target.name.split(".")[:-1])
-        return shape is not None and shape.outputs < target.r and not repeated
-
-    narrow = [target for target in targets if is_head(target)]
-    if not narrow or len(narrow) == len(targets):
-        return targets
-    names = ", ".join(f"{target.name} (rank {target.r})" for target in narrow)
-    warnings.warn(
-        f"all-linear leaves out {names}: fewer outputs than the rank, as a classifier's head has. "
-        "Train it whole with lora.modules_to_save, or name it in lora.exclude_modules",
-        stacklevel=4,
+    shapes = {target.name: shape_of(modules[target.name]) for target in targets}
+    sized = {name: shape for name, shape in shapes.items() if shape is not None}
+    return without_narrow(
+        targets, sized, lambda name: any(part.isdigit() for part in name.split(".")[:-1])
     )
-    return [target for target in targets if target not in narrow]
+
+
+def _tables_of(
+    modules: dict[str, nnx.Module], tied, config: LoraConfig, targets: list[Target]
+) -> dict[str, tuple[int, ...]]:
+    embeddings = [name for name, module in modules.items() if isinstance(module, nnx.Embed)]
+    carriers = {name for name, module in modules.items() if shape_of(module)}
+    names = [target.name for target in targets]
+    return tables_of(list(modules), embeddings, carriers, tied, config, names)
 
 
 def _refuse_odd_layers(model, modules: dict[str, nnx.Module], config: LoraConfig) -> None:
@@ -229,15 +247,6 @@ def _attach(name: str, layer: Carrier, spec: Spec, rngs: nnx.Rngs) -> None:
     if reason := spec.method.obstacle(spec, linear_map.kind, Shape(*linear_map.shape)):
         raise TargetError(f"{name} cannot carry {spec.method.name}: {reason}")
     attach(layer, spec, rngs.params())
-
-
-def _check_rank(shape: Shape, target: Target) -> None:
-    if not 1 <= target.r <= (largest := min(shape)):
-        raise TargetError(
-            f"{target.name}: rank must be in [1, {largest}] for a {shape.inputs} × "
-            f"{shape.outputs} layer, got {target.r}; "
-            "lower it with lora.rank_pattern, or leave the layer out"
-        )
 
 
 def _biases_to_train(modules, targets: list[Target], config: LoraConfig) -> list[str]:

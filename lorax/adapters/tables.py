@@ -1,10 +1,7 @@
 """The tables, embeddings and heads, of which single tokens train."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 
-from flax import nnx
-
-from lorax.adapters.sites import shape_of
 from lorax.adapters.targets import TargetError, nearest
 from lorax.config.adapter import LoraConfig
 from lorax.system.wording import show
@@ -13,7 +10,9 @@ _SETTING = "lora.trainable_token_indices"
 
 
 def tables_of(
-    modules: Mapping[str, nnx.Module],
+    names: Sequence[str],
+    embeddings: Sequence[str],
+    carriers: Collection[str],
     tied: Mapping[str, str],
     config: LoraConfig,
     adapted: list[str],
@@ -24,7 +23,9 @@ def tables_of(
     that is tied to the embedding follows it.
 
     Args:
-        modules: The model's, by full name.
+        names: Of the model's modules.
+        embeddings: Of its embeddings.
+        carriers: Of those that can carry an adapter.
         tied: Names that share another module's weight; see `tied_modules`.
         config: The settings.
         adapted: Names of the modules that carry an adapter.
@@ -36,16 +37,15 @@ def tables_of(
     given = config.trainable_token_indices
     if given is None:
         return {}
-    embeddings = [name for name, module in modules.items() if isinstance(module, nnx.Embed)]
     if not isinstance(given, Mapping):
         given = {_one_embedding(embeddings): given}
     found: dict[str, tuple[int, ...]] = {}
     for entry, ids in given.items():
         if repeated := sorted({token for token in ids if ids.count(token) > 1}):
             raise TargetError(f"{_SETTING}: {show(entry)} has token {repeated[0]} more than once")
-        names = [n for n in (*modules, *tied) if n == entry or n.endswith(f".{entry}")]
-        tables = [tied.get(name, name) for name in names]
-        if not names or any(shape_of(modules[name]) is None for name in tables):
+        matched = [n for n in (*names, *tied) if n == entry or n.endswith(f".{entry}")]
+        tables = [tied.get(name, name) for name in matched]
+        if not matched or any(name not in carriers for name in tables):
             raise TargetError(
                 f"{_SETTING}: {show(entry)} names no embedding and no head; "
                 f"{nearest(entry, [*embeddings, *tied])}"
@@ -60,7 +60,7 @@ def tables_of(
     return found
 
 
-def _one_embedding(embeddings: list[str]) -> str:
+def _one_embedding(embeddings: Sequence[str]) -> str:
     named = [name for name in embeddings if name.split(".")[-1] == "embed_tokens"]
     if len(only := named or embeddings) != 1:
         listed = ", ".join(embeddings) or "none"

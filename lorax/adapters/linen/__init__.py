@@ -1,0 +1,1 @@
+"""Adapters on Flax Linen models: found by tracing, applied by interception, merged."""
