@@ -65,7 +65,8 @@ class Lora:
         a, b = _factors(values)
         alpha = spec.scale * (2 * spec.r if not spec.use_rslora else (2 * spec.r) ** 0.5)
         spec = dataclasses.replace(spec, r=2 * spec.r, lora_alpha=alpha, start=True)
-        return spec, {**values, "lora_a": a, "lora_b": b}
+        rest = {name: value for name, value in values.items() if not name.startswith("first_")}
+        return spec, {**rest, "lora_a": a, "lora_b": b}
 
     def portable(self, spec: Spec, values: Params, rank: int) -> dict[str, np.ndarray]:
         """Returns A and s·B, with zeros up to the rank."""

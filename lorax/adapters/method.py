@@ -118,7 +118,13 @@ class Method(Protocol):
         ...
 
     def obstacle(self, spec: Spec, kind: str, shape: Shape) -> str | None:
-        """Returns why a layer of a kind of `lorax.layers.maps` cannot carry it, or None."""
+        """Returns why a layer of a kind cannot carry it, with a remedy, or None.
+
+        Args:
+            spec: The adapter.
+            kind: Of `lorax.layers.maps`.
+            shape: Of its matrix.
+        """
         ...
 
     def identity(self, spec: Spec) -> str:

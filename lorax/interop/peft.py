@@ -11,7 +11,7 @@ from flax import nnx
 
 from lorax.adapters.method import Spec
 from lorax.adapters.nnx.adapter import rank_of
-from lorax.adapters.nnx.apply import apply_lora
+from lorax.adapters.nnx.apply import apply_saved
 from lorax.adapters.nnx.tree import (
     adapted_layers,
     layers_with_adapters,
@@ -193,7 +193,7 @@ def load_adapter[M: nnx.Module](model: M, directory: str | Path) -> M:
     directory = Path(directory)
     try:
         config = settings_for(model, directory)
-        adapted = apply_lora(model, config, rngs=nnx.Rngs(0))
+        adapted = apply_saved(model, config)
     except TargetError as error:
         raise TargetError(f"{directory} does not fit this model: {error}") from None
     entries = check_adapter(adapted, directory)

@@ -40,6 +40,9 @@ _NEUTRAL_FIELDS = {
 # Named initialisations that do not change the base; all others change it before training.
 _PLAIN_INITIALISATIONS = ("gaussian", "orthogonal", "eva", "mica")
 
+# Those that PEFT repeats on loading, from the base alone; so does lorax.
+_REPEATED_INITIALISATIONS = ("pissa", "olora")
+
 _MERGE = (
     "merge with PEFT (PeftModel.from_pretrained(…).merge_and_unload()) and take the merged model"
 )
@@ -85,6 +88,9 @@ def read_adapter_config(directory: str | Path) -> LoraConfig:
         raise AdapterError("\n".join(f"{path}: {problem}" for problem in problems))
     # PEFT treats empty values as absent.
     fields = {f: raw[f] for f in _SHARED_FIELDS if raw.get(f) not in (None, [], "", {})}
+    start = str(raw.get("init_lora_weights")).lower()
+    if start in _REPEATED_INITIALISATIONS:
+        fields["init_lora_weights"] = start
     fields.setdefault("r", 8)
     fields.setdefault("lora_alpha", 8)
     if not fields.get("target_modules"):
@@ -169,13 +175,10 @@ def _initialisation(value: Any) -> list[str]:
             "PEFT fails too: write true, since A and B are in the file whatever they began with"
         ]
     name = value.lower()
-    if name in _PLAIN_INITIALISATIONS:
+    if name in (*_PLAIN_INITIALISATIONS, *_REPEATED_INITIALISATIONS):
         return []
     remedy = _CONVERT
-    if name in ("pissa", "olora"):
-        # PEFT splits the base on loading, the same way as before training.
-        remedy = f"{_MERGE}; or {_CONVERT}"
-    elif name == "loftq":
+    if name == "loftq":
         remedy = "use it with PEFT, on the base that LoftQ quantised"
     return [
         f"init_lora_weights={show(value)} changes the base weights before training, so A and B "

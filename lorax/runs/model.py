@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from lorax.adapters.nnx.apply import apply_lora, set_kernels
+from lorax.adapters.nnx.apply import apply_lora, apply_saved, set_kernels
 from lorax.adapters.nnx.tree import named_modules
 from lorax.adapters.targets import TargetError
 from lorax.config.run import RunConfig
@@ -108,8 +108,10 @@ class Blueprint:
                 rngs=nnx.Rngs(0),
             )
             if not full:
-                settings = settings_for(model, adapter) if adapter else config.lora
-                model = apply_lora(model, settings, rngs=nnx.Rngs(0))
+                if adapter:
+                    model = apply_saved(model, settings_for(model, adapter))
+                else:
+                    model = apply_lora(model, config.lora, rngs=nnx.Rngs(0))
             set_kernels(model, config.model.kernels)
             _store(model, self.format)
             return model

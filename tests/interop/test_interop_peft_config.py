@@ -19,7 +19,7 @@ from peft.tuners.lora.config import (
     VeloraConfig,
 )
 
-from lorax.interop.peft import load_adapter
+from lorax.interop.peft import load_adapter, save_adapter
 from lorax.interop.peft_config import (
     AdapterError,
     adapter_notes,
@@ -122,7 +122,26 @@ def test_a_number_as_initialisation_is_refused_as_peft_fails_with_it(adapter, ba
     assert read_adapter_config(edit(adapter, init_lora_weights=True)).r  # the remedy
 
 
-CHANGED_BASES = ("pissa", "pissa_niter_4", "olora", "OLoRA", "corda", "lora_ga", "loftq", "later")
+@pytest.mark.parametrize("start", ["pissa", "olora", "OLoRA"])
+def test_a_start_that_peft_repeats_on_loading_is_repeated(base, loaded_base, tmp_path, start):
+    model = trained(peft_model(base, init_lora_weights=start))
+    folder = save(model, tmp_path / "theirs")
+    ours = load_adapter(loaded_base, folder)
+    assert relative(ours(jnp.asarray(TOKENS)), torch_logits(model)) <= 1e-5
+    save_adapter(ours, tmp_path / "ours")
+    config = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
+    assert config["r"] == 2 * model.peft_config["default"].r and config["init_lora_weights"] is True
+    again: Any = PeftModel.from_pretrained(torch_base(base), tmp_path / "ours")
+    assert relative(torch_logits(again), torch_logits(model)) <= 1e-5
+
+
+def test_tokens_that_peft_trained_load(base, loaded_base, tmp_path):
+    model = trained(peft_model(base, trainable_token_indices=[5, 2]))
+    ours = load_adapter(loaded_base, save(model, tmp_path / "theirs"))
+    assert relative(ours(jnp.asarray(TOKENS)), torch_logits(model)) <= 1e-5
+
+
+CHANGED_BASES = ("pissa_niter_4", "corda", "lora_ga", "loftq", "later")
 
 
 @pytest.mark.parametrize("value", CHANGED_BASES)
@@ -153,9 +172,7 @@ OTHER_METHODS = {
     "velora_config": VeloraConfig(num_groups=4),
     "monteclora_config": MontecloraConfig(),
     "use_bdlora": BdLoraConfig(target_modules_bd_a=["q_proj"], target_modules_bd_b=["v_proj"]),
-    "trainable_token_indices": [1, 2],
     "target_parameters": ["up_proj.weight"],
-    "init_lora_weights": "pissa",
     "alora_invocation_tokens": [3, 4],
     "layer_replication": [[0, 2], [1, 2]],
 }

@@ -75,7 +75,9 @@ class Net(nnx.Module):
 def weight_of(layer) -> np.ndarray:
     """Returns a layer's weight as torch holds it."""
     value = np.asarray(layer.embedding if isinstance(layer, nnx.Embed) else layer.kernel)
-    return value if isinstance(layer, nnx.Embed) else value.transpose(-1, -2, *range(value.ndim - 2))
+    return (
+        value if isinstance(layer, nnx.Embed) else value.transpose(-1, -2, *range(value.ndim - 2))
+    )
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """LoRA on a model: freeze, adapt, choose kernels and dropout."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, get_args
 
 import jax
@@ -78,7 +78,27 @@ def apply_lora[M: nnx.Module](
             the model is adapted already, or a rank exceeds a layer's dimensions.
     """
     check_arguments(model, config)
-    rngs = as_rngs(rngs)
+    return _apply(model, config, as_rngs(rngs), check_rank)
+
+
+def apply_saved[M: nnx.Module](model: M, config: LoraConfig) -> M:
+    """Returns `model` with adapters as `apply_lora` puts them, for the values of a file.
+
+    Its ranks may exceed a layer's dimensions: those of ``peft-portable`` are the largest of all
+    layers, and those of PiSSA and OLoRA are doubled.
+
+    Raises:
+        TargetError: As `apply_lora`, but of ranks.
+    """
+    return _apply(model, config, nnx.Rngs(0), lambda shape, target: None)
+
+
+def _apply[M: nnx.Module](
+    model: M,
+    config: LoraConfig,
+    rngs: nnx.Rngs,
+    check: Callable[[Shape, Target], None],
+) -> M:
     adapted = nnx.clone(model)
     modules = named_modules(adapted)
     if carried := layers_with_adapters(adapted):
@@ -100,7 +120,7 @@ def apply_lora[M: nnx.Module](
     _freeze((adapted, *modules.values()), keep)
     for target in targets:
         layer = _adopt(target.name, modules, references)
-        check_rank(Shape(*layer.linear_map.shape), target)
+        check(Shape(*layer.linear_map.shape), target)
         _attach(target.name, layer, spec_of(target, config), rngs)
     for name, ids in tables.items():
         table = _adopt(name, modules, references)
@@ -225,10 +245,7 @@ def _adopt(name: str, modules: dict[str, nnx.Module], references: Any) -> Carrie
 def _attach(name: str, layer: Carrier, spec: Spec, rngs: nnx.Rngs) -> None:
     linear_map = layer.linear_map
     if reason := spec.method.obstacle(spec, linear_map.kind, Shape(*linear_map.shape)):
-        raise TargetError(
-            f"{name} cannot carry {spec.method.name}: {reason}. Leave it out with "
-            "lora.exclude_modules"
-        )
+        raise TargetError(f"{name} cannot carry {spec.method.name}: {reason}")
     attach(layer, spec, rngs.params())
 
 
