@@ -24,7 +24,7 @@ def begun(model, x, **settings):
 
 def agree(model, adapted, variables, x):
     """Checks that merged weights compute what the adapted model does; returns that."""
-    got = jax.jit(adapted.eval().apply)(variables, x)
+    got = jax.jit(adapted.for_evaluation().apply)(variables, x)
     want = jax.jit(model.apply)(ll.merge_lora(adapted, variables), x)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
     return got
@@ -40,7 +40,7 @@ def test_a_vision_transformer_is_adapted_throughout(tmp_path):
     got = agree(model, adapted, variables, x)
     path = ll.save_adapter(adapted, variables, tmp_path / "adapter", card="A card.")
     loaded, again = ll.load_adapter(model, plain, path, x)
-    np.testing.assert_array_equal(jax.jit(loaded.eval().apply)(again, x), got)
+    np.testing.assert_array_equal(jax.jit(loaded.for_evaluation().apply)(again, x), got)
     files = load_file(path / "adapter_model.safetensors")
     assert files["base_model.model.patches.lora_A.weight"].shape == (2, 3, 4, 4)
     assert files["base_model.model.positions.lora_embedding_A"].shape == (2, 5)
@@ -72,11 +72,11 @@ def test_scanned_layers_are_those_of_a_loop(method, tmp_path):
     base = {"params": unrolled(plain["params"])}
     other, its = ll.apply_lora(looped, base, config, x, rngs=0)
     its = its | {name: unrolled(v) for name, v in variables.items() if name.startswith("lora")}
-    want = jax.jit(other.eval().apply)(its, x)
+    want = jax.jit(other.for_evaluation().apply)(its, x)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
     path = ll.save_adapter(adapted, variables, tmp_path / "adapter")
     loaded, again = ll.load_adapter(scanned, plain, path, x)
-    np.testing.assert_array_equal(jax.jit(loaded.eval().apply)(again, x), got)
+    np.testing.assert_array_equal(jax.jit(loaded.for_evaluation().apply)(again, x), got)
 
 
 def test_layers_that_nn_vmap_stacks_are_adapted_each():
@@ -125,7 +125,7 @@ def test_dropout_is_that_of_its_key_and_differs_from_layer_to_layer():
     np.testing.assert_array_equal(first, run(1))
     assert not np.array_equal(first, run(2))
     assert not np.array_equal(first[0], first[1])
-    full = adapted.eval().apply(variables, x) - base
+    full = adapted.for_evaluation().apply(variables, x) - base
     np.testing.assert_allclose(full, 2 * 2 * 8, rtol=1e-4)
     many = jnp.stack([run(seed) for seed in range(40)]).mean(0)
     assert np.abs(many / full - 1).mean() < 0.1
@@ -137,12 +137,12 @@ def test_dropout_is_that_of_its_key_and_differs_from_layer_to_layer():
 def test_dropout_is_never_off_unasked():
     model, x = Decoder(scanned=False, dropout=0.5), ids_of(2, 5)
     _, adapted, variables = begun(model, x, lora_dropout=0.1)
-    with pytest.raises(ValueError, match=r"adapted\.eval\(\)\.apply"):
+    with pytest.raises(ValueError, match=r"adapted\.for_evaluation\(\)\.apply"):
         adapted.apply(variables, x)
     with pytest.raises(ValueError, match="lora_dropout needs a fresh key"):
         adapted.apply(variables, x, rngs={"dropout": KEY}, train=True)
     adapted.apply(variables, x, rngs={"lora": KEY, "dropout": KEY}, train=True)
-    adapted.eval().apply(variables, x)
+    adapted.for_evaluation().apply(variables, x)
 
 
 def test_only_the_collection_of_adapters_trains_and_holds_the_bases_parts_that_do():
@@ -197,7 +197,7 @@ def test_pissa_begins_as_the_base_and_is_saved_as_plain_lora(tmp_path):
     got = agree(model, adapted, variables, x)
     path = ll.save_adapter(adapted, variables, tmp_path / "adapter")
     loaded, again = ll.load_adapter(model, plain, path, x)
-    np.testing.assert_allclose(loaded.eval().apply(again, x), got, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(loaded.for_evaluation().apply(again, x), got, rtol=1e-5, atol=1e-5)
 
 
 def test_folders_that_do_not_fit_are_refused(tmp_path):
