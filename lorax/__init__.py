@@ -6,6 +6,7 @@ from lorax.adapters.nnx.apply import set_kernels as set_kernels
 from lorax.adapters.nnx.apply import use_adapter as use_adapter
 from lorax.adapters.nnx.eva import initialize_eva as initialize_eva
 from lorax.adapters.nnx.merge import merge_lora as merge_lora
+from lorax.adapters.nnx.merge import rebase_lora as rebase_lora
 from lorax.adapters.nnx.merge import unload_lora as unload_lora
 from lorax.adapters.nnx.merge import unmerge_lora as unmerge_lora
 from lorax.adapters.nnx.tree import split_trainable as split_trainable

@@ -31,7 +31,7 @@ class LoraBias(Lora):
     def obstacle(self, spec: Spec, kind: str, shape: Shape) -> str | None:
         """See `Method`."""
         if kind == "lookup":
-            return "an embedding's update has no bias: leave it out, or set lora_bias to false"
+            return "an embedding's update has no bias. Leave it out with lora.exclude_modules"
         return super().obstacle(spec, kind, shape)
 
     def identity(self, spec: Spec) -> str:

@@ -62,7 +62,7 @@ class Spec:
         scale: Factor on the update.
         dropout: Probability of dropping an element of its input in training.
         start: Initialisation: `LoraConfig.init_lora_weights`.
-        tokens: The tokens whose rows train, ascending; see `lorax.adapters.tokens`.
+        tokens: The tokens whose rows train; see `lorax.adapters.tokens`.
     """
 
     method: "Method"
@@ -118,7 +118,13 @@ class Method(Protocol):
         ...
 
     def obstacle(self, spec: Spec, kind: str, shape: Shape) -> str | None:
-        """Returns why a layer of a kind of `lorax.layers.maps` cannot carry it, or None."""
+        """Returns why a layer of a kind cannot carry it, with a remedy, or None.
+
+        Args:
+            spec: The adapter.
+            kind: Of `lorax.layers.maps`.
+            shape: Of its matrix.
+        """
         ...
 
     def identity(self, spec: Spec) -> str:
@@ -202,7 +208,7 @@ def unmerged(
     """
     operands = spec.method.operands(spec, w, values)
     if isinstance(operands, TokenRows):
-        return linear_map.replaced(dense(w), TokenRows(operands.ids, values["own"]))
+        return linear_map.replaced(dense(w), dataclasses.replace(operands, values=operands.own))
     whole = dense(w, jnp.float32)
     if factor is not None:
         whole /= jnp.where(factor == 0, 1, factor)[None, :]

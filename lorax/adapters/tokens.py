@@ -37,8 +37,8 @@ class Tokens:
         if kind == "convolution":
             return "a convolution has no tokens"
         last = (shape.inputs if kind == "lookup" else shape.outputs) - 1
-        if spec.tokens[0] < 0 or spec.tokens[-1] > last:
-            return f"its tokens are 0 to {last}, got {spec.tokens[0]} to {spec.tokens[-1]}"
+        if wrong := [token for token in spec.tokens if not 0 <= token <= last]:
+            return f"lora.trainable_token_indices needs tokens of 0 to {last}, got {wrong[0]}"
         return None
 
     def identity(self, spec: Spec) -> str:
@@ -54,7 +54,7 @@ class Tokens:
 
     def operands(self, spec: Spec, w: Matrix, values: Params) -> TokenRows:
         """See `Method`."""
-        return TokenRows(spec.tokens, values["rows"])
+        return TokenRows(spec.tokens, values["rows"], values["own"])
 
     def rank(self, spec: Spec, kind: str) -> int:
         """See `Method`."""
@@ -78,4 +78,4 @@ HEAD_TOKENS = Tokens("head_tokens", "kt")
 def token_spec(kind: str, tokens: tuple[int, ...]) -> Spec:
     """Returns the adapter of a table: of an embedding (``lookup``), or of a head."""
     method = EMBEDDING_TOKENS if kind == "lookup" else HEAD_TOKENS
-    return Spec(method, r=0, lora_alpha=0.0, scale=0.0, tokens=tuple(sorted(set(tokens))))
+    return Spec(method, r=0, lora_alpha=0.0, scale=0.0, tokens=tokens)

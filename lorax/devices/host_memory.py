@@ -22,14 +22,25 @@ def embedding_on_host(model: Any) -> HostArray | None:
 
 def embedding_variable(model: Any) -> nnx.Variable | None:
     """Returns the variable of the input embedding of a `CausalLM`; None of another model."""
-    embed = getattr(getattr(model, "model", None), "embed_tokens", None)
-    return getattr(embed, "embedding", None)
+    return getattr(_embedding(model), "embedding", None)
+
+
+def trains_embedding(model: Any) -> bool:
+    """Says whether the input embedding of a `CausalLM` changes in training, or carries adapters."""
+    adapted = bool(getattr(_embedding(model), "attached", None))
+    return adapted or isinstance(embedding_variable(model), nnx.Param)
+
+
+def _embedding(model: Any) -> Any:
+    return getattr(getattr(model, "model", None), "embed_tokens", None)
 
 
 def embedding_obstacle(model: Any) -> str | None:
     """Returns why the input embedding of a `CausalLM` must be on the device, or None."""
     if model.config.tie_word_embeddings:
         return "the model's output head is the same array (tie_word_embeddings)"
-    if isinstance(embedding_variable(model), nnx.Param):
+    if getattr(_embedding(model), "attached", None):
+        return "it carries an adapter; take it out of lora.target_modules to keep this"
+    if trains_embedding(model):
         return "lora.modules_to_save trains the embedding; take it out there to keep this"
     return None

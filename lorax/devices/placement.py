@@ -5,10 +5,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from lorax.devices.host_memory import HostArray, embedding_on_host, embedding_variable
+from lorax.devices.host_memory import HostArray, embedding_on_host, trains_embedding
 from lorax.devices.specs import BATCH_SPEC, REPLICATED, Parts, parameter_shardings
 
 
@@ -21,7 +20,7 @@ def batch_placer(
         ValueError: If an embedding in the host's memory would train: its rows in a batch go stale.
     """
     embedding = embedding_on_host(model)
-    if embedding is not None and isinstance(embedding_variable(model), nnx.Param):
+    if embedding is not None and trains_embedding(model):
         raise ValueError(
             "the input embedding trains, so it must be on the device: load the model without "
             "offload_embedding (model.offload_embedding: false), or leave it out of what trains"

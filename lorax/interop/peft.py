@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from lorax.adapters.lora import LORA
+from lorax.adapters.method import Params, Spec
 from lorax.adapters.nnx.adapter import rank_of
 from lorax.adapters.nnx.apply import apply_lora
 from lorax.adapters.nnx.tree import (
@@ -24,8 +25,9 @@ from lorax.adapters.nnx.tree import (
 from lorax.adapters.sites import shape_of
 from lorax.adapters.targets import TargetError, match_targets
 from lorax.config.adapter import LoraConfig
-from lorax.interop.peft_config import CONFIG_FILE, AdapterError, read_adapter_config
-from lorax.interop.peft_layout import file_key, file_shape, from_file, to_file
+from lorax.interop.peft_config import CONFIG_FILE, AdapterError
+from lorax.interop.peft_layout import PREFIX, file_key, file_shape, from_file, to_file
+from lorax.interop.peft_tied import refuse_untied, settings_for, tied_keys, tied_layers, with_tied
 from lorax.interop.safetensors import TensorEntry, read_headers, read_tensor, save_tensors
 from lorax.interop.tensors import hf_name
 from lorax.layers.carrier import Carrier
@@ -35,7 +37,6 @@ from lorax.system.files import write_folder
 from lorax.system.wording import clip
 from lorax_kernels import dense
 
-PREFIX = "base_model.model."
 TENSOR_FILE = "adapter_model.safetensors"
 
 type AdapterFormat = Literal["peft", "peft-portable"]
@@ -59,8 +60,11 @@ def adapter_config(
         revision: Branch, tag or commit of it on the hub.
         portable: One rank, ``lora_alpha = r``, for engines that read only ``alpha / r``.
     """
-    layers = _adapted(model)
-    specs = {n: layer.adapter.spec for n, layer in layers.items()}
+    tables = _tables(model)
+    layers = {n: layer for n, layer in _adapted(model).items() if n not in tables}
+    # PEFT reads the patterns for a tied head too.
+    tied = {n: layer for n, layer in tied_layers(model).items() if layer in layers.values()}
+    specs = {n: _as_saved(layer)[0] for n, layer in (layers | tied).items()}
     ranks = {n: spec.r for n, spec in specs.items()}
     alphas = {n: spec.lora_alpha for n, spec in specs.items()}
     r, alpha = (Counter(v.values()).most_common(1)[0][0] for v in (ranks, alphas))
@@ -88,7 +92,7 @@ def adapter_config(
         "bias": _bias_setting(model, layers),
         "fan_in_fan_out": False,
         "init_lora_weights": True,
-        "use_rslora": not portable and any(x.scale != x.lora_alpha / x.r for x in specs.values()),
+        "use_rslora": not portable and any(spec.use_rslora for spec in specs.values()),
         "modules_to_save": saved or None,
         "rank_pattern": pattern(ranks, r),
         "alpha_pattern": pattern(alphas, alpha),
@@ -96,9 +100,23 @@ def adapter_config(
         "layers_pattern": None,
         "layer_replication": None,
     }
-    if any(source in saved for source in tied_modules(model).values()):
+    if tables:
+        config["trainable_token_indices"] = {n: list(ids) for n, ids in tables.items()}
+    if any(source in saved or source in layers for source in tied_modules(model).values()):
         config["ensure_weight_tying"] = True
     return config
+
+
+def _tables(model: nnx.Module) -> dict[str, tuple[int, ...]]:
+    """Returns the tokens that train by the name of their table."""
+    specs = {name: layer.adapter.spec for name, layer in adapted_layers(model).items()}
+    return {name: spec.tokens for name, spec in specs.items() if spec.tokens}
+
+
+def _as_saved(layer: Carrier) -> tuple[Spec, Params]:
+    """Returns a layer's adapter as one on the original base; see `Method.plain`."""
+    spec = layer.adapter.spec
+    return spec.method.plain(spec, layer.adapter.values)
 
 
 def adapter_tensors(model: nnx.Module, *, portable: bool = False) -> dict[str, np.ndarray]:
@@ -110,14 +128,14 @@ def adapter_tensors(model: nnx.Module, *, portable: bool = False) -> dict[str, n
     rank = max(rank_of(layer) for layer in layers.values())
     tensors = {}
     for name, layer in layers.items():
-        spec = layer.adapter.spec
-        values = layer.adapter.params
+        spec, values = _as_saved(layer)
         parameters = (LORA if portable else spec.method).parameters
         if portable:
-            values = spec.method.portable(spec, layer.adapter.values, rank)
+            values = portable_values(spec, layer.adapter.values, rank)
         for parameter, about in parameters.items():
             key = f"{PREFIX}{name}.{file_key(layer.linear_map, about)}"
             tensors[key] = to_file(layer.linear_map, about, np.asarray(values[parameter]))
+    tensors = with_tied(tensors, model)
     extra = trained_base_tensors(model)
     if portable and extra:
         raise ValueError(
@@ -125,6 +143,20 @@ def adapter_tensors(model: nnx.Module, *, portable: bool = False) -> dict[str, n
             "export it as peft or merged"
         )
     return tensors | extra
+
+
+def portable_values(spec: Spec, values: Params, rank: int) -> dict[str, np.ndarray]:
+    """Returns a layer's A and B of one rank, the scale within B; see `Method.portable`.
+
+    Raises:
+        ValueError: If its adapter is more than they hold.
+    """
+    try:
+        return spec.method.portable(spec, values, rank)
+    except ValueError as error:
+        raise ValueError(
+            f"peft-portable holds A and B only, but {error}; export peft or merged"
+        ) from None
 
 
 def trained_base_tensors(model: nnx.Module) -> dict[str, np.ndarray]:
@@ -211,8 +243,8 @@ def load_adapter[M: nnx.Module](model: M, directory: str | Path) -> M:
             "unload_lora the model first (merge_lora would leave them in its weights)"
         )
     directory = Path(directory)
-    config = read_adapter_config(directory)
     try:
+        config = settings_for(model, directory)
         adapted = apply_lora(model, config, rngs=nnx.Rngs(0))
     except TargetError as error:
         raise TargetError(f"{directory} does not fit this model: {error}") from None
@@ -235,12 +267,8 @@ def check_adapter(model: nnx.Module, directory: str | Path) -> dict[str, TensorE
     path = _tensor_file(Path(directory))
     entries = read_headers([path])
     expected = _expected_shapes(model)
-    _refuse_untied(entries, model, path)
-    # PEFT also saves the weights of an adapted head, which are the base's.
-    copies = {
-        f"{PREFIX}{name}.base_layer.weight": _base_shape(layer)
-        for name, layer in adapted_layers(model).items()
-    }
+    refuse_untied(entries, model, path)
+    copies = {key: _base_shape(layer) for key, layer in _base_copies(model).items()}
     for label, keys in (
         ("lacks", expected.keys() - entries.keys()),
         ("has unexpected", entries.keys() - expected.keys() - copies.keys()),
@@ -265,6 +293,7 @@ def _expected_shapes(model: nnx.Module) -> dict[str, tuple[int, ...]]:
         for parameter, about in spec.method.parameters.items():
             key = f"{PREFIX}{name}.{file_key(linear_map, about)}"
             shapes[key] = file_shape(linear_map, about, parameter, spec, stack)
+    shapes |= {key: shapes[of][::-1] for key, of in tied_keys(model).items()}
     for key, transposed, variable in _trained_parameters(model):
         shape = tuple(variable.get_value().shape)
         shapes[PREFIX + key] = shape[::-1] if transposed else shape
@@ -306,8 +335,7 @@ def _check_values(found: dict[str, np.ndarray], model: nnx.Module, path: Path) -
         if not np.isfinite(value.astype(np.float32)).all():
             raise AdapterError(f"{path}: {key} holds values that are not finite")
     expected = _expected_shapes(model)
-    for name, layer in adapted_layers(model).items():
-        key = f"{PREFIX}{name}.base_layer.weight"
+    for key, layer in _base_copies(model).items():
         if key in found and key not in expected:
             kernel = _base_weight(layer).astype(np.float32)
             if not np.array_equal(found[key].astype(np.float32), kernel):
@@ -317,17 +345,10 @@ def _check_values(found: dict[str, np.ndarray], model: nnx.Module, path: Path) -
                 )
 
 
-def _refuse_untied(entries: dict[str, TensorEntry], model: nnx.Module, path: Path) -> None:
-    """Refuses an adapter with separately trained head and embedding on a model that ties them."""
-    for name, source in tied_modules(model).items():
-        pair = [f"{PREFIX}{n}.weight" for n in (source, name)]
-        present = [read_tensor(entries[key]) for key in pair if key in entries]
-        if present and not (len(present) == 2 and np.array_equal(present[0], present[1])):
-            raise AdapterError(
-                f"{path}: {pair[0]} and {pair[1]} must both be there and equal, because the base "
-                f"model ties {name} to {source}; this adapter trained them apart "
-                "(ensure_weight_tying=false). Merge it with PEFT instead"
-            )
+def _base_copies(model: nnx.Module) -> dict[str, Carrier]:
+    """Returns the layers whose base weight PEFT may save, by its key: embedding and head."""
+    layers = adapted_layers(model) | tied_layers(model)
+    return {f"{PREFIX}{name}.base_layer.weight": layer for name, layer in layers.items()}
 
 
 def _base_weight(layer: Carrier) -> np.ndarray:

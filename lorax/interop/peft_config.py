@@ -1,4 +1,4 @@
-"""Reading adapter_config.json: the settings of plain LoRA, and fields of other methods."""
+"""Reading adapter_config.json: the settings of LoRA, and fields of methods that lorax lacks."""
 
 from pathlib import Path
 from typing import Any
@@ -35,12 +35,15 @@ _NEUTRAL_FIELDS = {
     "corda_config",
     "lora_ga_config",
     "loftq_config",
-    # For Conv1D alone: PEFT sets it to false for a linear layer, and lorax adapts no other.
+    # For the Conv1D of transformers alone, which is no convolution: PEFT sets it to false for others.
     "fan_in_fan_out",
 }
 
 # Named initialisations that do not change the base; all others change it before training.
 _PLAIN_INITIALISATIONS = ("gaussian", "orthogonal", "eva", "mica")
+
+# Those that PEFT repeats on loading, from the base alone; so does lorax.
+_REPEATED_INITIALISATIONS = ("pissa", "olora")
 
 _MERGE = (
     "merge with PEFT (PeftModel.from_pretrained(…).merge_and_unload()) and take the merged model"
@@ -57,7 +60,6 @@ _OTHER_METHODS = {
     "use_bdlora": ("BD-LoRA keeps blocks of A or B only", _MERGE),
     "velora_config": ("VeLoRA keeps more than A and B", _MERGE),
     "monteclora_config": ("Monteclora keeps more than A and B", _MERGE),
-    "trainable_token_indices": ("rows of the embedding were trained too", _MERGE),
     "target_parameters": ("parameters without a linear layer are adapted", _MERGE),
     "alora_invocation_tokens": (
         "aLoRA adapts only the tokens from the invocation on, and without this field all would be",
@@ -88,6 +90,9 @@ def read_adapter_config(directory: str | Path) -> LoraConfig:
         raise AdapterError("\n".join(f"{path}: {problem}" for problem in problems))
     # PEFT treats empty values as absent.
     fields = {f: raw[f] for f in _SHARED_FIELDS if raw.get(f) not in (None, [], "", {})}
+    start = str(raw.get("init_lora_weights")).lower()
+    if start in _REPEATED_INITIALISATIONS:
+        fields["init_lora_weights"] = start
     fields.setdefault("r", 8)
     fields.setdefault("lora_alpha", 8)
     if not fields.get("target_modules"):
@@ -120,6 +125,17 @@ def adapter_notes(directory: str | Path) -> list[str]:
         notes.append(f"{path}: MiCA trained A alone; lorax trains A and B")
     if raw.get("fan_in_fan_out"):
         notes.append(f"{path}: fan_in_fan_out is not read: it is for other layers than linear ones")
+    if raw.get("ensure_weight_tying") and "embed_tokens" in str(raw.get("target_modules")):
+        notes.append(
+            f"{path}: with ensure_weight_tying PEFT trains A and B of a tied embedding as those of "
+            "the lookup and as those of the head, with lora_dropout; lorax trains them once, "
+            "without dropout"
+        )
+    if raw.get("use_dora") and raw.get("lora_dropout"):
+        notes.append(
+            f"{path}: with use_dora PEFT's lora_dropout also drops inputs of the frozen weight; "
+            "lorax drops those of A alone"
+        )
     return notes
 
 
@@ -161,13 +177,10 @@ def _initialisation(value: Any) -> list[str]:
             "PEFT fails too: write true, since A and B are in the file whatever they began with"
         ]
     name = value.lower()
-    if name in _PLAIN_INITIALISATIONS:
+    if name in (*_PLAIN_INITIALISATIONS, *_REPEATED_INITIALISATIONS):
         return []
     remedy = _CONVERT
-    if name in ("pissa", "olora"):
-        # PEFT splits the base on loading, the same way as before training.
-        remedy = f"{_MERGE}; or {_CONVERT}"
-    elif name == "loftq":
+    if name == "loftq":
         remedy = "use it with PEFT, on the base that LoftQ quantised"
     return [
         f"init_lora_weights={show(value)} changes the base weights before training, so A and B "

@@ -13,6 +13,9 @@ import numpy as np
 from lorax.adapters.method import Parameter, Shape, Spec, shapes_of
 from lorax.layers.maps import Convolution, Map
 
+PREFIX = "base_model.model."
+"""What PEFT's files put before the name of a module."""
+
 _OF_EMBEDDINGS = {
     "lora_A.weight": "lora_embedding_A",
     "lora_B.weight": "lora_embedding_B",

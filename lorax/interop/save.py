@@ -42,8 +42,9 @@ def model_tensors(
     if unknown:
         raise ValueError(f"overrides name {listed(unknown)}, which this model does not have")
     parameters = dict(nnx.to_flat_state(nnx.state(model)))
-    for name in adapted_layers(model):
-        if hf_name((*name.split("."), "kernel"), model.config.family)[0] not in overrides:
+    for name, layer in adapted_layers(model).items():
+        path = (*name.split("."), layer.weight_name)
+        if hf_name(path, model.config.family)[0] not in overrides:
             raise ValueError(f"{name} carries adapters: merge_lora them first")
     for name, spec in table.items():
         if name in overrides:

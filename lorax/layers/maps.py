@@ -49,12 +49,14 @@ class TokenRows:
     """Rows of an embedding, or columns of a head, that stand in the place of W's own.
 
     Attributes:
-        ids: The tokens, ascending.
+        ids: The tokens, each once.
         values: A column for each token, (features, t).
+        own: W's own values of them.
     """
 
     ids: tuple[int, ...]
     values: Array
+    own: Array
 
 
 class Map(Protocol):
@@ -197,9 +199,10 @@ class Matmul:
     def replace(self, x: Array, w: Matrix, rows: TokenRows, dtype: DTypeLike) -> Array:
         """See `Map`."""
         x = self.rows(x.astype(dtype))
-        values = rows.values.astype(dtype)
+        # As a change, which is exactly 0 at first: a narrow matmul sums in another order.
+        change = (rows.values - rows.own.astype(rows.values.dtype)).astype(dtype)
         y = jnp.dot(x, jax.lax.stop_gradient(dense(w, dtype)))
-        return self.unfold(y.at[..., jnp.array(rows.ids)].set(jnp.dot(x, values)))
+        return self.unfold(y.at[..., jnp.array(rows.ids)].add(jnp.dot(x, change)))
 
     def replaced(self, w: Array, rows: TokenRows) -> Array:
         """See `Map`; tokens are columns."""
@@ -245,9 +248,10 @@ class Lookup:
 
     def replace(self, x: Array, w: Matrix, rows: TokenRows, dtype: DTypeLike) -> Array:
         """See `Map`."""
-        ids = jnp.array(rows.ids)
-        place = jnp.clip(jnp.searchsorted(ids, x), max=len(rows.ids) - 1)
-        own = jnp.take(rows.values.T.astype(dtype), place, axis=0)
+        order = sorted(range(len(rows.ids)), key=rows.ids.__getitem__)
+        ids = jnp.array([rows.ids[index] for index in order])
+        place = jnp.clip(jnp.searchsorted(ids, x), max=len(order) - 1)
+        own = jnp.take(rows.values.T.astype(dtype), jnp.take(jnp.array(order), place), axis=0)
         found = jnp.take(ids, place) == x
         return jnp.where(found[..., None], own, self.product(x, dense(w, dtype)))
 

@@ -106,7 +106,13 @@ class Planner:
         layers = adapted_layers(model)
         self.adapted = {name.rpartition(".")[2] for name in layers}
         costs = {name: cost_of(layer) for name, layer in layers.items()}
-        self.streamed = sum(cost.streamed for cost in costs.values())
+        tied = architecture.tie_word_embeddings
+        # A lookup reads a few rows; only as the head is an embedding multiplied by.
+        self.streamed = sum(
+            cost.streamed
+            for name, cost in costs.items()
+            if tied or layers[name].linear_map.kind != "lookup"
+        )
         self.ranks = _kept_columns(costs, architecture.family)
         self.full = not layers
         self.element = jnp.dtype(config.model.dtype).itemsize

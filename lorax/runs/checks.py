@@ -1,7 +1,8 @@
 """Checks before anything is written."""
 
 from lorax.adapters.nnx.tree import split_trainable
-from lorax.interop.peft import check_adapter, trains_base_weights
+from lorax.interop.export_formats import refuse_formats
+from lorax.interop.peft import check_adapter
 from lorax.models.decoder import CausalLM
 from lorax.planning.kernels import check_kernels
 from lorax.runs.model import Blueprint
@@ -30,17 +31,13 @@ def check_targets(blueprint: Blueprint) -> CausalLM:
 
     Raises:
         ValueError: If a setting matches nothing, a rank does not fit, a learning rate is that of
-            nothing, or the requested kernels cannot run here.
+            nothing, an export cannot hold what trains, or the requested kernels cannot run here.
     """
     config = blueprint.config
     adapted = blueprint.shapes
     if config.train.method == "full":
         return adapted
-    if "peft-portable" in config.save.export and trains_base_weights(adapted):
-        raise ValueError(
-            "save.export: peft-portable holds A and B only, but lora.bias or lora.modules_to_save "
-            "trains other weights too; export peft or merged"
-        )
+    refuse_formats(adapted, {"peft": None} | dict.fromkeys(config.save.export))
     if (scale := scale_by_settings(config.train)) is not None:
         scale.init(split_trainable(adapted)[1])
     check_kernels(config, adapted)

@@ -19,7 +19,7 @@ from lorax.devices.mesh import make_mesh
 from lorax.interop.folder import fetch_weights, resolve_base
 from lorax.interop.load import check_checkpoint, load_hf_config, load_model
 from lorax.interop.peft import load_adapter
-from lorax.interop.peft_config import read_adapter_config
+from lorax.interop.peft_tied import settings_for
 from lorax.interop.safetensors import TensorEntry
 from lorax.layers.carrier import Frozen
 from lorax.layers.linear import Linear
@@ -97,7 +97,6 @@ class Blueprint:
         full = config.train.method == "full"
         adapter = config.model.adapter
         dtype = jnp.dtype(config.model.dtype)
-        settings = read_adapter_config(adapter) if adapter else config.lora
         _check_kept_layers(config, architecture.num_hidden_layers)
 
         def build():
@@ -109,6 +108,7 @@ class Blueprint:
                 rngs=nnx.Rngs(0),
             )
             if not full:
+                settings = settings_for(model, adapter) if adapter else config.lora
                 model = apply_lora(model, settings, rngs=nnx.Rngs(0))
             set_kernels(model, config.model.kernels)
             _store(model, self.format)

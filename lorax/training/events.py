@@ -193,7 +193,10 @@ def model_size(model: Any) -> ModelSize:
             else:
                 frozen += math.prod(matrix.shape)
     for layer in adapted_layers(model).values():
-        trained += sum(p.size for p in layer.adapter.params.values() if p.ndim > 1)
+        only_looked_up = layer.linear_map.kind == "lookup" and not model.config.tie_word_embeddings
+        for name, about in layer.adapter.spec.method.parameters.items():
+            if len(about.axes) > 1 and not (only_looked_up and "k" in about.axes):
+                trained += math.prod(layer.adapter.params[name].shape)
     config = model.config
     return ModelSize(
         frozen_parameters=frozen,

@@ -49,10 +49,20 @@ ADAPTERS = {
         edit_adapter_config(peft_type="IA3"),
         r"adapter_config.json: peft_type must be LORA, got 'IA3'",
     ),
-    "DoRA": (
+    "BD-LoRA": (
+        "validate",
+        edit_adapter_config(use_bdlora=True),
+        r"adapter_config.json: use_bdlora=True is not supported; .*merge with PEFT",
+    ),
+    "DoRA without magnitudes": (
         "validate",
         edit_adapter_config(use_dora=True),
-        r"adapter_config.json: use_dora=True is not supported; .*merge with PEFT",
+        r"adapter_model.safetensors lacks \d+ tensors, first .*q_proj.lora_magnitude_vector",
+    ),
+    "DoRA with a bias": (
+        "validate",
+        edit_adapter_config(use_dora=True, lora_bias=True),
+        r"adapter_config.json: lora_bias: does not go with use_dora, as in PEFT",
     ),
     "PiSSA": (
         "validate",
@@ -134,9 +144,25 @@ TARGETS = {
         ["lora.target_modules='*_proj'"],
         r"lora.target_modules: needs a regular expression, got '\*_proj'",
     ),
-    "module that is not linear": (
-        ["lora.target_modules=[q_proj, embed_tokens]"],
-        r"embed_tokens.* cannot carry an adapter: only linear modules can",
+    "module without a weight to multiply by": (
+        ["lora.target_modules=[q_proj, input_layernorm]"],
+        r"input_layernorm.* cannot carry an adapter: only layers that multiply by a weight can",
+    ),
+    "bias of an embedding": (
+        ["lora.target_modules=[q_proj, embed_tokens]", "lora.lora_bias=true"],
+        r"model.embed_tokens cannot carry lora_bias: an embedding's update has no bias",
+    ),
+    "bias that no layer takes in": (
+        ["lora.lora_bias=true", "save.export=[merged]"],
+        r"save.export: merged cannot hold the lora_bias of .*, which has no bias of its own",
+    ),
+    "bias in a portable export": (
+        ["lora.lora_bias=true", "save.export=[peft-portable]"],
+        r"save.export: peft-portable holds A and B only, but lora_bias .*; export peft or merged",
+    ),
+    "DoRA in a portable export": (
+        ["lora.use_dora=true", "save.export=[peft-portable, merged]"],
+        r"save.export: peft-portable holds A and B only, but DoRA .*; export peft or merged",
     ),
     "rank too large": (
         ["lora.r=65"],

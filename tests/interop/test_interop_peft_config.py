@@ -19,7 +19,7 @@ from peft.tuners.lora.config import (
     VeloraConfig,
 )
 
-from lorax.interop.peft import load_adapter
+from lorax.interop.peft import load_adapter, save_adapter
 from lorax.interop.peft_config import (
     AdapterError,
     adapter_notes,
@@ -122,7 +122,26 @@ def test_a_number_as_initialisation_is_refused_as_peft_fails_with_it(adapter, ba
     assert read_adapter_config(edit(adapter, init_lora_weights=True)).r  # the remedy
 
 
-CHANGED_BASES = ("pissa", "pissa_niter_4", "olora", "OLoRA", "corda", "lora_ga", "loftq", "later")
+@pytest.mark.parametrize("start", ["pissa", "olora", "OLoRA"])
+def test_a_start_that_peft_repeats_on_loading_is_repeated(base, loaded_base, tmp_path, start):
+    model = trained(peft_model(base, init_lora_weights=start))
+    folder = save(model, tmp_path / "theirs")
+    ours = load_adapter(loaded_base, folder)
+    assert relative(ours(jnp.asarray(TOKENS)), torch_logits(model)) <= 1e-5
+    save_adapter(ours, tmp_path / "ours")
+    config = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
+    assert config["r"] == 2 * model.peft_config["default"].r and config["init_lora_weights"] is True
+    again: Any = PeftModel.from_pretrained(torch_base(base), tmp_path / "ours")
+    assert relative(torch_logits(again), torch_logits(model)) <= 1e-5
+
+
+def test_tokens_that_peft_trained_load(base, loaded_base, tmp_path):
+    model = trained(peft_model(base, trainable_token_indices=[5, 2]))
+    ours = load_adapter(loaded_base, save(model, tmp_path / "theirs"))
+    assert relative(ours(jnp.asarray(TOKENS)), torch_logits(model)) <= 1e-5
+
+
+CHANGED_BASES = ("pissa_niter_4", "corda", "lora_ga", "loftq", "later")
 
 
 @pytest.mark.parametrize("value", CHANGED_BASES)
@@ -149,21 +168,17 @@ def test_lora_ga_is_not_said_to_be_mended_by_merging(base, adapter, tmp_path):
 
 
 OTHER_METHODS = {
-    "use_dora": True,
     "kasa_config": KasaConfig(),
     "velora_config": VeloraConfig(num_groups=4),
     "monteclora_config": MontecloraConfig(),
     "use_bdlora": BdLoraConfig(target_modules_bd_a=["q_proj"], target_modules_bd_b=["v_proj"]),
-    "trainable_token_indices": [1, 2],
     "target_parameters": ["up_proj.weight"],
-    "init_lora_weights": "pissa",
     "alora_invocation_tokens": [3, 4],
     "layer_replication": [[0, 2], [1, 2]],
-    "lora_bias": True,
 }
 
 
-NOT_MERGED = ("alora_invocation_tokens", "layer_replication", "lora_bias")
+NOT_MERGED = ("alora_invocation_tokens", "layer_replication")
 
 
 @pytest.mark.parametrize("field", OTHER_METHODS)
@@ -207,14 +222,14 @@ def test_a_field_that_may_change_the_result_is_not_said_to_be_removable(adapter,
 
 @pytest.mark.parametrize("value", [0, 0.0])
 def test_a_number_of_zero_switches_only_a_known_method_off(adapter, value):
-    read_adapter_config(edit(adapter, use_dora=value))
+    read_adapter_config(edit(adapter, use_qalora=value))
     with pytest.raises(AdapterError, match=rf"newmethod_scale={value} is not supported"):
         read_adapter_config(edit(adapter, newmethod_scale=value))
 
 
 def test_all_that_is_wrong_is_said_at_once(adapter):
-    edit(adapter, use_dora=True, surprise=3, base_model_name_or_path=5)
+    edit(adapter, use_bdlora=True, surprise=3, base_model_name_or_path=5)
     with pytest.raises(AdapterError) as refused:
         read_adapter_config(adapter)
-    for field in ("use_dora=True", "surprise=3", "base_model_name_or_path must be text"):
+    for field in ("use_bdlora=True", "surprise=3", "base_model_name_or_path must be text"):
         assert field in str(refused.value)

@@ -32,7 +32,7 @@ def draw(seed, *shape, dtype="bfloat16", scale=1.0):
     return values.astype(jnp.dtype(dtype))
 
 
-def draw_members(k, sizes, dtype="bfloat16", bias=()):
+def draw_members(k, sizes, dtype="bfloat16", bias=(), factor=()):
     """Members of (n, r), r 0 without an update; adapters are float32, exact in `dtype`."""
     members = []
     for i, (n, r) in enumerate(sizes):
@@ -42,6 +42,8 @@ def draw_members(k, sizes, dtype="bfloat16", bias=()):
             member["b"] = draw(10 * i + 3, r, n, dtype=dtype, scale=0.3).astype(np.float32)
         if i in bias:
             member["bias"] = draw(10 * i + 4, n, dtype=dtype)
+        if i in factor:
+            member["factor"] = np.float32(1 + draw(10 * i + 5, n, dtype="float32", scale=0.3))
         members.append(member)
     return members
 
@@ -74,6 +76,8 @@ def exact_group(x, members, dropout_rate=0.0, dropout_key=None):
                 rows, member["w"], member["a"], member["b"], scale=scale,
                 dropout_rate=dropout_rate, dropout_key=dropout_key,
             )  # fmt: skip
+        if "factor" in member:
+            y = y * member["factor"][None]
         if "bias" in member:
             y = y + member["bias"][None]
         outputs.append(y.reshape(*x.shape[:-1], -1))
@@ -81,8 +85,9 @@ def exact_group(x, members, dropout_rate=0.0, dropout_key=None):
 
 
 def differentiate(function, x, members):
-    """Returns the outputs, dx, and every da and db."""
-    adapters = [{name: m[name] for name in ("a", "b") if name in m} for m in members]
+    """Returns the outputs, dx, and the gradient of all that trains."""
+    trains = ("a", "b", "factor")
+    adapters = [{name: m[name] for name in trains if name in m} for m in members]
 
     def run(x, adapters):
         return function(x, [{**m, **own} for m, own in zip(members, adapters, strict=True)])

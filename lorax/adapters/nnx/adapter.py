@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
@@ -221,6 +222,25 @@ def merge_factor(layer: Carrier) -> Array | None:
     """Returns the factor that merging multiplies the columns by; None is 1."""
     operands = _operands(layer)
     return operands.factor if isinstance(operands, LoraWeights) else None
+
+
+def begins_in_base(layer: Carrier) -> bool:
+    """Says whether what the active adapter began with is subtracted from what the layer computes."""
+    return "first_a" in layer.adapter.fixed_names
+
+
+def rebase(layer: Carrier) -> None:
+    """Takes what the active adapter began with out of the layer's matrix instead."""
+    w = layer.matrix
+    adapter = layer.adapter
+    fixed = {name: adapter.values[name] for name in adapter.fixed_names}
+    product = jnp.matmul(fixed.pop("first_a"), fixed.pop("first_b"), precision="highest")
+    rest = dense(w, jnp.float32) - jnp.float32(adapter.spec.scale) * product
+    layer.freeze(rest.astype(w.dtype))
+    if "squares" in fixed:
+        fixed["squares"] = jnp.square(layer.matrix.astype(jnp.float32)).sum(-2)
+    spec = dataclasses.replace(adapter.spec, start=True)
+    layer.attached[layer.active] = Adapter(spec, adapter.params, fixed)
 
 
 def unmerged_matrix(layer: Carrier) -> Float[Array, "k n"]:

@@ -157,7 +157,9 @@ def targets_of(model: nnx.Module, config: LoraConfig) -> list[Target]:
         return _without_narrow(found, modules) if is_all_linear(config) else found
     except TargetError as error:
         names = [
-            f"{name} is tied to {source}" for name, source in tied.items() if name in str(error)
+            f"{name} is tied to {source}, whose adapter or training is its own too"
+            for name, source in tied.items()
+            if name in str(error)
         ]
         raise TargetError("; ".join([str(error), *names])) from None
 
@@ -252,7 +254,7 @@ def adopt(name: str, modules: dict[str, nnx.Module], references: Any) -> Carrier
 def _attach(name: str, layer: Carrier, spec: Spec, rngs: nnx.Rngs) -> None:
     linear_map = layer.linear_map
     if reason := spec.method.obstacle(spec, linear_map.kind, Shape(*linear_map.shape)):
-        raise TargetError(f"{name}: {reason}")
+        raise TargetError(f"{name} cannot carry {spec.method.name}: {reason}")
     attach(layer, spec, rngs.params())
 
 

@@ -6,9 +6,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lorax.adapters.nnx.adapter import (
+    begins_in_base,
     merge_factor,
     merged_bias,
     merged_matrix,
+    rebase,
     unmerged_bias,
     unmerged_matrix,
 )
@@ -85,6 +87,32 @@ def unmerge_lora[M: nnx.Module](model: M) -> M:
         layer.adapter.merged_factor.set_value(None)
         layer.merged = False
     return unmerged
+
+
+def rebase_lora[M: nnx.Module](model: M) -> M:
+    """Returns `model` with what its adapters began with taken out of the base.
+
+    PiSSA and OLoRA begin with a part of W, which lorax subtracts as ``s·A₀·B₀``. Here the base is
+    ``W' = W - s·A₀·B₀``, rounded once to its dtype, with plain adapters of rank r, as PEFT trains
+    them. Save both: ``save_model(unload_lora(rebased), …)`` and ``save_adapter(rebased, …)``. Without
+    it, `save_adapter` writes adapters of rank 2r for the original base.
+
+    Raises:
+        ValueError: If no adapter began so, or a layer is merged.
+    """
+    check_kind("model", model, nnx.Module, _MODEL)
+    rebased = nnx.clone(model)
+    layers = [layer for layer in adapted_layers(rebased).values() if begins_in_base(layer)]
+    if not layers:
+        raise ValueError(
+            "no adapter began with a part of the base: save_adapter writes them for the base as it "
+            "is"
+        )
+    if any(layer.merged for layer in layers):
+        raise ValueError("the adapters are merged; unmerge_lora the model first")
+    for layer in layers:
+        rebase(layer)
+    return rebased
 
 
 def unload_lora[M: nnx.Module](model: M) -> M:

@@ -41,6 +41,8 @@ def tables_of(
         given = {_one_embedding(embeddings): given}
     found: dict[str, tuple[int, ...]] = {}
     for entry, ids in given.items():
+        if repeated := sorted({token for token in ids if ids.count(token) > 1}):
+            raise TargetError(f"{_SETTING}: {show(entry)} has token {repeated[0]} more than once")
         names = [n for n in (*modules, *tied) if n == entry or n.endswith(f".{entry}")]
         tables = [tied.get(name, name) for name in names]
         if not names or any(shape_of(modules[name]) is None for name in tables):
