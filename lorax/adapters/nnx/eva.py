@@ -294,13 +294,16 @@ class _Batch(NamedTuple):
 
 
 def _endless(batches: Iterable[Any]) -> Iterator[_Batch]:
-    """Yields the batches, and again from the first where they end."""
+    """Yields the batches, and again from the first where they end; an iterator's are kept."""
     kept = []
+    count = 0
     for batch in batches:
-        kept.append(batch)
+        if isinstance(batches, Iterator):
+            kept.append(batch)
+        count += 1
         yield _Batch(batch, again=False)
-    if not kept:
+    if count == 0:
         raise ValueError("batches is empty: EVA needs at least one")
     while True:
-        for batch in kept:
+        for batch in kept or batches:
             yield _Batch(batch, again=True)
