@@ -45,8 +45,9 @@ def initialize_eva[M: nnx.Module](
 
     The base model runs on the batches, again from the first where they end, until the first
     components of each layer's inputs keep their directions. Then the ranks go to the components
-    that explain most: a layer has from 0, which is no adapter, to ``rho · r``, and their sum stays.
-    A's columns are the components, B is zero. An embedding keeps its rank, and begins as ever.
+    that explain most: a layer has from 0, which is no adapter, to ``rho · r`` or its narrower side,
+    and their sum stays. A's columns are the components, B is zero. An embedding keeps its rank, and
+    begins as ever.
 
     Args:
         model: As for `apply_lora`; it stays as it was.
