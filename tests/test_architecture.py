@@ -33,6 +33,8 @@ ORDER = (
     "system",
     "lorax_kernels",
 )
+# Modules that only give public names, which none of lorax's own imports.
+PUBLIC = {"lorax", "lorax.linen"}
 # They stand side by side: each imports layers, neither the other.
 APART = {"adapters", "models"}
 # Which package, or module, may not import what of other people's.
@@ -101,8 +103,10 @@ def is_inside(name, package):
 
 
 def package_of(module):
+    if module in PUBLIC:
+        return None
     parts = module.split(".")
-    return parts[0] if parts[0] == "lorax_kernels" else parts[1] if len(parts) > 1 else None
+    return parts[0] if parts[0] == "lorax_kernels" else parts[1]
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -141,6 +145,12 @@ def test_packages_hold_a_docstring_and_nothing_else():
             (node,) = ast.parse(path.read_text(encoding="utf-8")).body
             text = ast.get_docstring(ast.Module([node], []), clean=False)
             assert text and "\n" not in text, f"{module}: one line"
+
+
+def test_public_modules_give_names_and_define_none():
+    for module in PUBLIC:
+        _, *lines = ast.parse(MODULES[module].read_text(encoding="utf-8")).body
+        assert lines and all(isinstance(line, ast.ImportFrom) for line in lines)
 
 
 def test_the_readme_has_a_line_for_each_package_in_this_order():

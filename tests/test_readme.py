@@ -106,6 +106,18 @@ def test_the_guide_to_one_s_own_model_runs_from_top_to_bottom(tmp_path, monkeypa
     }
 
 
+def test_the_guide_to_linen_models_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys):
+    page = "docs/linen.md"
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    with jax.numpy_dtype_promotion("standard"):  # optax.adamw needs it
+        exec(compile("\n".join(blocks(page)), page, "exec"), names)
+    first = capsys.readouterr().out.splitlines()[0]
+    assert f"# {first}\n" in (ROOT / page).read_text(encoding="utf-8")
+    assert names["metrics"]["applied"] and names["loss"] < 0.85 * np.log(64)  # of a guess
+    assert {p.name for p in (tmp_path / "outputs").iterdir()} == {"decoder-adapter"}
+
+
 def test_the_guide_names_the_layers_that_are_trained_whole(tmp_path):
     class Model(nnx.Module):
         def __init__(self):

@@ -71,10 +71,14 @@ class Lora:
     def portable(self, spec: Spec, values: Params, rank: int) -> dict[str, np.ndarray]:
         """Returns A and s·B, with zeros up to the rank."""
         spec, values = self.plain(spec, values)
-        padding = (0, rank - spec.r)
+        missing = rank - spec.r
         a = np.asarray(values["lora_a"])
         b = np.asarray(values["lora_b"]) * np.float32(spec.scale)
-        return {"lora_a": np.pad(a, ((0, 0), padding)), "lora_b": np.pad(b, (padding, (0, 0)))}
+        stack = ((0, 0),) * (a.ndim - 2)
+        return {
+            "lora_a": np.pad(a, (*stack, (0, 0), (0, missing))),
+            "lora_b": np.pad(b, (*stack, (0, missing), (0, 0))),
+        }
 
 
 def changes_base(spec: Spec) -> bool:

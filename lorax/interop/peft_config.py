@@ -13,8 +13,10 @@ from lorax.system.wording import clip, show
 
 CONFIG_FILE = "adapter_config.json"
 
-# Fields that lorax's LoraConfig also has. PEFT's initialisation has more values.
-_SHARED_FIELDS = [name for name in LoraConfig.model_fields if name != "init_lora_weights"]
+# Fields that lorax's LoraConfig also has, but those of the first values, of which PEFT has more.
+_SHARED_FIELDS = [
+    name for name in LoraConfig.model_fields if name not in ("init_lora_weights", "eva_config")
+]
 
 # Fields that cannot change what a loaded adapter computes.
 _NEUTRAL_FIELDS = {

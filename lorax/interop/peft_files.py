@@ -127,7 +127,7 @@ def layer_tensors(
     }
 
 
-def portable_values(spec: Spec, values: Params, rank: int) -> Mapping[str, Any]:
+def portable_values(spec: Spec, values: Mapping[str, Any], rank: int) -> Mapping[str, Any]:
     """Returns a layer's A and B of one rank, the scale within B; see `Method.portable`.
 
     Raises:

@@ -10,9 +10,10 @@ import numpy as np
 from flax import linen
 from flax.core import meta
 
-from lorax.adapters.linen.apply import apply_lora
+from lorax.adapters.linen.apply import apply_saved
 from lorax.adapters.linen.merge import ADAPTED
 from lorax.adapters.linen.model import TRAINED, AdaptedModel
+from lorax.adapters.linen.trace import Inputs
 from lorax.adapters.linen.tree import Path as Place
 from lorax.adapters.linen.tree import dotted, replaced
 from lorax.adapters.targets import TargetError
@@ -131,9 +132,7 @@ def load_adapter(
     directory = Path(directory)
     config = read_adapter_config(directory)
     try:
-        adapted, variables = apply_lora(
-            model, variables, config, *args, rngs=0, method=method, **kwargs
-        )
+        adapted, variables = apply_saved(model, variables, config, Inputs(args, kwargs, method))
     except TargetError as error:
         raise TargetError(f"{directory} does not fit this model: {error}") from None
     path = tensor_file(directory)

@@ -38,8 +38,11 @@ _TRANSPOSED = {"lora_A.weight": "lora_embedding_B", "lora_B.weight": "lora_embed
 
 
 def tied_layers(model: nnx.Module) -> dict[str, Carrier]:
-    """Returns the adapted layers that are used under another name too, by that name."""
-    layers = adapted_layers(model)
+    """Returns the adapted layers that are used under another name too, by that name.
+
+    Without those of which single tokens train: PEFT has one for both names.
+    """
+    layers = {n: layer for n, layer in adapted_layers(model).items() if layer.adapter.spec.r}
     tied = tied_modules(model)
     return {name: layers[source] for name, source in tied.items() if source in layers}
 

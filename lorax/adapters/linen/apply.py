@@ -1,7 +1,7 @@
 """LoRA on a Linen model: which layers, and what they begin with."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -30,6 +30,7 @@ from lorax.adapters.targets import (
 )
 from lorax.adapters.tokens import token_spec
 from lorax.config.adapter import LoraConfig
+from lorax.layers.maps import Map
 from lorax.system.arguments import check_kind
 
 
@@ -68,11 +69,39 @@ def apply_lora(
             exceeds a layer's dimensions.
     """
     variables = _checked(model, variables, config)
-    source = as_rngs(rngs)
-    params = variables.pop("params")
     inputs = Inputs(args, kwargs, method)
+    return _apply(model, variables, config, inputs, as_rngs(rngs), check_rank)
+
+
+def apply_saved(
+    model: linen.Module, variables: Mapping[str, Any], config: LoraConfig, inputs: Inputs
+) -> tuple[AdaptedModel, dict[str, Any]]:
+    """Returns what `apply_lora` does, for the values of a file.
+
+    Its ranks may exceed a layer's dimensions: those of ``peft-portable`` are the largest of all
+    layers, and those of PiSSA and OLoRA are doubled.
+
+    Raises:
+        TypeError: As `apply_lora`.
+        TargetError: As `apply_lora`, but of ranks.
+    """
+    variables = _checked(model, variables, config)
+    return _apply(model, variables, config, inputs, as_rngs(0), lambda shape, target: None)
+
+
+def _apply(
+    model: linen.Module,
+    variables: dict[str, Any],
+    config: LoraConfig,
+    inputs: Inputs,
+    rngs: nnx.Rngs,
+    check: Callable[[Shape, Target], None],
+) -> tuple[AdaptedModel, dict[str, Any]]:
+    params = variables.pop("params")
     modules = find_modules(model, params, variables, inputs)
     targets = targets_of(modules, config)
+    for target in targets:
+        check(Shape(*_map_of(modules[target.name]).shape), target)
     specs = _specs(modules, targets, config)
     check_reached(model, params, variables, inputs, {name: modules[name] for name in specs})
     trained: dict[str, Any] = {}
@@ -83,7 +112,7 @@ def apply_lora(
     layers = [_layer(name, modules[name], spec) for name, spec in specs.items()]
     for layer in layers:
         w = layer.linear_map.matrix(value_at(params, (*layer.path, layer.weight)))
-        begun = stack.start(layer.spec, w, source.params(), layer.linear_map.kind)
+        begun = stack.start(layer.spec, w, rngs.params(), layer.linear_map.kind)
         for name, value in begun.params.items():
             trained = put(trained, (*layer.path, name), value)
         for name, value in begun.fixed.items():
@@ -117,8 +146,6 @@ def targets_of(modules: Mapping[str, Found], config: LoraConfig) -> list[Target]
             return bool(modules[name].stack or re.search(r"\d", inside))
 
         targets = without_narrow(targets, shapes, is_repeated)
-    for target in targets:
-        check_rank(shapes[target.name], target)
     return targets
 
 
@@ -158,12 +185,16 @@ def _specs(
 
 
 def _layer(name: str, entry: Found, spec: Spec) -> Layer:
-    site = entry.site
-    linear_map = entry.linear_map
-    assert site is not None and linear_map is not None
+    linear_map = _map_of(entry)
     if reason := spec.method.obstacle(spec, linear_map.kind, Shape(*linear_map.shape)):
-        raise TargetError(f"{name}: {reason}")
-    return Layer(entry.path, spec, linear_map, site.weight, entry.stack)
+        raise TargetError(f"{name} cannot carry {spec.method.name}: {reason}")
+    assert entry.site is not None
+    return Layer(entry.path, spec, linear_map, entry.site.weight, entry.stack)
+
+
+def _map_of(entry: Found) -> Map:
+    assert entry.linear_map is not None
+    return entry.linear_map
 
 
 def _base_to_train(

@@ -83,8 +83,12 @@ class AdaptedModel:
     deterministic: bool = False
     modules: Mapping[str, bool] = dataclasses.field(default_factory=dict, repr=False)
 
-    def eval(self) -> "AdaptedModel":
-        """Returns the model without dropout of the adapters; the model's own is its own matter."""
+    def for_evaluation(self) -> "AdaptedModel":
+        """Returns the model without dropout of the adapters; the model's own is its own matter.
+
+        With the kernels ``auto`` XLA computes it, because the shapes of evaluation change, and
+        compiling a kernel for each costs more than it saves.
+        """
         return dataclasses.replace(self, deterministic=True)
 
     def with_kernels(self, kernels: Kernels) -> "AdaptedModel":
@@ -171,7 +175,7 @@ class AdaptedModel:
         if key is None:
             raise ValueError(
                 "lora_dropout needs a fresh key every step: apply(variables, …, rngs={'lora': "
-                "key}), or adapted.eval().apply(variables, …) to turn it off"
+                "key}), or adapted.for_evaluation().apply(variables, …) to turn it off"
             )
         if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):  # of jax.random.PRNGKey
             key = jax.random.wrap_key_data(key)

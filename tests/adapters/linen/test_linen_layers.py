@@ -155,5 +155,5 @@ def test_a_dense_layer_runs_the_kernel_that_nnx_runs():
 
 def calls(jaxpr):
     """Returns the kernels that a function launches, with what they are given."""
-    found = [e for e in equations(jaxpr.jaxpr) if e.primitive.name in ("core_map", "pallas_call")]
+    found = [e for e in equations(jaxpr.jaxpr) if e.primitive.name in ("mpmd_map", "pallas_call")]
     return [[str(v.aval) for v in equation.invars] for equation in found]

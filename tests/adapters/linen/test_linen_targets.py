@@ -224,7 +224,9 @@ def test_settings_that_match_nothing_are_refused(settings, message):
 
 
 def test_methods_refuse_what_they_cannot_carry():
-    with pytest.raises(TargetError, match="layer: an embedding's update has no bias"):
+    with pytest.raises(
+        TargetError, match="layer cannot carry lora_bias: an embedding's update has no bias"
+    ):
         adapt(KINDS["embed"].model(), IDS, lora_bias=True)
     with pytest.raises(TargetError, match="but no layer of a target module has a bias"):
         adapt(KINDS["dense_without_bias"].model(), X, bias="lora_only")
