@@ -4,6 +4,7 @@ from lorax.adapters.nnx.apply import apply_lora as apply_lora
 from lorax.adapters.nnx.apply import set_dropout_key as set_dropout_key
 from lorax.adapters.nnx.apply import set_kernels as set_kernels
 from lorax.adapters.nnx.apply import use_adapter as use_adapter
+from lorax.adapters.nnx.eva import initialize_eva as initialize_eva
 from lorax.adapters.nnx.merge import merge_lora as merge_lora
 from lorax.adapters.nnx.merge import rebase_lora as rebase_lora
 from lorax.adapters.nnx.merge import unload_lora as unload_lora

@@ -203,7 +203,12 @@ def _is_in_layers(name: str, config: LoraConfig) -> bool:
 def _sized(name: str, config: LoraConfig) -> Target:
     r = pattern_value(config.rank_pattern, name, config.r)
     alpha = pattern_value(config.alpha_pattern, name, config.lora_alpha)
-    return Target(name, r, alpha, alpha / (r**0.5 if config.use_rslora else r))
+    return Target(name, r, alpha, scale_of(alpha, r, config))
+
+
+def scale_of(lora_alpha: float, r: int, config: LoraConfig) -> float:
+    """Returns the scale of an update of rank r."""
+    return lora_alpha / (r**0.5 if config.use_rslora else r)
 
 
 def refuse_patterns(config: LoraConfig, names: Collection[str]) -> None:

@@ -35,7 +35,7 @@ def validate(parsed, console: Console) -> None:
     modules = plural(sum(row.count for row in rows), "module")
     trained = sum(row.parameters for row in rows)
     if rows:
-        print_line(console, f"lora: {modules}, {trained:,} parameters in A and B")
+        print_line(console, f"lora: {modules}, {trained:,} parameters in adapters")
     report_course(console, setup.course)
     if holds_run:
         found = f"save.output_dir: {config.save.output_dir} holds a run"

@@ -16,6 +16,7 @@ from lorax.config.types import (
     Modules,
     Names,
     Section,
+    Share,
     check_regex,
 )
 from lorax.system.wording import show
@@ -26,19 +27,41 @@ Alpha = Annotated[float, Field(gt=0, le=1e6)]
 
 _STARTS = ("gaussian", "orthogonal", "pissa", "olora")
 
+EVA = "eva"
+"""The value of `init_lora_weights` that needs batches."""
+
 
 def _check_start(value: Any) -> bool | str:
     if value is True:
         return True
     word = value.lower() if isinstance(value, str) else ""
-    if word in _STARTS or re.fullmatch(r"pissa_niter_\d{1,3}", word):
+    if word in (*_STARTS, EVA) or re.fullmatch(r"pissa_niter_\d{1,3}", word):
         return word
-    known = "true, gaussian, orthogonal, pissa, pissa_niter_ with a number, or olora"
+    known = "true, gaussian, orthogonal, pissa, pissa_niter_ with a number, olora or eva"
     raise ValueError(f"needs {known}, got {show(value)}")
 
 
 Initialisation = Annotated[bool | str, BeforeValidator(_check_start)]
 Tokens = Annotated[tuple[Index, ...], Field(min_length=1), FromList]
+
+
+class EvaConfig(Section):
+    """Settings of EVA, with the names and meanings of PEFT's `EvaConfig`.
+
+    Attributes:
+        rho: A layer's rank is at most ρ·r; 1 leaves every rank as it is.
+        tau: A component has converged where the cosine of its directions before and after a batch
+            is at least τ.
+        use_label_mask: Only tokens that are learned count; otherwise all but padding.
+        whiten: Divides each component by the root of its singular value.
+        adjust_scaling_factors: Keeps the scale of a layer whose rank changes, by its alpha.
+    """
+
+    rho: Annotated[float, Field(ge=1)] = 2.0
+    tau: Share = 0.99
+    use_label_mask: bool = True
+    whiten: bool = False
+    adjust_scaling_factors: bool = True
 
 
 class LoraConfig(Section):
@@ -82,8 +105,14 @@ class LoraConfig(Section):
     lora_bias: Annotated[bool, OfStep] = False
     bias: Annotated[Literal["none", "all", "lora_only"], OfStep] = "none"
     init_lora_weights: Annotated[Initialisation, OfStep] = True
+    eva_config: Annotated[EvaConfig | None, OfStep] = None
     modules_to_save: Annotated[Names | None, OfStep] = None
     trainable_token_indices: Annotated[Tokens | dict[str, Tokens] | None, OfStep] = None
+
+    @property
+    def eva(self) -> EvaConfig:
+        """The settings of EVA; their defaults if none are given."""
+        return self.eva_config or EvaConfig()
 
     @field_validator("rank_pattern", "alpha_pattern")
     @classmethod
@@ -104,5 +133,7 @@ class LoraConfig(Section):
             yield "layers_to_transform", "needs at least one layer, got an empty list"
         if self.use_dora and self.lora_bias:
             yield "lora_bias", "does not go with use_dora, as in PEFT: set one of them to false"
+        if self.eva_config is not None and self.init_lora_weights != EVA:
+            yield "eva_config", "is only read with init_lora_weights: eva; set it, or remove this"
         if self.layers_pattern is not None and self.layers_to_transform is None:
             yield "layers_pattern", "is only read together with layers_to_transform: set both"

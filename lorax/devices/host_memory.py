@@ -40,7 +40,7 @@ def embedding_obstacle(model: Any) -> str | None:
     if model.config.tie_word_embeddings:
         return "the model's output head is the same array (tie_word_embeddings)"
     if getattr(_embedding(model), "attached", None):
-        return "it carries an adapter; take it out of lora.target_modules to keep this"
+        return "the embedding carries an adapter; take it out of lora.target_modules to keep this"
     if trains_embedding(model):
         return "lora.modules_to_save trains the embedding; take it out there to keep this"
     return None

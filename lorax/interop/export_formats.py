@@ -1,6 +1,7 @@
 """What a format of an export cannot hold, known before the training."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 from flax import nnx
@@ -36,7 +37,8 @@ def refuse_formats(model: nnx.Module, formats: Iterable[str]) -> None:
                 case "merged":
                     _refuse_merged(layers)
         except ValueError as error:
-            raise ValueError(f"save.export: {error}") from None
+            why = " (a run always exports as peft)" if format == "peft" else ""
+            raise ValueError(f"save.export{why}: {error}") from None
 
 
 def _refuse_portable(model: nnx.Module, layers: dict[str, Carrier]) -> None:
@@ -49,7 +51,7 @@ def _refuse_portable(model: nnx.Module, layers: dict[str, Carrier]) -> None:
     for layer in {layer.adapter.spec.method: layer for layer in layers.values()}.values():
         spec = layer.adapter.spec
         shapes = shapes_of(spec, shape_of(layer))
-        values = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+        values: Any = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
         portable_values(spec, values, rank_of(layer))
 
 

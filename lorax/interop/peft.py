@@ -35,7 +35,14 @@ from lorax.interop.peft_files import (
     tensor_file,
     write_adapter,
 )
-from lorax.interop.peft_layout import PREFIX, file_key, file_shape, from_file
+from lorax.interop.peft_layout import (
+    PREFIX,
+    file_key,
+    file_shape,
+    from_file,
+    kernel_from_file,
+    kernel_to_file,
+)
 from lorax.interop.peft_tied import refuse_untied, settings_for, tied_keys, tied_layers, with_tied
 from lorax.interop.safetensors import TensorEntry, read_headers, read_tensor
 from lorax.interop.tensors import hf_name
@@ -121,7 +128,7 @@ def trained_base_tensors(model: nnx.Module) -> dict[str, np.ndarray]:
     tensors = {}
     for key, transposed, variable in _trained_parameters(model):
         value = np.asarray(variable.get_value())
-        tensors[PREFIX + key] = np.ascontiguousarray(value.T if transposed else value)
+        tensors[PREFIX + key] = np.ascontiguousarray(kernel_to_file(value) if transposed else value)
     for name, source in tied_modules(model).items():
         shared = tensors.get(f"{PREFIX}{source}.weight")
         if shared is not None:
@@ -234,7 +241,7 @@ def _expected_shapes(model: nnx.Module) -> dict[str, tuple[int, ...]]:
     shapes |= {key: shapes[of][::-1] for key, of in tied_keys(model).items()}
     for key, transposed, variable in _trained_parameters(model):
         shape = tuple(variable.get_value().shape)
-        shapes[PREFIX + key] = shape[::-1] if transposed else shape
+        shapes[PREFIX + key] = (*shape[:-3:-1], *shape[:-2]) if transposed else shape
     for name, source in tied_modules(model).items():
         if (shared := f"{PREFIX}{source}.weight") in shapes:
             shapes[f"{PREFIX}{name}.weight"] = shapes[shared]
@@ -254,7 +261,7 @@ def _fill(model: nnx.Module, tensors: dict[str, np.ndarray]) -> None:
     for key, transposed, variable in _trained_parameters(model):
         value = wide(PREFIX + key)
         dtype = variable.get_value().dtype
-        variable.set_value(jnp.asarray(value.T if transposed else value, dtype))
+        variable.set_value(jnp.asarray(kernel_from_file(value) if transposed else value, dtype))
 
 
 def _check_values(found: dict[str, np.ndarray], model: nnx.Module, path: Path) -> None:

@@ -1,5 +1,6 @@
 """Reading adapter_config.json: the settings of LoRA, and fields of methods that lorax lacks."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from lorax.system.wording import clip, show
 
 CONFIG_FILE = "adapter_config.json"
 
-# Fields that lorax's LoraConfig also has. PEFT's initialisation has more values.
-_SHARED_FIELDS = [name for name in LoraConfig.model_fields if name != "init_lora_weights"]
+# Fields that lorax's LoraConfig also has, but those of the first values, of which PEFT has more.
+_SHARED_FIELDS = [
+    name for name in LoraConfig.model_fields if name not in ("init_lora_weights", "eva_config")
+]
 
 # Fields that cannot change what a loaded adapter computes.
 _NEUTRAL_FIELDS = {
@@ -33,7 +36,7 @@ _NEUTRAL_FIELDS = {
     "corda_config",
     "lora_ga_config",
     "loftq_config",
-    # For the Conv1D of transformers alone, which is no convolution: PEFT sets it to false for others.
+    # For transformers' Conv1D alone, which is no convolution: PEFT sets it to false for others.
     "fan_in_fan_out",
 }
 
@@ -114,27 +117,37 @@ def read_base_name(directory: str | Path) -> tuple[str | None, str | None]:
     return raw.get("base_model_name_or_path") or None, raw.get("revision") or None
 
 
-def adapter_notes(directory: str | Path) -> list[str]:
-    """Returns notes on an adapter that loads: how further training will differ."""
+def adapter_notes(directory: str | Path, *, trains: bool = True) -> list[str]:
+    """Returns notes on an adapter that loads.
+
+    Args:
+        directory: Its folder.
+        trains: Whether it is trained on: then they say how that differs from PEFT's training.
+    """
     path = Path(directory) / CONFIG_FILE
     raw = read_json(path)
     notes = []
-    if str(raw.get("init_lora_weights")).lower() == "mica":
-        notes.append(f"{path}: MiCA trained A alone; lorax trains A and B")
     if raw.get("fan_in_fan_out"):
-        notes.append(f"{path}: fan_in_fan_out is not read: it is for other layers than linear ones")
+        notes.append("fan_in_fan_out is not read: it is for other layers than linear ones")
+    if trains:
+        notes += _differences(raw)
+    return [f"{path}: {note}" for note in notes]
+
+
+def _differences(raw: dict[str, Any]) -> Iterator[str]:
+    """Yields how further training differs from PEFT's."""
+    if str(raw.get("init_lora_weights")).lower() == "mica":
+        yield "MiCA trained A alone; lorax trains A and B"
     if raw.get("ensure_weight_tying") and "embed_tokens" in str(raw.get("target_modules")):
-        notes.append(
-            f"{path}: with ensure_weight_tying PEFT trains A and B of a tied embedding as those of "
-            "the lookup and as those of the head, with lora_dropout; lorax trains them once, "
-            "without dropout"
+        yield (
+            "with ensure_weight_tying PEFT steps A and B of a tied embedding as those of the "
+            "lookup, and as those of the head, with lora_dropout; lorax steps them once, without"
         )
     if raw.get("use_dora") and raw.get("lora_dropout"):
-        notes.append(
-            f"{path}: with use_dora PEFT's lora_dropout also drops inputs of the frozen weight; "
-            "lorax drops those of A alone"
+        yield (
+            "with use_dora PEFT's lora_dropout also drops inputs of the frozen weight; lorax drops "
+            "those of A alone"
         )
-    return notes
 
 
 def _check_names(raw: dict[str, Any]) -> list[str]:

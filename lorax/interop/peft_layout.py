@@ -87,3 +87,13 @@ def file_shape(
     shape = (*stack, *shapes_of(spec, Shape(*linear_map.shape))[name])
     empty = np.broadcast_to(np.zeros((), np.bool_), shape)  # takes no memory
     return to_file(linear_map, parameter, empty).shape
+
+
+def kernel_to_file(kernel: np.ndarray) -> np.ndarray:
+    """Returns a kernel that is trained whole, (*window, k, n), as torch has it: (n, k, *window)."""
+    return np.moveaxis(kernel, (-1, -2), (0, 1))
+
+
+def kernel_from_file(weight: np.ndarray) -> np.ndarray:
+    """Returns the kernel of what `kernel_to_file` returned."""
+    return np.moveaxis(weight, (0, 1), (-1, -2))

@@ -31,7 +31,14 @@ from lorax.interop.peft_files import (
     tensor_file,
     write_adapter,
 )
-from lorax.interop.peft_layout import PREFIX, file_key, file_shape, from_file
+from lorax.interop.peft_layout import (
+    PREFIX,
+    file_key,
+    file_shape,
+    from_file,
+    kernel_from_file,
+    kernel_to_file,
+)
 from lorax.interop.safetensors import read_headers, read_tensor
 from lorax.system.arguments import check_kind
 
@@ -147,7 +154,8 @@ def _tensors(adapted: AdaptedModel, variables: Any, portable: bool) -> dict[str,
         tensors |= layer_tensors(layer.name, layer.linear_map, layer.spec, values, rank=rank)
     extra = {}
     for key, transposed, _, value in _trained_base(adapted, variables):
-        extra[key] = np.ascontiguousarray(np.asarray(value).T if transposed else np.asarray(value))
+        whole = np.asarray(value)
+        extra[key] = np.ascontiguousarray(kernel_to_file(whole) if transposed else whole)
     if portable:
         refuse_unportable(extra)
     return tensors | extra
@@ -161,7 +169,7 @@ def _expected_shapes(adapted: AdaptedModel, variables: Any) -> dict[str, tuple[i
             key = f"{PREFIX}{layer.name}.{file_key(linear_map, about)}"
             shapes[key] = file_shape(linear_map, about, name, layer.spec, layer.stack)
     for key, transposed, _, value in _trained_base(adapted, variables):
-        shapes[key] = value.shape[::-1] if transposed else value.shape
+        shapes[key] = (*value.shape[:-3:-1], *value.shape[:-2]) if transposed else value.shape
     return shapes
 
 
@@ -175,7 +183,7 @@ def _filled(adapted: AdaptedModel, variables: Any, found: Mapping[str, np.ndarra
             trained = replaced(trained, (*layer.path, name), jnp.asarray(value))
     for key, transposed, path, value in _trained_base(adapted, variables):
         stored = found[key].astype(np.float32)
-        whole = jnp.asarray(stored.T if transposed else stored, value.dtype)
+        whole = jnp.asarray(kernel_from_file(stored) if transposed else stored, value.dtype)
         trained = replaced(trained, path, whole)
     return trained
 

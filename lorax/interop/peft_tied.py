@@ -1,9 +1,9 @@
 """Adapters of an embedding that is the output head too, in PEFT's files.
 
 lorax has one table E, (vocabulary, features), so its adapter s·A·B changes the lookup and the head.
-PEFT has a module for each. With `ensure_weight_tying` it adapts both alike: its head, E as a linear
-layer, has the embedding's B as ``lora_A.weight`` and A as ``lora_B.weight``, and its files hold both
-pairs. Without it, PEFT adapts one of the two alone, which no adapter of one table does.
+PEFT has a module for each. With `ensure_weight_tying` it adapts both alike: its head, E as a
+linear layer, has the embedding's B as ``lora_A.weight`` and A as ``lora_B.weight``, and its files
+hold both pairs. Without it, PEFT adapts one of the two alone, which no adapter of one table does.
 
 Source: the behaviour of PEFT 0.21 (`BaseTuner._check_tied_modules`).
 """
@@ -38,8 +38,11 @@ _TRANSPOSED = {"lora_A.weight": "lora_embedding_B", "lora_B.weight": "lora_embed
 
 
 def tied_layers(model: nnx.Module) -> dict[str, Carrier]:
-    """Returns the adapted layers that are used under another name too, by that name."""
-    layers = adapted_layers(model)
+    """Returns the adapted layers that are used under another name too, by that name.
+
+    Without those of which single tokens train: PEFT has one for both names.
+    """
+    layers = {n: layer for n, layer in adapted_layers(model).items() if layer.adapter.spec.r}
     tied = tied_modules(model)
     return {name: layers[source] for name, source in tied.items() if source in layers}
 
@@ -57,8 +60,8 @@ def tied_keys(model: nnx.Module) -> dict[str, str]:
         if method.parameters.keys() != LORA.parameters.keys():
             raise ValueError(
                 f"{source} is {name} too (tie_word_embeddings), for which PEFT has {method.name} "
-                f"parameters of its own: export it as merged, or leave {source} out with "
-                "lora.exclude_modules"
+                f"parameters of its own: use plain LoRA, leave {source} out with "
+                "lora.exclude_modules, or merge the adapter into the model"
             )
         for suffix, of_source in _TRANSPOSED.items():
             keys[f"{PREFIX}{name}.{suffix}"] = f"{PREFIX}{source}.{of_source}"

@@ -62,9 +62,11 @@ class Linear(Carrier, nnx.Linear):
         return nnx.Linear.__call__(self, inputs, out_sharding)
 
 
-def finish(layer: Linear, y: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
-    """Adds the bias to a product, and gives the dtype that the layer promises."""
-    if layer.bias is not None:
+def finish(
+    layer: Linear, y: Float[Array, "*batch n"], *, has_bias: bool = False
+) -> Float[Array, "*batch n"]:
+    """Adds the bias to a product that has none yet, and gives the dtype that the layer promises."""
+    if layer.bias is not None and not has_bias:
         y += layer.bias[...].astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
     wanted = layer.preferred_element_type
     return y if wanted is None else y.astype(wanted)

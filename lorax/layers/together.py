@@ -35,13 +35,12 @@ def apply_together(layers: Sequence[Any], x: Float[Array, "*batch k"]) -> list[A
     group = _group(layers, x.dtype)
     if group is None or group.way is None:
         return [layer(x) for layer in layers]
-    members = [dataclasses.replace(member, bias=None) for member in group.members]
     outputs = lora_linear_group(
-        x.astype(group.dtype), members, dropout_key=group.key, **_options(group.way)
+        x.astype(group.dtype), group.members, dropout_key=group.key, **_options(group.way)
     )
     return [
-        finish(layer, with_bias(y, member.bias))
-        for layer, member, y in zip(layers, group.members, outputs, strict=True)
+        finish(layer, with_bias(y, own), has_bias=member.bias is not None)
+        for layer, member, own, y in zip(layers, group.members, group.own, outputs, strict=True)
     ]
 
 
@@ -74,11 +73,11 @@ def apply_mlp(
         repeated: Whether the backward pass recomputes all of it; see `lorax_kernels.lora_mlp`.
     """
     pair = _group((gate, up), x.dtype)
-    if pair is None or not all(map(_is_bare, (gate, up), pair.members)):
+    if pair is None or not all(map(_is_bare, (gate, up), pair.own)):
         return residual + down(_multiply(*apply_together((gate, up), x)))
     single = _group((down,), pair.dtype)
     way = None if single is None else _common_way(pair, single)
-    if single is not None and single.members[0].bias is not None:
+    if single is not None and single.own != [None]:
         way = None
     if single is not None and way is not None and promises(down, residual.dtype, pair.dtype):
         y = lora_mlp(
@@ -90,7 +89,7 @@ def apply_mlp(
             repeated=repeated,
             **_options(way),
         )
-        return finish(down, y)
+        return finish(down, y, has_bias=single.members[0].bias is not None)
     if pair.way is None:
         return residual + down(_multiply(gate(x), up(x)))
     options = _options(pair.way)
@@ -114,13 +113,15 @@ class _Group(NamedTuple):
     """Operands of one call for several layers.
 
     Attributes:
-        members: One per layer.
+        members: One per layer, with its bias if that is frozen.
+        own: The biases of their adapters, each or None.
         dtype: Dtype of the matmuls.
         way: The settings of the adapted members; None if there are none.
         key: Dropout key of the first member; None without dropout.
     """
 
     members: list[LoraWeights]
+    own: list[Array | None]
     dtype: jnp.dtype
     way: _Way | None
     key: Key[Array, ""] | None
@@ -133,6 +134,7 @@ def _group(layers: Sequence[Any], dtype: Any) -> _Group | None:
     of a base weight.
     """
     members = []
+    own = []
     dtypes = set()
     ways = set()
     key = None
@@ -148,11 +150,12 @@ def _group(layers: Sequence[Any], dtype: Any) -> _Group | None:
             member = operands
             ways.add(_Way(layer.dropout_rate, layer.kernels_now))
             key = adapter.key() if layer.dropout_rate and key is None else key
-        members.append(member)
+        own.append(member.bias)
+        members.append(dataclasses.replace(member, bias=_frozen_bias(layer)))
         dtypes.add(compute_dtype(layer, dtype))
     if len(dtypes) > 1 or len(ways) > 1:
         return None
-    return _Group(members, dtypes.pop(), ways.pop() if ways else None, key)
+    return _Group(members, own, dtypes.pop(), ways.pop() if ways else None, key)
 
 
 def _common_way(group: _Group, other: _Group) -> _Way | None:
@@ -165,7 +168,11 @@ def _options(way: _Way) -> dict[str, Any]:
     return {**way._asdict(), "row_axes": ROW_AXES}
 
 
-def _is_bare(layer: Linear, member: LoraWeights) -> bool:
+def _frozen_bias(layer: Linear) -> Array | None:
+    """Returns the bias of a layer, if it does not train: the kernels give it no gradient."""
+    return layer.bias.get_value() if isinstance(layer.bias, Frozen) else None
+
+
+def _is_bare(layer: Linear, own: Array | None) -> bool:
     """Says whether a layer's output is its matmul, with nothing added and not cast."""
-    biases = layer.bias, member.bias
-    return biases == (None, None) and layer.preferred_element_type is None
+    return layer.bias is None and own is None and layer.preferred_element_type is None

@@ -2,17 +2,20 @@
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Self
+from typing import Protocol, Self
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from lorax.adapters.nnx.apply import apply_lora, apply_saved, set_kernels
+from lorax.adapters.nnx.apply import apply_lora, apply_saved, set_kernels, targets_of
+from lorax.adapters.nnx.eva import apply_ranks
 from lorax.adapters.nnx.tree import named_modules
 from lorax.adapters.targets import TargetError
+from lorax.config.adapter import EVA, LoraConfig
 from lorax.config.run import RunConfig
 from lorax.devices.host_memory import HostArray, embedding_obstacle
 from lorax.devices.mesh import make_mesh
@@ -41,21 +44,27 @@ class Blueprint:
         folder: Folder of the base model's settings and tokenizer, and of its weights unless the
             model is on the hub.
         architecture: The architecture in its config.json.
+        ranks: The ranks that EVA came to, by layer; None without EVA, or before.
     """
 
     config: RunConfig
     folder: Path
     architecture: DecoderConfig
+    ranks: Mapping[str, int] | None = None
 
     @classmethod
-    def of(cls, config: RunConfig) -> Self:
+    def of(cls, config: RunConfig, ranks: Mapping[str, int] | None = None) -> Self:
         """Finds the base model, and reads its architecture.
+
+        Args:
+            config: The run's settings.
+            ranks: From `lorax.runs.eva.saved_ranks`.
 
         Raises:
             ValueError: Naming the setting, or the file and the field, that cannot be used.
         """
         folder = resolve_base(config.model, weights=False)
-        return cls(config, folder, load_hf_config(folder))
+        return cls(config, folder, load_hf_config(folder), ranks)
 
     @property
     def is_on_hub(self) -> bool:
@@ -88,6 +97,8 @@ class Blueprint:
     def shapes(self) -> CausalLM:
         """The model that trains, adapters included, with shapes instead of weights.
 
+        Before EVA its adapters have the ranks that EVA will distribute.
+
         Raises:
             TargetError: If the adapter's settings do not fit the model.
             ValueError: If `train.kept_layers` is more than its layers.
@@ -111,7 +122,7 @@ class Blueprint:
                 if adapter:
                     model = apply_saved(model, settings_for(model, adapter))
                 else:
-                    model = apply_lora(model, config.lora, rngs=nnx.Rngs(0))
+                    model = _adapt_shapes(model, config.lora, self.ranks)
             set_kernels(model, config.model.kernels)
             _store(model, self.format)
             return model
@@ -151,6 +162,17 @@ class Blueprint:
         )
 
 
+def _adapt_shapes(
+    model: CausalLM, settings: LoraConfig, ranks: Mapping[str, int] | None
+) -> CausalLM:
+    rngs = nnx.Rngs(0)
+    if settings.init_lora_weights != EVA:
+        return apply_lora(model, settings, rngs=rngs)
+    targets = targets_of(model, settings)
+    ranks = {target.name: target.r for target in targets} if ranks is None else ranks
+    return apply_ranks(model, settings, ranks, rngs=rngs)
+
+
 def _store(model: CausalLM, format: Format) -> None:
     """Stores the matrices of a model of shapes as the loader would."""
     for name, layer in named_modules(model).items():
@@ -174,19 +196,30 @@ def _check_kept_layers(config: RunConfig, layers: int) -> None:
         raise ValueError(f"train.kept_layers: needs 0 to the model's {layers} layers, got {kept}")
 
 
-def adapt_base(model: CausalLM, config: RunConfig, recomputation: Recomputation) -> CausalLM:
+class Begin(Protocol):
+    """What puts new adapters on a base model."""
+
+    def __call__(self, model: CausalLM, config: LoraConfig, *, rngs: nnx.Rngs) -> CausalLM:
+        """See `apply_lora`."""
+        ...
+
+
+def adapt_base(
+    model: CausalLM, config: RunConfig, recomputation: Recomputation, begin: Begin = apply_lora
+) -> CausalLM:
     """Puts fresh or loaded adapters on the base model, and sets its recomputation.
 
     Args:
         model: From `Blueprint.load`.
         config: The run's settings.
         recomputation: From `choose_recomputation`.
+        begin: What puts fresh ones on it.
     """
     _check_kept_layers(config, model.config.num_hidden_layers)
     recomputation.put_on(model)
     if config.model.adapter:
         model = load_adapter(model, config.model.adapter)
     elif config.train.method != "full":
-        model = apply_lora(model, config.lora, rngs=nnx.Rngs(config.train.seed))
+        model = begin(model, config.lora, rngs=nnx.Rngs(config.train.seed))
     set_kernels(model, config.model.kernels)
     return model

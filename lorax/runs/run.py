@@ -35,6 +35,7 @@ from lorax.report.overview import (
 from lorax.report.progress import show_progress
 from lorax.report.screen import RunSummary, print_config, print_summary
 from lorax.runs.checks import check_targets, check_weights
+from lorax.runs.eva import begin_on, needs_batches, note_ranks, saved_ranks
 from lorax.runs.exports import draw_curve, export_all, score_model
 from lorax.runs.folder import (
     SUMMARY_FILE,
@@ -108,7 +109,7 @@ def _run(
     if resumed and (ended := output / SUMMARY_FILE).is_file():
         return _show_ended(console, output, RunSummary.read(read_json(ended), str(ended)))
     _check_reports(config, output, resumed)
-    blueprint = Blueprint.of(config)
+    blueprint = Blueprint.of(config, saved_ranks(identity))
     check_weights(blueprint)
     console.rule("Settings")
     print_config(console, config, verbose=verbose)
@@ -124,11 +125,11 @@ def _run(
     identity.add(setup.identify() | ({} if blueprint.is_on_hub else identify_base(files.result())))
     phases.end("data and device")
     setup.recomputation[0].put_on(shapes)
-    left = _has_steps_left(identity, setup)
+    left = _has_steps_left(identity, setup) and not needs_batches(blueprint)
     compiled = compile_ahead(shapes, setup.course, programs=programs) if left else None
     if blueprint.is_on_hub:  # the compiler has work while they come
         identity.add(identify_base(files.result()))
-    model = adapt_base(base.result(), setup.config, setup.recomputation[0])
+    model = adapt_base(base.result(), setup.config, setup.recomputation[0], begin_on(setup))
     del base
     phases.end("weights")
     report_model(console, setup.config, model)
@@ -147,6 +148,7 @@ def _run(
         stop=stop,
     )
     del model
+    note_ranks(trainer.progress, setup.config, trainer.model)
     summary = _score_and_train(trainer, recorder, setup, compiled, started)
     finish_in_background("keep")
     console.rule("Result")

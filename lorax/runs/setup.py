@@ -160,9 +160,10 @@ def input_notes(
     Args:
         architecture: The base model's architecture.
         adapter: Folder of an adapter on it, if there is one.
-        trains: Whether the notes are for a run, which encodes its rows by the base's tokenizer.
+        trains: Whether the notes are for a run, which trains the adapter and encodes its rows by
+            the base's tokenizer.
     """
-    notes = [*architecture.notes, *(adapter_notes(adapter) if adapter else ())]
+    notes = [*architecture.notes, *(adapter_notes(adapter, trains=trains) if adapter else ())]
     if adapter and trains and (names := tokenizer_files(adapter)):
         notes.append(
             f"{adapter} holds {', '.join(names)}, which are not read: a run takes the base's"

@@ -152,6 +152,10 @@ TARGETS = {
         ["lora.target_modules=[q_proj, embed_tokens]", "lora.lora_bias=true"],
         r"model.embed_tokens cannot carry lora_bias: an embedding's update has no bias",
     ),
+    "DoRA of a tied embedding": (
+        ["lora.target_modules=[q_proj, embed_tokens]", "lora.use_dora=true"],
+        r"save.export \(.* as peft\): model.embed_tokens is lm_head too .*: use plain LoRA, leave",
+    ),
     "bias that no layer takes in": (
         ["lora.lora_bias=true", "save.export=[merged]"],
         r"save.export: merged cannot hold the lora_bias of .*, which has no bias of its own",

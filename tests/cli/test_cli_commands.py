@@ -55,7 +55,7 @@ def test_validate_counts_rows_modules_and_steps(here, lorax_prints):
     printed = lorax_prints("validate", "run.yaml", "train.gradient_accumulation_steps=2")
     assert "train: 8 of 8 rows" in printed and "eval: 4 of 4 rows" in printed
     parameters = 2 * (4 * (128 + 128) + 2 * (384 + 128))
-    assert f"lora: 4 modules, {parameters:,} parameters in A and B" in printed
+    assert f"lora: 4 modules, {parameters:,} parameters in adapters" in printed
     assert "batches: 2 optimizer steps per epoch" in printed
     assert printed.endswith("run.yaml: valid\n")
     assert not (here / "run").exists()

@@ -170,6 +170,7 @@ def test_the_planner_leaves_it_out(settings, tmp_path):
     [
         ([f"model.name_or_path={TINY}"], "the model's output head is the same array"),
         (["lora.modules_to_save=[embed_tokens]"], "lora.modules_to_save trains the embedding"),
+        (["lora.target_modules=[q_proj, embed_tokens]"], "the embedding carries an adapter; take"),
     ],
 )
 def test_an_embedding_that_is_read_or_trained_is_refused(settings, tmp_path, overrides, message):
@@ -180,7 +181,12 @@ def test_an_embedding_that_is_read_or_trained_is_refused(settings, tmp_path, ove
 
 
 @pytest.mark.parametrize(
-    "overrides", [["lora.modules_to_save=[embed_tokens]"], ["train.method=full"]]
+    "overrides",
+    [
+        ["lora.modules_to_save=[embed_tokens]"],
+        ["lora.target_modules=[q_proj, embed_tokens]"],
+        ["train.method=full"],
+    ],
 )
 def test_a_trainer_refuses_one_that_would_train(settings, untied, tmp_path, overrides):
     given = [*overrides, f"save.output_dir={tmp_path}/run"]

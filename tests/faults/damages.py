@@ -216,7 +216,7 @@ ADAPTERS: dict[str, tuple[Damage, str]] = {
     "dropout 2": (edit_json(SETTINGS, lora_dropout=2.0), "lora_dropout"),
     "unknown field": (edit_json(SETTINGS, secret_sauce=1), "secret_sauce"),
     "unknown method": (edit_json(SETTINGS, peft_type="EVIL"), "peft_type must be LORA"),
-    "DoRA": (edit_json(SETTINGS, use_dora=True), "use_dora"),
+    "DoRA": (edit_json(SETTINGS, use_dora=True), "lora_magnitude_vector"),
     "targets that never end matching": (
         edit_json(SETTINGS, target_modules=r"((a|[a-z_.0-9]+)+)+!"),
         "more than 2 s",

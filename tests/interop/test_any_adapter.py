@@ -1,4 +1,4 @@
-"""Two hundred random settings of an adapter: each starts as the base and is saved as it computes."""
+"""Two hundred random adapters: each starts as the base, and is saved as it computes."""
 
 import math
 from typing import Any

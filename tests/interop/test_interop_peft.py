@@ -339,7 +339,7 @@ BAD_ADAPTERS = {
     "rank zero": (edit_config(r=0), "adapter_config.json"),
     "alpha not finite": (edit_config(lora_alpha=float("inf")), "adapter_config.json"),
     "dropout 2": (edit_config(lora_dropout=2.0), "adapter_config.json"),
-    "pissa": (edit_config(init_lora_weights="pissa"), "init_lora_weights='pissa' changes the base"),
+    "corda": (edit_config(init_lora_weights="corda"), "init_lora_weights='corda' changes the base"),
     "no targets": (edit_config(target_modules="DELETE"), "target_modules is missing"),
     "absent target": (edit_config(target_modules=["q_proj", "query"]), "'query' matches no linear"),
     "wrong rank": (edit_config(r=3), r"lora_A.weight has shape \(4, 32\), needed \(3, 32\)"),

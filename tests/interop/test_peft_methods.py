@@ -221,6 +221,23 @@ def test_what_is_exported_and_merged_is_what_peft_makes_of_it(nets, case, tmp_pa
     assert relative(mine(IDS), logits(merged)) <= 1e-5
 
 
+@pytest.mark.parametrize("bias", ["none", "lora_only"])
+def test_layers_that_are_trained_whole_are_those_of_peft(nets, bias, tmp_path):
+    whole = ["line", "image", "head"]
+    settings: dict[str, Any] = {"target_modules": ["plain", "point"], "modules_to_save": whole}
+    model = get_peft_model(copy.deepcopy(nets[0]), PeftLoraConfig(r=2, bias=bias, **settings))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn_like(parameter) * parameter.requires_grad
+    model.save_pretrained(tmp_path / "theirs")
+    ours = load_adapter(nets[1], tmp_path / "theirs")
+    assert relative(ours(IDS), logits(model)) <= 1e-5
+    save_adapter(ours, tmp_path / "ours")
+    again = PeftModel.from_pretrained(copy.deepcopy(nets[0]), tmp_path / "ours")
+    np.testing.assert_array_equal(logits(again), logits(model))
+
+
 def refused_by_peft(net, **settings) -> None:
     with pytest.raises((ValueError, NotImplementedError)):
         get_peft_model(copy.deepcopy(net), PeftLoraConfig(r=2, **settings))
@@ -242,14 +259,14 @@ def test_dora_with_a_bias_is_refused_as_by_peft(nets):
         "target_modules": ["biased"],
     }
     refused_by_peft(nets[0], **settings)
-    with pytest.raises(ValueError, match="lora_bias.*use_dora"):
+    with pytest.raises(ValueError, match=r"lora_bias.*use_dora"):
         lorax.LoraConfig(**settings)
 
 
 def test_a_bias_that_no_layer_takes_in_is_neither_merged_here_nor_by_peft(nets, tmp_path):
     settings: dict[str, Any] = {"lora_bias": True, "target_modules": ["plain"]}
     ours = lorax.apply_lora(nets[1], lorax.LoraConfig(r=2, **settings), rngs=0)
-    with pytest.raises(ValueError, match="plain: its lora_bias cannot be merged"):
+    with pytest.raises(ValueError, match=r"plain: its lora_bias cannot be merged"):
         lorax.merge_lora(ours)
     with pytest.warns(UserWarning, match="merging LoRA weights won't be possible"):
         model: Any = get_peft_model(copy.deepcopy(nets[0]), PeftLoraConfig(r=2, **settings))
@@ -260,7 +277,7 @@ def test_a_bias_that_no_layer_takes_in_is_neither_merged_here_nor_by_peft(nets, 
 @pytest.mark.parametrize("method", ["dora", "lora_bias"])
 def test_what_plain_lora_does_not_hold_is_no_portable_export(nets, method, tmp_path):
     ours = lorax.apply_lora(nets[1], lorax.LoraConfig(**settings_of(method)), rngs=0)
-    with pytest.raises(ValueError, match="peft-portable holds A and B only, but .*export peft or"):
+    with pytest.raises(ValueError, match=r"peft-portable holds A and B only, but .*export peft or"):
         save_adapter(ours, tmp_path / "out", format="peft-portable")
     assert not (tmp_path / "out").exists()
     save_adapter(ours, tmp_path / "out")  # the remedy

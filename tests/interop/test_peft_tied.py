@@ -138,7 +138,7 @@ def test_what_peft_adapts_apart_is_refused_with_a_remedy(tied, ours, untied, tmp
 
 def test_magnitudes_of_a_head_of_its_own_are_refused_with_a_remedy(tied, ours, untied, tmp_path):
     theirs = made_by_peft(tied, tmp_path / "theirs", ["embed_tokens"], use_dora=True)
-    with pytest.raises(AdapterError, match="use_dora of a tied .*add lm_head to target_modules"):
+    with pytest.raises(AdapterError, match=r"use_dora of a tied .*add lm_head to target_modules"):
         load_adapter(ours, tmp_path / "theirs")
     edit(tmp_path / "theirs", target_modules=["embed_tokens", "lm_head"])
     remedy = load_adapter(untied, tmp_path / "theirs")
@@ -147,7 +147,7 @@ def test_magnitudes_of_a_head_of_its_own_are_refused_with_a_remedy(tied, ours, u
 
 def test_scales_that_differ_are_refused_with_a_remedy(tied, ours, untied, tmp_path):
     theirs = made_by_peft(tied, tmp_path / "a", ["embed_tokens"], alpha_pattern={"lm_head": 3})
-    with pytest.raises(AdapterError, match="lm_head the scale 0.75 and model.embed_tokens, .* 2"):
+    with pytest.raises(AdapterError, match=r"lm_head the scale 0.75 and model.embed_tokens, .* 2"):
         load_adapter(ours, tmp_path / "a")
     edit(tmp_path / "a", target_modules=["embed_tokens", "lm_head"])
     remedy = load_adapter(untied, tmp_path / "a")
@@ -174,7 +174,9 @@ def test_a_pair_that_was_trained_apart_is_refused(tied, ours, tmp_path):
 def test_dora_of_a_tied_embedding_is_exported_as_merged_alone(tied, ours, tmp_path):
     settings: dict[str, Any] = {"r": 4, "target_modules": ["embed_tokens"], "use_dora": True}
     adapted = lorax.apply_lora(ours, lorax.LoraConfig(**settings), rngs=0)
-    with pytest.raises(ValueError, match="model.embed_tokens is lm_head too .*export it as merged"):
+    with pytest.raises(
+        ValueError, match=r"model.embed_tokens is lm_head too .*, or merge the adapter"
+    ):
         save_adapter(adapted, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert export_model(adapted, tmp_path / "merged", "merged", base=tied).logit_error <= 1e-4
@@ -182,14 +184,15 @@ def test_dora_of_a_tied_embedding_is_exported_as_merged_alone(tied, ours, tmp_pa
 
 def test_the_head_is_no_target_and_the_error_names_the_embedding(ours):
     config = lorax.LoraConfig(target_modules=["lm_head"])
-    with pytest.raises(TargetError, match="lm_head is tied to model.embed_tokens, whose adapter"):
+    with pytest.raises(TargetError, match=r"lm_head is tied to model.embed_tokens, whose adapter"):
         lorax.apply_lora(ours, config, rngs=0)
 
 
 def test_how_further_training_differs_is_told(tied, tmp_path):
     made_by_peft(tied, tmp_path / "a", ["embed_tokens"])
     (told,) = adapter_notes(tmp_path / "a")
-    assert "as those of the lookup and as those of the head" in told
+    assert "as those of the lookup, and as those of the head" in told
+    assert not adapter_notes(tmp_path / "a", trains=False)
     assert not adapter_notes(edit(tmp_path / "a", target_modules=["q_proj"]))
     (told,) = adapter_notes(edit(tmp_path / "a", use_dora=True, lora_dropout=0.1))
     assert "lora_dropout also drops inputs of the frozen weight" in told

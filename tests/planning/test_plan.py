@@ -275,3 +275,17 @@ def test_the_planner_knows_the_memory_that_it_takes(rows, length, extra):
     packed = planner_with(settings[0]).memory("none", rows, length)
     assert packed.peak - planned.peak == 2 * rows * length**2  # the documents' mask
     assert repeatable.seconds("none", rows, length) > planner_with().seconds("none", rows, length)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_lookup_streams_no_rows_of_its_table_and_trains_its_adapter(tied):
+    base = LLAMA_1B | {"tie_word_embeddings": tied}
+    with_table, without = (
+        make_planner(["q_proj", *more], base=base, num_hidden_layers=2)
+        for more in (["embed_tokens"], [])
+    )
+    sizes = base["vocab_size"] + base["hidden_size"]
+    assert with_table.streamed - without.streamed == sizes * tied
+    assert with_table.trained_elements - without.trained_elements == 16 * sizes
+    assert with_table.spared_by_host == 0
+    assert (without.spared_by_host == 0) == tied

@@ -32,3 +32,14 @@ def test_a_models_size_counts_matrices_and_adapters(stored):
     assert size.frozen_parameters == of_base.trained_parameters
     costs = [cost_of(each).parameters for each in adapted_layers(adapted).values()]
     assert size.trained_parameters == sum(costs) > 0
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_adapted_table_counts_what_multiplies(tied):
+    """Of a lookup the product with B alone; where it is the head too, with A as well."""
+    architecture = read_architecture(LLAMA | {"tie_word_embeddings": tied}, "here")
+    base = CausalLM(architecture, rngs=nnx.Rngs(0))
+    config = lorax.LoraConfig(r=4, use_dora=True, target_modules=["embed_tokens"])
+    size = model_size(lorax.apply_lora(base, config, rngs=nnx.Rngs(1)))
+    assert size.frozen_parameters == model_size(base).trained_parameters
+    assert size.trained_parameters == 4 * 32 + 4 * 64 * tied

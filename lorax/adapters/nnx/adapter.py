@@ -200,7 +200,7 @@ def merge_factor(layer: Carrier) -> Array | None:
 
 
 def begins_in_base(layer: Carrier) -> bool:
-    """Says whether what the active adapter began with is subtracted from what the layer computes."""
+    """Says whether a layer subtracts what its active adapter began with."""
     return "first_a" in layer.adapter.fixed_names
 
 

@@ -36,7 +36,7 @@ from lorax.adapters.targets import (
     refuse_patterns,
 )
 from lorax.adapters.tokens import token_spec
-from lorax.config.adapter import LoraConfig
+from lorax.config.adapter import EVA, LoraConfig
 from lorax.layers.carrier import Carrier, Frozen
 from lorax.system.arguments import check_kind
 from lorax_kernels import Kernels, check_kernels_name, dense
@@ -78,7 +78,13 @@ def apply_lora[M: nnx.Module](
             the model is adapted already, or a rank exceeds a layer's dimensions.
     """
     check_arguments(model, config)
-    return _apply(model, config, as_rngs(rngs), check_rank)
+    rngs = as_rngs(rngs)
+    if config.init_lora_weights == EVA:
+        raise TargetError(
+            "init_lora_weights: eva needs batches of data, which decide the ranks: call "
+            "lorax.initialize_eva(model, config, batches, rngs=rngs) in the place of apply_lora"
+        )
+    return adapt(model, config, None, rngs)
 
 
 def apply_saved[M: nnx.Module](model: M, config: LoraConfig) -> M:
@@ -90,23 +96,33 @@ def apply_saved[M: nnx.Module](model: M, config: LoraConfig) -> M:
     Raises:
         TargetError: As `apply_lora`, but of ranks.
     """
-    return _apply(model, config, nnx.Rngs(0), lambda shape, target: None)
+    return adapt(model, config, None, nnx.Rngs(0), check=lambda shape, target: None)
 
 
-def _apply[M: nnx.Module](
+def adapt[M: nnx.Module](
     model: M,
     config: LoraConfig,
+    targets: list[Target] | None,
     rngs: nnx.Rngs,
-    check: Callable[[Shape, Target], None],
+    *,
+    check: Callable[[Shape, Target], None] = check_rank,
 ) -> M:
+    """Returns `model` as `apply_lora` does, with the adapters of some targets.
+
+    Args:
+        model: The base model.
+        config: The settings of all else.
+        targets: What carries an adapter; None: what `targets_of` returns.
+        rngs: Source of the A matrices.
+        check: Refuses a rank.
+
+    Raises:
+        TargetError: As `apply_lora`.
+    """
+    refuse_adapters(model)
     adapted = nnx.clone(model)
     modules = named_modules(adapted)
-    if carried := layers_with_adapters(adapted):
-        merged = any(layer.merged for layer in carried.values())
-        remedy = "unmerge_lora and then merge_lora it" if merged else "merge_lora or unload_lora it"
-        raise TargetError(f"the model carries adapters already; {remedy} first")
-    refuse_other_adapters(model)
-    targets = targets_of(adapted, config)
+    targets = targets_of(adapted, config) if targets is None else targets
     tables = _tables_of(modules, tied_modules(adapted), config, targets)
     references = module_references(adapted)
     trained_biases = _biases_to_train(modules, targets, config)
@@ -119,17 +135,26 @@ def _apply[M: nnx.Module](
     keep = {id(m) for root in saved for m in (root, *named_modules(root).values())}
     _freeze((adapted, *modules.values()), keep)
     for target in targets:
-        layer = _adopt(target.name, modules, references)
+        layer = adopt(target.name, modules, references)
         check(Shape(*layer.linear_map.shape), target)
         _attach(target.name, layer, spec_of(target, config), rngs)
     for name, ids in tables.items():
-        table = _adopt(name, modules, references)
+        table = adopt(name, modules, references)
         _attach(name, table, token_spec(table.linear_map.kind, ids), rngs)
     for name in trained_biases:
         module = modules[name]
         bias = nnx.Param(_trainable_value(module, vars(module)["bias"]))
         set_child(module, "bias", bias)
     return adapted
+
+
+def refuse_adapters(model: nnx.Module) -> None:
+    """Raises `TargetError` if a model carries adapters, lorax's or others."""
+    if carried := layers_with_adapters(model):
+        merged = any(layer.merged for layer in carried.values())
+        remedy = "unmerge_lora and then merge_lora it" if merged else "merge_lora or unload_lora it"
+        raise TargetError(f"the model carries adapters already; {remedy} first")
+    refuse_other_adapters(model)
 
 
 def targets_of(model: nnx.Module, config: LoraConfig) -> list[Target]:
@@ -230,7 +255,7 @@ def use_adapter(model: nnx.Module, name: str | None) -> None:
         activate(layer, name if name in set(layer.attached) else None)
 
 
-def _adopt(name: str, modules: dict[str, nnx.Module], references: Any) -> Carrier:
+def adopt(name: str, modules: dict[str, nnx.Module], references: Any) -> Carrier:
     """Returns the layer that carries a module's adapter, put in its place wherever it is held."""
     base = modules[name]
     found = find_site(base)

@@ -94,8 +94,8 @@ def rebase_lora[M: nnx.Module](model: M) -> M:
 
     PiSSA and OLoRA begin with a part of W, which lorax subtracts as ``s·A₀·B₀``. Here the base is
     ``W' = W - s·A₀·B₀``, rounded once to its dtype, with plain adapters of rank r, as PEFT trains
-    them. Save both: ``save_model(unload_lora(rebased), …)`` and ``save_adapter(rebased, …)``. Without
-    it, `save_adapter` writes adapters of rank 2r for the original base.
+    them. Save both: ``save_model(unload_lora(rebased), …)`` and ``save_adapter(rebased, …)``.
+    Without it, `save_adapter` writes adapters of rank 2r for the original base.
 
     Raises:
         ValueError: If no adapter began so, or a layer is merged.

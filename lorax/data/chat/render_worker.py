@@ -17,7 +17,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from jinja2 import TemplateSyntaxError
 from transformers.utils import chat_template_utils
@@ -144,6 +144,14 @@ def _stop(*_: object) -> NoReturn:
     raise _LimitError(f"it takes more than {CPU_SECONDS:g} s")
 
 
+def _send(answers: TextIO, line: str) -> None:
+    try:
+        answers.write(line + "\n")
+        answers.flush()
+    except BrokenPipeError:  # the parent process has ended
+        os._exit(0)
+
+
 def main() -> None:
     """Answers requests until there are no more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks
@@ -153,8 +161,7 @@ def main() -> None:
     os.dup2(2, 1)
     bounds = Bounds()
     options = {}
-    answers.write("ready\n")
-    answers.flush()
+    _send(answers, "ready")
     for line in sys.stdin:
         bounds.make_room(len(line))
         request = json.loads(line)
@@ -165,11 +172,7 @@ def main() -> None:
         answer = render(request, options, len(line), bounds)
         if "error" in answer:
             bounds = Bounds()  # memory left by this template must not count against the next
-        try:
-            answers.write(json.dumps(answer) + "\n")
-            answers.flush()
-        except BrokenPipeError:  # the parent process has ended
-            os._exit(0)
+        _send(answers, json.dumps(answer))
 
 
 if __name__ == "__main__":
