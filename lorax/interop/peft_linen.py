@@ -199,4 +199,5 @@ def _trained_base(adapted: AdaptedModel, variables: Any) -> Iterator[tuple[str, 
         if key in keys:
             raise ValueError(f"two parameters of {dotted(path[:-1])} would have the name {name}")
         keys.add(key)
-        yield key, transposed, path, meta.unbox(value)
+        whole = meta.unbox(value)
+        yield key, transposed and whole.ndim > 1, path, whole

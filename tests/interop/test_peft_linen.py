@@ -77,7 +77,8 @@ def test_an_adapter_of_peft_computes_the_same_and_is_written_as_it_was(method, n
 
 @pytest.mark.parametrize("method", METHODS)
 def test_what_is_saved_and_merged_is_what_peft_makes_of_it(method, nets, tmp_path):
-    settings = {**settings_of(method), "modules_to_save": ["head"]}
+    bias = "lora_only" if method == "lora" else "none"
+    settings = {**settings_of(method), "modules_to_save": ["head"], "bias": bias}
     config = lorax.LoraConfig(**settings)
     adapted, variables = ll.apply_lora(Net(), nets[1], config, IDS, rngs=1)
     variables = moved(variables, 0.2)

@@ -29,7 +29,7 @@ from lorax.adapters.targets import (
     refuse_patterns,
 )
 from lorax.adapters.tokens import token_spec
-from lorax.config.adapter import LoraConfig
+from lorax.config.adapter import EVA, LoraConfig
 from lorax.layers.maps import Map
 from lorax.system.arguments import check_kind
 
@@ -65,8 +65,8 @@ def apply_lora(
     Raises:
         TypeError: If one of them is something else.
         TargetError: If a setting matches nothing or something that cannot carry an adapter, or
-            that the inputs do not lead to; if the variables have adapters already, or a rank
-            exceeds a layer's dimensions.
+            that the inputs do not lead to; if the variables have adapters already, a rank exceeds
+            a layer's dimensions, or `init_lora_weights` is `eva`.
     """
     variables = _checked(model, variables, config)
     inputs = Inputs(args, kwargs, method)
@@ -238,6 +238,11 @@ def _checked(model: Any, variables: Any, config: Any) -> dict[str, Any]:
         advice = ": write lorax.LoraConfig(**config)" if isinstance(config, Mapping) else ""
         kind = type(config).__name__
         raise TypeError(f"config must be a lorax.LoraConfig, got {kind}{advice}")
+    if config.init_lora_weights == EVA:
+        raise TargetError(
+            "init_lora_weights: eva reads the inputs of NNX layers, and Linen's are not recorded: "
+            "choose another, such as pissa, or true"
+        )
     check_kind("variables", variables, Mapping, "the variables of model.init, {'params': …}")
     if "params" not in variables:
         names = ", ".join(map(repr, variables)) or "nothing"

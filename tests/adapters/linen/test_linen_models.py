@@ -14,6 +14,7 @@ from tests.adapters.linen.kinds import One, moved
 from tests.adapters.linen.nets import Decoder, ViT, ids_of
 
 KEY = jax.random.key(0)
+JitDense = nn.jit(nn.Dense)  # whose traces JAX keeps
 
 
 def begun(model, x, **settings):
@@ -86,15 +87,19 @@ def test_layers_that_nn_vmap_stacks_are_adapted_each():
             dense = nn.vmap(
                 nn.Dense, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=0
             )
-            return nn.jit(nn.Dense)(3)(dense(5, name="experts")(x))
+            return JitDense(3)(dense(5, name="experts")(x))
 
     model, x = Model(), jax.random.normal(KEY, (4, 2, 6))
     plain = model.init(KEY, x)
     before = model.apply(plain, x)  # what nn.jit has traced without adapters is not what runs
-    _, adapted, variables = begun(model, x)
-    assert adapted.layers[0].stack == (4,)
+    begun(model, x)
+    _, adapted, variables = begun(model, x)  # nor what it has traced to find the layers
+    assert [layer.stack for layer in adapted.layers] == [(4,), ()]
     np.testing.assert_array_equal(adapted.apply(variables, x), before)
-    agree(model, adapted, moved(variables), x)
+    variables = moved(variables)
+    got = agree(model, adapted, variables, x)
+    _, other, _ = begun(model, x, lora_alpha=8.0)
+    assert not np.allclose(other.apply(variables, x), got, atol=1e-2)
 
 
 class Ones(nn.Module):
