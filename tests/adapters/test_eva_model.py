@@ -166,14 +166,14 @@ def test_an_adapter_that_peft_began_and_saved_is_read(data, tmp_path):
 
 
 def test_the_loop_ends_where_peft_s_does():
-    """Layers converge after different batches, and no longer change then."""
-    rows = list(batches(6, rows=64, k=24, factor=0.6))
+    """The layers converge after four, two and three batches, and no longer change then."""
+    rows = list(batches(8, rows=64, k=24, factor=0.75))
     names = ["a", "middle", "out"]
-    theirs = begin_theirs(rows, EvaConfig(tau=0.9), names, r=3).base_model.model
-    ours = begin(Twin(Net()), rows, names, r=3, eva_config={"tau": 0.9})
+    theirs = begin_theirs(rows, EvaConfig(tau=0.9895), names, r=3).base_model.model
+    ours = begin(Twin(Net()), rows, names, r=3, eva_config={"tau": 0.9895})
     for name, layer in adapted_layers(ours).items():
         a = theirs.get_submodule(name).lora_A["default"].weight.detach().numpy().T
-        assert distance(layer.adapter.params["lora_a"], a) <= CLOSE, name
+        assert distance(layer.adapter.params["lora_a"], a) <= 1e-2, name  # a batch fewer: 0.04
 
 
 def test_a_layer_that_has_converged_changes_no_more(data):
