@@ -148,7 +148,6 @@ def _run(
         stop=stop,
     )
     del model
-    note_ranks(trainer.progress, setup.config, trainer.model)
     summary = _score_and_train(trainer, recorder, setup, compiled, started)
     finish_in_background("keep")
     console.rule("Result")
@@ -244,6 +243,7 @@ def _score_and_train(
     with contextlib.closing(trainer.checkpoints):
         trainer.keeps_lock = True
         if trainer.progress.step == 0:
+            note_ranks(trainer.progress, setup.config, trainer.model)
             before = score_model(setup, trainer.model, recorder.console, "before training")
             trainer.progress.notes["exact match"] = before
         phases.end("first answers" if setup.config.eval.exact_match else "trainer")

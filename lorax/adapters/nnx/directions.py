@@ -100,7 +100,7 @@ class Collector:
         for name, layer in self._layers.items():
             layer.recorded = Recorded(_empty(components[name], layer.linear_map.shape[0]))
         listen_to(layers, self._hear)
-        graph, recorded, self._rest = nnx.split(model, Recorded, ...)
+        graph, _, self._rest = nnx.split(model, Recorded, ...)
         self._model = model
 
         @jax.jit

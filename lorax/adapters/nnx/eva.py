@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -217,16 +218,17 @@ class _Search:
         groups = self._groups(first.value)
         collector = self._collector(groups)
         leader_of = {name: group[0] for group in groups for name in group}
-        batch = first
-        for number in range(1, MOST_BATCHES + 1):
+        problem = None
+        for batch in itertools.islice(itertools.chain([first], source), MOST_BATCHES):
             found = collector.run(batch.value)
             try:
                 ranks = self._ranks({name: found[leader_of[name]] for name in self.layers})
-            except ValueError:
+            except ValueError as error:
                 if batch.again:  # more of the same does not help
                     raise
-                batch = next(source)
+                problem = error
                 continue
+            problem = None
             left = [
                 group[0]
                 for group in groups
@@ -235,8 +237,7 @@ class _Search:
             if not left:
                 return ranks, {n: collector.directions(leader_of[n]) for n in self.layers}
             collector.go_on_with(left)
-            batch = next(source)
-        raise ValueError(
+        raise problem or ValueError(
             f"EVA has not converged after {MOST_BATCHES} batches: lower lora.eva_config.tau, which "
             f"is {self.config.eva.tau}, or use larger batches"
         )
