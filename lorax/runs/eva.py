@@ -12,7 +12,7 @@ from lorax.adapters.nnx.apply import apply_lora
 from lorax.adapters.nnx.eva import apply_ranks, initialize_eva, ranks_of
 from lorax.config.adapter import EVA, LoraConfig
 from lorax.config.run import RunConfig
-from lorax.devices.placement import batch_placer
+from lorax.devices.placement import place_batch
 from lorax.models.decoder import CausalLM
 from lorax.recovery.identity import Identity
 from lorax.recovery.progress import Progress
@@ -62,7 +62,7 @@ def begin_on(setup: Setup) -> Begin:
 
     def begin(model: CausalLM, config: LoraConfig, *, rngs: nnx.Rngs) -> CausalLM:
         with jax.set_mesh(course.mesh):
-            return initialize_eva(model, config, _MicroBatches(course, model), rngs=rngs)
+            return initialize_eva(model, config, _MicroBatches(course), rngs=rngs)
 
     return begin
 
@@ -72,12 +72,12 @@ class _MicroBatches:
     """The micro-batches of the first epoch, as training has them, each made when it is needed."""
 
     course: Course
-    model: Any
 
     def __iter__(self) -> Iterator[dict[str, jax.Array]]:
-        place = batch_placer(self.model, self.course.mesh)
         for step in self.course.batches.epoch(0):
             for index in range(self.course.batches.micro_batches):
-                one = place({name: value[index : index + 1] for name, value in step.items()})
-                one = jax.device_put(one, jax.memory.Space.Device)
-                yield {name: value[0] for name, value in one.items()}
+                one = {name: value[index : index + 1] for name, value in step.items()}
+                # Without rows of an embedding on the host, which is read whole: it runs without
+                # gradients, so there is room.
+                placed = place_batch(one, self.course.mesh)
+                yield {name: value[0] for name, value in placed.items()}

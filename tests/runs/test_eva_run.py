@@ -16,7 +16,8 @@ from lorax.runs import eva
 from lorax.runs.model import Blueprint
 from lorax.runs.run import run_training
 from lorax.runs.setup import Setup, build_model
-from tests.tiny import shallow_model
+from tests.bounds import distance
+from tests.tiny import shallow_model, write_model
 
 pytestmark = pytest.mark.slow
 
@@ -46,6 +47,14 @@ def train(folder, *more, **options):
     return load_file(folder / "adapter" / "adapter_model.safetensors")
 
 
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """The weights of a run on a model with a head of its own, and what names the model."""
+    folder = tmp_path_factory.mktemp("base")
+    name = f"model.name_or_path={write_model(folder / 'model')}"
+    return train(folder / "run", name, "train.max_steps=1"), name
+
+
 def test_a_run_begins_with_eva_and_goes_on_bit_for_bit(tmp_path, monkeypatch):
     run = tmp_path / "run"
     weights = train(run)
@@ -66,6 +75,23 @@ def test_a_run_begins_with_eva_and_goes_on_bit_for_bit(tmp_path, monkeypatch):
     # The config that a run keeps is that of a run that begins with EVA too.
     kept = load_config(run / "config.yaml")
     assert kept.lora == config(run).lora
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["mesh.data=2", "train.per_device_train_batch_size=2"],
+        ["model.offload_embedding=true"],
+        ["train.gradient_checkpointing=full", "train.full_determinism=true"],
+    ],
+)
+def test_where_and_how_it_trains_changes_no_first_value(base, tmp_path, changes):
+    plain, name = base
+    other = train(tmp_path / "run", name, "train.max_steps=1", *changes)
+    assert {n: v.shape for n, v in other.items()} == {n: v.shape for n, v in plain.items()}
+    for key, value in plain.items():
+        if "lora_A" in key:  # which the first step leaves, at the learning rate 0
+            assert distance(other[key], value) <= 2e-3  # as in `test_eva`
 
 
 def test_it_begins_on_the_micro_batches_of_training(tmp_path, monkeypatch):

@@ -127,10 +127,7 @@ def _resized(target: Target, r: int, config: LoraConfig) -> Target:
 def run_language_model(model: Any, batch: Mapping[str, Array]) -> None:
     """Runs a language model of lorax on ``input_ids`` and what comes with them."""
     hidden = model.hidden_states(
-        batch["input_ids"],
-        batch.get("positions"),
-        batch.get("segment_ids"),
-        inputs_embeds=batch.get("inputs_embeds"),
+        batch["input_ids"], batch.get("positions"), batch.get("segment_ids")
     )
     model.logits(hidden)
 
