@@ -1,5 +1,6 @@
 """LoRA fine-tuning of language models in JAX."""
 
+from lorax.adapters.method import Shape as Shape
 from lorax.adapters.nnx.apply import apply_lora as apply_lora
 from lorax.adapters.nnx.apply import set_dropout_key as set_dropout_key
 from lorax.adapters.nnx.apply import set_kernels as set_kernels
@@ -10,6 +11,8 @@ from lorax.adapters.nnx.merge import rebase_lora as rebase_lora
 from lorax.adapters.nnx.merge import unload_lora as unload_lora
 from lorax.adapters.nnx.merge import unmerge_lora as unmerge_lora
 from lorax.adapters.nnx.tree import split_trainable as split_trainable
+from lorax.adapters.sites import SITES as SITES
+from lorax.adapters.sites import Site as Site
 from lorax.config.adapter import LoraConfig as LoraConfig
 from lorax.config.data import DataConfig as DataConfig
 from lorax.config.run import RunConfig as RunConfig
@@ -23,6 +26,7 @@ from lorax.interop.load import load_model as load_model
 from lorax.interop.peft import load_adapter as load_adapter
 from lorax.interop.peft import save_adapter as save_adapter
 from lorax.interop.save import save_model as save_model
+from lorax.layers.linear import Linear as Linear
 from lorax.objectives.linear_loss import linear_cross_entropy as linear_cross_entropy
 from lorax.report.parameters import trainable_parameters as trainable_parameters
 from lorax.runs.setup import build_model as build_model

@@ -118,6 +118,15 @@ def test_the_guide_to_linen_models_runs_from_top_to_bottom(tmp_path, monkeypatch
     assert {p.name for p in (tmp_path / "outputs").iterdir()} == {"decoder-adapter"}
 
 
+def test_a_layer_of_one_s_own_takes_part(monkeypatch):
+    monkeypatch.setattr("lorax.adapters.sites.SITES", sites := [*lorax.SITES])
+    monkeypatch.setattr(lorax, "SITES", sites)
+    page = "docs/adapters.md"
+    names = {}
+    exec(compile("\n".join(blocks(page)), page, "exec"), names)
+    assert len(names["model"].layers) == 3 and names["Product"] is not None
+
+
 def test_the_guide_names_the_layers_that_are_trained_whole(tmp_path):
     class Model(nnx.Module):
         def __init__(self):

@@ -15,7 +15,8 @@ class Dora(Lora):
     """``m / ‖V‖ · (x·V)`` with ``V = W + s·A·B``, and ‖V‖ the length of each column.
 
     m, (n,), starts as ‖V‖, so that a new adapter changes nothing. As in PEFT, ‖V‖ gets no gradient,
-    dropout takes part in x·A alone, and an embedding's columns are its features.
+    and an embedding's columns are its features. Dropout takes part in x·A alone; PEFT drops inputs
+    of ``(m / ‖V‖ - 1) · x·W`` too.
 
     V is never computed. Of every column
     ``‖V‖² = ‖W‖² + 2s·Σ (Wᵀ·A)∘Bᵀ + s²·Σ B∘(AᵀA·B)``, in which ‖W‖² is fixed (`squares`).

@@ -1,5 +1,6 @@
 """`initialize_eva` on models: what PEFT comes to, and what it refuses."""
 
+import json
 from typing import Any
 
 import jax
@@ -13,10 +14,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lorax
 from lorax.adapters.nnx import eva
+from lorax.adapters.nnx.directions import Collector
 from lorax.adapters.nnx.eva import apply_ranks, counted_tokens, ranks_of
 from lorax.adapters.nnx.recorder import carriers_of, readers_of_one_input
 from lorax.adapters.nnx.tree import adapted_layers, named_modules
 from lorax.adapters.targets import TargetError
+from lorax.config.explain import ConfigError
 from lorax.layers.carrier import Frozen
 from lorax.models.decoder import CausalLM
 from lorax.models.families import read_architecture
@@ -153,6 +156,37 @@ def test_it_survives_its_files_here_and_in_peft(begun, data, tmp_path):
     theirs: Any = PeftModel.from_pretrained(Net(), str(tmp_path / "adapter"))  # pyright: ignore
     with torch.no_grad():
         assert distance(begun(data[0]), theirs(torch.tensor(data[0])).numpy()) <= 1e-5
+
+
+def test_an_adapter_that_peft_began_and_saved_is_read(data, tmp_path):
+    begin_theirs(data, EvaConfig(), r=4).save_pretrained(tmp_path / "adapter")
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["eva_config"]
+    ours = lorax.load_adapter(Twin(Net()), tmp_path / "adapter")
+    assert sum(ranks_of(ours).values()) == 16 and len({*ranks_of(ours).values()}) > 1
+
+
+def test_the_loop_ends_where_peft_s_does():
+    """The layers converge after four, two and three batches, and no longer change then."""
+    rows = list(batches(8, rows=64, k=24, factor=0.75))
+    names = ["a", "middle", "out"]
+    theirs = begin_theirs(rows, EvaConfig(tau=0.9895), names, r=3).base_model.model
+    ours = begin(Twin(Net()), rows, names, r=3, eva_config={"tau": 0.9895})
+    for name, layer in adapted_layers(ours).items():
+        a = theirs.get_submodule(name).lora_A["default"].weight.detach().numpy().T
+        assert distance(layer.adapter.params["lora_a"], a) <= 1e-2, name  # a batch fewer: 0.04
+
+
+def test_a_layer_that_has_converged_changes_no_more(data):
+    model = nnx.clone(Twin(Net()))
+    layers = carriers_of(model, ["a", "out"])
+    collector = Collector(model, layers, {"a": 4, "out": 4}, run, None, 0.9)
+    collector.run(data[0])
+    before = {name: collector.directions(name) for name in layers}
+    collector.go_on_with(["out"])
+    found = collector.run(2 * data[0] + 1)
+    assert found["a"].seen == 64 and found["out"].seen == 128
+    for got, want in zip(collector.directions("a"), before["a"], strict=True):
+        np.testing.assert_array_equal(got, want)
 
 
 def test_the_ranks_alone_make_the_same_adapters(begun):
@@ -302,6 +336,20 @@ def test_layers_of_other_kinds_begin_too(many):
 def test_layers_that_cannot_take_part_are_named(many, names, said):
     with pytest.raises(TargetError, match=said):
         begin(many, [IDS], names, r=2)
+
+
+def test_settings_of_eva_go_with_eva():
+    settings: dict[str, Any] = {"init_lora_weights": "EVA", "eva_config": {"rho": 1.5}}
+    config = lorax.LoraConfig(**settings)
+    assert config.init_lora_weights == "eva" and config.eva.rho == 1.5 and config.eva.tau == 0.99
+    theirs = EvaConfig()
+    plain = lorax.LoraConfig(init_lora_weights="eva").eva.model_dump()
+    assert plain == {name: getattr(theirs, name) for name in plain}
+    with pytest.raises(ConfigError, match=r"eva_config: is only read with init_lora_weights: eva"):
+        lorax.LoraConfig(eva_config={})  # pyright: ignore
+    for name, value in (("rho", 0.5), ("tau", 1.5), ("label_mask_value", 0)):
+        with pytest.raises(ConfigError, match=rf"eva_config\.{name}"):
+            lorax.LoraConfig(**settings | {"eva_config": {name: value}})
 
 
 def test_without_batches_there_is_no_eva(data):

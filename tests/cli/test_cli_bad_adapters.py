@@ -64,10 +64,10 @@ ADAPTERS = {
         edit_adapter_config(use_dora=True, lora_bias=True),
         r"adapter_config.json: lora_bias: does not go with use_dora, as in PEFT",
     ),
-    "PiSSA": (
+    "CorDA": (
         "validate",
-        edit_adapter_config(init_lora_weights="pissa"),
-        r"adapter_config.json: init_lora_weights='pissa' changes the base weights .*convert",
+        edit_adapter_config(init_lora_weights="corda"),
+        r"adapter_config.json: init_lora_weights='corda' changes the base weights .*convert",
     ),
     "field of another type": (
         "validate",

@@ -174,6 +174,10 @@ def test_a_pair_that_was_trained_apart_is_refused(tied, ours, tmp_path):
 def test_dora_of_a_tied_embedding_is_exported_as_merged_alone(tied, ours, tmp_path):
     settings: dict[str, Any] = {"r": 4, "target_modules": ["embed_tokens"], "use_dora": True}
     adapted = lorax.apply_lora(ours, lorax.LoraConfig(**settings), rngs=0)
+    adapter = adapted_layers(adapted)["model.embed_tokens"].adapter
+    for name, value in adapter.params.items():
+        moved = value + jnp.linspace(0, 0.3, value.size).reshape(value.shape)
+        adapter.variable(name).set_value(moved)
     with pytest.raises(
         ValueError, match=r"model.embed_tokens is lm_head too .*, or merge the adapter"
     ):
