@@ -27,6 +27,7 @@ from lorax.interop.peft import load_adapter as load_adapter
 from lorax.interop.peft import save_adapter as save_adapter
 from lorax.interop.save import save_model as save_model
 from lorax.layers.linear import Linear as Linear
+from lorax.models.vocabulary import resize_vocabulary as resize_vocabulary
 from lorax.objectives.linear_loss import linear_cross_entropy as linear_cross_entropy
 from lorax.report.parameters import trainable_parameters as trainable_parameters
 from lorax.runs.setup import build_model as build_model

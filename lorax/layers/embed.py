@@ -72,4 +72,6 @@ def embed_obstacle(layer: nnx.Embed) -> str | None:
     """Returns why an `Embed` cannot carry an adapter, or None."""
     if layer.promote_dtype is not promote_dtype:
         return "it has a promote_dtype of its own"
+    if layer.num_embeddings == 1:
+        return "it has one row, which Flax gives whatever the index"
     return None

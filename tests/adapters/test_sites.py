@@ -372,3 +372,26 @@ def test_dropout_of_stacked_layers_differs_between_them():
     np.testing.assert_array_equal(model(x), first)
     lorax.set_dropout_key(model, jax.random.key(1))
     assert not np.allclose(model(x), first)
+
+
+class Single(nnx.Module):
+    def __init__(self, layer):
+        self.layer = layer
+
+    def __call__(self, x):
+        return self.layer(x)
+
+
+def test_a_lora_bias_is_merged_in_the_order_of_the_outputs():
+    layer = nnx.Einsum("btd,dnh->bhtn", (6, 2, 3), (3, 2), rngs=nnx.Rngs(0))
+    config = LoraConfig(r=2, target_modules=["layer"], lora_bias=True)
+    model = apply_lora(Single(layer), config, rngs=nnx.Rngs(1))
+    model.layer.adapter.lora_bias.set_value(jnp.arange(6.0))
+    x = floats(2, 4, 6)
+    np.testing.assert_allclose(merge_lora(model)(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_table_of_one_row_is_refused_because_flax_gives_it_for_any_index():
+    model = Single(nnx.Embed(1, 4, rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match="layer cannot be adapted: it has one row"):
+        apply_lora(model, LoraConfig(r=1, target_modules=["layer"]), rngs=nnx.Rngs(1))

@@ -23,7 +23,7 @@ def make_trainer(folder: Path, *, resume: bool = False, **changes: Any):
     Args:
         folder: Of the run.
         resume: As `Trainer` takes it.
-        **changes: ``dropout``, ``rank``, ``seed_of_rows``, ``seed_of_base``, ``loss_fn``,
+        **changes: ``dropout``, ``rank``, ``lora`` (further settings of the adapter), ``seed_of_rows``, ``seed_of_base``, ``loss_fn``,
             ``listeners``, ``files``, ``keep`` (the events), ``masked`` (rows without anything to
             learn, their tokens moved by ``shift``) and settings by name with ``__`` for the dot.
     """
@@ -53,6 +53,7 @@ def make_trainer(folder: Path, *, resume: bool = False, **changes: Any):
         r=changes.get("rank", 4),
         lora_dropout=changes.get("dropout", 0.0),
         target_modules=("q_proj", "down_proj"),
+        **changes.get("lora", {}),
     )
     draw = np.random.default_rng(changes.get("seed_of_rows", 0))
     rows = []

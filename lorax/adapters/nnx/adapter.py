@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Key
 from lorax.adapters import method, stack
 from lorax.adapters.method import Cost, Params, Shape, Spec
 from lorax.layers.carrier import Carrier, Frozen
-from lorax.layers.maps import TokenRows
+from lorax.layers.maps import TokenRows, bias_of
 from lorax_kernels import LoraWeights, Matrix, dense
 
 NAME = "default"
@@ -168,7 +168,7 @@ def merged_bias(layer: Carrier) -> Array | None:
         return None if layer.bias is None else layer.bias.get_value()
     if layer.bias is None:
         raise ValueError("its lora_bias cannot be merged, because the layer has no bias")
-    return _sum(layer.bias.get_value(), own)
+    return _sum(layer, own)
 
 
 def unmerged_bias(layer: Carrier) -> Array | None:
@@ -176,11 +176,13 @@ def unmerged_bias(layer: Carrier) -> Array | None:
     own = _own_bias(layer)
     if layer.bias is None or own is None:
         return None if layer.bias is None else layer.bias.get_value()
-    return _sum(layer.bias.get_value(), -own)
+    return _sum(layer, -own)
 
 
-def _sum(bias: Array, own: Array) -> Array:
-    return (bias.astype(own.dtype) + own.reshape(bias.shape)).astype(bias.dtype)
+def _sum(layer: Carrier, own: Array) -> Array:
+    bias = layer.bias.get_value()
+    total = bias.astype(own.dtype) + bias_of(layer.linear_map, own).reshape(bias.shape)
+    return total.astype(bias.dtype)
 
 
 def _own_bias(layer: Carrier) -> Array | None:

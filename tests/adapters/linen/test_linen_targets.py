@@ -10,7 +10,9 @@ from flax.core import freeze
 
 import lorax
 import lorax.linen as ll
+from lorax.adapters.linen.sites import SITES, LinenSite
 from lorax.adapters.targets import TargetError
+from lorax.layers.maps import Matmul, apply_map
 from tests.adapters.linen.kinds import KINDS, One, Tied, moved
 
 X = np.ones((2, 4, 6), np.float32)
@@ -304,3 +306,37 @@ def test_tokens_of_an_embedding_train():
     np.testing.assert_array_equal(changed, [2, 5])
     want = body.apply(merged, IDS)
     np.testing.assert_allclose(adapted.apply(variables, IDS), want, rtol=1e-5, atol=1e-5)
+
+
+class Turned(nn.Module):
+    """A layer of one's own, whose weight is (n, k)."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x):
+        init = nn.initializers.normal(1.0)
+        return x @ self.param("weight", init, (self.features, x.shape[-1])).T
+
+
+def turned(site, module, update, x):
+    w = update.linear_map.matrix(site.weight_of(module))
+    return apply_map(update.linear_map, x, w, update.operands(w), update.way, x.dtype)
+
+
+def turned_map(module, shape):
+    return Matmul((shape[1],), (shape[0],), order=(1, 0))
+
+
+def test_a_kind_of_layer_is_one_entry_of_a_list(monkeypatch):
+    model = One(Turned(5))
+    with pytest.raises(TargetError, match="matches layer, which cannot carry an adapter"):
+        adapt(model, X)
+    site = LinenSite(Turned, {"__call__": turned}, turned_map, lambda _: None, weight="weight")
+    monkeypatch.setattr("lorax.adapters.linen.sites.SITES", [*SITES, site])
+    adapted, variables = adapt(model, X)
+    plain = {"params": variables["params"]}
+    np.testing.assert_allclose(adapted.apply(variables, X), model.apply(plain, X), rtol=1e-5)
+    variables = moved(variables)
+    merged = ll.merge_lora(adapted, variables)
+    np.testing.assert_allclose(model.apply(merged, X), adapted.apply(variables, X), rtol=1e-5)
