@@ -19,7 +19,7 @@ from lorax.config.types import (
     Share,
     check_regex,
 )
-from lorax.system.wording import show
+from lorax.system.wording import did_you_mean, show
 
 Alpha = Annotated[float, Field(gt=0, le=1e6)]
 """Real ones end at a few thousand; far above, s·A·B is infinite after the first step."""
@@ -38,7 +38,8 @@ def _check_start(value: Any) -> bool | str:
     if word in (*_STARTS, EVA) or re.fullmatch(r"pissa_niter_\d{1,3}", word):
         return word
     known = "true, gaussian, orthogonal, pissa, pissa_niter_ with a number, olora or eva"
-    raise ValueError(f"needs {known}, got {show(value)}")
+    found = "false" if value is False else show(value)
+    raise ValueError(f"needs {known}, got {found}{did_you_mean(word, (*_STARTS, EVA))}")
 
 
 Initialisation = Annotated[bool | str, BeforeValidator(_check_start)]

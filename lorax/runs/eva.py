@@ -77,7 +77,7 @@ class _MicroBatches:
         for step in self.course.batches.epoch(0):
             for index in range(self.course.batches.micro_batches):
                 one = {name: value[index : index + 1] for name, value in step.items()}
-                # Without rows of an embedding on the host: it is read from there, whole. No gradient
-                # takes memory now.
+                # Without rows of an embedding on the host: it is read from there, whole. No
+                # gradient takes memory now.
                 placed = place_batch(one, self.course.mesh)
                 yield {name: value[0] for name, value in placed.items()}

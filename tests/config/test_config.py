@@ -175,6 +175,9 @@ def test_missing_sections_name_what_they_need(write):
     ]
 
 
+STARTS = "needs true, gaussian, orthogonal, pissa, pissa_niter_ with a number, olora or eva"
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -208,8 +211,9 @@ def test_missing_sections_name_what_they_need(write):
         ("lora: {lora_alpha: 0}", "needs a number > 0.0, got 0"),
         ("lora: {lora_dropout: 1}", "needs a number < 1.0, got 1"),
         ("lora: {use_rslora: yes}", "needs true or false, got the text 'yes'"),
-        ("lora: {init_lora_weights: 1}", "needs true or a word, got the number 1"),
-        ("lora: {init_lora_weights: false}", "needs true or `gaussian`, got false"),
+        ("lora: {init_lora_weights: 1}", f"{STARTS}, got 1"),
+        ("lora: {init_lora_weights: false}", f"{STARTS}, got false"),
+        ("lora: {init_lora_weights: pisa}", f"{STARTS}, got 'pisa' (did you mean pissa?)"),
         ("lora: {target_modules: 3}", "needs text or a list, got 3"),
         ("lora: {target_modules: []}", "needs text or at least 1 entry, got a list of 0"),
         ("lora: {target_modules: ' '}", "needs text that is not empty, got ' '"),

@@ -62,5 +62,5 @@ def test_what_cannot_be_resized_is_refused():
     config = lorax.LoraConfig(r=2, target_modules=["embed_tokens"])
     with pytest.raises(ValueError, match=r"model\.embed_tokens carries an adapter: resize the ba"):
         lorax.resize_vocabulary(lorax.apply_lora(model, config, rngs=0), NEW)
-    with pytest.raises(TypeError, match="model must be a lorax.CausalLM"):
+    with pytest.raises(TypeError, match=r"model must be a lorax\.CausalLM"):
         lorax.resize_vocabulary(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), NEW)
