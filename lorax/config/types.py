@@ -79,13 +79,6 @@ def _tuple_from_list(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _refuse_integer(value: Any) -> Any:
-    # `1 == True`, so a Literal[True] alone takes it.
-    if isinstance(value, int) and not isinstance(value, bool):
-        raise ValueError(f"needs true or a word, got the number {show(value)}")
-    return value
-
-
 def _check_not_blank(text: str) -> str:
     if not text.strip():
         raise ValueError(f"needs text that is not empty, got {show(text)}")
@@ -127,7 +120,6 @@ Share = Annotated[float, Field(ge=0, le=1)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 # A list in YAML or Python becomes a tuple, so that a config cannot change after it was checked.
 FromList = BeforeValidator(_tuple_from_list)
-NotInteger = BeforeValidator(_refuse_integer)
 Names = Annotated[tuple[Text, ...], Field(min_length=1), FromList]
 Modules = Annotated[
     Text | Annotated[tuple[Text, ...], Field(min_length=1)],
