@@ -24,8 +24,9 @@ def make_trainer(folder: Path, *, resume: bool = False, **changes: Any):
         folder: Of the run.
         resume: As `Trainer` takes it.
         **changes: ``dropout``, ``rank``, ``lora`` (further settings of the adapter),
-            ``seed_of_rows``, ``seed_of_base``, ``loss_fn``, ``listeners``, ``files``, ``keep`` (the events), ``masked`` (rows without anything to
-            learn, their tokens moved by ``shift``) and settings by name with ``__`` for the dot.
+            ``seed_of_rows``, ``seed_of_base``, ``loss_fn``, ``listeners``, ``files``, ``keep`` (the
+            events), ``masked`` (rows without anything to learn, their tokens moved by ``shift``)
+            and settings by name with ``__`` for the dot.
     """
     import numpy as np
     from flax import nnx
