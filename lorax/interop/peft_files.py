@@ -187,7 +187,7 @@ def tensor_file(directory: Path) -> Path:
     """Returns the path of an adapter's tensors.
 
     Raises:
-        AdapterError: If they are a pickle.
+        AdapterError: If they are in a pickle, which can run code.
     """
     path = directory / TENSOR_FILE
     if not path.exists() and (directory / "adapter_model.bin").exists():
