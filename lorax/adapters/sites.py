@@ -74,9 +74,15 @@ class FlaxSite:
         if type(module).__call__ in calls or isinstance(module, Carrier):
             return None
         x = _example_of(linear_map_of(self.kind, module), module)
-        if not reaches_base(self.kind, module, x):
-            name = self.kind.flax_class.__name__
+        reached = reaches_base(self.kind, module, x)
+        name = self.kind.flax_class.__name__
+        if not reached.calls:
             return f"it has a __call__ of its own that does not call that of nnx.{name}"
+        if reached.reads:
+            weight = self.kind.weight_name
+            return (
+                f"it has a __call__ of its own that reads its {weight}, which merging would change"
+            )
         return None
 
 

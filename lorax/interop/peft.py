@@ -1,6 +1,7 @@
 """Reading and writing adapters in PEFT's format: adapter_config.json, adapter_model.safetensors."""
 
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,7 @@ def save_adapter(
     """
     check_kind("model", model, nnx.Module, "an nnx.Module with adapters")
     check_kind("directory", directory, (str, os.PathLike), "the path of a folder")
+    _tell_of_statistics(model)
     portable = format == "peft-portable"
     tensors = adapter_tensors(model, portable=portable)
     config = adapter_config(
@@ -177,6 +179,17 @@ def save_adapter(
         portable=portable,
     )
     return write_adapter(directory, tensors, config, card)
+
+
+def _tell_of_statistics(model: nnx.Module) -> None:
+    """Warns of batch statistics, which training may have changed and no adapter's file holds."""
+    paths = [path for path, _ in nnx.to_flat_state(nnx.state(model, nnx.BatchStat))]
+    if names := ", ".join(dict.fromkeys(".".join(map(str, path[:-1])) for path in paths)):
+        warnings.warn(
+            f"{names}: batch statistics are not saved with the adapter, and load_adapter leaves "
+            "those of the base; save them yourself, or keep them as they were in training",
+            stacklevel=3,
+        )
 
 
 def load_adapter[M: nnx.Module](model: M, directory: str | Path) -> M:

@@ -1,6 +1,7 @@
 """Adapters of Linen models in PEFT's format, by the dotted paths of their modules."""
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from flax.core import meta
 
 from lorax.adapters.linen.apply import apply_saved
 from lorax.adapters.linen.merge import ADAPTED
-from lorax.adapters.linen.model import TRAINED, AdaptedModel
+from lorax.adapters.linen.model import FIXED, TRAINED, AdaptedModel
 from lorax.adapters.linen.trace import Inputs
 from lorax.adapters.linen.tree import Path as Place
 from lorax.adapters.linen.tree import dotted, replaced
@@ -76,6 +77,13 @@ def save_adapter(
     check_kind("adapted", adapted, AdaptedModel, ADAPTED)
     check_kind("variables", variables, Mapping, "the variables that apply_lora returns")
     check_kind("directory", directory, (str, os.PathLike), "the path of a folder")
+    unsaved = sorted(set(variables) - {"params", TRAINED, FIXED})
+    if unsaved:
+        warnings.warn(
+            f"{', '.join(unsaved)} of the variables are not saved with the adapter: load_adapter "
+            "takes those that it is given",
+            stacklevel=2,
+        )
     portable = format == "peft-portable"
     tensors = _tensors(adapted, variables, portable)
     tokens = {layer.name: list(layer.spec.tokens) for layer in adapted.layers if layer.spec.tokens}

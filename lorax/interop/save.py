@@ -13,6 +13,7 @@ from lorax.adapters.nnx.tree import adapted_layers
 from lorax.interop.folder import write_checkpoint
 from lorax.interop.tensors import convert, hf_name, listed, tensor_table
 from lorax.models.decoder import CausalLM
+from lorax.system.arguments import check_kind
 from lorax_kernels import dense
 
 type Value = jax.Array | Callable[[], jax.Array]
@@ -89,8 +90,10 @@ def save_model(
         The folder.
 
     Raises:
+        TypeError: If the model is no language model of lorax's.
         ValueError: If `directory` holds something, or `model_tensors` refuses the model.
     """
+    check_kind("model", model, CausalLM, "a lorax.CausalLM, as of lorax.load_model")
     name = jnp.dtype(dtype).name
     # transformers 5 reads dtype, 4 reads torch_dtype.
     config = model.config.to_hf() | {"dtype": name, "torch_dtype": name}

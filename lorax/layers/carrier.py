@@ -1,7 +1,7 @@
 """Layers that carry adapters: their state, and what an adapted layer computes."""
 
 import functools
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -167,24 +167,38 @@ def carry(kind: type[Carrier], layer: Any) -> Any:
     return layer
 
 
-def reaches_base(kind: type[Carrier], layer: nnx.Module, x: jax.ShapeDtypeStruct) -> bool:
-    """Says whether a subclass's own `__call__` calls that of Flax's class, on inputs like `x`."""
-    probe = class_of(kind, type(nnx.clone(layer)))
-    reached = []
+class Reached(NamedTuple):
+    """Whether a subclass's own `__call__` calls that of Flax's class, and reads its kernel."""
 
-    class Probe(probe):
-        @property
-        def computing(self):
-            reached.append(True)
-            return None
+    calls: bool
+    reads: bool
 
-    def call(layer, x):
-        layer.__class__ = Probe
-        layer.begin()
+
+def reaches_base(kind: type[Carrier], layer: nnx.Module, x: jax.ShapeDtypeStruct) -> Reached:
+    """Returns how a subclass's own `__call__` uses that of Flax's class, on inputs like `x`.
+
+    It is traced with a layer in which Flax's call is the original's, so that the kernel is read by
+    nothing but the subclass.
+    """
+    called = []
+    read = []
+
+    def own(layer):
+        read.append(True)
+        return vars(layer)[kind.weight_name]
+
+    def call(layer, original, x):
+        def flax_call(_, *args, **kwargs):
+            called.append(True)
+            return kind.flax_class.__call__(original, *args, **kwargs)  # type: ignore[operator]
+
+        base = type(kind.__name__, (kind,), {"__call__": flax_call})
+        parts = {kind.weight_name: property(own, lambda *_: None)}
+        layer.__class__ = type("Probe", (type(layer), base), parts)
         return layer(x)
 
     try:
-        nnx.eval_shape(call, nnx.clone(layer), x)
+        nnx.eval_shape(call, nnx.clone(layer), nnx.clone(layer), x)
     except Exception:  # a call with other arguments
-        return False
-    return bool(reached)
+        return Reached(bool(called), bool(read))
+    return Reached(bool(called), bool(read))

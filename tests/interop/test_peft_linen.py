@@ -72,7 +72,14 @@ def test_an_adapter_of_peft_computes_the_same_and_is_written_as_it_was(method, n
     stored = get_peft_model_state_dict(theirs)
     assert found.keys() == stored.keys()
     for key, value in stored.items():
-        np.testing.assert_array_equal(found[key], value.numpy())
+        wanted = value.numpy()
+        if "init_lora_weights" in METHODS[method] and "magnitude" not in key:
+            rows = wanted.shape[0] if "lora_A" in key else None  # what is subtracted comes after
+            columns = wanted.shape[1] if "lora_B" in key else None
+            assert found[key].size == 2 * wanted.size
+            np.testing.assert_array_equal(found[key][:rows, :columns], wanted)
+            continue
+        np.testing.assert_array_equal(found[key], wanted)
 
 
 @pytest.mark.parametrize("method", METHODS)

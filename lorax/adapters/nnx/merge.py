@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -14,8 +15,13 @@ from lorax.adapters.nnx.adapter import (
     unmerged_bias,
     unmerged_matrix,
 )
-from lorax.adapters.nnx.tree import adapted_layers, layers_with_adapters
-from lorax.layers.carrier import Carrier
+from lorax.adapters.nnx.tree import (
+    adapted_layers,
+    layers_with_adapters,
+    named_modules,
+    set_child,
+)
+from lorax.layers.carrier import Carrier, Frozen
 from lorax.system.arguments import check_kind
 from lorax_kernels import Matrix, Weight
 
@@ -63,6 +69,8 @@ def merge_lora[M: nnx.Module](model: M, *, keep_adapters: bool = False) -> M:
         else:
             _set_bias(layer, bias)
             _unload(layer, matrix)
+    if not keep_adapters:
+        _thaw(merged)
     return merged
 
 
@@ -116,7 +124,9 @@ def rebase_lora[M: nnx.Module](model: M) -> M:
 
 
 def unload_lora[M: nnx.Module](model: M) -> M:
-    """Returns `model` without its adapters: every adapted layer is its frozen base again.
+    """Returns `model` without its adapters: every adapted layer is its base again.
+
+    Biases and modules that were trained whole stay as they are.
 
     Raises:
         ValueError: If a layer is merged: its base is not known any more.
@@ -127,7 +137,18 @@ def unload_lora[M: nnx.Module](model: M) -> M:
         if layer.merged:
             raise ValueError(f"{name} is merged; unmerge_lora first")
         _unload(layer, layer.matrix)
+    _thaw(unloaded)
     return unloaded
+
+
+def _thaw(model: nnx.Module) -> None:
+    """Makes what `apply_lora` froze `nnx.Param` again: arrays of the device's."""
+    thawed: dict[int, nnx.Param] = {}
+    for module in (model, *named_modules(model).values()):
+        for name, variable in list(vars(module).items()):
+            if isinstance(variable, Frozen) and isinstance(variable.get_value(), jax.Array):
+                shared = thawed.setdefault(id(variable), nnx.Param(variable.get_value()))
+                set_child(module, name, shared)
 
 
 def _set_bias(layer: Carrier, bias: Any) -> None:
