@@ -19,20 +19,7 @@ class Conv(Carrier, nnx.Conv):
     @property
     def linear_map(self) -> Convolution:
         """See `Carrier`."""
-        layer = linen.Conv(
-            self.out_features,
-            self.kernel_size,
-            strides=self.strides,
-            padding=self.padding,
-            input_dilation=self.input_dilation,
-            kernel_dilation=self.kernel_dilation,
-            use_bias=False,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            precision=self.precision,
-            parent=None,
-        )
-        return Convolution(layer, self.in_features)
+        return convolution_map(self, self.out_features, self.in_features)
 
     @override
     def __call__(self, inputs: Array, out_sharding: Any = None) -> Array:
@@ -42,6 +29,24 @@ class Conv(Carrier, nnx.Conv):
         y = with_bias(y, None if self.bias is None else self.bias[...])
         wanted = self.preferred_element_type
         return y if wanted is None else y.astype(wanted)
+
+
+def convolution_map(layer: Any, features: int, inputs: int) -> Convolution:
+    """Returns the map of a convolution of NNX or of Linen, which name their settings alike."""
+    alike = linen.Conv(
+        features,
+        layer.kernel_size,
+        strides=layer.strides,
+        padding=layer.padding,
+        input_dilation=layer.input_dilation,
+        kernel_dilation=layer.kernel_dilation,
+        use_bias=False,
+        dtype=layer.dtype,
+        param_dtype=layer.param_dtype,
+        precision=layer.precision,
+        parent=None,
+    )
+    return Convolution(alike, inputs)
 
 
 def conv_obstacle(layer: Any) -> str | None:

@@ -8,7 +8,7 @@ from flax import nnx
 
 import lorax
 from lorax import LoraConfig, apply_lora, merge_lora
-from tests.adapters.test_sites import floats
+from tests.adapters.test_sites import floats, relative
 
 
 class Stack(nnx.Module):
@@ -58,6 +58,7 @@ def test_stacked_layers_have_an_adapter_each(make, settings, tmp_path):
     np.testing.assert_allclose(merge_lora(model)(x), got, rtol=1e-4, atol=1e-4)
     kept = lorax.unmerge_lora(merge_lora(model, keep_adapters=True))
     np.testing.assert_allclose(kept(x), got, rtol=1e-4, atol=1e-4)
+    assert max(relative(other(x), got) for other in (merge_lora(model), kept)) <= 1e-5
     lorax.save_adapter(model, tmp_path / "out")
     np.testing.assert_array_equal(lorax.load_adapter(net, tmp_path / "out")(x), got)
     assert lorax.trainable_parameters(model).trained == sum(

@@ -11,6 +11,7 @@ from flax.linen.dtypes import canonicalize_dtype, promote_dtype
 from jaxtyping import Array
 
 from lorax.adapters.linen.update import BESIDE, Update
+from lorax.layers.conv import convolution_map
 from lorax.layers.embed import attended
 from lorax.layers.general import einsum_map, general_map
 from lorax.layers.maps import Convolution, Lookup, Map, Matmul, apply_map
@@ -116,20 +117,7 @@ def _lookup_map(module: linen.Embed, shape: Shape, *_: Any) -> Lookup:
 
 
 def _convolution_map(module: linen.Conv, shape: Shape, *_: Any) -> Convolution:
-    layer = linen.Conv(
-        module.features,
-        module.kernel_size,
-        strides=module.strides,
-        padding=module.padding,
-        input_dilation=module.input_dilation,
-        kernel_dilation=module.kernel_dilation,
-        use_bias=False,
-        dtype=module.dtype,
-        param_dtype=module.param_dtype,
-        precision=module.precision,
-        parent=None,
-    )
-    return Convolution(layer, shape[-2])
+    return convolution_map(module, module.features, shape[-2])
 
 
 def _obstacle(module: Any) -> str | None:
