@@ -9,7 +9,8 @@
 
 Each variant has random weights and reads the same tokens, rows without padding. Speed is the median
 over the turns; the ratio is the median of the variant's speed to the first one's in the same turn.
-Run it with XLA_PYTHON_CLIENT_PREALLOCATE=false: see `scripts.bench.step` on memory.
+Memory is what the compiler planned. Run it with XLA_PYTHON_CLIENT_MEM_FRACTION=0.93, so that the
+allocator begins with one region that all variants fit.
 """
 
 import argparse
