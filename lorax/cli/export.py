@@ -5,7 +5,7 @@ from pathlib import Path
 import jax.numpy as jnp
 from rich.console import Console
 
-from lorax.cli.common import DTYPES, note
+from lorax.cli.common import DTYPES, base_format, note
 from lorax.interop.adapter_base import BaseModel, choose_base, recorded_base, resolve_recorded
 from lorax.interop.adapter_tokenizer import FoundTokenizer, find_tokenizer, tokenizer_files
 from lorax.interop.export import export_model
@@ -62,7 +62,7 @@ def _export(parsed, console: Console) -> None:
         tell(text)
     found = _find_tokenizer(parsed.format, base, adapter, owner, tell)
     dtype = jnp.dtype(parsed.dtype or (run.config.model.dtype if run else find_stored_dtype(base)))
-    model = load_adapter(load_model(base, dtype=dtype), adapter)
+    model = load_adapter(load_model(base, dtype=dtype, format=base_format(owner)), adapter)
     verified = export_model(
         model,
         parsed.out,

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax.numpy as jnp
 from rich.console import Console
 
-from lorax.cli.common import DTYPES, note
+from lorax.cli.common import DTYPES, base_format, note
 from lorax.generation.generate import generate
 from lorax.generation.sampling import option_problems
 from lorax.interop.adapter_base import BaseModel, choose_base, recorded_base, resolve_recorded
@@ -134,7 +134,7 @@ def _generate(parsed, _: Console) -> None:
     longest = _check_tokens(parsed, prompts, tokens, architecture)
     if source.adapter is not None:
         read_adapter_config(source.adapter)
-    model = load_model(source.base, dtype=jnp.dtype(dtype))
+    model = load_model(source.base, dtype=jnp.dtype(dtype), format=base_format(run))
     if source.adapter is not None:
         model = load_adapter(model, source.adapter)
     model.eval()

@@ -20,6 +20,10 @@ class ModelConfig(Section):
         offload_embedding: Keeps the frozen input embedding in the host's memory and sends the rows
             that a batch needs with it: 1 GiB less on the device for Llama-3.1-8B. Not where the
             output head is the same array, or where the embedding trains.
+        quantization: Format in which the matrices of the linear layers are kept; embedding
+            and head stay as they are. `nf4`: 4-bit NormalFloat of bitsandbytes; `nf4_double`: its
+            scales in 8 bits too. A 16-bit checkpoint is quantised while it is read, one matrix at a
+            time. One that holds NF4 of bitsandbytes is used as it is, without this setting.
         adapter: Folder of a PEFT adapter to train on; its own settings replace the lora section.
     """
 
@@ -30,3 +34,4 @@ class ModelConfig(Section):
     attn_impl: Annotated[Literal["auto", "xla", "cudnn"], OfStep] = "auto"
     kernels: Annotated[Literal["auto", "pallas", "xla"], OfStep] = "auto"
     offload_embedding: Annotated[bool, OfStep] = False
+    quantization: Annotated[Literal["none", "nf4", "nf4_double"], OfStep] = "none"

@@ -139,6 +139,11 @@ class RunConfig(Section):
                 yield "model.adapter", "train.method `full` has no adapter: remove this key"
             if self.model.offload_embedding:
                 yield "model.offload_embedding", "train.method `full` trains it: remove this key"
+            if self.model.quantization != "none":
+                yield (
+                    "model.quantization",
+                    "train.method `full` trains all weights: remove this key",
+                )
             if self.save.export != ("merged",):
                 got = ", ".join(self.save.export)
                 yield "save.export", f"train.method `full` can only export `merged`, got {got}"

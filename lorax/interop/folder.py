@@ -198,7 +198,7 @@ def find_tensors(directory: Path) -> dict[str, TensorEntry]:
     if index.exists():
         return _find_indexed(directory, index)
     if single.exists():
-        return read_headers([_inside(directory, single)])
+        return read_headers([_inside(directory, single)], packed=True)
     raise CheckpointError(f"{directory} holds no {WEIGHT_FILE}{_other_weights(directory)}")
 
 
@@ -208,7 +208,7 @@ def _find_indexed(directory: Path, index: Path) -> dict[str, TensorEntry]:
     for name, path in shards.items():
         if not path.exists():
             raise CheckpointError(f"{index} lists {clip(name)}, which does not exist; fetch it")
-    entries = read_headers(_inside(directory, path) for path in shards.values())
+    entries = read_headers((_inside(directory, path) for path in shards.values()), packed=True)
     for tensor, shard in weight_map.items():
         if tensor not in entries or entries[tensor].file != shards[shard]:
             raise CheckpointError(f"{index} places {tensor} in {shard}, which lacks it")

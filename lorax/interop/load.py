@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -17,13 +18,14 @@ from jax.typing import DTypeLike
 from lorax.devices.host_memory import HostArray
 from lorax.devices.specs import parameter_sharding
 from lorax.interop.folder import CONFIG_FILE, find_tensors, read_config, resolve_checkpoint
+from lorax.interop.packed import Entry, PackedEntry, is_finite, pack_entries
 from lorax.interop.safetensors import (
     READABLE_DTYPES,
     Part,
-    TensorEntry,
     open_tensors,
     read_ahead,
 )
+from lorax.interop.storage import check_quantised, matrix_formats, refuse_quantised
 from lorax.interop.tensors import TensorSpec, convert, listed, tensor_table
 from lorax.layers.attention import AttentionImplementation
 from lorax.models.architecture import DecoderConfig, stored_dtype
@@ -61,7 +63,7 @@ def find_stored_dtype(directory: Path) -> str:
     if named is not None:
         return named
     sizes = dict.fromkeys(READABLE_DTYPES, 0)
-    for entry in find_tensors(directory).values():
+    for entry in pack_entries(find_tensors(directory)).values():
         sizes[entry.dtype] += math.prod(entry.shape)
     return np.dtype(READABLE_DTYPES[max(sizes, key=lambda name: sizes[name])]).name
 
@@ -80,7 +82,7 @@ def load_model(
     pace: Callable[[], object] | None = None,
     mesh: Mesh | None = None,
     format: Format = DENSE,
-    entries: Mapping[str, TensorEntry] | None = None,
+    entries: Mapping[str, Entry] | None = None,
 ) -> CausalLM:
     """Loads a checkpoint, tensor by tensor, onto JAX's default device or a mesh.
 
@@ -107,6 +109,7 @@ def load_model(
         mesh: The devices of the weights, as `make_train_step` needs them; None is JAX's default
             device.
         format: Format of the matrices of linear layers, except the head's, which the loss reads.
+            Matrices that are quantised in the checkpoint stay as they are there.
         entries: From `check_checkpoint` of this folder, to read its headers once.
 
     Raises:
@@ -131,13 +134,15 @@ def load_model(
             f"{directory / CONFIG_FILE} has tie_word_embeddings: true, so the embedding is the "
             "output head too, which every step reads: offload_embedding must be false"
         )
+    refuse_quantised(config, directory, format, full=False)
     found = check_checkpoint(directory, config) if entries is None else entries
     table = tensor_table(config)
     on_host = {config.family.stored_name(_EMBEDDING)} if offload_embedding else set()
     graph, state = nnx.split(model)
     variables = dict(nnx.to_flat_state(state))
     shardings = {} if mesh is None else _shardings(config, mesh, on_host)
-    for name, value in load_values(table, found, jnp.dtype(param_dtype), shardings, format):
+    formats = matrix_formats(config, found, format)
+    for name, value in load_values(table, found, jnp.dtype(param_dtype), shardings, formats):
         if name in on_host:
             value = np.asarray(value).view(HostArray)
         variables[table[name].path].set_value(value)
@@ -146,7 +151,7 @@ def load_model(
     return nnx.merge(graph, nnx.from_flat_state(variables))
 
 
-def check_checkpoint(directory: Path, config: DecoderConfig) -> dict[str, TensorEntry]:
+def check_checkpoint(directory: Path, config: DecoderConfig) -> dict[str, Entry]:
     """Compares a checkpoint's tensors with its config.json; only a tied head's data is read.
 
     Args:
@@ -159,7 +164,7 @@ def check_checkpoint(directory: Path, config: DecoderConfig) -> dict[str, Tensor
     Raises:
         ValueError: As `load_model`, except for the values.
     """
-    entries = find_tensors(directory)
+    entries = pack_entries(find_tensors(directory))
     _check_entries(directory, config, tensor_table(config), entries)
     return entries
 
@@ -168,7 +173,7 @@ def _check_entries(
     directory: Path,
     config: DecoderConfig,
     table: Mapping[str, TensorSpec],
-    entries: dict[str, TensorEntry],
+    entries: dict[str, Entry],
 ) -> None:
     """Compares names and shapes with what the architecture needs, before any data is read."""
     head, embedding = map(config.family.stored_name, (_HEAD, _EMBEDDING))
@@ -187,6 +192,7 @@ def _check_entries(
             f"{entries[extra[0]].file} holds {listed(extra)}, which a {config.model_type} model "
             "of this config.json does not have"
         )
+    check_quantised(directory, config, table, entries)
     for name, spec in table.items():
         if entries[name].shape != spec.shape:
             raise CheckpointError(
@@ -195,8 +201,11 @@ def _check_entries(
             )
 
 
-def _check_tied_head(names: tuple[str, str], head: TensorEntry, embedding: TensorEntry) -> None:
+def _check_tied_head(names: tuple[str, str], head: Entry, embedding: Entry) -> None:
     """Accepts a stored head in addition to tied embeddings only as an exact copy."""
+    for name, entry in zip(names, (head, embedding), strict=True):
+        if isinstance(entry, PackedEntry):
+            raise CheckpointError(f"{entry.file} quantises {name}, which is tied: remove the head")
     equal = head.shape == embedding.shape
     with open_tensors(head.file) as a, open_tensors(embedding.file) as b:
         heads = a.get_slice(names[0])
@@ -214,10 +223,10 @@ def _check_tied_head(names: tuple[str, str], head: TensorEntry, embedding: Tenso
 
 def load_values(
     table: Mapping[str, TensorSpec],
-    entries: Mapping[str, TensorEntry],
+    entries: Mapping[str, Entry],
     dtype: jnp.dtype,
     shardings: Mapping[str, NamedSharding],
-    format: Format = DENSE,
+    formats: Mapping[str, Format] = MappingProxyType({}),
 ) -> Iterator[tuple[str, Any]]:
     """Yields name and parameter of every tensor in `table`, in the order of the files.
 
@@ -229,7 +238,7 @@ def load_values(
         entries: The same tensors in the files.
         dtype: Dtype of the parameters.
         shardings: Shardings of parameters; those not named are on JAX's default device.
-        format: Format of the matrices of linear layers, except the head's, which the loss reads.
+        formats: From `matrix_formats`; parameters not named are arrays.
 
     Raises:
         CheckpointError: If a file is cut off, or values are not finite (checked at the end).
@@ -240,12 +249,20 @@ def load_values(
     parts = {name: _parts(place, table[name].shape) for name, place in divided.items()}
     for name, values in read_ahead({name: entries[name] for name in table}, parts):
         spec = table[name]
-        held = format if spec.transpose and spec.path[0] != "lm_head" else DENSE
+        entry = entries[name]
+        held = formats.get(name, DENSE)
         places = _places(held, shardings.get(name))
         # No name holds the tensor itself, so that it is gone from the device before the next one.
-        value, before, after = _store(
-            _assemble(values, divided.get(name), spec.shape), spec.transpose, dtype, held, places
-        )
+        if isinstance(entry, PackedEntry):
+            value, before, after = _restore(entry, values, dtype, held, places)
+        else:
+            value, before, after = _store(
+                _assemble(values, divided.get(name), spec.shape),
+                spec.transpose,
+                dtype,
+                held,
+                places,
+            )
         finite[name] = before, after
         # Waiting for the tensor before bounds the host's copies, without idling.
         jax.block_until_ready(previous)
@@ -310,9 +327,30 @@ def _store(
 ):
     """Returns the parameter, stored and placed, and whether it was finite; see `convert`."""
     matrix, before, after = convert(value, transpose, dtype)
-    stored = format.store(matrix)
+    return _placed(format.store(matrix), places), before, after
+
+
+def _restore(
+    entry: PackedEntry,
+    arrays: Mapping[str, np.ndarray],
+    dtype: jnp.dtype,
+    format: Format,
+    places: tuple[NamedSharding, ...] | None,
+):
+    """Returns a quantised matrix, or with the format `DENSE` its values, as `_store` does."""
+    matrix = entry.restore(arrays, dtype)
+    finite = is_finite(matrix)
+    stored = matrix.dense() if format is DENSE else matrix
     if places is not None:
         leaves, structure = jax.tree.flatten(stored)
-        placed = map(jax.lax.with_sharding_constraint, leaves, places)
-        stored = jax.tree.unflatten(structure, placed)
-    return stored, before, after
+        stored = jax.tree.unflatten(structure, map(jax.device_put, leaves, places))
+    return stored, finite, finite
+
+
+def _placed(stored: Any, places: tuple[NamedSharding, ...] | None) -> Any:
+    """Returns a stored matrix with its arrays on their devices, within a compiled function."""
+    if places is None:
+        return stored
+    leaves, structure = jax.tree.flatten(stored)
+    placed = map(jax.lax.with_sharding_constraint, leaves, places)
+    return jax.tree.unflatten(structure, placed)

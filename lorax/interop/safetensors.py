@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -28,6 +28,9 @@ type Part = tuple[slice, ...]
 READABLE_DTYPES = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32}
 """Dtypes by their names in safetensors."""
 
+PACKED_DTYPES = {"U8": np.uint8, "I8": np.int8}
+"""Dtypes of the codes and descriptions of quantised matrices."""
+
 MAX_HEADER_BYTES = 2**24
 """Largest header: room for 100,000 tensors. A larger one takes long to parse, and memory."""
 
@@ -42,7 +45,7 @@ class TensorEntry:
     Attributes:
         file: The file.
         shape: Its shape there.
-        dtype: Its dtype as safetensors names it, one of `READABLE_DTYPES`.
+        dtype: Its dtype as safetensors names it, of `READABLE_DTYPES` or `PACKED_DTYPES`.
         offset: Byte of the file at which its data begin.
     """
 
@@ -51,9 +54,35 @@ class TensorEntry:
     dtype: str
     offset: int
 
+    def read(self, parts: Sequence[Part]) -> "list[np.ndarray]":
+        """Reads parts of the tensor; see `read_parts`."""
+        return read_parts(self, parts)
 
-def read_headers(paths: Iterable[Path]) -> dict[str, TensorEntry]:
+
+class Readable(Protocol):
+    """What `read_ahead` reads: a tensor, or several that belong together."""
+
+    @property
+    def file(self) -> Path:
+        """Its file."""
+        ...
+
+    @property
+    def offset(self) -> int:
+        """Byte of the file at which its data begin."""
+        ...
+
+    def read(self, parts: Sequence[Part]) -> Any:
+        """Reads parts of it."""
+        ...
+
+
+def read_headers(paths: Iterable[Path], *, packed: bool = False) -> dict[str, TensorEntry]:
     """Returns the tensors of some safetensors files by name, without reading their data.
+
+    Args:
+        paths: The files.
+        packed: Whether their dtypes may be of `PACKED_DTYPES`.
 
     Raises:
         CheckpointError: If a file is absent, a stand-in, truncated or not safetensors, a tensor
@@ -68,17 +97,22 @@ def read_headers(paths: Iterable[Path]) -> dict[str, TensorEntry]:
                 shape = tuple(header.get_shape())
                 dtype = header.get_dtype()
                 entry = TensorEntry(path, shape, dtype, offsets[name])
-                if entry.dtype not in READABLE_DTYPES:
-                    raise CheckpointError(
-                        f"{path}: {name} has dtype {entry.dtype}; lorax reads "
-                        f"{', '.join(READABLE_DTYPES)}: convert or dequantise it first"
-                    )
+                if not (dtype in READABLE_DTYPES or (packed and dtype in PACKED_DTYPES)):
+                    raise unreadable(name, entry)
                 if name in entries:
                     raise CheckpointError(
                         f"{name} is in {entries[name].file} and in {path}; remove one"
                     )
                 entries[name] = entry
     return entries
+
+
+def unreadable(name: str, entry: TensorEntry) -> CheckpointError:
+    """Returns the error of a tensor whose dtype lorax does not read."""
+    return CheckpointError(
+        f"{entry.file}: {name} has dtype {entry.dtype}; lorax reads "
+        f"{', '.join(READABLE_DTYPES)}: convert or dequantise it first"
+    )
 
 
 def read_tensors(paths: Iterable[Path]) -> Iterator[tuple[Path, str, np.ndarray]]:
@@ -147,7 +181,7 @@ def _range_of(part: Part, shape: tuple[int, ...]) -> _Range:
 
 def _read_range(entry: TensorEntry, start: int, stop: int) -> np.ndarray:
     """Reads the elements from `start` to before `stop`, counted through the whole tensor."""
-    value = np.empty(stop - start, READABLE_DTYPES[entry.dtype])
+    value = np.empty(stop - start, (READABLE_DTYPES | PACKED_DTYPES)[entry.dtype])
     left = memoryview(value.view(np.uint8))
     with entry.file.open("rb", buffering=0) as raw:
         raw.seek(entry.offset + start * value.itemsize)
@@ -159,9 +193,9 @@ def _read_range(entry: TensorEntry, start: int, stop: int) -> np.ndarray:
 
 
 def read_ahead(
-    entries: Mapping[str, TensorEntry], parts: Mapping[str, Sequence[Part]]
-) -> Iterator[tuple[str, list[np.ndarray]]]:
-    """Yields name and parts of every tensor in the order of the files.
+    entries: Mapping[str, Readable], parts: Mapping[str, Sequence[Part]]
+) -> Iterator[tuple[str, Any]]:
+    """Yields name and what is read of every tensor in the order of the files.
 
     Background threads read the next ones meanwhile.
 
@@ -172,12 +206,12 @@ def read_ahead(
     Raises:
         CheckpointError: As `read_tensor`.
     """
-    ahead: deque[tuple[str, Future[list[np.ndarray]]]] = deque()
+    ahead: deque[tuple[str, Future[Any]]] = deque()
     with ThreadPoolExecutor(_READERS, thread_name_prefix="lorax-read") as pool:
         try:
             for name in sorted(entries, key=lambda n: (entries[n].file, entries[n].offset)):
                 wanted = parts.get(name, [()])
-                ahead.append((name, pool.submit(read_parts, entries[name], wanted)))
+                ahead.append((name, pool.submit(entries[name].read, wanted)))
                 if len(ahead) > _READERS:
                     done, value = ahead.popleft()
                     yield done, value.result()

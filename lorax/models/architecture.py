@@ -7,6 +7,7 @@ from typing import Any
 from lorax.layers.rope import RopeConfig
 from lorax.models.config_fields import FIXED_FIELDS
 from lorax.models.family import Family, ModelType
+from lorax.models.quantization import Quantization
 from lorax.models.windows import SLIDING, read_windows, write_windows
 from lorax.system.json_fields import JsonFields
 
@@ -49,6 +50,7 @@ class DecoderConfig:
         bos_token_id: Kept for generation.
         eos_token_id: Kept for generation; may be several.
         pad_token_id: Kept for generation.
+        quantization: How its checkpoint stores matrices, if not in 16 or 32 bits.
         notes: Notes for the user on fields that are not read and change nothing.
     """
 
@@ -74,6 +76,7 @@ class DecoderConfig:
     bos_token_id: int | tuple[int, ...] | None = None
     eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | tuple[int, ...] | None = None
+    quantization: Quantization | None = dataclasses.field(default=None, compare=False)
     notes: tuple[str, ...] = dataclasses.field(default=(), compare=False, repr=False)
 
     @property

@@ -14,7 +14,6 @@ FIXED_FIELDS: dict[str, tuple[tuple[Any, ...], str]] = {
     "partial_rotary_factor": ((1,), "lorax rotates whole heads"),
     "rope_interleaved": ((False,), "pairs are half a head apart"),
     "use_mrope": ((False,), "text has one position per token"),
-    "quantization_config": ((), "lorax reads 16- and 32-bit weights only; dequantise it first"),
     "compression_config": ((), "lorax reads 16- and 32-bit weights only; decompress it first"),
     "auto_map": ((), "lorax runs no code from checkpoints"),
     "parallel_residual": ((False,), "the MLP reads what attention added"),

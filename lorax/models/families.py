@@ -8,6 +8,7 @@ from lorax.models.architecture import DecoderConfig, stored_dtype
 from lorax.models.config_fields import HARMLESS_FIELDS, neutral_kind
 from lorax.models.family import Family, ModelType
 from lorax.models.llama import LLAMA
+from lorax.models.quantization import read_quantization
 from lorax.models.qwen import QWEN
 from lorax.system.json_fields import JsonFields
 from lorax.system.wording import show
@@ -31,12 +32,13 @@ def read_architecture(config: Mapping[str, Any], where: str) -> DecoderConfig:
     family, model_type = _read_model_type(fields)
     _check_architectures(fields, family.types[model_type])
     stored_dtype(config, where)
+    quantization = read_quantization(fields)
     result = family.read(family, fields)
     for names in HARMLESS_FIELDS.values():
         fields.ignore(names)
     fields.ignore(("dtype", "torch_dtype"))
     fields.finish(neutral_kind)
-    return dataclasses.replace(result, notes=tuple(fields.notes))
+    return dataclasses.replace(result, quantization=quantization, notes=tuple(fields.notes))
 
 
 def _read_model_type(fields: JsonFields) -> tuple[Family, str]:

@@ -21,9 +21,10 @@ from lorax.devices.host_memory import HostArray, embedding_obstacle
 from lorax.devices.mesh import make_mesh
 from lorax.interop.folder import fetch_weights, resolve_base
 from lorax.interop.load import check_checkpoint, load_hf_config, load_model
+from lorax.interop.packed import Entry
 from lorax.interop.peft import load_adapter
 from lorax.interop.peft_tied import settings_for
-from lorax.interop.safetensors import TensorEntry
+from lorax.interop.storage import refuse_quantised, stored_format
 from lorax.layers.carrier import Frozen
 from lorax.layers.linear import Linear
 from lorax.models.architecture import DecoderConfig
@@ -64,7 +65,10 @@ class Blueprint:
             ValueError: Naming the setting, or the file and the field, that cannot be used.
         """
         folder = resolve_base(config.model, weights=False)
-        return cls(config, folder, load_hf_config(folder), ranks)
+        architecture = load_hf_config(folder)
+        full = config.train.method == "full"
+        refuse_quantised(architecture, folder, format_of(config.model), full=full)
+        return cls(config, folder, architecture, ranks)
 
     @property
     def is_on_hub(self) -> bool:
@@ -73,8 +77,12 @@ class Blueprint:
 
     @property
     def format(self) -> Format:
-        """The format of its frozen matrices."""
+        """The format in which the settings ask for its frozen matrices."""
         return DENSE if self.config.train.method == "full" else format_of(self.config.model)
+
+    def format_of(self, layer: str) -> Format:
+        """Returns the format of a linear layer's matrix: the checkpoint's, if it is quantised."""
+        return stored_format(layer, self.architecture, self.entries, self.format)
 
     @functools.cached_property
     def mesh(self) -> Mesh:
@@ -86,7 +94,7 @@ class Blueprint:
         return make_mesh(self.config.mesh.data)
 
     @functools.cached_property
-    def entries(self) -> dict[str, TensorEntry] | None:
+    def entries(self) -> dict[str, Entry] | None:
         """The places of its tensors, from its headers, which are checked; None if it is on the hub.
 
         In that case the loader reads the headers after the files are fetched.
@@ -124,7 +132,7 @@ class Blueprint:
                 else:
                     model = _adapt_shapes(model, config.lora, self.ranks)
             set_kernels(model, config.model.kernels)
-            _store(model, self.format)
+            self._store(model)
             return model
 
         try:
@@ -135,6 +143,12 @@ class Blueprint:
         if config.model.offload_embedding:
             _put_embedding_on_host(model)
         return model
+
+    def _store(self, model: CausalLM) -> None:
+        """Stores the matrices of a model of shapes as the loader would."""
+        for name, layer in named_modules(model).items():
+            if isinstance(layer, Linear) and isinstance(layer.kernel, Frozen):
+                layer.freeze(self.format_of(name).store(layer.kernel.get_value()))
 
     def fetch(self) -> Path:
         """Fetches the base model's weights if needed, and returns their folder."""
@@ -171,13 +185,6 @@ def _adapt_shapes(
     targets = targets_of(model, settings)
     ranks = {target.name: target.r for target in targets} if ranks is None else ranks
     return apply_ranks(model, settings, ranks, rngs=rngs)
-
-
-def _store(model: CausalLM, format: Format) -> None:
-    """Stores the matrices of a model of shapes as the loader would."""
-    for name, layer in named_modules(model).items():
-        if isinstance(layer, Linear) and isinstance(layer.kernel, Frozen) and name != "lm_head":
-            layer.freeze(format.store(layer.kernel.get_value()))
 
 
 def _put_embedding_on_host(model: CausalLM) -> None:

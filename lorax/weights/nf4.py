@@ -38,14 +38,14 @@ class _Nf4:
 
     @property
     def name(self) -> str:
-        return "nf4-double" if self.double else "nf4"
+        return "nf4_double" if self.double else "nf4"
 
     @property
     def files(self) -> Mapping[str, str]:
         return MappingProxyType(_FILES | (_NESTED_FILES if self.double else {}))
 
     def claims(self, model: ModelConfig) -> bool:
-        return False  # no setting selects it
+        return model.quantization == self.name
 
     def store(self, matrix: Float[Array, "k n"]) -> Nf4:
         return quantise(matrix, double=self.double)

@@ -258,8 +258,41 @@ def compile_all(comparison: Comparison) -> dict[str, Compiled]:
     return compiled
 
 
-def main() -> None:
-    """Measures one comparison."""
+def rows_of(
+    comparison: Comparison,
+    compiled: dict[str, Compiled],
+    times: dict[str, list[float]],
+    parsed: argparse.Namespace,
+) -> list[dict[str, Any]]:
+    """Returns a row for every variant."""
+    first = next(iter(times.values()))
+    rows = []
+    for name, series in times.items():
+        one = compiled[name]
+        ratios = [base / own for base, own in zip(first, series, strict=True)]
+        row = {
+            "call": parsed.call,
+            "comparison": parsed.comparison,
+            "model": comparison.model,
+            "variant": name,
+            "kernels": parsed.kernels,
+            "r": parsed.r,
+            "batch": parsed.batch,
+            "seq": parsed.seq,
+            "policy": "none",
+            "tokens_per_s": round(comparison.tokens / statistics.median(series), 1),
+            "step_ms": round(statistics.median(series) * 1e3, 2),
+            "speed_to_first": round(statistics.median(ratios), 4),
+            "ratios": [round(ratio, 4) for ratio in ratios],
+            "planned_gib": round(one.planned_gib, 3),
+            "compile_s": round(one.compile_seconds, 1),
+        }
+        rows.append(row | origin(parsed.commit))
+    return rows
+
+
+def read_arguments() -> argparse.Namespace:
+    """Returns what the command line says."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("comparison", choices=list(COMPARISONS))
     parser.add_argument("--model", choices=list(SHAPES), help="of methods and bias")
@@ -274,36 +307,21 @@ def main() -> None:
     parser.add_argument("--call", required=True, help="names this run on this machine")
     parser.add_argument("--commit", required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parsed = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measures one comparison."""
+    parsed = read_arguments()
     comparison = COMPARISONS[parsed.comparison](parsed)
     compiled = compile_all(comparison)
     times = time_in_turns(compiled, comparison.batch, parsed.turns, parsed.steps)
-    first = next(iter(times.values()))
-    for name, series in times.items():
-        one = compiled[name]
-        speed = comparison.tokens / statistics.median(series)
-        ratios = [base / own for base, own in zip(first, series, strict=True)]
-        row = {
-            "call": parsed.call,
-            "comparison": parsed.comparison,
-            "model": comparison.model,
-            "variant": name,
-            "kernels": parsed.kernels,
-            "r": parsed.r,
-            "batch": parsed.batch,
-            "seq": parsed.seq,
-            "policy": "none",
-            "tokens_per_s": round(speed, 1),
-            "step_ms": round(statistics.median(series) * 1e3, 2),
-            "speed_to_first": round(statistics.median(ratios), 4),
-            "ratios": [round(ratio, 4) for ratio in ratios],
-            "planned_gib": round(one.planned_gib, 3),
-            "compile_s": round(one.compile_seconds, 1),
-        }
-        append_rows(parsed.out, [row | origin(parsed.commit)])
+    rows = rows_of(comparison, compiled, times, parsed)
+    append_rows(parsed.out, rows)
+    for row in rows:
         print(
-            f"{name:32s} {speed:9.1f} tokens/s {row['step_ms']:8.2f} ms, speed to the first "
-            f"{row['speed_to_first']:.4f}, planned {row['planned_gib']:.2f} GiB",
+            f"{row['variant']:32s} {row['tokens_per_s']:9.1f} tokens/s {row['step_ms']:8.2f} ms, "
+            f"speed to the first {row['speed_to_first']:.4f}, planned {row['planned_gib']:.2f} GiB",
             flush=True,
         )
     if parsed.profile:

@@ -35,15 +35,21 @@ from lorax.config.train import TrainConfig
 from lorax.devices.host_memory import HostArray, embedding_on_host
 from lorax.devices.mesh import make_mesh
 from lorax.devices.placement import place_batch
+from lorax.models.architecture import DecoderConfig
 from lorax.models.decoder import CausalLM
 from lorax.models.families import read_architecture
 from lorax.models.stack.recompute import REPEATING, Recomputation, check_policy
 from lorax.system.hardware import memory_gib
 from lorax.training.optim.optimizer import make_optimizer
 from lorax.training.step import compile_lowered, make_train_step
+from lorax.weights.dense import DENSE
+from lorax.weights.format import Format
+from lorax.weights.formats import FORMATS
 from lorax_kernels import xla_options
 from scripts.bench.rows import append_rows, origin
 from scripts.make.random_checkpoint import SHAPES
+
+BASES = {"bfloat16": DENSE} | {format.name: format for format in FORMATS if format is not DENSE}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,16 +97,42 @@ class Compiled:
         return float(metrics["loss"]) if times else float("nan")
 
 
-def build_model(shape: str, r: int, offload_embedding: bool = False) -> CausalLM:
+def build_model(
+    shape: str, r: int, offload_embedding: bool = False, format: Format = DENSE
+) -> CausalLM:
     """Returns a model with random weights and adapters on all linear layers."""
     config = read_architecture(SHAPES[shape], shape)
     bf16 = jnp.bfloat16
-    model = CausalLM(config, dtype=bf16, param_dtype=bf16, rngs=nnx.Rngs(0))
+    if format is DENSE:
+        model = CausalLM(config, dtype=bf16, param_dtype=bf16, rngs=nnx.Rngs(0))
+    else:
+        model = build_quantised(config, format)
     settings = LoraConfig(r=r, lora_alpha=2.0 * r, target_modules="all-linear")
     if offload_embedding:
         embedding = model.model.embed_tokens.embedding
         embedding.set_value(np.asarray(embedding.get_value()).view(HostArray))  # type: ignore[arg-type]
     return apply_lora(model, settings, rngs=nnx.Rngs(1))
+
+
+def build_quantised(config: DecoderConfig, format: Format) -> CausalLM:
+    """Returns a model whose matrices are drawn and stored one at a time."""
+    bf16 = jnp.dtype(jnp.bfloat16)
+    model = nnx.eval_shape(lambda: CausalLM(config, dtype=bf16, param_dtype=bf16, rngs=nnx.Rngs(0)))
+    draw = jax.jit(draw_matrix, static_argnames=("shape", "format"))
+    graph, state = nnx.split(model)
+    for index, (path, variable) in enumerate(nnx.to_flat_state(state)):
+        shape = variable.get_value().shape
+        if len(shape) == 1:
+            variable.set_value(jnp.ones(shape, bf16) * (path[-1] != "bias"))
+        else:
+            held = format if path[-1] == "kernel" and path[0] != "lm_head" else DENSE
+            variable.set_value(draw(jax.random.key(index), shape=shape, format=held))
+    return nnx.merge(graph, state)
+
+
+def draw_matrix(key: jax.Array, shape: tuple[int, int], format: Format):
+    """Returns a normal matrix of deviation 0.02 in a format."""
+    return format.store((0.02 * jax.random.normal(key, shape)).astype(jnp.bfloat16))
 
 
 def read_policy(text: str) -> Recomputation:
@@ -190,6 +222,7 @@ def main() -> None:
     parser.add_argument("--seq", type=int, default=2048)
     parser.add_argument("--accumulation", type=int, default=1)
     parser.add_argument("--r", type=int, default=16)
+    parser.add_argument("--base", choices=list(BASES), default="bfloat16")
     parser.add_argument(
         "--policies", nargs="+", default=["none"], help="as full, or full:6 with six layers kept"
     )
@@ -212,7 +245,8 @@ def main() -> None:
         for kernels in parsed.kernels
         for options in parsed.options
     ]
-    model = build_model(parsed.model, parsed.r, parsed.offload_embedding)
+    format = BASES[parsed.base]
+    model = build_model(parsed.model, parsed.r, parsed.offload_embedding, format)
     batch = draw_batch(model.config.vocab_size, parsed.accumulation, parsed.batch, parsed.seq)
     batch = place_batch(batch, make_mesh(), embedding_on_host(model))
     compiled: dict[str, Compiled] = {}
@@ -240,7 +274,7 @@ def main() -> None:
             "call": parsed.call,
             "system": "lorax",
             "model": parsed.model,
-            "base_dtype": "bfloat16",
+            "base_dtype": parsed.base,
             "r": parsed.r,
             "batch": parsed.batch,
             "accumulation": parsed.accumulation,

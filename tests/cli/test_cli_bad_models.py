@@ -94,7 +94,7 @@ CONFIG_JSON = {
     ),
     "quantised weights": (
         edit_config(quantization_config={"quant_method": "gptq"}),
-        r"config.json: quantization_config must be absent .*dequantise it first",
+        r"config.json: quantization_config.quant_method must be bitsandbytes .*, got .gptq.",
     ),
     "heads that do not divide": (
         edit_config(num_key_value_heads=3),

@@ -20,6 +20,7 @@ from lorax.interop.folder import find_tensors
 from lorax.interop.load import load_model, load_values
 from lorax.interop.safetensors import read_parts, read_tensor
 from lorax.interop.save import save_model
+from lorax.interop.storage import matrix_formats
 from lorax.interop.tensors import tensor_table
 from lorax.models.decoder import init_model
 from lorax.models.families import read_architecture
@@ -88,7 +89,9 @@ def loaded(folder, format):
     table, mesh, parts = tensor_table(CONFIG), make_mesh(4), CONFIG.family.parts
     paths = {name: ".".join(map(str, spec.path)) for name, spec in table.items()}
     places = {name: parameter_sharding(path, mesh, parts) for name, path in paths.items()}
-    return dict(load_values(table, find_tensors(folder), jnp.dtype("float32"), places, format))
+    entries = find_tensors(folder)
+    formats = matrix_formats(CONFIG, entries, format)
+    return dict(load_values(table, entries, jnp.dtype("float32"), places, formats))
 
 
 # Where it lies

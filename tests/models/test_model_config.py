@@ -108,7 +108,7 @@ REFUSED = {
     "tensor parallel": (dict(pretraining_tp=2), "pretraining_tp must be 1"),
     "quantised": (
         dict(quantization_config={"bits": 4}),
-        "quantization_config must be absent .*dequantise it first",
+        "quantization_config.quant_method must be bitsandbytes",
     ),
     "partial rotation": (dict(partial_rotary_factor=0.5), "partial_rotary_factor must be 1"),
     "custom code": (dict(auto_map={"AutoModel": "x.Y"}), "auto_map must be absent .*runs no code"),

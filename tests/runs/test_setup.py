@@ -94,10 +94,10 @@ def counted(monkeypatch):
     )
     find = interop_folder.read_headers
 
-    def read_headers(paths):
+    def read_headers(paths, **options):
         paths = list(paths)
         found.update(f"header of {path.name}" for path in paths if inside(path))
-        return find(paths)
+        return find(paths, **options)
 
     monkeypatch.setattr(interop_folder, "read_headers", read_headers)
     count(interop_load, "read_config", lambda path: ["config.json"] if inside(path) else [])

@@ -51,6 +51,17 @@ class Nf4:
     shape: tuple[int, int]
     dtype: DTypeLike
 
+    @classmethod
+    def from_bitsandbytes(cls, codes, absmax, nested_absmax, offset, *, shape, dtype) -> "Nf4":
+        """Returns the matrix of bitsandbytes' arrays."""
+        k, n = shape
+        rows = 1 if k % BLOCK else n
+        absmax = jnp.asarray(absmax).reshape(rows, -1)
+        nested = None if nested_absmax is None else jnp.asarray(nested_absmax)
+        return cls(
+            jnp.asarray(codes).reshape(rows, -1), absmax, nested, offset, shape, jnp.dtype(dtype)
+        )
+
     @property
     def kernel_obstacle(self) -> str:
         """Why the fused kernel cannot read it, as the end of a sentence."""
