@@ -1,6 +1,7 @@
 """LoRA on Flax Linen models."""
 
 from lorax.adapters.linen.apply import apply_lora as apply_lora
+from lorax.adapters.linen.eva import initialize_eva as initialize_eva
 from lorax.adapters.linen.merge import merge_lora as merge_lora
 from lorax.adapters.linen.model import AdaptedModel as AdaptedModel
 from lorax.interop.peft_linen import load_adapter as load_adapter

@@ -15,7 +15,7 @@ from lorax.adapters.eva import (
     no_directions,
     update,
 )
-from lorax.layers.maps import Map
+from lorax.layers.maps import Matmul
 
 type RowMask = Callable[[Any], Bool[Array, "..."]]
 """``batch -> mask``: which rows count, in the shape of the layers' inputs without features."""
@@ -53,7 +53,7 @@ def no_recording(components: int, k: int) -> Recording:
 
 
 def with_input(
-    before: Recording, x: Array, mask: Array | None, name: str, linear_map: Map, tau: float
+    before: Recording, x: Array, mask: Array | None, name: str, linear_map: Matmul, tau: float
 ) -> Recording:
     """Returns the recording after one more input of a layer.
 

@@ -51,13 +51,13 @@ class Suited:
         linear: Those that take part, by name.
         others: Those that keep their rank: embeddings.
         config: The settings.
-        maps: The linear maps of all, by name.
+        maps: The linear maps of those that take part, by name.
     """
 
     linear: dict[str, Target]
     others: list[Target]
     config: LoraConfig
-    maps: Mapping[str, Map]
+    maps: dict[str, Matmul]
 
     @classmethod
     def of(
@@ -85,10 +85,10 @@ class Suited:
                 "EVA is for linear layers, and lora.target_modules names embeddings alone: add "
                 "some, or write init_lora_weights: true"
             )
+        taken = {name: _suited_map(name, maps[name], stacked[name]) for name in linear}
         for name, target in linear.items():
-            _refuse_unsuited(name, maps[name], stacked[name])
-            check_rank(Shape(*maps[name].shape), target)
-        return cls(linear, others, config, maps)
+            check_rank(Shape(*taken[name].shape), target)
+        return cls(linear, others, config, taken)
 
     def with_ranks(self, ranks: Mapping[str, int]) -> list[Target]:
         """Returns all targets, those of EVA with their new ranks; one of rank 0 is left out."""
@@ -199,17 +199,17 @@ def without_eva(config: LoraConfig) -> LoraConfig:
     return config.model_copy(update={"init_lora_weights": True, "eva_config": None})
 
 
-def _refuse_unsuited(name: str, linear_map: Map, stacked: bool) -> None:
-    reason = None
-    if not isinstance(linear_map, Matmul):
-        reason = f"a {linear_map.kind}, and EVA is for linear layers"
-    elif stacked:
+def _suited_map(name: str, linear_map: Map, stacked: bool) -> Matmul:
+    """Returns the map of a layer that takes part, and refuses others."""
+    if isinstance(linear_map, Matmul) and not stacked:
+        return linear_map
+    reason = f"a {linear_map.kind}, and EVA is for linear layers"
+    if isinstance(linear_map, Matmul):
         reason = "a stack of layers, and EVA gives each layer a rank of its own"
-    if reason:
-        raise TargetError(
-            f"{name} is {reason}: leave it out with lora.exclude_modules, or write "
-            "init_lora_weights: true"
-        )
+    raise TargetError(
+        f"{name} is {reason}: leave it out with lora.exclude_modules, or write "
+        "init_lora_weights: true"
+    )
 
 
 def endless(batches: Iterable[Any]) -> Iterator[Batch]:
