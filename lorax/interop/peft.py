@@ -26,9 +26,11 @@ from lorax.interop.peft_files import (
     TENSOR_FILE,
     AdapterFormat,
     bias_setting,
+    check_copies,
     check_finite,
     compare_shapes,
     config_fields,
+    copies_of_biases,
     layer_tensors,
     refuse_unportable,
     saved_modules,
@@ -237,6 +239,7 @@ def check_adapter(model: nnx.Module, directory: str | Path) -> dict[str, TensorE
     expected = _expected_shapes(model)
     refuse_untied(entries, model, path)
     copies = {key: _base_shape(layer) for key, layer in _base_copies(model).items()}
+    copies |= {key: expected[own] for key, own in copies_of_biases(entries, expected).items()}
     compare_shapes(path, entries, expected, copies)
     return entries
 
@@ -281,6 +284,7 @@ def _check_values(found: dict[str, np.ndarray], model: nnx.Module, path: Path) -
     """Refuses values that are not finite, and copies of another base's weights."""
     check_finite(path, found)
     expected = _expected_shapes(model)
+    check_copies(path, found, expected)
     for key, layer in _base_copies(model).items():
         if key in found and key not in expected:
             kernel = _base_weight(layer).astype(np.float32)
