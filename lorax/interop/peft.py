@@ -186,10 +186,12 @@ def save_adapter(
 def _tell_of_statistics(model: nnx.Module) -> None:
     """Warns of batch statistics, which training may have changed and no adapter's file holds."""
     paths = [path for path, _ in nnx.to_flat_state(nnx.state(model, nnx.BatchStat))]
-    if names := ", ".join(dict.fromkeys(".".join(map(str, path[:-1])) for path in paths)):
+    names = dict.fromkeys(".".join(map(str, path[:-1])) or "the model" for path in paths)
+    if names:
         warnings.warn(
-            f"{names}: batch statistics are not saved with the adapter, and load_adapter leaves "
-            "those of the base; save them yourself, or keep them as they were in training",
+            f"{', '.join(names)}: batch statistics are not saved with the adapter, and "
+            "load_adapter leaves those of the base. If training changed them, save "
+            "nnx.state(model, nnx.BatchStat) too, and nnx.update the loaded model with it",
             stacklevel=3,
         )
 

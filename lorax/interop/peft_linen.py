@@ -82,8 +82,9 @@ def save_adapter(
     unsaved = sorted(set(variables) - {"params", TRAINED, FIXED})
     if unsaved:
         warnings.warn(
-            f"{', '.join(unsaved)} of the variables are not saved with the adapter: load_adapter "
-            "takes those that it is given",
+            f"{', '.join(unsaved)} of the variables are not saved with the adapter, and "
+            "load_adapter takes those that it is given. If training changed them, save these "
+            "collections too, and give load_adapter the variables with them",
             stacklevel=2,
         )
     portable = format == "peft-portable"
