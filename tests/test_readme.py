@@ -112,8 +112,11 @@ def test_the_guide_to_linen_models_runs_from_top_to_bottom(tmp_path, monkeypatch
     names = {}
     with jax.numpy_dtype_promotion("standard"):  # optax.adamw needs it
         exec(compile("\n".join(blocks(page)), page, "exec"), names)
-    first = capsys.readouterr().out.splitlines()[0]
-    assert f"# {first}\n" in (ROOT / page).read_text(encoding="utf-8")
+    first, *rest = (line.rstrip() for line in capsys.readouterr().out.splitlines())
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert f"# {first}\n" in text
+    shown = re.findall(r"```\n(adapted .*?)```", text, re.DOTALL)[0].splitlines()
+    assert rest[: len(shown)] == shown
     assert names["metrics"]["applied"] and names["loss"] < 0.85 * np.log(64)  # of a guess
     assert {p.name for p in (tmp_path / "outputs").iterdir()} == {"decoder-adapter"}
 

@@ -26,9 +26,11 @@ from lorax.interop.peft_files import (
     TENSOR_FILE,
     AdapterFormat,
     bias_setting,
+    check_copies,
     check_finite,
     compare_shapes,
     config_fields,
+    copies_of_biases,
     layer_tensors,
     refuse_unportable,
     saved_modules,
@@ -184,10 +186,12 @@ def save_adapter(
 def _tell_of_statistics(model: nnx.Module) -> None:
     """Warns of batch statistics, which training may have changed and no adapter's file holds."""
     paths = [path for path, _ in nnx.to_flat_state(nnx.state(model, nnx.BatchStat))]
-    if names := ", ".join(dict.fromkeys(".".join(map(str, path[:-1])) for path in paths)):
+    names = dict.fromkeys(".".join(map(str, path[:-1])) or "the model" for path in paths)
+    if names:
         warnings.warn(
-            f"{names}: batch statistics are not saved with the adapter, and load_adapter leaves "
-            "those of the base; save them yourself, or keep them as they were in training",
+            f"{', '.join(names)}: batch statistics are not saved with the adapter, and "
+            "load_adapter leaves those of the base. If training changed them, save "
+            "nnx.state(model, nnx.BatchStat) too, and nnx.update the loaded model with it",
             stacklevel=3,
         )
 
@@ -237,6 +241,7 @@ def check_adapter(model: nnx.Module, directory: str | Path) -> dict[str, TensorE
     expected = _expected_shapes(model)
     refuse_untied(entries, model, path)
     copies = {key: _base_shape(layer) for key, layer in _base_copies(model).items()}
+    copies |= {key: expected[own] for key, own in copies_of_biases(entries, expected).items()}
     compare_shapes(path, entries, expected, copies)
     return entries
 
@@ -281,6 +286,7 @@ def _check_values(found: dict[str, np.ndarray], model: nnx.Module, path: Path) -
     """Refuses values that are not finite, and copies of another base's weights."""
     check_finite(path, found)
     expected = _expected_shapes(model)
+    check_copies(path, found, expected)
     for key, layer in _base_copies(model).items():
         if key in found and key not in expected:
             kernel = _base_weight(layer).astype(np.float32)

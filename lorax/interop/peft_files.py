@@ -22,6 +22,8 @@ from lorax.system.wording import clip
 
 TENSOR_FILE = "adapter_model.safetensors"
 
+_TRAINED_COPY = r"\.modules_to_save\."
+
 type AdapterFormat = Literal["peft", "peft-portable"]
 type Trained = tuple[str, str]
 """(module, parameter) of a base parameter that trains."""
@@ -220,6 +222,45 @@ def compare_shapes(
         needed = expected[key] if key in expected else optional[key]
         if entry.shape != needed:
             raise AdapterError(f"{path}: {key} has shape {entry.shape}, needed {needed}")
+
+
+def copies_of_biases(
+    keys: Iterable[str], expected: Mapping[str, tuple[int, ...]]
+) -> dict[str, str]:
+    """Returns the copies of trained biases in a file, each with the key of what it is a copy of.
+
+    With ``bias="all"`` PEFT saves every tensor of that name. So each bias in a module of
+    `modules_to_save` is there three times: under its own name, as the module's that trained
+    (``.modules_to_save.``, and the adapter's name where the bias is of a module inside), and as the
+    base's (``.original_module.``), which nothing reads.
+
+    Args:
+        keys: All keys of the file.
+        expected: The shapes of the tensors that it must hold.
+    """
+    copies = {}
+    for key in keys:
+        for part in (_TRAINED_COPY, rf"{_TRAINED_COPY}[^.]+\.", r"\.original_module\."):
+            own = re.sub(part, ".", key, count=1)
+            if own != key and own in expected and own.endswith(".bias"):
+                copies[key] = own
+    return copies
+
+
+def check_copies(
+    path: Path, tensors: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Refuses a bias that has two values, both of them trained.
+
+    Raises:
+        AdapterError: Naming the file and both tensors.
+    """
+    for key, own in copies_of_biases(tensors, expected).items():
+        if re.search(_TRAINED_COPY, key) and not np.array_equal(tensors[key], tensors[own]):
+            raise AdapterError(
+                f"{path}: {key} differs from {own}, and PEFT saves one bias under both names; save "
+                "the adapter again with PEFT"
+            )
 
 
 def check_finite(path: Path, tensors: Mapping[str, np.ndarray]) -> None:

@@ -22,9 +22,11 @@ from lorax.interop.peft_config import read_adapter_config
 from lorax.interop.peft_files import (
     AdapterFormat,
     bias_setting,
+    check_copies,
     check_finite,
     compare_shapes,
     config_fields,
+    copies_of_biases,
     layer_tensors,
     refuse_unportable,
     saved_modules,
@@ -80,8 +82,9 @@ def save_adapter(
     unsaved = sorted(set(variables) - {"params", TRAINED, FIXED})
     if unsaved:
         warnings.warn(
-            f"{', '.join(unsaved)} of the variables are not saved with the adapter: load_adapter "
-            "takes those that it is given",
+            f"{', '.join(unsaved)} of the variables are not saved with the adapter, and "
+            "load_adapter takes those that it is given. If training changed them, save these "
+            "collections too, and give load_adapter the variables with them",
             stacklevel=2,
         )
     portable = format == "peft-portable"
@@ -145,9 +148,12 @@ def load_adapter(
         raise TargetError(f"{directory} does not fit this model: {error}") from None
     path = tensor_file(directory)
     entries = read_headers([path])
-    compare_shapes(path, entries, _expected_shapes(adapted, variables), {})
+    expected = _expected_shapes(adapted, variables)
+    copies = {key: expected[own] for key, own in copies_of_biases(entries, expected).items()}
+    compare_shapes(path, entries, expected, copies)
     found = {key: read_tensor(entry) for key, entry in entries.items()}
     check_finite(path, found)
+    check_copies(path, found, expected)
     return adapted, {**variables, TRAINED: _filled(adapted, variables, found)}
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from rich.console import Console
 
+from lorax.adapters.method import Spec
 from lorax.adapters.nnx.adapter import cost_of
 from lorax.adapters.nnx.tree import adapted_layers
 from lorax.config.run import RunConfig
@@ -160,12 +161,23 @@ def _attention(config: RunConfig, model: Any) -> str:
 
 def module_rows(model: nnx.Module) -> list[ModuleRow]:
     """Groups the adapted layers by the last two parts of their names, shape, rank and scale."""
+    layers = adapted_layers(model)
+    return grouped_rows(
+        (name, layer.linear_map.shape, layer.adapter.spec, cost_of(layer).parameters)
+        for name, layer in layers.items()
+    )
+
+
+def grouped_rows(layers: Iterable[tuple[str, tuple[int, int], Spec, int]]) -> list[ModuleRow]:
+    """Groups adapted layers; see `module_rows`.
+
+    Args:
+        layers: Name, shape of the matrix, adapter and trained parameters of each.
+    """
     groups: dict[tuple, int] = {}
-    for name, layer in adapted_layers(model).items():
+    for name, shape, spec, parameters in layers:
         kind = ".".join(name.split(".")[-2:])
-        spec = layer.adapter.spec
-        shape = layer.linear_map.shape
-        key = (kind, *shape, spec.r, spec.scale, cost_of(layer).parameters)
+        key = (kind, *shape, spec.r, spec.scale, parameters)
         groups[key] = groups.get(key, 0) + 1
     return [
         ModuleRow(

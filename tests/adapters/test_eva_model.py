@@ -13,7 +13,7 @@ from flax import nnx
 from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
 
 import lorax
-from lorax.adapters.nnx import eva
+from lorax.adapters import search
 from lorax.adapters.nnx.directions import Collector
 from lorax.adapters.nnx.eva import apply_ranks, ranks_of
 from lorax.adapters.nnx.recorder import carriers_of
@@ -317,13 +317,13 @@ def test_inputs_without_variance_are_refused_after_one_pass(data, monkeypatch):
     with pytest.raises(ValueError, match=r"a: EVA found no variance in its inputs"):
         begin(Twin(Net()), [same])
     assert ranks_of(begin(Twin(Net()), [same, *data, *data]))  # as long as others come
-    monkeypatch.setattr(eva, "MOST_BATCHES", 3)
+    monkeypatch.setattr(search, "MOST_BATCHES", 3)
     with pytest.raises(ValueError, match=r"a: EVA found no variance in its inputs"):
         begin(Twin(Net()), itertools.repeat(same))
 
 
 def test_directions_that_keep_turning_are_an_error(data, monkeypatch):
-    monkeypatch.setattr(eva, "MOST_BATCHES", 3)
+    monkeypatch.setattr(search, "MOST_BATCHES", 3)
     random = np.random.default_rng(0)
     noise = (random.normal(size=(64, 24)).astype(np.float32) for _ in range(9))
     with pytest.raises(ValueError, match=r"not converged after 3 batches: lower lora.eva_config"):

@@ -1,5 +1,6 @@
 """LoRA on a Linen model: which layers, and what they begin with."""
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -68,9 +69,14 @@ def apply_lora(
             that the inputs do not lead to; if the variables have adapters already, a rank exceeds
             a layer's dimensions, or `init_lora_weights` is `eva`.
     """
-    variables = _checked(model, variables, config)
-    inputs = Inputs(args, kwargs, method)
-    return _apply(model, variables, config, inputs, as_rngs(rngs), check_rank)
+    traced = Traced.of(model, variables, config, Inputs(args, kwargs, method))
+    if config.init_lora_weights == EVA:
+        raise TargetError(
+            "init_lora_weights: eva needs batches of data, which decide the ranks: call "
+            "lorax.linen.initialize_eva(model, variables, config, batches, forward, rngs=rngs) in "
+            "the place of apply_lora"
+        )
+    return adapt(traced, config, as_rngs(rngs))
 
 
 def apply_saved(
@@ -85,31 +91,81 @@ def apply_saved(
         TypeError: As `apply_lora`.
         TargetError: As `apply_lora`, but of ranks.
     """
-    variables = _checked(model, variables, config)
-    return _apply(model, variables, config, inputs, as_rngs(0), lambda shape, target: None)
+    traced = Traced.of(model, variables, config, inputs)
+    return adapt(traced, config, as_rngs(0), check=lambda shape, target: None)
 
 
-def _apply(
-    model: linen.Module,
-    variables: dict[str, Any],
+@dataclasses.dataclass(frozen=True)
+class Traced:
+    """A model that was traced, with its variables.
+
+    Attributes:
+        model: The model.
+        variables: Its variables.
+        inputs: What it was traced on.
+        modules: Its modules by dotted name.
+    """
+
+    model: linen.Module
+    variables: dict[str, Any]
+    inputs: Inputs
+    modules: dict[str, Found]
+
+    @classmethod
+    def of(cls, model: Any, variables: Any, config: Any, inputs: Inputs) -> "Traced":
+        """Checks the arguments of `apply_lora`, and traces the model.
+
+        Raises:
+            TypeError: If one of them is something else.
+            TargetError: If the model carries adapters.
+        """
+        variables = _checked(model, variables, config)
+        rest = {name: value for name, value in variables.items() if name != "params"}
+        return cls(model, variables, inputs, find_modules(model, variables["params"], rest, inputs))
+
+    def map_of(self, name: str) -> Map:
+        """Returns the linear map of a layer that can carry an adapter."""
+        linear_map = self.modules[name].linear_map
+        assert linear_map is not None
+        return linear_map
+
+
+def adapt(
+    traced: Traced,
     config: LoraConfig,
-    inputs: Inputs,
     rngs: nnx.Rngs,
-    check: Callable[[Shape, Target], None],
+    targets: list[Target] | None = None,
+    *,
+    check: Callable[[Shape, Target], None] = check_rank,
 ) -> tuple[AdaptedModel, dict[str, Any]]:
-    params = variables.pop("params")
-    modules = find_modules(model, params, variables, inputs)
-    targets = targets_of(modules, config)
+    """Returns a model as `apply_lora` does, with the adapters of some targets.
+
+    Args:
+        traced: The model.
+        config: The settings of all else.
+        rngs: Source of the A matrices.
+        targets: What carries an adapter; None: what `targets_of` returns.
+        check: Refuses a rank.
+
+    Raises:
+        TargetError: As `apply_lora`.
+    """
+    model = traced.model
+    modules = traced.modules
+    rest = dict(traced.variables)
+    params = rest.pop("params")
+    targets = targets_of(modules, config) if targets is None else targets
     for target in targets:
-        check(Shape(*_map_of(modules[target.name]).shape), target)
+        check(Shape(*traced.map_of(target.name).shape), target)
     specs = _specs(modules, targets, config)
-    check_reached(model, params, variables, inputs, {name: modules[name] for name in specs})
+    chosen = {name: modules[name] for name in specs}
+    check_reached(model, params, rest, traced.inputs, chosen)
     trained: dict[str, Any] = {}
     for path in _base_to_train(modules, params, targets, config):
         entry = modules.get(dotted(path[:-1]))
         trained = put(trained, path, _trainable(params, path, entry))
     fixed: dict[str, Any] = {}
-    layers = [_layer(name, modules[name], spec) for name, spec in specs.items()]
+    layers = [_layer(name, traced, spec) for name, spec in specs.items()]
     for layer in layers:
         w = layer.linear_map.matrix(value_at(params, (*layer.path, layer.weight)))
         begun = stack.start(layer.spec, w, rngs.params(), layer.linear_map.kind)
@@ -120,7 +176,7 @@ def _apply(
     can_carry = {name: entry.can_carry for name, entry in modules.items()}
     adapted = AdaptedModel(model, tuple(layers), modules=can_carry)
     more = {FIXED: fixed} if fixed else {}
-    return adapted, {"params": params, **variables, TRAINED: trained, **more}
+    return adapted, {"params": params, **rest, TRAINED: trained, **more}
 
 
 def targets_of(modules: Mapping[str, Found], config: LoraConfig) -> list[Target]:
@@ -158,8 +214,8 @@ def _refuse_odd_layers(modules: Mapping[str, Found], config: LoraConfig) -> None
         reason = entry.obstacle
         if not entry.called:
             reason = (
-                "the example inputs do not lead to it. Give inputs, or a method, that call it, or "
-                "leave it out with lora.exclude_modules"
+                "the example inputs do not lead to it. Give inputs, or a method (of initialize_eva "
+                "a forward), that call it, or leave it out with lora.exclude_modules"
             )
             raise TargetError(f"{name} cannot be adapted: {reason}")
         if reason:
@@ -184,17 +240,13 @@ def _specs(
     return specs | {name: token_spec(kinds[name], ids) for name, ids in tables.items()}
 
 
-def _layer(name: str, entry: Found, spec: Spec) -> Layer:
-    linear_map = _map_of(entry)
+def _layer(name: str, traced: Traced, spec: Spec) -> Layer:
+    entry = traced.modules[name]
+    linear_map = traced.map_of(name)
     if reason := spec.method.obstacle(spec, linear_map.kind, Shape(*linear_map.shape)):
         raise TargetError(f"{name} cannot carry {spec.method.name}: {reason}")
     assert entry.site is not None
     return Layer(entry.path, spec, linear_map, entry.site.weight, entry.stack)
-
-
-def _map_of(entry: Found) -> Map:
-    assert entry.linear_map is not None
-    return entry.linear_map
 
 
 def _base_to_train(
@@ -238,11 +290,6 @@ def _checked(model: Any, variables: Any, config: Any) -> dict[str, Any]:
         advice = ": write lorax.LoraConfig(**config)" if isinstance(config, Mapping) else ""
         kind = type(config).__name__
         raise TypeError(f"config must be a lorax.LoraConfig, got {kind}{advice}")
-    if config.init_lora_weights == EVA:
-        raise TargetError(
-            "init_lora_weights: eva reads the inputs of NNX layers, and Linen's are not recorded: "
-            "choose another, such as pissa, or true"
-        )
     check_kind("variables", variables, Mapping, "the variables of model.init, {'params': …}")
     if "params" not in variables:
         names = ", ".join(map(repr, variables)) or "nothing"

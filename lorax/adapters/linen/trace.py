@@ -1,7 +1,7 @@
 """Finds the layers of a Linen model by tracing it, because they have no shapes before."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -28,11 +28,20 @@ class Inputs:
         args: As of `model.apply` after the variables.
         kwargs: Likewise.
         method: Likewise.
+        forward: What calls the model with them; None: its `apply`.
     """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     method: Any = None
+    forward: Callable[..., Any] | None = None
+
+    def run(self, call: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> None:
+        """Calls a model by `call`, with such inputs."""
+        if self.forward is None:
+            call(*args, method=self.method, **kwargs)
+        else:
+            self.forward(call, *args, **kwargs)
 
 
 @dataclasses.dataclass
@@ -93,10 +102,9 @@ def find_modules(model: linen.Module, params: Mapping[str, Any], rest: Any, inpu
 
     modules = sorted({path[:-1] for path, _ in leaves(params)})
     marked = params
-    marker = Marker(None, object())
     for path in modules:
-        marked = put(marked, (*path, BESIDE), marker)
-    _trace(model, {**rest, "params": marked}, inputs, record)
+        marked = put(marked, (*path, BESIDE), Marker(None, object()))
+    trace_call(model, {**rest, "params": marked}, inputs, record)
     for path in modules:
         if path:
             found.setdefault(path, Found(path, called=False))
@@ -147,13 +155,12 @@ def check_reached(
             reached[context.module.path] = marker.probe
         return next_fun(*args, **kwargs)
 
-    trace = object()
     for entry in layers.values():
         probe = jax.ShapeDtypeStruct((*entry.stack, *_PROBE), np.int8)
-        params = put(params, (*entry.path, BESIDE), Marker(probe, trace))
+        params = put(params, (*entry.path, BESIDE), Marker(probe, object()))
     problem = ""
     try:
-        _trace(model, {**rest, "params": params}, inputs, look)
+        trace_call(model, {**rest, "params": params}, inputs, look)
     except Exception as error:
         problem = f" ({clip(describe(error))})"
     for name, entry in layers.items():
@@ -166,21 +173,30 @@ def check_reached(
             )
 
 
-def _trace(model: linen.Module, variables: Any, inputs: Inputs, interceptor: Any) -> None:
-    """Traces a call of the model; arrays of its inputs may be shapes."""
+def trace_call(model: linen.Module, variables: Any, inputs: Inputs, interceptor: Any) -> None:
+    """Traces a call of a model, whose methods an interceptor sees.
+
+    Args:
+        model: The model.
+        variables: Its variables.
+        inputs: Example inputs; their arrays may be shapes.
+        interceptor: As of `nn.intercept_methods`.
+    """
     flat, tree = jax.tree.flatten((inputs.args, dict(inputs.kwargs)), is_leaf=lambda x: x is None)
     dynamic = [isinstance(x, jax.Array | np.ndarray | jax.ShapeDtypeStruct) for x in flat]
 
     def run(variables, arrays):
+        def call(*args, mutable=False, **kwargs):
+            kwargs = {"rngs": {"params": jax.random.key(0)}, **kwargs}  # `params` is every stream
+            all_but = DenyList(("params",))
+            result, changed = model.apply(variables, *args, mutable=all_but, **kwargs)
+            return result if mutable is False else (result, changed)
+
         given = iter(arrays)
         whole = [next(given) if is_array else x for x, is_array in zip(flat, dynamic, strict=True)]
         args, kwargs = jax.tree.unflatten(tree, whole)
-        rngs = {"params": jax.random.key(0)}  # which Flax takes for every stream
-        mutable = DenyList(("params",))
         with linen.intercept_methods(interceptor):
-            return model.apply(
-                variables, *args, rngs=rngs, method=inputs.method, mutable=mutable, **kwargs
-            )
+            inputs.run(call, args, kwargs)
 
     jax.eval_shape(
         run, variables, [x for x, is_array in zip(flat, dynamic, strict=True) if is_array]

@@ -56,7 +56,8 @@ class Marker:
 
     Attributes:
         probe: An array of a shape and dtype that no layer has, or None.
-        trace: What tells this trace from all others, so that none that was kept is used.
+        trace: What tells this trace and layer from all others, so that no trace that was kept is
+            used: `nn.jit` keeps one for all modules of one structure.
     """
 
     probe: Any
