@@ -108,7 +108,7 @@ def matmul_cases(shape):
             dropout = Dropout(seed, 0.1) if drops else None
             options = {"config": config, "transposed": transposed, "dropout": dropout}
             terms = [Term(dy, (w,)), Term(g, (a,))]
-            return grouped_matmul([terms], begun=(y, width) if width else None, **options)
+            return grouped_matmul([terms], begun=([y], width) if width else None, **options)
 
         a = shape(N, rank) if transposed else shape(rank, N)
         return run, (x, w, shape(ROWS, rank), a, seed, shape(ROWS, N))
