@@ -163,6 +163,45 @@ def matmul_cases(shape):
         yield f"dropped rank {rank}, {default}", *appended(default, rank, drops=True)
 
 
+def factor_cases(shape):
+    """Yields a case of every epilogue with factors, at the tiles of one of Llama-8B's layers."""
+    import jax.numpy as jnp
+
+    from lorax_kernels import LoraWeights, lora_linear_group, lora_mlp, lora_swiglu
+
+    def member(k, n, r):
+        vectors = {name: shape(n, dtype=jnp.float32) for name in ("factor", "bias")}
+        narrow = {"a": shape(k, r, dtype=jnp.float32), "b": shape(r, n, dtype=jnp.float32)}
+        return {"w": shape(k, n), **narrow, **vectors}
+
+    def differentiated(function):
+        import jax
+
+        def run(x, members):
+            own = lambda x, members: function(x, [LoraWeights(**m) for m in members])
+            y, pull = jax.vjp(own, x, members)
+            return y, pull(y)
+
+        return run
+
+    def group(x, members):
+        return lora_linear_group(x, members, kernels="pallas")
+
+    def mlp(x, members):
+        return lora_mlp(x, *members, residual=x, kernels="pallas")
+
+    def swiglu(x, members):
+        return lora_swiglu(x, *members, kernels="pallas", recompute=True)
+
+    x = shape(ROWS, K)
+    for r in (16, 32, 64):
+        wide = [{**member(K, 14336, r), "bias": None} for _ in range(2)]
+        members = [member(K, 4096, r), member(K, 1024, r)]
+        yield f"group, rank {r}", differentiated(group), (x, members)
+        yield f"mlp, rank {r}", differentiated(mlp), (x, [*wide, member(14336, K, r)])
+    yield "swiglu, recomputed", differentiated(swiglu), (x, wide)
+
+
 def inline_cases(shape):
     from lorax_kernels.lora_linear.inline import InlineTerm, inline_matmul
     from lorax_kernels.tuning import inline_config
@@ -247,6 +286,7 @@ def nf4_cases(shape):
 
 CASES = {
     "matmul": matmul_cases,
+    "factor": factor_cases,
     "inline": inline_cases,
     "project": project_cases,
     "gradient": gradient_cases,
