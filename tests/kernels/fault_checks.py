@@ -146,7 +146,7 @@ def check_begun():
     config = MatmulConfig(block_n=128, stages=2)
 
     def kernel():
-        return grouped_matmul([[Term(x, (w,))]], config=config, begun=(jnp.asarray(y), 128))
+        return grouped_matmul([[Term(x, (w,))]], config=config, begun=([jnp.asarray(y)], 128))
 
     x64, w64, y64 = wide(x, w, y)
     run(jax.jit(kernel), [np.concatenate([y64[:, :128], (x64 @ w64)[:, 128:]], 1)], 2)

@@ -67,9 +67,9 @@ def swiglu(kernels, x, members, **options):
     return [lora_swiglu(x, *weights(members), kernels=kernels, **options)]
 
 
-def exact_group(x, members, dropout_rate=0.0, dropout_key=None):
+def exact_group(x, members, dropout_rate=0.0, dropout_key=None, scales=SCALES):
     rows, outputs = x.reshape(-1, x.shape[-1]), []
-    for member, scale in zip(members, SCALES, strict=False):
+    for member, scale in zip(members, scales, strict=False):
         y = rows @ member["w"]
         if "a" in member:
             y = reference.lora_linear_reference(

@@ -108,7 +108,7 @@ def matmul_cases(shape):
             dropout = Dropout(seed, 0.1) if drops else None
             options = {"config": config, "transposed": transposed, "dropout": dropout}
             terms = [Term(dy, (w,)), Term(g, (a,))]
-            return grouped_matmul([terms], begun=(y, width) if width else None, **options)
+            return grouped_matmul([terms], begun=([y], width) if width else None, **options)
 
         a = shape(N, rank) if transposed else shape(rank, N)
         return run, (x, w, shape(ROWS, rank), a, seed, shape(ROWS, N))
@@ -161,6 +161,45 @@ def matmul_cases(shape):
         yield name, *appended(default, 32, False, transposed, width=512)
     for rank in (32, 64, 128, 192):
         yield f"dropped rank {rank}, {default}", *appended(default, rank, drops=True)
+
+
+def factor_cases(shape):
+    """Yields a case of every epilogue with factors, at the tiles of one of Llama-8B's layers."""
+    import jax.numpy as jnp
+
+    from lorax_kernels import LoraWeights, lora_linear_group, lora_mlp, lora_swiglu
+
+    def member(k, n, r):
+        vectors = {name: shape(n, dtype=jnp.float32) for name in ("factor", "bias")}
+        narrow = {"a": shape(k, r, dtype=jnp.float32), "b": shape(r, n, dtype=jnp.float32)}
+        return {"w": shape(k, n), **narrow, **vectors}
+
+    def differentiated(function):
+        import jax
+
+        def run(x, members):
+            own = lambda x, members: function(x, [LoraWeights(**m) for m in members])
+            y, pull = jax.vjp(own, x, members)
+            return y, pull(y)
+
+        return run
+
+    def group(x, members):
+        return lora_linear_group(x, members, kernels="pallas")
+
+    def mlp(x, members):
+        return lora_mlp(x, *members, residual=x, kernels="pallas")
+
+    def swiglu(x, members):
+        return lora_swiglu(x, *members, kernels="pallas", recompute=True)
+
+    x = shape(ROWS, K)
+    for r in (16, 32, 64):
+        wide = [{**member(K, 14336, r), "bias": None} for _ in range(2)]
+        members = [member(K, 4096, r), member(K, 1024, r)]
+        yield f"group, rank {r}", differentiated(group), (x, members)
+        yield f"mlp, rank {r}", differentiated(mlp), (x, [*wide, member(14336, K, r)])
+    yield "swiglu, recomputed", differentiated(swiglu), (x, wide)
 
 
 def inline_cases(shape):
@@ -247,6 +286,7 @@ def nf4_cases(shape):
 
 CASES = {
     "matmul": matmul_cases,
+    "factor": factor_cases,
     "inline": inline_cases,
     "project": project_cases,
     "gradient": gradient_cases,

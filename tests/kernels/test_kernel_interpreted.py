@@ -240,7 +240,7 @@ def test_a_result_that_was_begun_keeps_its_first_columns(transposed, width):
     begun[:, width:] = np.nan
 
     def kernel():
-        first = jnp.asarray(begun), width
+        first = [jnp.asarray(begun)], width
         return grouped_matmul(groups, config=SMALL, transposed=transposed, begun=first)
 
     def formula(xp, x, h, w, w2, b, first):

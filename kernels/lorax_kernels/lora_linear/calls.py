@@ -4,6 +4,10 @@ The gradient is defined once for every implementation, with ``dy`` the cotangent
 ``d`` the dropout and ``g = scale · dy·bᵀ``::
 
     dx = dy·wᵀ + d'(g·aᵀ)      da = d(x)ᵀ·g      db = scale · (d(x)·a)ᵀ·dy
+
+Where a member has a factor f, ``f∘dy`` is in the place of its dy, and ``df = Σ_rows dy∘u`` with u
+the product that f multiplies, which is kept for this. Of gate and up it is kept instead of
+their outputs, which no one reads.
 """
 
 import dataclasses
@@ -95,57 +99,74 @@ def _named(saved):
     return saved and saved._replace(h=checkpoint_name(saved.h, "lora_h"))
 
 
-def _forward(x, group: Group, residual=None) -> tuple[list[jax.Array], Any]:
-    """Returns the outputs of a group, and its residuals for the backward pass, without x."""
+def _forward(
+    x, group: Group, residual=None, *, keep: bool = False
+) -> tuple[list[jax.Array], list[jax.Array], Any]:
+    """Returns the outputs of a group, its products, and more for the backward pass, without x.
+
+    The products are what factors multiply, with `keep` and if a member has one: otherwise none.
+    """
     if group.is_kernel:
-        outputs, saved = _kernel_forward(x, group, residual)
-        return outputs, _named(saved)
+        keep = keep and group.has_factors
+        outputs, products, saved = _kernel_forward(keep, x, group, residual)
+        return outputs, products, _named(saved)
     return xla.forward(x, group.multiplied_in(x.dtype), residual)
 
 
 # Compiled functions of their own, so that equal layers are lowered and compiled once.
-@jax.jit
-def _kernel_forward(x, group: Group, residual):
+@functools.partial(jax.jit, static_argnums=0)
+def _kernel_forward(keep: bool, x, group: Group, residual):
     from lorax_kernels.lora_linear import fused
 
     dropout = _kernel_dropout(x, group)
-    return fused.forward(x, group.multiplied_in(x.dtype), dropout, residual)
+    return fused.forward(x, group.multiplied_in(x.dtype), dropout, residual, keep)
 
 
 @jax.jit
-def _kernel_backward(x, group: Group, saved, dys, gate_up=()):
+def _kernel_backward(x, group: Group, saved, dys, gate_up=(), factors=()):
     from lorax_kernels.lora_linear import fused
 
     dropout = _kernel_dropout(dys[0], group)
-    return fused.backward(x, saved, group.multiplied_in(dys[0].dtype), dropout, dys, gate_up)
+    group = group.multiplied_in(dys[0].dtype)
+    return fused.backward(x, saved, group, dropout, dys, gate_up, factors)
 
 
-def _backward(x, group: Group, saved, dys, gate_up=()):
-    """Returns the gradients of x, and of the group.
+def _backward(x, group: Group, saved, dys, of_factors, gate_up=(), factors=()):
+    """Returns the gradients of x, of the group, and of `factors`.
 
-    Where x is ``silu(gate)·up`` and `gate_up` holds the two, it returns their gradients instead of
-    x's, and x may be None.
+    Where x is ``silu(gate)·up`` and `gate_up` holds the two before their `factors`, it returns
+    their gradients instead of x's, and x may be None.
+
+    Args:
+        x: Input, or None.
+        group: The members.
+        saved: As `_forward` returned it.
+        dys: Gradients of the members' products.
+        of_factors: Gradients of the members' factors, for the group's.
+        gate_up: Gate and up.
+        factors: Their factors, each or None.
     """
-    again, dys = group.recomputed(dys)
+    again, dys = group.without_factors().recomputed(dys)
     if group.is_kernel:
-        dxs, da, db = _kernel_backward(x, again, saved, dys, gate_up)
+        dxs, da, db, more = _kernel_backward(x, again, saved, dys, gate_up, factors)
     else:
-
-        def pull(dx):
-            return [dx]
-
         if gate_up:
-            x, pull = jax.vjp(xla.swiglu, *gate_up)
+            x = xla.swiglu(*gate_up, factors)
         dx, da, db = xla.backward(x, saved, again.multiplied_in(dys[0].dtype), dys)
-        dxs = pull(dx)
+        dxs, more = [dx], []
+        if gate_up:
+            dxs, more = xla.swiglu_gradients(*gate_up, factors, dx)
 
     def like(gradients, leaves):
         return [
-            gradient.astype(leaf.dtype) for gradient, leaf in zip(gradients, leaves, strict=True)
+            leaf if leaf is None else gradient.astype(leaf.dtype)
+            for gradient, leaf in zip(gradients, leaves, strict=True)
         ]
 
+    own = {"a": like(da, group.a), "b": like(db, group.b)}
+    own |= {"factors": like(of_factors, group.factors)}
     frozen: dict[str, Any] = dict.fromkeys(("w", "biases", "key"))
-    return list(dxs), dataclasses.replace(group, a=like(da, group.a), b=like(db, group.b), **frozen)
+    return list(dxs), dataclasses.replace(group, **own, **frozen), more
 
 
 @jax.custom_vjp
@@ -155,13 +176,14 @@ def apply_group(x, group: Group, residual) -> list[jax.Array]:
 
 
 def _group_forward(x, group: Group, residual):
-    outputs, saved = _forward(x, group, residual)
-    return outputs, (x, group, saved, _mark(residual))
+    outputs, products, saved = _forward(x, group, residual, keep=True)
+    return outputs, (x, group, saved, products, _mark(residual))
 
 
 def _group_backward(residuals, dys):
-    x, group, saved, marked = residuals
-    (dx,), of_group = _backward(x, group, saved, dys)
+    x, group, saved, products, marked = residuals
+    own, of_factors = xla.through_factors(group, products, dys)
+    (dx,), of_group, _ = _backward(x, group, saved, own, of_factors)
     return dx, of_group, _of_residual(marked, dys)
 
 
@@ -178,12 +200,15 @@ apply_group.defvjp(_group_forward, _group_backward)
 
 
 def _swiglu(x, group: Group, *, keep: bool):
-    """Returns ``[silu(gate(x))·up(x)]``, with `keep` also gate(x) and up(x), and what is saved."""
+    """Returns ``[silu(gate(x))·up(x)]`` and what is saved.
+
+    With `keep` the former has gate(x) and up(x) before their factors too.
+    """
     if group.is_kernel:
         outputs, saved = _swiglu_kernel("swiglu_keep" if keep else "swiglu", x, group)
         return outputs, _named(saved)
-    kept, saved = _forward(x, group)
-    return [xla.swiglu(*kept), *(kept if keep else ())], saved
+    kept, _, saved = _forward(x, group.without_factors())
+    return [xla.swiglu(*kept, group.factors), *(kept if keep else ())], saved
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -203,7 +228,8 @@ def _swiglu_kernel(epilogue, x, group: Group):
 def apply_swiglu(recompute: bool, x, group: Group, _) -> list[jax.Array]:
     """Returns ``[silu(gate(x))·up(x)]``.
 
-    The backward pass reads stored gate(x) and up(x) or, with `recompute`, recomputes them.
+    The backward pass reads stored gate(x) and up(x), before their factors, or, with `recompute`,
+    recomputes them.
     """
     return _swiglu(x, group, keep=False)[0]
 
@@ -218,12 +244,12 @@ def _swiglu_backward(recompute: bool, residuals, cotangents):
     (d_act,) = cotangents
     again, d_act = group.recomputed(d_act) if recompute else (group, d_act)
     if recompute and group.is_kernel:
-        dys = _swiglu_gradients(x, again, saved, d_act)
+        dys, of_factors = _swiglu_gradients(x, again, saved, d_act)
     else:
         if recompute:
-            kept, _ = _forward(x, again)
-        dys = jax.vjp(xla.swiglu, *kept)[1](d_act)
-    (dx,), of_group = _backward(x, group, saved, list(dys))
+            kept, _, _ = _forward(x, again.without_factors())
+        dys, of_factors = xla.swiglu_gradients(*kept, group.factors, d_act)
+    (dx,), of_group, _ = _backward(x, group, saved, dys, of_factors)
     return dx, of_group, None
 
 
@@ -232,7 +258,9 @@ def _swiglu_gradients(x, group: Group, saved, d_act):
     from lorax_kernels.lora_linear import fused
 
     h, packed_b = (saved.h, saved.b) if saved else (None, None)
-    return fused.swiglu(x, h, packed_b, group.multiplied_in(x.dtype), "swiglu_grad", [d_act])
+    group = group.multiplied_in(x.dtype)
+    *dys, of_factors = fused.swiglu_gradients(x, h, packed_b, group, d_act)
+    return dys, of_factors
 
 
 apply_swiglu.defvjp(_swiglu_forward, _swiglu_backward)
@@ -242,7 +270,8 @@ apply_swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 def apply_mlp(repeated: bool, x, gate_up: Group, down: Group, residual) -> list[jax.Array]:
     """Returns ``[down(silu(gate(x))·up(x))]``, added to `residual`.
 
-    The backward pass reads stored gate(x) and up(x), and recomputes the inner product from them.
+    The backward pass reads stored gate(x) and up(x), before their factors, and recomputes the inner
+    product from them.
     Under a `jax.checkpoint` that recomputes all of it (`repeated`), each pass writes only what it
     needs: the first one the inner product, the second one gate(x) and up(x).
     """
@@ -254,22 +283,26 @@ def _mlp_forward(repeated: bool, x, gate_up: Group, down: Group, residual):
     apart = repeated and gate_up.is_kernel
     (act, *kept), saved = _swiglu(x, gate_up, keep=not apart)
     if apart:
-        kept = _multiply(x, gate_up, saved)
-    outputs, saved_of_down = _forward(act, down, residual)
-    return outputs, (x, gate_up, saved, kept, down, saved_of_down, _mark(residual))
+        kept = _multiply(x, gate_up.without_factors(), saved)
+    outputs, products, saved_of_down = _forward(act, down, residual, keep=True)
+    of_gate_up = (gate_up, saved, kept)
+    return outputs, (x, of_gate_up, (down, saved_of_down, products), _mark(residual))
 
 
 @jax.jit
 def _multiply(x, group: Group, saved):
     from lorax_kernels.lora_linear import fused
 
-    return fused.multiply(x, saved, group.multiplied_in(x.dtype))
+    return fused.multiply(x, saved, group.multiplied_in(x.dtype))[0]
 
 
 def _mlp_backward(repeated: bool, residuals, dys):
-    x, gate_up, saved, kept, down, saved_of_down, marked = residuals
-    d_kept, of_down = _backward(None, down, saved_of_down, dys, tuple(kept))
-    (dx,), of_gate_up = _backward(x, gate_up, saved, d_kept)
+    x, (gate_up, saved, kept), (down, saved_of_down, products), marked = residuals
+    own, of_factor = xla.through_factors(down, products, dys)
+    d_kept, of_down, of_factors = _backward(
+        None, down, saved_of_down, own, of_factor, tuple(kept), tuple(gate_up.factors)
+    )
+    (dx,), of_gate_up, _ = _backward(x, gate_up, saved, d_kept, of_factors)
     return dx, of_gate_up, of_down, _of_residual(marked, dys)
 
 

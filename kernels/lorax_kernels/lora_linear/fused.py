@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from lorax_kernels.lora_linear import xla
 from lorax_kernels.lora_linear.choice import padded_rank
+from lorax_kernels.lora_linear.columns import Vectors, added, padded, pair
 from lorax_kernels.lora_linear.gradient import gradient
 from lorax_kernels.lora_linear.inline import InlineTerm, inline_matmul
 from lorax_kernels.lora_linear.kernel import grouped_matmul
@@ -26,6 +27,7 @@ from lorax_kernels.lora_linear.plan import (
     MatmulConfig,
     Term,
     Update,
+    with_sums,
 )
 from lorax_kernels.lora_linear.project import project
 from lorax_kernels.lora_linear.weights import Group
@@ -136,53 +138,63 @@ def _add(parts: jax.Array) -> jax.Array:
 
 
 def forward(
-    x, group: Group, dropout: Dropout | None, residual: jax.Array | None = None
-) -> tuple[list[jax.Array], Saved | None]:
-    """Returns the outputs of the members, and what the backward pass needs.
+    x,
+    group: Group,
+    dropout: Dropout | None,
+    residual: jax.Array | None = None,
+    keep: bool = False,
+) -> tuple[list[jax.Array], list[jax.Array], Saved | None]:
+    """Returns the outputs of the members, their products, and what the backward pass needs.
 
-    `residual` is added to the output of a group of one.
+    `residual` is added to the output of a group of one. The products are what factors multiply:
+    with `keep` those of all members, otherwise none.
     """
     if not group.ranks:
-        return multiply(x, None, group, residual=residual), None
+        return *multiply(x, None, group, residual=residual, keep=keep), None
     m, k = x.shape
-    n = sum(w.shape[1] for w in group.w)
+    widths = [w.shape[1] for w in group.w]
+    n = sum(widths)
     layout = lay_out(group)
     a, b = pack(group, layout, x.dtype)
     begun = None
-    n0 = group.w[0].shape[1]
+    n0 = widths[0]
     width = 0 if dropout else inline_width(m, k, n, n0, layout.size)
     if width and residual is not None and inline_config(layout.size).store_n != STEP:
         # Its buffers leave no room to stage the residual. One of two extra passes: x read again for
         # h, or y and the residual read and their sum written.
         if k > 3 * n:
-            (y,), saved = forward(x, group, dropout)
-            return [residual + y], saved
+            (y,), products, saved = forward(x, group, dropout, keep=keep)
+            return [residual + y], products, saved
         width = 0
     if width:
-        y, h = inline_matmul(
+        config = _forward_config(x, group)
+        *results, h = inline_matmul(
             [InlineTerm(x, group.w[0], a)],
             b,
             n=n0,
             width=width,
             config=inline_config(layout.size),
-            bias=_padded_biases(group, _forward_config(x, group)),
+            bias=padded(group.biases, widths, config, 0.0),
             residual=residual,
+            factor=padded(group.factors, widths, config, 1.0),
+            keep=keep,
         )
-        begun = (y, width)
+        begun = (results, width)
     else:
         h = down_project(x, a, dropout)
     saved = Saved(h, a, b)
-    return multiply(x, saved, group, begun, residual), saved
+    return *multiply(x, saved, group, begun, residual, keep), saved
 
 
 def multiply(
     x,
     saved: Saved | None,
     group: Group,
-    begun: tuple[jax.Array, int] | None = None,
+    begun: tuple[list[jax.Array], int] | None = None,
     residual: jax.Array | None = None,
-) -> list[jax.Array]:
-    """Returns the outputs of the members.
+    keep: bool = False,
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    """Returns the outputs of the members, and their products.
 
     Args:
         x: Input rows.
@@ -190,6 +202,7 @@ def multiply(
         group: The members.
         begun: As in `grouped_matmul`.
         residual: Added to the output of a group of one.
+        keep: As in `forward`.
     """
     epilogue, tail = ("store", []) if residual is None else ("add", [residual])
     layout = lay_out(group)
@@ -203,15 +216,20 @@ def multiply(
             first, rows = layout.block(index)
             columns = (layout.columns[member],)
             groups[member].append(Term(saved.h, (saved.b,), rows, first, first, columns))
-    return grouped_matmul(
+    widths = [w.shape[1] for w in group.w]
+    factor = padded(group.factors, widths, config, 1.0)
+    results = grouped_matmul(
         groups,
         config=config,
         epilogue=epilogue,
-        bias=_padded_biases(group, config),
+        bias=padded(group.biases, widths, config, 0.0),
         tail=tail,
         update=update,
         begun=begun,
+        factors=[] if factor is None else [factor],
+        keep=keep,
     )
+    return (results[::2], results[1::2]) if keep else (results, [])
 
 
 def _forward_config(x, group: Group, epilogue: Epilogue = "store") -> MatmulConfig:
@@ -221,18 +239,6 @@ def _forward_config(x, group: Group, epilogue: Epilogue = "store") -> MatmulConf
     return matmul_config(m, k, n, transposed=False, epilogue=epilogue, short=short)
 
 
-def _padded_biases(group: Group, config: MatmulConfig) -> jax.Array | None:
-    if all(bias is None for bias in group.biases):
-        return None
-    parts = []
-    for w, bias in zip(group.w, group.biases, strict=True):
-        n = w.shape[1]
-        whole = -(-n // config.block_n) * config.block_n
-        part = jnp.zeros((n,), jnp.float32) if bias is None else bias.astype(jnp.float32)
-        parts.append(jnp.pad(part, (0, whole - n)))
-    return jnp.concatenate(parts)
-
-
 def backward(
     x: jax.Array | None,
     saved: Saved | None,
@@ -240,28 +246,33 @@ def backward(
     dropout: Dropout | None,
     dys: Sequence[jax.Array],
     gate_up: Sequence[jax.Array] = (),
+    factors: Vectors = (),
 ):
-    """Returns the gradients ``[of x]``, of every A and of every B, the latter in float32.
+    """Returns the gradients ``[of x]``, of every A, of every B, and of `factors`.
 
-    Where x is ``silu(gate)·up`` and `gate_up` holds the two, it returns their gradients instead of
-    x's, and computes x from them: it may be None.
+    All but that of x are float32. Where x is ``silu(gate)·up`` and `gate_up` holds the two before
+    their `factors`, it returns their gradients instead of x's, and computes x from them: it may be
+    None. `dys` are the gradients of the products that the group's own factors multiply.
     """
     m = dys[0].shape[0]
     k = group.w[0].shape[0]
     n = sum(w.shape[1] for w in group.w)
     layout = lay_out(group)
     if gate_up and dropout is not None and not layout.is_short:
-        act, pull = jax.vjp(xla.swiglu, *gate_up)
-        (d_act,), da, db = backward(act, saved, group, dropout, dys)
-        return pull(d_act), da, db
+        act = xla.swiglu(*gate_up, factors)
+        (d_act,), da, db, _ = backward(act, saved, group, dropout, dys)
+        dxs, of_factors = xla.swiglu_gradients(*gate_up, factors, d_act)
+        return dxs, da, db, of_factors
     epilogue: Epilogue = "swiglu_back" if gate_up else "store"
     config = matmul_config(m, n, k, transposed=True, epilogue=epilogue, short=layout.is_short)
-    multiply = functools.partial(
-        grouped_matmul, config=config, transposed=True, epilogue=epilogue, tail=gate_up
-    )
+    options = {"transposed": True, "epilogue": epilogue, "tail": gate_up}
+    if vectors := pair(factors, k, config) if gate_up else []:
+        config = with_sums(config, short=layout.is_short)
+    multiply = functools.partial(grouped_matmul, config=config, factors=vectors, **options)
     terms = [Term(dy, (w,)) for dy, w in zip(dys, group.w, strict=True)]
     if saved is None:
-        return multiply([terms])[: len(gate_up) or 1], [], []
+        results = multiply([terms])
+        return results[: len(gate_up) or 1], [], [], added(factors, results[3:])
     h, a, b = saved
     width = 0
     if dropout is None and layout.size > ONE_PASS_RANK and not gate_up:
@@ -272,7 +283,7 @@ def backward(
             InlineTerm(dy, w, b, column)
             for dy, w, column in zip(dys, group.w, layout.columns, strict=True)
         ]
-        dx, g = inline_matmul(
+        *dx, g = inline_matmul(
             inline, a, n=k, width=width, config=inline_config(layout.size), transposed=True
         )
         begun = (dx, width)
@@ -284,9 +295,11 @@ def backward(
     update = Update(g, a) if layout.is_short else None
     if update is None:
         terms.append(Term(g, (a.T,)))
-    dxs = multiply([terms], update=update, dropout=dropout, begun=begun)
+    results = multiply([terms], update=update, dropout=dropout, begun=begun)
+    dxs = results[: len(gate_up) or 1]
+    of_factors = added(factors, results[3:])
     if gate_up:
-        *dxs, x = dxs
+        x = results[2]
     assert x is not None
     config = gradient_config(m, k, layout.size)
     columns = (0, layout.size)
@@ -295,7 +308,7 @@ def backward(
         # x is as large as either, and not needed once their gradients are read.
         dxs, parts = jax.lax.optimization_barrier((dxs, parts))
     spans = zip(layout.starts, layout.ranks, strict=True)
-    return dxs, [_add(parts[:, :, start : start + r]) for start, r in spans], db
+    return dxs, [_add(parts[:, :, start : start + r]) for start, r in spans], db, of_factors
 
 
 def _gradient_of_b(h, group: Group, index: int, layout: Layout, dy) -> jax.Array:
@@ -334,6 +347,12 @@ def _through_b(saved: Saved, group: Group, index: int, layout: Layout, dy):
     return _own_rows(sums, group, index, layout), _add(parts)[:, :r]
 
 
+def swiglu_gradients(x, h, b, group: Group, d_act):
+    """Returns the gradients of gate(x) and of up(x), recomputed, and a list of their factors'."""
+    results = swiglu(x, h, b, group, "swiglu_grad", [d_act])
+    return *results[:2], added(group.factors, results[2:])
+
+
 def swiglu(
     x, h, b, group: Group, epilogue: Epilogue, tail: Sequence[jax.Array] = ()
 ) -> list[jax.Array]:
@@ -341,7 +360,11 @@ def swiglu(
     m, k = x.shape
     n = group.w[0].shape[1]
     config = matmul_config(m, k, 2 * n, transposed=False, epilogue=epilogue)
+    factors = pair(group.factors, n, config)
+    if factors and epilogue == "swiglu_grad":
+        config = with_sums(config, short=False)
     terms = [Term(x, (group.w[0], group.w[1]))]
     if h is not None:
         terms.append(Term(h, (b, b), b.shape[0], columns=(0, n)))
-    return grouped_matmul([terms], config=config, epilogue=epilogue, tail=tail)
+    options = {"config": config, "epilogue": epilogue, "tail": tail}
+    return grouped_matmul([terms], factors=factors, **options)

@@ -68,9 +68,13 @@ def inline_matmul(
     transposed: bool = False,
     bias: jax.Array | None = None,
     residual: jax.Array | None = None,
+    factor: jax.Array | None = None,
+    keep: bool = False,
     sms: int | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """Computes ``h = Σ lhs·uᵀ`` and the first columns of ``Σ lhs·rhs + h·b (+ bias + residual)``.
+) -> list[jax.Array]:
+    """Computes ``h = Σ lhs·uᵀ`` and the first columns of a result that reads it.
+
+    The result is ``(factor·)(Σ lhs·rhs + h·b) (+ bias + residual)``.
 
     Args:
         terms: The operands.
@@ -81,10 +85,13 @@ def inline_matmul(
         transposed: Whether right operands are (n, k) and read as their transposes, in place.
         bias: (n,) padded to whole tiles.
         residual: (m, n) to add to; `config` must stage 64 columns at a time.
+        factor: (n,) padded to whole tiles.
+        keep: Whether to return what the factor multiplies too.
         sms: CTAs to launch; None asks the device.
 
     Returns:
-        The (m, n) result and h (m, r), in the operands' dtype.
+        The (m, n) result, with `keep` the product before the factor too, and h (m, r), in the
+        operands' dtype.
     """
     arrays: list[jax.Array] = []
     number = functools.partial(place, arrays)
@@ -103,22 +110,24 @@ def inline_matmul(
         seed=None,
         bias=None if bias is None else number(bias),
         tail=() if residual is None else (number(residual),),
-        outputs=2,
+        outputs=3 if keep else 2,
         u=tuple((number(t.u), t.column) for t in terms),
         b=number(b),
         rank=r,
         width=width,
+        factors=() if factor is None else (number(factor),),
+        keep=keep,
     )
     dtype = terms[0].lhs.dtype
     c = config
     # The tensor cores need both operands of h·b in one swizzle, that of h's short rows.
     rows = functools.partial(swizzled_memory, dtype=dtype, minor=min(r, STEP))
-    y, h = launch_roles(
+    results = launch_roles(
         _InlineFeeder,
         _InlineMultiplier,
         plan,
         dtype,
-        [jax.ShapeDtypeStruct((m, n), dtype), jax.ShapeDtypeStruct((m, r), dtype)],
+        [jax.ShapeDtypeStruct((m, columns), dtype) for columns in (*[n] * plan.writes, r)],
         sms=sms,
         u_ring=swizzled_memory((c.stages, r, STEP), dtype),
         h_box=rows((2, c.block_m // 2, r)),
@@ -126,7 +135,7 @@ def inline_matmul(
         b_full=plgpu.Barrier(),
         b_empty=plgpu.Barrier(num_arrivals=2),
     )(*arrays)
-    return y, h
+    return list(results)
 
 
 class _InlineFeeder(Feeder):
@@ -217,6 +226,6 @@ class _InlineMultiplier(Multiplier):
         @pl.when(column == 0)
         def _():
             m0 = row * self.config.block_m + self.warpgroup * plan.warpgroup_m
-            plgpu.copy_smem_to_gmem(box, self.outputs[1].at[pl.ds(m0, plan.warpgroup_m), :])
+            plgpu.copy_smem_to_gmem(box, self.outputs[-1].at[pl.ds(m0, plan.warpgroup_m), :])
 
         return total

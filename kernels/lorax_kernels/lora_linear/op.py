@@ -1,6 +1,5 @@
 """`lora_linear`, its groups, SwiGLU and the MLP: argument checks, the choice of implementation."""
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -35,7 +34,8 @@ def lora_linear(
     """Applies a frozen linear map and its low-rank update.
 
     ``factor·(x·w + scale·(dropout(x)·a)·b) + bias + residual``. The residual costs the kernel no
-    pass of its own, except where the rank is 33 to 64 and k more than 3·n.
+    pass of its own, except where the rank is 33 to 64 and k more than 3·n. Nor does the factor in
+    the forward pass; for its gradient what it multiplies is stored beside the output.
 
     Operands take `x`'s dtype and every matmul accumulates in float32. `da` and `db` have the dtypes
     of `a` and `b`. `w` and `bias` are frozen: their gradients are never computed, and
@@ -49,7 +49,7 @@ def lora_linear(
         b: Up-projection from the rank r.
         scale: ``alpha / r``, or ``alpha / √r`` under rank stabilisation; a Python number.
         bias: Frozen bias.
-        factor: Factor of every column, which has a gradient; None is 1.
+        factor: Factor of every column, which has a gradient, also where it is 0; None is 1.
         residual: Added to the output, in `x`'s dtype; it has a gradient.
         dropout_rate: Probability with which an element of `x` is zeroed on the update's path.
         dropout_key: Decides the dropout mask; required when `dropout_rate` is not 0.
@@ -85,7 +85,9 @@ def lora_linear_group(
     """Applies several linear layers to one input, as `lora_linear` each: q, k and v; gate and up.
 
     `x` is read once for all members, and the gradient of `x` is one sum. Members may lack an
-    update, differ in rank, and have biases. They share one dropout of `x`.
+    update, differ in rank, and have biases and factors. They share one dropout of `x`. Where one
+    has a factor, the kernel writes for each what factors multiply, and that of the others is not
+    kept.
 
     Args:
         x: Input rows.
@@ -117,17 +119,6 @@ def _apply(
     """Returns the outputs of a group; `residual` is added to a single output."""
     _validate(x, members, dropout_rate, dropout_key)
     _validate_residual(residual, x, members[0].w)
-    if _have_factors(members):
-        products = _apply(
-            x,
-            [_without_factor(member) for member in members],
-            dropout_rate,
-            dropout_key,
-            kernels=kernels,
-            row_axes=row_axes,
-        )
-        outputs = [_scaled(y, member) for y, member in zip(products, members, strict=True)]
-        return outputs if residual is None else [residual + outputs[0]]
     rate = _rate(members, dropout_rate)
     implementation = choice.choose(x, members, rate, kernels, row_axes)
     parts = choice.split(members, rate) if implementation == "pallas" else [range(len(members))]
@@ -139,30 +130,11 @@ def _apply(
     return outputs
 
 
-def _without_factor(member: LoraWeights) -> LoraWeights:
-    """Returns a member without its factor, and without the bias that the factor comes before."""
-    if member.factor is None:
-        return member
-    return dataclasses.replace(member, factor=None, bias=None)
-
-
-def _scaled(y: jax.Array, member: LoraWeights) -> jax.Array:
-    """Returns ``factor · y + bias`` of the output of `_without_factor`."""
-    if member.factor is None:
-        return y
-    y = scale_columns(y, member.factor)
-    bias = member.bias
-    return y if bias is None else y + _along(jax.lax.stop_gradient(bias), y).astype(y.dtype)
-
-
 def scale_columns(y: Float[Array, "*batch n"], factor: Float[Array, " n"]):
     """Returns ``factor · y`` in `y`'s dtype: multiplied in float32 and rounded once."""
     wide = accumulation_dtype(y.dtype)
-    return (y.astype(wide) * _along(factor, y).astype(wide)).astype(y.dtype)
-
-
-def _along(vector: jax.Array, y: jax.Array) -> jax.Array:
-    return vector.reshape((1,) * (y.ndim - 1) + (-1,))
+    along = factor.astype(wide).reshape((1,) * (y.ndim - 1) + (-1,))
+    return (y.astype(wide) * along).astype(y.dtype)
 
 
 def lora_swiglu(
@@ -179,7 +151,7 @@ def lora_swiglu(
     """Applies two linear layers to one input and combines them: ``silu(gate(x)) · up(x)``.
 
     The kernel computes the result from the sums while they are in registers; without a gradient,
-    gate and up never reach memory.
+    gate and up never reach memory. With one, they are stored before their factors.
 
     Args:
         x: Input rows.
@@ -204,8 +176,6 @@ def lora_swiglu(
     _validate(x, members, dropout_rate, dropout_key)
     _validate_pair(gate, up)
     rate = _rate(members, dropout_rate)
-    if _have_factors(members):
-        return _swiglu_apart(x, members, rate, dropout_key, kernels, row_axes, recompute)
     implementation = choice.choose(x, members, rate, kernels, row_axes)
     if implementation == "pallas" and len(choice.split(members, rate)) > 1:
         return _swiglu_apart(x, members, rate, dropout_key, "pallas", row_axes, recompute)
@@ -222,10 +192,6 @@ def _swiglu_apart(x, members, rate: float, key, kernels: Kernels, row_axes, reco
         return xla.swiglu(*lora_linear_group(x, members, **options))
 
     return (jax.checkpoint(apart) if recompute else apart)(x, members)
-
-
-def _have_factors(members: Sequence[LoraWeights]) -> bool:
-    return any(member.factor is not None for member in members)
 
 
 def lora_mlp(
@@ -278,7 +244,7 @@ def lora_mlp(
     choose = functools.partial(choice.choose, rate=rate, kernels=kernels, row_axes=row_axes)
     implementations = {choose(x, first), choose(inner, second)}
     in_parts = "pallas" in implementations and len(choice.split(first, rate)) > 1
-    if len(implementations) > 1 or in_parts or _have_factors([*first, *second]):
+    if len(implementations) > 1 or in_parts:
         options: dict[str, Any] = {"kernels": kernels, "row_axes": row_axes}
         options |= {"dropout_rate": _rate(first, dropout_rate)}
         product = lora_swiglu(x, gate, up, dropout_key=dropout_keys[0], **options)

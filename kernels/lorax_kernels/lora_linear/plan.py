@@ -56,15 +56,24 @@ class MatmulConfig:
         return ring + 2 * self.store_slots * 64 * self.store_n * 2
 
 
-def fits(config: MatmulConfig, *, short: bool) -> bool:
-    """Says whether a matmul fits shared memory, with a short step or without."""
+def fits(config: MatmulConfig, *, short: bool, sums: bool = False) -> bool:
+    """Says whether a matmul fits shared memory, with a short step or sums of columns or both."""
     step = 2 * RANK * (config.block_m + config.block_n) if short else 0
-    return config.shared_memory_bytes() + step <= SHARED_MEMORY_BYTES - 1024
+    # Per multiplying warpgroup: one piece, and a row of its pieces for gate and one for up.
+    rows = config.block_m // 128
+    summed = 2 * 4 * (64 * 64 + 2 * rows * config.block_n) if sums else 0
+    return config.shared_memory_bytes() + step + summed <= SHARED_MEMORY_BYTES - 1024
 
 
 def with_short_step(config: MatmulConfig) -> MatmulConfig:
     """Returns `config`, with a slot less where a short step would not fit."""
     return config if fits(config, short=True) else dataclasses.replace(config, stages=3)
+
+
+def with_sums(config: MatmulConfig, *, short: bool) -> MatmulConfig:
+    """Returns `config`, with a slot less where the sums of columns would not fit."""
+    fitting = fits(config, short=short, sums=True)
+    return config if fitting else dataclasses.replace(config, stages=3)
 
 
 class Term(NamedTuple):
@@ -151,6 +160,8 @@ class Plan:
     outputs: int
     update: tuple[int, int] | None = None  # lhs and rhs of a short step
     skipped: int = 0  # column tiles of the first group that are there already
+    factors: tuple[int, ...] = ()  # for all groups, or for gate and for up
+    keep: bool = False  # whether each group's product before its factor is a result too
 
     @property
     def halves(self) -> int:
@@ -188,10 +199,19 @@ class Plan:
         return self.tile_n // STEP if self.tail else 0
 
     @property
+    def sums(self) -> bool:
+        """Whether the gradients of the factors of gate and up are a result."""
+        return bool(self.factors) and self.epilogue in ("swiglu_grad", "swiglu_back")
+
+    @property
+    def writes(self) -> int:
+        """Arrays of a group's shape that an output tile is a part of."""
+        return EPILOGUE_ARRAYS.get(self.epilogue, (0, 1))[1] + self.keep
+
+    @property
     def staging_slots(self) -> int:
         """Staging buffers in use: a divisor of a tile's pieces, so that they rotate evenly."""
-        _, writes = EPILOGUE_ARRAYS.get(self.epilogue, (0, 1))
-        pieces = self.warpgroup_m // 64 * self.tile_n // self.config.store_n * writes
+        pieces = self.warpgroup_m // 64 * self.tile_n // self.config.store_n * self.writes
         return max(s for s in range(1, self.config.store_slots + 1) if pieces % s == 0)
 
     @property

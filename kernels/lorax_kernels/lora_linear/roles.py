@@ -26,6 +26,9 @@ class Role:
     short_rhs: Any
     short_full: Any
     short_empty: Any
+    # Of the sums of columns, where the plan has them: a piece of what is summed, and the sums.
+    summed_box: Any
+    sums_box: Any
 
     def __init__(self, plan: Plan, refs, *, lhs, rhs, staging, full, empty, **scratch):
         self.plan = plan
@@ -259,22 +262,37 @@ class Multiplier(Role):
     def finish(self, part, at, column, count, i: int, j: int):
         """Returns the values to store for one piece of the tile, per output."""
         plan = self.plan
-        c = self.config
-        if plan.bias is not None:
-            n0 = column * plan.tile_n + j * c.store_n
-            source = self.refs[plan.bias].at[pl.ds(n0, c.store_n)]
-            bias = plgpu.load(source, optimized=False)
-            bias = lax.broadcast_in_dim(bias.astype(jnp.float32), part[0].shape, (1,))
-            part = [v + bias for v in part]
         if plan.rate:
             part = [part[0] + self.dropped(at, count, i, j)]
-        if plan.epilogue == "store":
-            return part
-        tail = self.tail(count, i, j)
+        factors = [self.along_columns(index, column, j, part[0].shape) for index in plan.factors]
+        if plan.epilogue.startswith("swiglu"):
+            return self.gated(part, self.tail(count, i, j), factors, at, i, j)
+        kept = part if plan.keep else []
+        if factors:
+            part = [factors[0] * part[0]]
+        if plan.bias is not None:
+            part = [part[0] + self.along_columns(plan.bias, column, j, part[0].shape)]
         if plan.epilogue == "add":
-            return [part[0] + tail[0]]
+            part = [part[0] + self.tail(count, i, j)[0]]
+        return [*part, *kept]
+
+    def along_columns(self, index: int, column, j: int, shape):
+        """Returns a vector's elements of the columns of one piece, for all its rows, float32."""
+        plan = self.plan
+        c = self.config
+        n0 = column * plan.tile_n + j * c.store_n
+        source = self.refs[index].at[pl.ds(n0, c.store_n)]
+        vector = plgpu.load(source, optimized=False)
+        return lax.broadcast_in_dim(vector.astype(jnp.float32), shape, (1,))
+
+    def gated(self, part, tail, factors, at, i: int, j: int):
+        """Returns the values of the epilogues of gate and up, which have factors or none."""
+        plan = self.plan
         if plan.epilogue == "swiglu_back":
             part, tail = tail, part
+        products = part
+        if factors:
+            part = [f * v for f, v in zip(factors, products, strict=True)]
         gate, up = part
         # One instruction each, good to 2⁻²¹, where an exact quotient takes twenty.
         root = lax.rsqrt(1.0 + jnp.exp(-gate))
@@ -282,11 +300,29 @@ class Multiplier(Role):
         if plan.epilogue == "swiglu":
             return [gate * sigmoid * up]
         if plan.epilogue == "swiglu_keep":
-            return [gate * sigmoid * up, gate, up]
+            return [gate * sigmoid * up, *products]
         (d_act,) = tail
         d_gate = d_act * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
         act = [gate * sigmoid * up] if plan.epilogue == "swiglu_back" else []
-        return [d_gate, d_act * gate * sigmoid, *act]
+        gradients = [d_gate, d_act * gate * sigmoid]
+        if factors:
+            for which, (gradient, product) in enumerate(zip(gradients, products, strict=True)):
+                self.sum_columns(gradient * product, at, which, i, j)
+            gradients = [f * v for f, v in zip(factors, gradients, strict=True)]
+        return [*gradients, *act]
+
+    def sum_columns(self, value, at, which: int, i: int, j: int) -> None:
+        """Copies out the sums of one piece's columns: a part of the gradient of a factor."""
+        # In registers a sum over rows crosses the warps. Over a row of the transpose it does not.
+        box = self.summed_box.at[self.warpgroup]
+        box[...] = value
+        plgpu.commit_smem()
+        # Used again a tile later, when this copy has read it: `copy_out` waited for it meanwhile.
+        sums = self.sums_box.at[self.warpgroup, which, i, j]
+        sums[...] = jnp.sum(box.transpose((1, 0))[...], axis=1)
+        plgpu.commit_smem()
+        place = self.outputs[-1].at[which, lax.div(at[0], jnp.int32(64)), pl.ds(at[1], STEP)]
+        plgpu.copy_smem_to_gmem(sums, place)
 
     def tail_slot(self, count, j: int):
         """Returns the slot with the tail's part of the piece of columns `j`."""
@@ -334,7 +370,7 @@ class Multiplier(Role):
         place = (pl.ds(at[0], 64), pl.ds(at[1], c.store_n))
 
         def copy(group: int) -> None:
-            destination = self.outputs[output if plan.epilogue != "store" else group]
+            destination = self.outputs[group * plan.writes + output]
             plgpu.copy_smem_to_gmem(self.staging.at[self.warpgroup, slot], destination.at[*place])
 
         plan.for_each_group(column, copy)

@@ -43,7 +43,7 @@ class LoraWeights:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["w", "biases", "a", "b", "key"],
+    data_fields=["w", "biases", "factors", "a", "b", "key"],
     meta_fields=["members", "scales", "rate", "implementation", "axes"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +55,7 @@ class Group:
     Attributes:
         w: Per member, a `Matrix`; `multiplied_in` converts them to arrays.
         biases: Per member, or None.
+        factors: Per member, or None.
         a: Per update.
         b: Per update.
         key: Dropout key, or None without dropout.
@@ -67,6 +68,7 @@ class Group:
 
     w: Sequence[Any]
     biases: Sequence[jax.Array | None]
+    factors: Sequence[jax.Array | None]
     a: Sequence[jax.Array]
     b: Sequence[jax.Array]
     key: jax.Array | None
@@ -90,6 +92,7 @@ class Group:
         return cls(
             w=[layer.w for layer in layers],
             biases=[layer.bias for layer in layers],
+            factors=[layer.factor for layer in layers],
             a=[layer.a for layer in layers if layer.a is not None],
             b=[layer.b for layer in layers if layer.b is not None],
             key=key if members and rate else None,
@@ -108,6 +111,15 @@ class Group:
         """Returns the group and `after` for a backward pass; see `lorax_kernels.weights`."""
         w, after = recomputed(self.w, after)
         return dataclasses.replace(self, w=w), after
+
+    def without_factors(self) -> "Group":
+        """Returns the group whose outputs are what the factors multiply."""
+        return dataclasses.replace(self, factors=[None] * len(self.factors))
+
+    @property
+    def has_factors(self) -> bool:
+        """Whether a member has a factor."""
+        return any(factor is not None for factor in self.factors)
 
     @property
     def is_kernel(self) -> bool:

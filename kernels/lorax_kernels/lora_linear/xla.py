@@ -1,6 +1,10 @@
-"""`lora_linear` and its group in plain XLA, for all cases that the kernel does not run."""
+"""`lora_linear` and its group in plain XLA, for all cases that the kernel does not run.
+
+The gradients of factors are here for both.
+"""
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -57,9 +61,10 @@ def _scaled_b(group: Group, member: int, dtype):
 
 
 def forward(x, group: Group, residual=None):
-    """Returns the outputs of the members, and ``h = dropout(x)·[A₁|A₂|…]`` or None.
+    """Returns the outputs of the members, their products, and ``h = dropout(x)·[A₁|A₂|…]`` or None.
 
-    `residual` is added to the output of a group of one.
+    The products are what factors multiply: empty where no member has one. `residual` is added to
+    the output of a group of one.
     """
     dtype = x.dtype
     h = None
@@ -69,6 +74,7 @@ def forward(x, group: Group, residual=None):
         # Named before it is used, so that where it is stored no pass recomputes it.
         h = checkpoint_name(jnp.dot(apply_dropout(x, group.rate, group.key), a), "lora_h")
     outputs = []
+    products = []
     for member, w in enumerate(group.w):
         y = jnp.dot(x, w.astype(dtype))
         if (span := _span(group, member)) is not None:
@@ -76,13 +82,55 @@ def forward(x, group: Group, residual=None):
             # Both matmuls give x's dtype, so that XLA can fold the sum into the second one instead
             # of writing a float32 copy of y.
             y += jnp.dot(h[:, span], _scaled_b(group, member, dtype))
-        if (bias := group.biases[member]) is not None:
+        bias = group.biases[member]
+        factor = group.factors[member]
+        if group.has_factors:
+            products.append(checkpoint_name(y, "lora_linear"))
+        if factor is not None:
+            # From what is kept the rest takes no matmul, so no policy needs its name.
+            outputs.append(_scale(products[-1], factor, bias, residual))
+            continue
+        if bias is not None:
             y += bias.astype(dtype)[None, :]
         if residual is not None:
             y = residual + y
         # One name, so that a policy of jax.checkpoint keeps the sum and not its terms.
         outputs.append(checkpoint_name(y, "lora_linear"))
-    return outputs, h
+    return outputs, products, h
+
+
+def _scale(product, factor, bias, residual):
+    """Returns ``factor·product (+ bias + residual)``, rounded once."""
+    wide = accumulation_dtype(product.dtype)
+    y = product.astype(wide) * factor.astype(wide)[None, :]
+    if bias is not None:
+        y += bias.astype(wide)[None, :]
+    if residual is not None:
+        y = residual.astype(wide) + y
+    return y.astype(product.dtype)
+
+
+def through_factors(
+    group: Group, products: Sequence[jax.Array], dys
+) -> tuple[list[jax.Array], list[jax.Array | None]]:
+    """Returns the gradients of the members' products, and those of their factors or None.
+
+    Of a product u and ``y = f∘u`` they are ``f∘dy``, rounded once, and ``Σ_rows dy∘u``. A quotient
+    ``y / f`` in the place of u would need no u, but not be there where f is 0.
+    """
+    if not group.has_factors:
+        return list(dys), [None] * len(dys)
+    gradients = []
+    of_factors: list[jax.Array | None] = []
+    for factor, product, dy in zip(group.factors, products, dys, strict=True):
+        if factor is None:
+            gradients.append(dy)
+            of_factors.append(None)
+            continue
+        wide = dy.astype(accumulation_dtype(dy.dtype))
+        gradients.append((factor.astype(wide.dtype)[None, :] * wide).astype(dy.dtype))
+        of_factors.append((wide * product.astype(wide.dtype)).sum(0))
+    return gradients, of_factors
 
 
 def backward(x, h, group: Group, dys):
@@ -112,7 +160,24 @@ def backward(x, h, group: Group, dys):
     return dx, jnp.split(da, splits, axis=1), db
 
 
-def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """Returns ``silu(gate)·up``, computed in float32 and rounded once."""
-    wide = gate.astype(accumulation_dtype(gate.dtype))
-    return (jax.nn.silu(wide) * up.astype(wide.dtype)).astype(gate.dtype)
+Factors = Sequence[jax.Array | None]
+
+
+def swiglu(gate: jax.Array, up: jax.Array, factors: Factors = (None, None)) -> jax.Array:
+    """Returns ``silu(gate)·up``, computed in float32 and rounded once.
+
+    `factors` are those of the columns of gate and up, which are multiplied here.
+    """
+    wide = accumulation_dtype(gate.dtype)
+    scaled = [
+        v.astype(wide) if factor is None else v.astype(wide) * factor.astype(wide)[None, :]
+        for v, factor in zip((gate, up), factors, strict=True)
+    ]
+    return (jax.nn.silu(scaled[0]) * scaled[1]).astype(gate.dtype)
+
+
+def swiglu_gradients(gate, up, factors: Factors, d_act):
+    """Returns the gradients of gate and up, and those of their factors, of `swiglu`."""
+    pull = jax.vjp(swiglu, gate, up, factors)[1]
+    *gradients, of_factors = pull(d_act)
+    return gradients, list(of_factors)
