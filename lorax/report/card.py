@@ -10,15 +10,15 @@ def write_card(config: RunConfig, format: str, facts: dict[str, str]) -> str:
 
     Args:
         config: The run. Of the data, the card has the names of the sources alone.
-        format: ``peft``, ``peft-portable`` or ``merged``.
+        format: ``peft``, ``peft-portable``, ``merged`` or ``rebased``.
         facts: Results to list, by name.
     """
     base = config.model.name_or_path
-    is_adapter = format != "merged"
+    is_adapter = format.startswith("peft")
     library, tags = ("peft", "[lora, lorax]") if is_adapter else ("transformers", "[lorax]")
     title = "LoRA adapter" if is_adapter else "Fine-tuned model"
     results = "\n".join(f"- {name}: {value}" for name, value in facts.items())
-    load = _LOAD_ADAPTER if is_adapter else _LOAD_MODEL
+    load = _LOAD_ADAPTER if is_adapter else _LOAD_REBASED if format == "rebased" else _LOAD_MODEL
     revision = config.model.revision
     source = f'"{base}"' if revision is None else f'"{base}", revision="{revision}"'
     return (
@@ -39,6 +39,18 @@ model = AutoModelForCausalLM.from_pretrained({base})
 model = PeftModel.from_pretrained(model, "path/to/this/folder")
 # It was trained on the token ids of the base's tokenizer.json. Where AutoTokenizer gives others,
 # as for Llama 2 in transformers 5, PreTrainedTokenizerFast takes that file as it is.
+"""
+
+_LOAD_REBASED = """\
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+# The weights in this folder are the base's without what the adapter began with.
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+model = PeftModel.from_pretrained(model, "path/to/this/folder/adapter")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+# It was trained on the token ids of tokenizer.json. Where AutoTokenizer gives others, as for
+# Llama 2 in transformers 5, PreTrainedTokenizerFast takes that file as it is.
 """
 
 _LOAD_MODEL = """\
