@@ -14,6 +14,7 @@ from lorax.interop.adapter_tokenizer import FoundTokenizer, find_tokenizer, toke
 from lorax.interop.export import WHOLE_MODELS, export_model
 from lorax.interop.folder import expand, resolve_checkpoint
 from lorax.interop.load import find_stored_dtype, load_hf_config, load_model
+from lorax.interop.new_tokens import NewTokens
 from lorax.interop.peft import load_adapter
 from lorax.interop.peft_config import CONFIG_FILE, AdapterError, read_adapter_config
 from lorax.interop.stop_tokens import stop_token_ids
@@ -68,9 +69,14 @@ def _export(parsed, console: Console) -> None:
         tell(text)
     found = _find_tokenizer(parsed.format, base, adapter, owner, tell)
     dtype = jnp.dtype(parsed.dtype or (run.config.model.dtype if run else find_stored_dtype(base)))
-    model = load_adapter(load_model(base, dtype=dtype), adapter)
+    new_tokens = NewTokens.read(adapter)
+    stored = load_model(base, dtype=dtype)
+    rows = new_tokens.rows_to_add(stored.config)
+    model = load_adapter(new_tokens.resize(stored), adapter)
+    del stored
     if owner is not None:
-        model = with_starts(model, owner.config.lora)
+        tied = model.config.tie_word_embeddings
+        model = with_starts(model, new_tokens.trained_by(owner.config.lora, tied))
     verified = export_model(
         model,
         parsed.out,
@@ -78,7 +84,8 @@ def _export(parsed, console: Console) -> None:
         base=base,
         base_name=chosen.name,
         base_revision=chosen.revision,
-        card=write_card(run.config, parsed.format, {}) if run else None,
+        card=write_card(run.config, parsed.format, {}, rows=rows) if run else None,
+        new_tokens=new_tokens,
         chat_template=owner.chat_template if owner else found and found.chat_template,
         stop_ids=owner.stop_ids if owner else _own_stops(base, found),
         tokenizer=found and found.tokenizer,
@@ -119,6 +126,8 @@ def _find_tokenizer(
     """Returns the tokenizer that goes with a whole model; None if none goes with the export."""
     if format in WHOLE_MODELS:
         return find_tokenizer(base, adapter, run=owner.folder if owner else None, tell=tell)
+    if NewTokens.read(adapter).tokens:
+        return find_tokenizer(base, adapter, tell=tell)  # which is exported with the adapter
     if names := tokenizer_files(adapter):
         tell(f"{', '.join(names)} of {adapter} are not copied: an adapter is exported without them")
     return None

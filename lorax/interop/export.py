@@ -17,6 +17,7 @@ from lorax.adapters.nnx.tree import adapted_layers
 from lorax.interop.export_files import companion_files
 from lorax.interop.export_formats import refuse_rebased
 from lorax.interop.load import load_model
+from lorax.interop.new_tokens import NewTokens
 from lorax.interop.peft import adapter_tensors, load_adapter, save_adapter
 from lorax.interop.peft_files import TENSOR_FILE
 from lorax.interop.safetensors import read_headers, read_tensor
@@ -80,6 +81,7 @@ def export_model(
     stop_ids: Sequence[int] | None = None,
     tokenizer: Any = None,
     tokenizer_folder: Path | None = None,
+    new_tokens: NewTokens = NewTokens(),  # noqa: B008 (frozen)
 ) -> Verification:
     """Writes `model` in a format that other programs load, and verifies the files.
 
@@ -100,6 +102,7 @@ def export_model(
         tokenizer: The tokenizer of the rows, from `load_tokenizer`: a whole model's
             tokenizer_config.json then names a class that gives its ids; None leaves the base's.
         tokenizer_folder: The folder of the tokenizer's files for a whole model; None is `base`.
+        new_tokens: The tokens in addition to the base's, whose tokenizer goes with an adapter too.
 
     Returns:
         The result of the comparison.
@@ -110,15 +113,17 @@ def export_model(
             The files stay for inspection.
     """
     refuse_occupied(directory)
+    files = companion_files(
+        Path(base),
+        chat_template=chat_template,
+        stop_ids=stop_ids,
+        card=card,
+        tokenizer=tokenizer,
+        tokenizer_folder=tokenizer_folder,
+    )
+    source = tokenizer_folder or Path(base)
     if format in WHOLE_MODELS:
-        files = companion_files(
-            Path(base),
-            chat_template=chat_template,
-            stop_ids=stop_ids,
-            card=card,
-            tokenizer=tokenizer,
-            tokenizer_folder=tokenizer_folder,
-        )
+        files |= new_tokens.tokenizer_file(source)
         export = _export_merged if format == "merged" else _export_rebased
         return export(model, Path(directory), base, dtype, files)
     name = str(base_name or base)
@@ -129,6 +134,7 @@ def export_model(
         base_model_name_or_path=name,
         revision=base_revision,
         card=card,
+        files=new_tokens.adapter_files(source, files),
     )
     return verify_adapter(model, directory, portable=format == "peft-portable")
 
