@@ -17,7 +17,7 @@ from lorax.adapters.nnx.tree import adapted_layers
 from lorax.interop.export_files import companion_files
 from lorax.interop.export_formats import refuse_rebased
 from lorax.interop.load import load_model
-from lorax.interop.new_tokens import NewTokens
+from lorax.interop.new_tokens import NO_NEW_TOKENS, NewTokens
 from lorax.interop.peft import adapter_tensors, load_adapter, save_adapter
 from lorax.interop.peft_files import TENSOR_FILE
 from lorax.interop.safetensors import read_headers, read_tensor
@@ -81,7 +81,7 @@ def export_model(
     stop_ids: Sequence[int] | None = None,
     tokenizer: Any = None,
     tokenizer_folder: Path | None = None,
-    new_tokens: NewTokens = NewTokens(),  # noqa: B008 (frozen)
+    new_tokens: NewTokens = NO_NEW_TOKENS,
 ) -> Verification:
     """Writes `model` in a format that other programs load, and verifies the files.
 

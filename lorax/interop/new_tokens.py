@@ -187,6 +187,9 @@ class NewTokens:
         return max((architecture.vocab_size, *(number + 1 for number in self.ids)))
 
 
+NO_NEW_TOKENS = NewTokens()
+
+
 def _extended(base: Path, tokens: Sequence[str]) -> Any:
     from tokenizers import AddedToken
 

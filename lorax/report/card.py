@@ -22,6 +22,7 @@ def write_card(
     library, tags = ("peft", "[lora, lorax]") if is_adapter else ("transformers", "[lorax]")
     title = "LoRA adapter" if is_adapter else "Fine-tuned model"
     results = "\n".join(f"- {name}: {value}" for name, value in facts.items())
+    resize = "" if rows is None else _RESIZE.format(rows)
     load = _LOAD_ADAPTER if is_adapter else _LOAD_REBASED if format == "rebased" else _LOAD_MODEL
     revision = config.model.revision
     source = f'"{base}"' if revision is None else f'"{base}", revision="{revision}"'
@@ -30,7 +31,7 @@ def write_card(
         f"# {title} for {base}\n\n"
         f"Made with lorax, a LoRA fine-tuning library in JAX. Format: `{format}`.\n\n"
         f"## Results\n\n{results or '- none measured'}\n\n"
-        f"## Use\n\n```python\n{load.format(base=source, resize=_RESIZE.format(rows) if rows else '')}```\n\n"
+        f"## Use\n\n```python\n{load.format(base=source, resize=resize)}```\n\n"
         f"## Settings\n\n```yaml\n{dump_config(config)}```\n"
     )
 

@@ -21,7 +21,7 @@ from lorax.devices.host_memory import HostArray, embedding_obstacle
 from lorax.devices.mesh import make_mesh
 from lorax.interop.folder import fetch_weights, resolve_base
 from lorax.interop.load import check_checkpoint, load_hf_config, load_model
-from lorax.interop.new_tokens import NewTokens
+from lorax.interop.new_tokens import NO_NEW_TOKENS, NewTokens
 from lorax.interop.peft import load_adapter
 from lorax.interop.peft_tied import settings_for
 from lorax.interop.safetensors import TensorEntry
@@ -53,7 +53,7 @@ class Blueprint:
     folder: Path
     stored: DecoderConfig
     ranks: Mapping[str, int] | None = None
-    new_tokens: NewTokens = NewTokens()
+    new_tokens: NewTokens = NO_NEW_TOKENS
 
     @classmethod
     def of(cls, config: RunConfig, ranks: Mapping[str, int] | None = None) -> Self:

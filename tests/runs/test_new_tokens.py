@@ -1,6 +1,8 @@
 """A run with new tokens, from its setting to the files that PEFT and transformers load."""
 
 import json
+import re
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +19,10 @@ from lorax.interop.new_tokens import NewTokens
 from tests.bounds import distance
 from tests.tiny import edit_json, write_model
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),  # of PEFT
+]
 
 TOOLS = ["<tool>", "</tool>"]
 TEXT = "call <tool>x</tool> now"
@@ -83,7 +88,7 @@ def in_peft(base, adapter, rows):
     ],
     ids=["full", "padded", "tied", "whole"],
 )
-def test_peft_and_transformers_load_what_was_trained(kind, lora, bases, tmp_path, capsys):
+def test_peft_and_transformers_load_what_was_trained(kind, lora, bases, tmp_path):
     base, first = bases[kind], bases["tokens"]
     assert main(["train", settings(tmp_path, base, **lora)]) == 0
     adapter, merged = (tmp_path / "run" / name for name in ("adapter", "merged"))
@@ -111,11 +116,9 @@ def test_peft_and_transformers_load_what_was_trained(kind, lora, bases, tmp_path
     card = (adapter / "README.md").read_text()
     assert (f"model.resize_token_embeddings({rows})" in card) == (kind == "full")
     # It answers, and becomes another format, by itself.
-    capsys.readouterr()
     words = ["--prompt", TEXT, "--raw", "--max-new-tokens", "2"]
     assert main(["generate", str(tmp_path / "run"), *words]) == 0
     assert main(["generate", str(base), "--adapter", str(adapter), *words]) == 0
-    assert capsys.readouterr().err.count("\n") <= 1
     for form in ("merged", "peft"):
         out = tmp_path / form
         words = ["--format", form, "--out", str(out), "--dtype", "float32"]
@@ -128,8 +131,16 @@ def test_peft_and_transformers_load_what_was_trained(kind, lora, bases, tmp_path
 
 def test_an_adapter_trains_on_with_its_tokens_and_a_run_goes_on(bases, tmp_path, capsys):
     path = settings(tmp_path, bases["full"], export=("peft",))
-    assert main(["train", path]) == 0
+    assert main(["train", path, "save.save_steps=1"]) == 0
     adapter = tmp_path / "run" / "adapter"
+    before = load_file(adapter / "adapter_model.safetensors")
+    for name in ("adapter", "checkpoints/step-000000002", "weights/step-000002"):
+        shutil.rmtree(tmp_path / "run" / name)
+    (tmp_path / "run" / "summary.json").unlink()
+    assert main(["train", str(tmp_path / "run" / "config.yaml"), "--resume"]) == 0
+    after = load_file(adapter / "adapter_model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(np.array_equal(before[key], after[key]) for key in before)
     on = ["lora=null", f"model.adapter={adapter}", f"save.output_dir={tmp_path / 'more'}"]
     assert main(["train", path, *on, "model.new_tokens=null"]) == 0
     assert (tmp_path / "more" / "adapter" / "new_tokens.json").read_text() == (
@@ -141,7 +152,7 @@ def test_an_adapter_trains_on_with_its_tokens_and_a_run_goes_on(bases, tmp_path,
     capsys.readouterr()
     assert main(["train", path, "--resume", "model.new_tokens=[<other>]"]) == 2
     assert "model.new_tokens" in capsys.readouterr().err
-    assert main(["train", path, *on, "model.new_tokens=[<other>]", "--resume"]) == 2
+    assert main(["train", path, *on, f"save.output_dir={tmp_path / 'x'}"]) == 2
     assert "keeps the tokens that it was trained with" in capsys.readouterr().err
 
 
@@ -159,7 +170,7 @@ def test_every_row_of_a_model_that_trains_whole_is_there(bases, tmp_path):
 @pytest.mark.parametrize(
     "override, message",
     [
-        ("model.new_tokens=[a]", r'"?a"? is in the vocabulary of .* already, as token'),
+        ("model.new_tokens=[a]", "'a' is in the vocabulary of .* already, as token 67"),
         ("model.new_tokens=[<x>, <x>]", "names .*<x>.* twice"),
         ("model.new_tokens=['']", "new_tokens"),
         ("model.offload_embedding=true", "must be false with new_tokens, whose rows train"),
@@ -167,8 +178,6 @@ def test_every_row_of_a_model_that_trains_whole_is_there(bases, tmp_path):
     ],
 )
 def test_what_cannot_be_is_refused_before_training(override, message, bases, tmp_path, capsys):
-    import re
-
     assert main(["train", settings(tmp_path, bases["full"]), override]) == 2
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "run").exists()
