@@ -38,7 +38,10 @@ class Tokens:
             return "a convolution has no tokens"
         last = (shape.inputs if kind == "lookup" else shape.outputs) - 1
         if wrong := [token for token in spec.tokens if not 0 <= token <= last]:
-            return f"lora.trainable_token_indices needs tokens of 0 to {last}, got {wrong[0]}"
+            return (
+                f"lora.trainable_token_indices needs tokens of 0 to {last}, got {wrong[0]} "
+                "(lorax.resize_vocabulary gives a language model rows for more)"
+            )
         return None
 
     def identity(self, spec: Spec) -> str:

@@ -16,6 +16,7 @@ from lorax.interop.adapter_base import BaseModel, choose_base, recorded_base, re
 from lorax.interop.adapter_tokenizer import find_tokenizer
 from lorax.interop.folder import CONFIG_FILE, expand, resolve_checkpoint
 from lorax.interop.load import find_stored_dtype, load_hf_config, load_model
+from lorax.interop.new_tokens import NewTokens
 from lorax.interop.peft import load_adapter
 from lorax.interop.peft_config import CONFIG_FILE as ADAPTER_FILE
 from lorax.interop.peft_config import read_adapter_config
@@ -131,12 +132,13 @@ def _generate(parsed, _: Console) -> None:
     system = parsed.system
     form = choose_form(run, tokenizer, asked=parsed.form, system=system, tell=tell)
     tokens = [encode_as(form, tokenizer, p.text, system=system, date=date) for p in prompts]
-    longest = _check_tokens(parsed, prompts, tokens, architecture)
+    new_tokens = NewTokens.read(source.adapter)
+    longest = _check_tokens(parsed, prompts, tokens, new_tokens.grow(architecture))
     if source.adapter is not None:
         read_adapter_config(source.adapter)
     model = load_model(source.base, dtype=jnp.dtype(dtype), format=base_format(run))
     if source.adapter is not None:
-        model = load_adapter(model, source.adapter)
+        model = load_adapter(new_tokens.resize(model), source.adapter)
     model.eval()
     sampling = {name: getattr(parsed, name) for name in _SAMPLING}
     written = generate(model, tokens, max_new_tokens=longest, stop_ids=stop_ids, **sampling)

@@ -1,9 +1,11 @@
 """The base model's settings."""
 
-from typing import Annotated, Literal
+from collections.abc import Iterator
+from typing import Annotated, Literal, override
 
 from lorax.config.marks import Free, OfStep
-from lorax.config.types import Section, Text
+from lorax.config.types import Conflict, Names, Section, Text
+from lorax.system.wording import show
 
 
 class ModelConfig(Section):
@@ -24,6 +26,9 @@ class ModelConfig(Section):
             and head stay as they are. `nf4`: 4-bit NormalFloat of bitsandbytes; `nf4_double`: its
             scales in 8 bits too. A 16-bit checkpoint is quantised while it is read, one matrix at a
             time. One that holds NF4 of bitsandbytes is used as it is, without this setting.
+        new_tokens: Texts that become tokens of their own, such as `["<tool>", "</tool>"]`. They are
+            never split, and not special: decoding keeps them. Rows for them are added to the
+            embedding and the head where there are none, begin as the mean of the others, and train.
         adapter: Folder of a PEFT adapter to train on; its own settings replace the lora section.
     """
 
@@ -35,3 +40,12 @@ class ModelConfig(Section):
     kernels: Annotated[Literal["auto", "pallas", "xla"], OfStep] = "auto"
     offload_embedding: Annotated[bool, OfStep] = False
     quantization: Annotated[Literal["none", "nf4", "nf4_double"], OfStep] = "none"
+    new_tokens: Annotated[Names | None, OfStep] = None
+
+    @override
+    def conflicts(self) -> Iterator[Conflict]:
+        tokens = self.new_tokens or ()
+        if twice := [token for token in tokens if tokens.count(token) > 1]:
+            yield "new_tokens", f"names {show(twice[0])} twice: leave one out"
+        if tokens and self.offload_embedding:
+            yield "offload_embedding", "must be false with new_tokens, whose rows train"

@@ -61,6 +61,8 @@ class SaveConfig(Section):
             ends the run, `warn` continues without it.
         load_best_model_at_end: Exports the weights with the lowest held-out loss.
         export: Formats of the exports; `("merged",)` when not given and `train.method` is `full`.
+            `rebased`, for `pissa` and `olora`: the base without what the adapters began with, and
+            the adapters of rank r on it.
     """
 
     output_dir: Annotated[Text, Free]
@@ -69,7 +71,10 @@ class SaveConfig(Section):
     on_save_error: Annotated[Literal["stop", "warn"], Free] = "stop"
     load_best_model_at_end: Annotated[bool, OfRun] = False
     export: Annotated[
-        tuple[Literal["peft", "peft-portable", "merged"], ...], Field(min_length=1), FromList, Free
+        tuple[Literal["peft", "peft-portable", "merged", "rebased"], ...],
+        Field(min_length=1),
+        FromList,
+        Free,
     ] = ("peft",)
 
     @override

@@ -8,6 +8,7 @@ from typing import Any
 from lorax.data.chat.template import read_template
 from lorax.data.chat.tokenizer import load_tokenizer
 from lorax.interop.folder import TOKENIZER_FILES
+from lorax.interop.new_tokens import NewTokens
 from lorax.system.files import MAX_INDEX_BYTES, read_json
 
 _VOCABULARIES = {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"}
@@ -65,6 +66,10 @@ def find_tokenizer(
         return FoundTokenizer(load_tokenizer(str(base)), base)
     adapter = Path(adapter)
     listed = ", ".join(names)
+    new = NewTokens.read(adapter)
+    if new.tokens:  # lorax wrote these files, of the base's tokenizer with new tokens
+        tokenizer = load_tokenizer(str(adapter))
+        return FoundTokenizer(tokenizer, adapter, is_own=True)
     if run is not None:
         tell(f"{adapter} holds {listed}, which are not used: the run in {run} trained without them")
         return FoundTokenizer(load_tokenizer(str(base)), base)

@@ -12,17 +12,25 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from lorax.adapters.nnx.apply import set_kernels
-from lorax.adapters.nnx.merge import merge_lora, unload_lora
+from lorax.adapters.nnx.merge import merge_lora, rebase_lora, unload_lora
 from lorax.adapters.nnx.tree import adapted_layers
 from lorax.interop.export_files import companion_files
+from lorax.interop.export_formats import refuse_rebased
 from lorax.interop.load import load_model
+from lorax.interop.new_tokens import NO_NEW_TOKENS, NewTokens
 from lorax.interop.peft import adapter_tensors, load_adapter, save_adapter
 from lorax.interop.peft_files import TENSOR_FILE
 from lorax.interop.safetensors import read_headers, read_tensor
 from lorax.interop.save import model_tensors, save_model
-from lorax.system.files import refuse_occupied
+from lorax.system.files import refuse_occupied, write_folder
 
-type ExportFormat = Literal["peft", "peft-portable", "merged"]
+type ExportFormat = Literal["peft", "peft-portable", "merged", "rebased"]
+
+WHOLE_MODELS = ("merged", "rebased")
+"""The formats whose folder holds a whole model, with its tokenizer."""
+
+REBASED_ADAPTER = "adapter"
+"""The folder of the adapter within an export as ``rebased``."""
 
 PROBE_TOKENS = 32
 """Length of the sequence on which logits are compared."""
@@ -73,6 +81,7 @@ def export_model(
     stop_ids: Sequence[int] | None = None,
     tokenizer: Any = None,
     tokenizer_folder: Path | None = None,
+    new_tokens: NewTokens = NO_NEW_TOKENS,
 ) -> Verification:
     """Writes `model` in a format that other programs load, and verifies the files.
 
@@ -80,18 +89,20 @@ def export_model(
         model: The trained model, adapters unmerged.
         directory: A path that does not exist, or an empty folder.
         format: ``peft``: PEFT's own layout. ``peft-portable``: one rank, scales folded into B.
-            ``merged``: a full checkpoint with the adapters added to the weights.
-        base: Folder of the base checkpoint, whose tokenizer is copied to a merged model.
+            ``merged``: a full checkpoint with the adapters added to the weights. ``rebased``: see
+            `_export_rebased`.
+        base: Folder of the base checkpoint, whose tokenizer is copied to a whole model.
         base_name: The base recorded in the adapter; `base` if not given.
         base_revision: Branch, tag or commit of it, recorded in the adapter.
-        dtype: Dtype of merged weights; None is that of the base weights in `model`.
+        dtype: Dtype of a whole model's weights; None is that of the base weights in `model`.
         card: Text of the README.md in the folder.
-        chat_template: The template of a merged model, instead of the base's.
-        stop_ids: The model's stop tokens, from `stop_token_ids`: a merged model's
+        chat_template: The template of a whole model, instead of the base's.
+        stop_ids: The model's stop tokens, from `stop_token_ids`: a whole model's
             generation_config.json then names them; None leaves the base's.
-        tokenizer: The tokenizer of the rows, from `load_tokenizer`: a merged model's
+        tokenizer: The tokenizer of the rows, from `load_tokenizer`: a whole model's
             tokenizer_config.json then names a class that gives its ids; None leaves the base's.
-        tokenizer_folder: The folder of the tokenizer's files for a merged model; None is `base`.
+        tokenizer_folder: The folder of the tokenizer's files for a whole model; None is `base`.
+        new_tokens: The tokens in addition to the base's, whose tokenizer goes with an adapter too.
 
     Returns:
         The result of the comparison.
@@ -102,16 +113,19 @@ def export_model(
             The files stay for inspection.
     """
     refuse_occupied(directory)
-    if format == "merged":
-        files = companion_files(
-            Path(base),
-            chat_template=chat_template,
-            stop_ids=stop_ids,
-            card=card,
-            tokenizer=tokenizer,
-            tokenizer_folder=tokenizer_folder,
-        )
-        return _export_merged(model, Path(directory), base, dtype, files)
+    files = companion_files(
+        Path(base),
+        chat_template=chat_template,
+        stop_ids=stop_ids,
+        card=card,
+        tokenizer=tokenizer,
+        tokenizer_folder=tokenizer_folder,
+    )
+    source = tokenizer_folder or Path(base)
+    if format in WHOLE_MODELS:
+        files |= new_tokens.tokenizer_file(source)
+        export = _export_merged if format == "merged" else _export_rebased
+        return export(model, Path(directory), base, dtype, files)
     name = str(base_name or base)
     save_adapter(
         model,
@@ -120,6 +134,7 @@ def export_model(
         base_model_name_or_path=name,
         revision=base_revision,
         card=card,
+        files=new_tokens.adapter_files(source, files),
     )
     return verify_adapter(model, directory, portable=format == "peft-portable")
 
@@ -148,6 +163,34 @@ def _export_merged(
     count = _compare(model_tensors(merged, dtype=dtype), shards)
     del merged
     reloaded = load_model(directory, dtype=model.dtype, param_dtype=dtype)
+    bound = max(LOGIT_BOUNDS[dtype.name], LOGIT_BOUNDS[jnp.dtype(model.dtype).name])
+    return _verified(model, reloaded, directory, count, bound)
+
+
+def _export_rebased(
+    model, directory: Path, base, dtype, files: Mapping[str, str | Path | None]
+) -> Verification:
+    """Writes the base without what the adapters began with, and in it the adapters of rank r.
+
+    The folder is a whole model with the weights ``W' = W - s·A₀·B₀``; its folder `REBASED_ADAPTER`
+    is a plain adapter on it, as PEFT trains PiSSA and OLoRA. ``W'`` is computed in float32 and
+    rounded once to the dtype of the base, by which the pair differs from the trained model. What
+    trains beside A and B is in the adapter: magnitudes (DoRA), tokens, and copies of biases and of
+    whole modules, which the changed base has too.
+    """
+    refuse_rebased(model)
+    dtype = jnp.dtype(dtype or _weight_dtype(model))
+    rebased = rebase_lora(model)
+    changed = unload_lora(rebased)
+    name = str(directory.absolute())
+    with write_folder(directory) as folder:
+        save_model(changed, folder, dtype=dtype, source_directory=base, files=files)
+        save_adapter(rebased, folder / REBASED_ADAPTER, base_model_name_or_path=name)
+    count = _compare(model_tensors(changed, dtype=dtype), sorted(directory.glob("*.safetensors")))
+    adapter = directory / REBASED_ADAPTER
+    count += _compare(adapter_tensors(rebased).items(), [adapter / TENSOR_FILE])
+    del rebased, changed
+    reloaded = load_adapter(load_model(directory, dtype=model.dtype, param_dtype=dtype), adapter)
     bound = max(LOGIT_BOUNDS[dtype.name], LOGIT_BOUNDS[jnp.dtype(model.dtype).name])
     return _verified(model, reloaded, directory, count, bound)
 

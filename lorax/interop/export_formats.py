@@ -8,7 +8,7 @@ from flax import nnx
 
 from lorax.adapters.lora_bias import LORA_BIAS
 from lorax.adapters.method import shapes_of
-from lorax.adapters.nnx.adapter import rank_of, shape_of
+from lorax.adapters.nnx.adapter import begins_in_base, rank_of, shape_of
 from lorax.adapters.nnx.tree import adapted_layers
 from lorax.interop.peft import trains_base_weights
 from lorax.interop.peft_files import portable_values
@@ -36,6 +36,8 @@ def refuse_formats(model: nnx.Module, formats: Iterable[str]) -> None:
                     _refuse_portable(model, layers)
                 case "merged":
                     _refuse_merged(layers)
+                case "rebased":
+                    refuse_rebased(model)
         except ValueError as error:
             why = " (a run always exports as peft)" if format == "peft" else ""
             raise ValueError(f"save.export{why}: {error}") from None
@@ -53,6 +55,21 @@ def _refuse_portable(model: nnx.Module, layers: dict[str, Carrier]) -> None:
         shapes = shapes_of(spec, shape_of(layer))
         values: Any = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
         portable_values(spec, values, rank_of(layer))
+
+
+def refuse_rebased(model: nnx.Module) -> None:
+    """Refuses a model whose adapters began with no part of the base.
+
+    Raises:
+        ValueError: With the reason and what to do.
+    """
+    if not any(begins_in_base(layer) for layer in adapted_layers(model).values()):
+        raise ValueError(
+            "rebased holds a base without what the adapters began with, and these began with no "
+            "part of it: set lora.init_lora_weights to pissa or olora, or export peft, an adapter "
+            "for the base as it is"
+        )
+    tied_keys(model)
 
 
 def _refuse_merged(layers: dict[str, Carrier]) -> None:

@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +152,7 @@ def save_adapter(
     base_model_name_or_path: str | None = None,
     revision: str | None = None,
     card: str | None = None,
+    files: Mapping[str, str | Path] | None = None,
 ) -> Path:
     """Writes the adapters of `model` in PEFT's format, whole or not at all.
 
@@ -163,6 +164,7 @@ def save_adapter(
         base_model_name_or_path: Recorded for PEFT, which loads the base from there.
         revision: Branch, tag or commit of it on the hub, recorded too.
         card: Text of the README.md in the folder.
+        files: Further texts by the name of their file; a path is copied.
 
     Raises:
         TypeError: If an argument is of another kind.
@@ -180,7 +182,7 @@ def save_adapter(
         revision=revision,
         portable=portable,
     )
-    return write_adapter(directory, tensors, config, card)
+    return write_adapter(directory, tensors, config, card, files)
 
 
 def _tell_of_statistics(model: nnx.Module) -> None:

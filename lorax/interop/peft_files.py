@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -161,6 +162,7 @@ def write_adapter(
     tensors: Mapping[str, np.ndarray],
     config: Mapping[str, Any],
     card: str | None = None,
+    files: Mapping[str, str | Path] | None = None,
 ) -> Path:
     """Writes an adapter's folder, whole or not at all.
 
@@ -169,6 +171,7 @@ def write_adapter(
         tensors: What adapter_model.safetensors holds.
         config: What adapter_config.json holds.
         card: Text of the README.md in the folder.
+        files: Further texts by the name of their file; a path is copied.
 
     Raises:
         ValueError: If `directory` holds something, or a value is not finite.
@@ -182,6 +185,11 @@ def write_adapter(
         (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
         if card is not None:
             (folder / "README.md").write_text(card, encoding="utf-8")
+        for name, given in (files or {}).items():
+            if isinstance(given, Path):
+                shutil.copyfile(given, folder / name)
+            else:
+                (folder / name).write_text(given, encoding="utf-8")
     return Path(directory)
 
 

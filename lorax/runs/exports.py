@@ -54,6 +54,7 @@ def export_all(setup: Setup, model, console, result, scores) -> dict[str, str]:
     if scores[1] is not None:
         facts["exact match"] = f"{scores[0]:.1%} → {scores[1]:.1%}"
     files = {}
+    rows = setup.blueprint.new_tokens.rows_to_add(setup.blueprint.stored)
     formats = list(config.save.export)
     if config.train.method == "lora" and "peft" not in formats:
         formats.insert(0, "peft")  # what `lorax export` makes the other formats from
@@ -72,7 +73,8 @@ def export_all(setup: Setup, model, console, result, scores) -> dict[str, str]:
             stop_ids=setup.stop_ids,
             tokenizer=setup.tokenizer,
             dtype=jnp.dtype(config.model.dtype),
-            card=write_card(config, format, facts),
+            card=write_card(config, format, facts, rows=rows),
+            new_tokens=setup.blueprint.new_tokens,
         )
         print_line(console, f"{format}: {folder}")
         print_line(console, f"  verified: {found.describe()}")

@@ -31,7 +31,12 @@ _KINDS = "kinds"
 
 type Resume = Literal["never", "auto", "always"]
 
-EXPORT_FOLDERS = {"peft": "adapter", "peft-portable": "adapter-portable", "merged": "merged"}
+EXPORT_FOLDERS = {
+    "peft": "adapter",
+    "peft-portable": "adapter-portable",
+    "merged": "merged",
+    "rebased": "rebased",
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,6 +21,7 @@ from lorax.devices.host_memory import HostArray, embedding_obstacle
 from lorax.devices.mesh import make_mesh
 from lorax.interop.folder import fetch_weights, resolve_base
 from lorax.interop.load import check_checkpoint, load_hf_config, load_model
+from lorax.interop.new_tokens import NO_NEW_TOKENS, NewTokens
 from lorax.interop.packed import Entry
 from lorax.interop.peft import load_adapter
 from lorax.interop.peft_tied import settings_for
@@ -44,14 +45,16 @@ class Blueprint:
         config: The run's settings.
         folder: Folder of the base model's settings and tokenizer, and of its weights unless the
             model is on the hub.
-        architecture: The architecture in its config.json.
+        stored: The architecture in its config.json.
         ranks: The ranks that EVA came to, by layer; None without EVA, or before.
+        new_tokens: The tokens in addition to its own.
     """
 
     config: RunConfig
     folder: Path
-    architecture: DecoderConfig
+    stored: DecoderConfig
     ranks: Mapping[str, int] | None = None
+    new_tokens: NewTokens = NO_NEW_TOKENS
 
     @classmethod
     def of(cls, config: RunConfig, ranks: Mapping[str, int] | None = None) -> Self:
@@ -68,7 +71,18 @@ class Blueprint:
         architecture = load_hf_config(folder)
         full = config.train.method == "full"
         refuse_quantised(architecture, folder, format_of(config.model), full=full)
-        return cls(config, folder, architecture, ranks)
+        return cls(config, folder, architecture, ranks, NewTokens.of(config, folder))
+
+    @functools.cached_property
+    def architecture(self) -> DecoderConfig:
+        """The architecture of the run's model, with rows for the new tokens."""
+        return self.new_tokens.grow(self.stored)
+
+    @property
+    def lora(self) -> LoraConfig:
+        """The settings of new adapters, which train the rows of the new tokens too."""
+        tied = self.stored.tie_word_embeddings
+        return self.new_tokens.trained_by(self.config.lora, tied)
 
     @property
     def is_on_hub(self) -> bool:
@@ -99,7 +113,7 @@ class Blueprint:
 
         In that case the loader reads the headers after the files are fetched.
         """
-        return None if self.is_on_hub else check_checkpoint(self.folder, self.architecture)
+        return None if self.is_on_hub else check_checkpoint(self.folder, self.stored)
 
     @functools.cached_property
     def shapes(self) -> CausalLM:
@@ -130,7 +144,7 @@ class Blueprint:
                 if adapter:
                     model = apply_saved(model, settings_for(model, adapter))
                 else:
-                    model = _adapt_shapes(model, config.lora, self.ranks)
+                    model = _adapt_shapes(model, self.lora, self.ranks)
             set_kernels(model, config.model.kernels)
             self._store(model)
             return model
@@ -139,6 +153,8 @@ class Blueprint:
             model = nnx.eval_shape(build)
         except TargetError as error:
             place = f"{adapter} does not fit {self.folder}: " if adapter else ""
+            if self.new_tokens.ids and "trainable_token_indices" in str(error):
+                place += "model.new_tokens trains rows of the embedding and the head: "
             raise TargetError(f"{place}{error}") from None
         if config.model.offload_embedding:
             _put_embedding_on_host(model)
@@ -161,19 +177,20 @@ class Blueprint:
             folder: From `fetch`.
         """
         config = self.config
-        return load_model(
+        model = load_model(
             folder,
             dtype=jnp.dtype(config.model.dtype),
             # Weights that train are float32: in bfloat16 small updates would be rounded away.
             param_dtype=jnp.float32 if config.train.method == "full" else None,
             attn_impl=config.model.attn_impl,
             offload_embedding=config.model.offload_embedding,
-            architecture=self.architecture,
+            architecture=self.stored,
             entries=self.entries,
             pace=await_tracing,
             mesh=self.mesh,
             format=self.format,
         )
+        return self.new_tokens.resize(model)
 
 
 def _adapt_shapes(
@@ -212,21 +229,22 @@ class Begin(Protocol):
 
 
 def adapt_base(
-    model: CausalLM, config: RunConfig, recomputation: Recomputation, begin: Begin = apply_lora
+    model: CausalLM, blueprint: Blueprint, recomputation: Recomputation, begin: Begin = apply_lora
 ) -> CausalLM:
     """Puts fresh or loaded adapters on the base model, and sets its recomputation.
 
     Args:
         model: From `Blueprint.load`.
-        config: The run's settings.
+        blueprint: Of the run's model.
         recomputation: From `choose_recomputation`.
         begin: What puts fresh ones on it.
     """
+    config = blueprint.config
     _check_kept_layers(config, model.config.num_hidden_layers)
     recomputation.put_on(model)
     if config.model.adapter:
         model = load_adapter(model, config.model.adapter)
     elif config.train.method != "full":
-        model = begin(model, config.lora, rngs=nnx.Rngs(config.train.seed))
+        model = begin(model, blueprint.lora, rngs=nnx.Rngs(config.train.seed))
     set_kernels(model, config.model.kernels)
     return model

@@ -129,7 +129,7 @@ def _run(
     compiled = compile_ahead(shapes, setup.course, programs=programs) if left else None
     if blueprint.is_on_hub:  # the compiler has work while they come
         identity.add(identify_base(files.result()))
-    model = adapt_base(base.result(), setup.config, setup.recomputation[0], begin_on(setup))
+    model = adapt_base(base.result(), blueprint, setup.recomputation[0], begin_on(setup))
     del base
     phases.end("weights")
     report_model(console, setup.config, model)
@@ -214,7 +214,7 @@ def _report(setup: Setup, console: Console) -> None:
 
 
 def _companions(setup: Setup) -> dict[str, Any]:
-    """Returns the files that accompany whole weights that the trainer writes."""
+    """Returns the options with which the trainer writes weights, for the files beside them."""
     files = companion_files(
         setup.blueprint.folder,
         chat_template=setup.chat_template,
@@ -222,7 +222,11 @@ def _companions(setup: Setup) -> dict[str, Any]:
         card=None,
         tokenizer=setup.tokenizer,
     )
-    return {"source_directory": setup.blueprint.folder, "files": files}
+    new = setup.blueprint.new_tokens
+    folder = setup.blueprint.folder
+    if setup.config.train.method != "full":
+        return {"files": new.adapter_files(folder, files)}
+    return {"source_directory": folder, "files": files | new.tokenizer_file(folder)}
 
 
 def _keep_after_a_step(programs: ProgramCache | None) -> Listener:

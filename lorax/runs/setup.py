@@ -8,11 +8,11 @@ from typing import Any, Self
 from lorax.config.run import RunConfig
 from lorax.data.chat.renderer import RENDERER
 from lorax.data.chat.template import read_own_template
-from lorax.data.chat.tokenizer import load_tokenizer
 from lorax.data.dataset import EncodedDataset
 from lorax.data.reading.rows import SourceError
 from lorax.interop.adapter_base import with_recorded_revision
 from lorax.interop.adapter_tokenizer import tokenizer_files
+from lorax.interop.new_tokens import NewTokens
 from lorax.interop.peft_config import adapter_notes
 from lorax.interop.stop_tokens import stop_token_ids
 from lorax.models.architecture import DecoderConfig
@@ -41,7 +41,7 @@ class Setup:
         config: The run's settings, with the day given to its chat template.
         blueprint: Its model, without the weights.
         identity: Its identity, compared with the run that it resumes.
-        tokenizer: The base model's tokenizer.
+        tokenizer: The base model's tokenizer, with the new tokens.
         train: Encoded rows to learn from.
         eval: Encoded held-out rows.
         chat_template: Text of the run's own template; None where it is the tokenizer's.
@@ -68,7 +68,7 @@ class Setup:
         base = blueprint.folder
         if config.data.format in CHATS:
             RENDERER.start()
-        tokenizer = load_tokenizer(str(base))
+        tokenizer = blueprint.new_tokens.load_tokenizer(base)
         train = _encode("train", blueprint, tokenizer)
         held_out = _encode("eval", blueprint, tokenizer) if config.data.eval else None
         RENDERER.close_unused()
@@ -164,7 +164,8 @@ def input_notes(
             the base's tokenizer.
     """
     notes = [*architecture.notes, *(adapter_notes(adapter, trains=trains) if adapter else ())]
-    if adapter and trains and (names := tokenizer_files(adapter)):
+    names = tokenizer_files(adapter) if adapter and trains else []
+    if names and not NewTokens.read(adapter).tokens:
         notes.append(
             f"{adapter} holds {', '.join(names)}, which are not read: a run takes the base's"
         )
@@ -182,4 +183,4 @@ def build_model(config: RunConfig) -> CausalLM:
     blueprint = Blueprint.of(with_recorded_revision(config, print))
     model = blueprint.load(blueprint.fetch())
     recomputation, _ = choose_recomputation(blueprint, recomputed_before(config))
-    return adapt_base(model, blueprint.config, recomputation)
+    return adapt_base(model, blueprint, recomputation)

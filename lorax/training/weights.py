@@ -21,7 +21,7 @@ class TrainedWeights:
         model: Decides the structure.
         frozen: The frozen parameters.
         save_options: Options of `save_model`, for the method `full`; the base model's folder if not
-            given.
+            given. Else `files` of `save_adapter`.
     """
 
     def __init__(
@@ -51,7 +51,8 @@ class TrainedWeights:
             save_model(self.on_model(trained), folder, dtype=dtype, **self._save_options)
         else:  # fetched all at once: one by one takes longer than writing them
             base = {"base_model_name_or_path": model.name_or_path, "revision": model.revision}
-            save_adapter(self._merge(jax.device_get(trained)), folder, **base)
+            files = self._save_options.get("files")
+            save_adapter(self._merge(jax.device_get(trained)), folder, files=files, **base)
 
     def _merge(self, trained: nnx.State) -> Any:
         return nnx.merge(self._graph, trained, self._frozen)

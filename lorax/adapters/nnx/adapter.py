@@ -220,6 +220,25 @@ def rebase(layer: Carrier) -> None:
     layer.attached[layer.active] = Adapter(spec, adapter.params, fixed)
 
 
+def split_start(layer: Carrier, r: int, start: str) -> None:
+    """Undoes `Method.plain` of the active adapter, whose other half is what it began with.
+
+    Args:
+        layer: The layer.
+        r: The rank that trained.
+        start: The initialisation that it began with.
+    """
+    adapter = layer.adapter
+    a = adapter.params["lora_a"]
+    b = adapter.params["lora_b"]
+    params = {**adapter.params, "lora_a": a[..., :r], "lora_b": b[..., :r, :]}
+    fixed = {"first_a": a[..., r:], "first_b": -b[..., r:, :]}
+    fixed |= {name: adapter.values[name] for name in adapter.fixed_names}
+    alpha = adapter.spec.scale * (r**0.5 if adapter.spec.use_rslora else r)
+    spec = dataclasses.replace(adapter.spec, r=r, lora_alpha=alpha, start=start)
+    layer.attached[layer.active] = Adapter(spec, params, fixed)
+
+
 def unmerged_matrix(layer: Carrier) -> Float[Array, "k n"]:
     """Returns the matrix of a merged layer without its adapter, rounded to its dtype."""
     w = layer.matrix

@@ -6,21 +6,25 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lorax.adapters.initial import initialisation
 from lorax.adapters.nnx.adapter import (
     begins_in_base,
     merge_factor,
     merged_bias,
     merged_matrix,
     rebase,
+    split_start,
     unmerged_bias,
     unmerged_matrix,
 )
+from lorax.adapters.nnx.apply import targets_of
 from lorax.adapters.nnx.tree import (
     adapted_layers,
     layers_with_adapters,
     named_modules,
     set_child,
 )
+from lorax.config.adapter import EVA, LoraConfig
 from lorax.layers.carrier import Carrier, Frozen
 from lorax.system.arguments import check_kind
 from lorax_kernels import Matrix, Weight
@@ -121,6 +125,30 @@ def rebase_lora[M: nnx.Module](model: M) -> M:
     for layer in layers:
         rebase(layer)
     return rebased
+
+
+def with_starts[M: nnx.Module](model: M, settings: LoraConfig) -> M:
+    """Returns a loaded model whose adapters know what they began with, as before they were saved.
+
+    PiSSA and OLoRA are saved as plain LoRA of rank 2r, ``[A, A₀]`` and ``[B; -B₀]``; here these are
+    A, B, A₀ and B₀ again.
+
+    Args:
+        model: A model from `load_adapter`.
+        settings: With which the adapters were made. Where they begin with no part of the base, and
+            where a layer has another rank than twice its own, nothing changes.
+    """
+    start = settings.init_lora_weights
+    if start is True or start == EVA or not initialisation(start).changes_base:
+        return model
+    begun = nnx.clone(model)
+    ranks = {target.name: target.r for target in targets_of(unload_lora(model), settings)}
+    for name, layer in adapted_layers(begun).items():
+        r = ranks.get(name)
+        is_plain = layer.linear_map.kind != "lookup" and not begins_in_base(layer)
+        if r is not None and is_plain and layer.adapter.spec.r == 2 * r:
+            split_start(layer, r, str(start))
+    return begun
 
 
 def unload_lora[M: nnx.Module](model: M) -> M:
