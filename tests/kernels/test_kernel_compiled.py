@@ -165,6 +165,7 @@ def matmul_cases(shape):
 
 def factor_cases(shape):
     """Yields a case of every epilogue with factors, at the tiles of one of Llama-8B's layers."""
+    import jax
     import jax.numpy as jnp
 
     from lorax_kernels import LoraWeights, lora_linear_group, lora_mlp, lora_swiglu
@@ -175,8 +176,6 @@ def factor_cases(shape):
         return {"w": shape(k, n), **narrow, **vectors}
 
     def differentiated(function):
-        import jax
-
         def run(x, members):
             own = lambda x, members: function(x, [LoraWeights(**m) for m in members])
             y, pull = jax.vjp(own, x, members)
@@ -187,8 +186,12 @@ def factor_cases(shape):
     def group(x, members):
         return lora_linear_group(x, members, kernels="pallas")
 
-    def mlp(x, members):
-        return lora_mlp(x, *members, residual=x, kernels="pallas")
+    def mlp(x, members, **dropout):
+        return lora_mlp(x, *members, residual=x, kernels="pallas", **dropout)
+
+    def dropped(x, members):
+        keys = (jax.random.key(0), jax.random.key(1))
+        return mlp(x, members, dropout_rate=0.1, dropout_keys=keys)
 
     def swiglu(x, members):
         return lora_swiglu(x, *members, kernels="pallas", recompute=True)
@@ -199,6 +202,12 @@ def factor_cases(shape):
         members = [member(K, 4096, r), member(K, 1024, r)]
         yield f"group, rank {r}", differentiated(group), (x, members)
         yield f"mlp, rank {r}", differentiated(mlp), (x, [*wide, member(14336, K, r)])
+        if r == 16:
+            yield (
+                f"mlp, rank {r}, dropped",
+                differentiated(dropped),
+                (x, [*wide, member(14336, K, r)]),
+            )
     yield "swiglu, recomputed", differentiated(swiglu), (x, wide)
 
 

@@ -253,23 +253,26 @@ class Multiplier(Role):
             for i in range(plan.warpgroup_m // 64):
                 part = [v[i * 64 : (i + 1) * 64, j * c.store_n : (j + 1) * c.store_n] for v in sums]
                 at = (m0 + i * 64, local * plan.tile_n + j * c.store_n)
-                for output, value in enumerate(self.finish(part, at, column, count, i, j)):
+                if plan.rate:
+                    part = [part[0] + self.dropped(at, count, i, j)]
+                for output, value in enumerate(self.finish(part, column, count, i, j)):
                     self.copy_out(value, at, column, output, piece)
                     piece += 1
+                if plan.sums:
+                    # Computed again, since registers do not hold all values at once.
+                    for which, value in enumerate(self.gated(part, column, count, i, j, True)):
+                        self.sum_columns(value, at, which, i, j)
             if plan.tail:
                 plgpu.barrier_arrive(self.empty.at[self.tail_slot(count, j)])
 
-    def finish(self, part, at, column, count, i: int, j: int):
+    def finish(self, part, column, count, i: int, j: int):
         """Returns the values to store for one piece of the tile, per output."""
         plan = self.plan
-        if plan.rate:
-            part = [part[0] + self.dropped(at, count, i, j)]
-        factors = [self.along_columns(index, column, j, part[0].shape) for index in plan.factors]
         if plan.epilogue.startswith("swiglu"):
-            return self.gated(part, self.tail(count, i, j), factors, at, i, j)
+            return self.gated(part, column, count, i, j)
         kept = part if plan.keep else []
-        if factors:
-            part = [factors[0] * part[0]]
+        if plan.factors:
+            part = [self.along_columns(plan.factors[0], column, j, part[0].shape) * part[0]]
         if plan.bias is not None:
             part = [part[0] + self.along_columns(plan.bias, column, j, part[0].shape)]
         if plan.epilogue == "add":
@@ -285,9 +288,14 @@ class Multiplier(Role):
         vector = plgpu.load(source, optimized=False)
         return lax.broadcast_in_dim(vector.astype(jnp.float32), shape, (1,))
 
-    def gated(self, part, tail, factors, at, i: int, j: int):
-        """Returns the values of the epilogues of gate and up, which have factors or none."""
+    def gated(self, part, column, count, i: int, j: int, summed: bool = False):
+        """Returns the values of the epilogues of gate and up, which have factors or none.
+
+        With `summed` they are those whose sums are the gradients of the factors.
+        """
         plan = self.plan
+        factors = [self.along_columns(index, column, j, part[0].shape) for index in plan.factors]
+        tail = self.tail(count, i, j)
         if plan.epilogue == "swiglu_back":
             part, tail = tail, part
         products = part
@@ -305,9 +313,9 @@ class Multiplier(Role):
         d_gate = d_act * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
         act = [gate * sigmoid * up] if plan.epilogue == "swiglu_back" else []
         gradients = [d_gate, d_act * gate * sigmoid]
+        if summed:
+            return [v * product for v, product in zip(gradients, products, strict=True)]
         if factors:
-            for which, (gradient, product) in enumerate(zip(gradients, products, strict=True)):
-                self.sum_columns(gradient * product, at, which, i, j)
             gradients = [f * v for f, v in zip(factors, gradients, strict=True)]
         return [*gradients, *act]
 

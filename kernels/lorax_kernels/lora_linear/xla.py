@@ -169,11 +169,13 @@ def swiglu(gate: jax.Array, up: jax.Array, factors: Factors = (None, None)) -> j
     `factors` are those of the columns of gate and up, which are multiplied here.
     """
     wide = accumulation_dtype(gate.dtype)
-    scaled = [
-        v.astype(wide) if factor is None else v.astype(wide) * factor.astype(wide)[None, :]
-        for v, factor in zip((gate, up), factors, strict=True)
-    ]
-    return (jax.nn.silu(scaled[0]) * scaled[1]).astype(gate.dtype)
+
+    def scaled(v, factor):
+        v = v.astype(wide)
+        return v if factor is None else v * factor.astype(wide)[None, :]
+
+    of_gate, of_up = factors
+    return (jax.nn.silu(scaled(gate, of_gate)) * scaled(up, of_up)).astype(gate.dtype)
 
 
 def swiglu_gradients(gate, up, factors: Factors, d_act):
