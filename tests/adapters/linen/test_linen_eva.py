@@ -193,8 +193,9 @@ class Many(nn.Module):
     @nn.compact
     def __call__(self, ids, both: bool = True):
         x = Scaled(24, name="own")(nn.Embed(16, 24, name="embed")(ids))
+        block = self.wrap(Block)  # one class: nn.jit traces its modules once, where it can
         for index in range(2):
-            x = self.wrap(Block)(name=f"block_{index}")(x)
+            x = block(name=f"block_{index}")(x)
         stack = nn.scan(Step, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
         x, _ = stack(name="stack")(x, None)
         x = nn.BatchNorm(use_running_average=True)(nn.Conv(8, (3,), name="conv")(x))
