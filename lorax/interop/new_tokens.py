@@ -80,7 +80,8 @@ class NewTokens:
         if adapter is None or not path.is_file():
             return cls()
         raw = read_json(path)
-        tokens, ids = (raw.get(name) for name in ("tokens", "ids"))
+        tokens: Any = raw.get("tokens")
+        ids: Any = raw.get("ids")
         texts = isinstance(tokens, list) and all(isinstance(t, str) and t for t in tokens)
         numbers = isinstance(ids, list) and all(type(i) is int and 0 <= i < 2**31 for i in ids)
         if not (texts and numbers and len(tokens) == len(ids) == len(set(ids)) > 0):
@@ -195,6 +196,6 @@ def _extended(base: Path, tokens: Sequence[str]) -> Any:
 
     if not (base / TOKENIZER_FILE).is_file():
         raise CheckpointError(f"model.new_tokens needs a {TOKENIZER_FILE}, and {base} has none")
-    tokenizer = load_tokenizer(str(base))
+    tokenizer: Any = load_tokenizer(str(base))
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in tokens])
     return tokenizer

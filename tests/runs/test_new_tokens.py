@@ -152,7 +152,8 @@ def test_an_adapter_trains_on_with_its_tokens_and_a_run_goes_on(bases, tmp_path,
     capsys.readouterr()
     assert main(["train", path, "--resume", "model.new_tokens=[<other>]"]) == 2
     assert "model.new_tokens" in capsys.readouterr().err
-    assert main(["train", path, *on, f"save.output_dir={tmp_path / 'x'}"]) == 2
+    other = ["model.new_tokens=[<other>]", f"save.output_dir={tmp_path / 'x'}"]
+    assert main(["train", path, *on, *other]) == 2
     assert "keeps the tokens that it was trained with" in capsys.readouterr().err
 
 
