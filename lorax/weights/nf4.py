@@ -11,8 +11,9 @@ from jaxtyping import Array, Float
 
 from lorax.config.model import ModelConfig
 from lorax.weights.format import axes_of
-from lorax_kernels.weights.nf4 import KERNEL_OBSTACLE, Nf4, quantise
+from lorax_kernels.weights.nf4 import Nf4, quantise
 from lorax_kernels.weights.nf4.levels import BLOCK, NESTED_BLOCK
+from lorax_kernels.weights.nf4.order import obstacle
 
 _FILES = {
     "codes": "weight",
@@ -62,14 +63,13 @@ class _Nf4:
         return codes + blocks + 4 * -(-blocks // NESTED_BLOCK) + 4  # the offset
 
     def parts(self, spec: PartitionSpec) -> tuple[PartitionSpec, ...]:
-        # The stored arrays are transposed. A device's part of k must consist of whole blocks.
-        rows, columns = axes_of(spec)
-        blocks = PartitionSpec(columns, rows)
+        # A device's part of k must consist of whole blocks, and its part of n of pairs.
+        blocks = PartitionSpec(*axes_of(spec))
         nested = (PartitionSpec(), PartitionSpec()) if self.double else ()
         return blocks, blocks, *nested
 
     def obstacle(self, shape: tuple[int, int], dtype: DTypeLike) -> str | None:
-        return KERNEL_OBSTACLE
+        return obstacle(shape)
 
 
 NF4 = _Nf4(double=False)

@@ -282,15 +282,14 @@ def nf4_cases(shape):
 
     from lorax_kernels.weights.nf4.kernel import Variant, dequantise
 
-    operands = shape(N, K // 2, dtype=jnp.uint8), shape(N, K // 64, dtype=jnp.float32)
-    for levels, lines, staged in (
-        *itertools.product(("shuffle", "permute"), (4, 8), (False,)),
-        *itertools.product(("shuffle", "permute"), (8, 16), (True,)),
-    ):
-        variant = Variant(levels, lines, staged)
+    codes = shape(K, N // 2, dtype=jnp.uint8)
+    single = shape(K // 64, N, dtype=jnp.float32), None
+    groups = shape(K // 64 * N // 256, dtype=jnp.float32)
+    double = shape(K // 64, N, dtype=jnp.uint8), (groups, shape(dtype=jnp.float32))
+    for rows, (name, scales) in itertools.product((8, 16), {"": single, "double": double}.items()):
         for dtype in map(jnp.dtype, ("bfloat16", "float16")):
-            function = functools.partial(dequantise, dtype=dtype, _variant=variant)
-            yield f"{variant}, {dtype}", function, operands
+            function = functools.partial(dequantise, dtype=dtype, _variant=Variant(rows))
+            yield f"{rows} rows, {dtype} {name}", function, (codes, *scales)
 
 
 CASES = {

@@ -45,12 +45,15 @@ def stored(tensors):
     """Returns a checkpoint's tensors as the library's `Nf4`."""
     state = state_of(tensors)
     n, k = state["shape"]
-    rows = 1 if k % 64 else n
-    codes, absmax = (tensors[name].reshape(rows, -1) for name in ("weight", "weight.absmax"))
     nested, offset = tensors.get("weight.nested_absmax"), state.get("nested_offset")
-    offset = None if offset is None else jnp.float32(offset)
-    arrays = [None if v is None else jnp.asarray(v) for v in (codes, absmax, nested)]
-    return Nf4(*arrays, offset, (k, n), jnp.dtype(state["dtype"]))
+    return Nf4.from_bitsandbytes(
+        jnp.asarray(tensors["weight"].reshape(-1)),
+        jnp.asarray(tensors["weight.absmax"]),
+        None if nested is None else jnp.asarray(nested),
+        None if offset is None else jnp.float32(offset),
+        shape=(k, n),
+        dtype=state["dtype"],
+    )
 
 
 def _over_absmax(flat, block, rule):

@@ -24,7 +24,7 @@ from tests.int8 import INT8, Int8
 from tests.tiny import shallow_model
 
 # Four devices can divide either side, in whole blocks of 64 along k.
-SHAPES = [(256, 192), (512, 4)]
+SHAPES = [(256, 192), (512, 8)]
 DTYPES = ["float64", "float32", "bfloat16"]
 
 

@@ -28,7 +28,7 @@ def bits(array):
 
 
 def arrays_of(matrix: Nf4):
-    parts = matrix.codes, matrix.absmax, matrix.nested_absmax, matrix.offset
+    parts = matrix.to_bitsandbytes()
     return [None if part is None else np.asarray(part).reshape(-1) for part in parts]
 
 

@@ -2,5 +2,4 @@
 
 from lorax_kernels.weights.nf4.quantise import Rule as Rule
 from lorax_kernels.weights.nf4.quantise import quantise as quantise
-from lorax_kernels.weights.nf4.weight import KERNEL_OBSTACLE as KERNEL_OBSTACLE
 from lorax_kernels.weights.nf4.weight import Nf4 as Nf4

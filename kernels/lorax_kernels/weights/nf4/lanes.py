@@ -3,72 +3,92 @@
 import struct
 from typing import Any
 
-import jax.experimental.pallas.mosaic_gpu as plgpu
-from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, memref, nvvm, vector
+from jaxlib.mlir.dialects import arith, llvm, memref, vector
 
-from lorax_kernels.weights.nf4.levels import LEVELS
+from lorax_kernels.weights.nf4.levels import LEVELS, NESTED_BLOCK
+
+EACH = 8
+"""Codes of a word."""
 
 SHIFTS = (4, 0, 12, 8, 20, 16, 28, 24)
 """The first bit of each code of a word, in the codes' order: the word is little-endian."""
 
-# A shuffle within each half of a warp: four bits of the operand are the source thread.
-_IN_HALVES = 0x101F
 
-
-def lane_values(
-    how: str, result: plgpu.ShapeDtypeStruct, ctx: Any, codes: Any, scales: Any, levels: Any
-) -> Any:
-    """Returns the values of some lines; a body of `inline_mgpu`.
+def write_values(
+    ctx: Any,
+    words: Any,
+    absmax: Any,
+    out: Any,
+    *tables: Any,
+    tile: tuple[int, int],
+    rows: int,
+    blocks: int,
+) -> None:
+    """Writes the values of a tile; a body of `inline_mgpu`.
 
     Args:
-        how: The look-up of the levels, ``shuffle`` or ``permute``.
-        result: Shape, dtype and layout of the values: eight per thread and line.
         ctx: Not used.
-        codes: Registers, a word per line.
-        scales: A reference, (lines, blocks of a line).
-        levels: A reference to the 16 levels.
+        words: A reference to the tile's words, (rows, words).
+        absmax: A reference to the scales of its columns or their codes, (1, columns).
+        out: A reference to its values, (rows, columns).
+        *tables: With codes: the 256 levels of scales, nested absmax, the offset, and registers
+            with the number of the tile's first block, counted down the columns.
+        tile: Rows and words of the tile.
+        rows: Rows of a thread.
+        blocks: Blocks of a column.
     """
     del ctx
     i32 = ir.IntegerType.get_signless(32)
     lane = arith.remui(utils.thread_idx(), utils.c(utils.WARPGROUP_SIZE, i32))
-    block = _index(arith.shrui(lane, utils.c(3, i32)))  # eight threads share a block
-    own = None
-    if how == "shuffle":
-        own = memref.load(levels, [_index(arith.andi(lane, utils.c(15, i32)))])
-    narrow = ir.VectorType.get((8,), utils.dtype_to_ir_type(result.dtype))
-    registers = codes.registers.copy()
-    for line, register in enumerate(codes.registers):
-        word = utils.bitcast(register, i32)
-        found = _permuted(word) if own is None else _shuffled(word, own)
-        scale = memref.load(scales, [utils.c(line, ir.IndexType.get()), block])
-        products = [arith.mulf(level, scale) for level in found]
-        wide = vector.from_elements(ir.VectorType.get((8,), scale.type), products)
-        registers[line] = arith.truncf(narrow, wide)
-    layout: Any = result.layout
-    return mgpu.FragmentedArray(_registers=registers, _layout=layout.to_mgpu(), _is_signed=None)
+    beside = utils.c(tile[1], i32)
+    word = arith.remui(lane, beside)
+    first = arith.muli(arith.divui(lane, beside), utils.c(rows, i32))
+    column = arith.muli(word, utils.c(EACH, i32))
+    scales = _scales(absmax, column, tables, blocks)
+    narrow = ir.VectorType.get((EACH,), ir.MemRefType(out.type).element_type)
+    wide = ir.VectorType.get((EACH,), ir.F32Type.get())
+    places = [_index(arith.addi(first, utils.c(row, i32))) for row in range(rows)]
+    loaded = [memref.load(words, [place, _index(word)]) for place in places]
+    for place, codes in zip(places, loaded, strict=True):
+        levels = _permuted(codes)
+        products = [arith.mulf(*pair) for pair in zip(levels, scales, strict=True)]
+        values = arith.truncf(narrow, vector.from_elements(wide, products))
+        vector.store(values, out, [place, _index(column)])
+
+
+def _scales(absmax: Any, column: ir.Value, tables: Any, blocks: int) -> list[ir.Value]:
+    """Returns the scales of eight columns."""
+    zero = utils.c(0, ir.IndexType.get())
+    element = ir.MemRefType(absmax.type).element_type
+    loaded = vector.load(ir.VectorType.get((EACH,), element), absmax, [zero, _index(column)])
+    found = [vector.extract(loaded, [], [place]) for place in range(EACH)]
+    if not tables:
+        return found
+    i32 = ir.IntegerType.get_signless(32)
+    levels, nested, offset, begin = tables
+    (start,) = begin.registers.flat
+    mean = memref.load(offset, [zero])
+    scales = []
+    for place, code in enumerate(found):
+        level = memref.load(levels, [_index(arith.extui(i32, code))])
+        at = arith.addi(column, utils.c(place, i32))
+        number = arith.addi(start, arith.muli(at, utils.c(blocks, i32)))
+        group = arith.divui(number, utils.c(NESTED_BLOCK, i32))
+        product = _rounded("mul", level, memref.load(nested, [_index(group)]))
+        scales.append(_rounded("add", product, mean))
+    return scales
+
+
+def _rounded(operation: str, a: ir.Value, b: ir.Value) -> ir.Value:
+    """Returns a rounded product or sum, which no compiler contracts into a fused multiply-add."""
+    text = f"{operation}.rn.f32 $0, $1, $2;"
+    return llvm.inline_asm(a.type, [a, b], text, "=f,f,f")
 
 
 def _index(value: ir.Value) -> ir.Value:
     return arith.index_castui(ir.IndexType.get(), value)
-
-
-def _shuffled(word: ir.Value, own: ir.Value) -> list[ir.Value]:
-    """Returns the levels of a word's codes, each from the thread that holds it in `own`."""
-    i32 = word.type
-    everyone = utils.c(0xFFFFFFFF, i32)
-    return [
-        nvvm.shfl_sync(
-            everyone,
-            own,
-            arith.shrui(word, utils.c(shift, i32)),
-            utils.c(_IN_HALVES, i32),
-            nvvm.ShflKind.idx,
-        )
-        for shift in SHIFTS
-    ]
 
 
 def _permuted(word: ir.Value) -> list[ir.Value]:

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, UInt8
 
 from lorax_kernels.weights.nf4.arithmetic import mean, reciprocal
 from lorax_kernels.weights.nf4.levels import BLOCK, EDGES, LEVELS, NESTED_BLOCK, nested_edges
+from lorax_kernels.weights.nf4.order import in_matrix_order
 from lorax_kernels.weights.nf4.weight import Nf4
 
 type Rule = Literal["cuda", "cpu"]
@@ -58,12 +59,14 @@ def quantise(
     codes = _codes(scaled)[:, : flat.shape[1]]
     if k * n % 2:  # the last byte's lower half
         codes = jnp.pad(codes, ((0, 0), (0, 1)), constant_values=_ZERO)
-    packed = codes[:, 0::2] << 4 | codes[:, 1::2]
-    if not double:
-        return Nf4(packed, absmax, None, None, (k, n), matrix.dtype)
-    mean_absmax = mean(absmax.reshape(-1)) if offset is None else jnp.asarray(offset, jnp.float32)
-    nested_codes, nested_absmax = _nested(absmax - mean_absmax, rule)
-    return Nf4(packed, nested_codes, nested_absmax, mean_absmax, (k, n), matrix.dtype)
+    packed = (codes[:, 0::2] << 4 | codes[:, 1::2]).reshape(-1)
+    nested_absmax = None
+    center = None
+    if double:
+        center = mean(absmax.reshape(-1)) if offset is None else jnp.asarray(offset, jnp.float32)
+        absmax, nested_absmax = _nested(absmax - center, rule)
+    packed, absmax = in_matrix_order(packed, absmax, (k, n))
+    return Nf4(packed, absmax, nested_absmax, center, (k, n), matrix.dtype)
 
 
 def _in_blocks(flat: Float[Array, "rows length"], block: int) -> Float[Array, "rows blocks block"]:
