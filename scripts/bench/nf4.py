@@ -2,19 +2,18 @@
 
     python -m scripts.bench.nf4 --commit abc1234 --out docs/measurements/nf4_h200.jsonl
 
-Interleaved within one process: a copy in bfloat16, XLA, the kernel's variants, and `Nf4.dense`
-with double quantisation. The bytes of a program are those that it must read and write. Every
+Interleaved within one process: a copy in bfloat16, XLA, and the kernel's variants, each with and
+without double quantisation. The bytes of a program are those that it must read and write. Every
 program's values are compared with XLA's, bit by bit, before the timing. Then matmuls of `--rows`
 rows: one with the bfloat16 matrix, and those that dequantise the matrix first.
 """
 
 import argparse
 import dataclasses
-import itertools
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,34 +53,35 @@ def operand_sets(n: int, k: int) -> list[tuple[jax.Array, Nf4, Nf4]]:
     return [make(seed) for seed in range(max(3, math.ceil(SET_BYTES / (3 * n * k))))]
 
 
-def programs(levels: list[str], lines: list[int]) -> dict[str, Program]:
+def programs(rows: list[int]) -> dict[str, Program]:
     """Returns the programs by name, the copy first."""
+    single = 2 + 1 / 2 + 4 / 64
+    double = 2 + 1 / 2 + 1 / 64
     found = {
         "copy": Program(lambda matrix, _, __: -matrix, 4),
-        "xla": Program(lambda _, stored, __: in_xla(stored), 2 + 1 / 2 + 4 / 64),
+        "xla": Program(lambda _, stored, __: in_xla(stored), single),
+        "xla, double": Program(lambda _, __, twice: in_xla(twice), double),
     }
-    for how, each, staged in itertools.product(levels, lines, (False, True)):
-        name = f"{how}-{each}{'-staged' if staged else ''}"
-        found[name] = Program(in_kernel(how, each, staged), 2 + 1 / 2 + 4 / 64)
-    found["dense, double"] = Program(lambda _, __, twice: twice.dense().T, 2 + 1 / 2 + 1 / 64)
+    for each in rows:
+        kernel = functools.partial(in_kernel, each)
+        found[f"{each} rows"] = Program(lambda _, w, __, kernel=kernel: kernel(w), single)
+        found[f"{each} rows, double"] = Program(lambda _, __, w, kernel=kernel: kernel(w), double)
     return found
 
 
 def in_xla(stored: Nf4) -> jax.Array:
-    """Returns the matrix (n, k), dequantised by XLA: the kernel has no float32."""
-    return stored.dense(jnp.float32).T.astype(BF16)
+    """Returns the matrix, dequantised by XLA: the kernel has no float32."""
+    return stored.dense(jnp.float32).astype(BF16)
 
 
-def in_kernel(levels: Any, lines: int, staged: bool) -> Callable[..., jax.Array]:
-    """Returns the program of a variant of the kernel."""
+def in_kernel(rows: int, stored: Nf4) -> jax.Array:
+    """Returns the matrix, dequantised by a variant of the kernel."""
     from lorax_kernels.weights.nf4.kernel import Variant, dequantise
 
-    variant = Variant(levels, lines, staged)
-
-    def run(_, stored: Nf4, __):
-        return dequantise(stored.codes, stored.scales(), BF16, variant)
-
-    return run
+    nested = None
+    if stored.nested_absmax is not None and stored.offset is not None:
+        nested = stored.nested_absmax, stored.offset
+    return dequantise(stored.codes, stored.absmax, nested, BF16, Variant(rows))
 
 
 @jax.jit
@@ -96,15 +96,13 @@ def compare(name: str, result: jax.Array, operands: tuple[jax.Array, Nf4, Nf4]) 
     matrix, stored, twice = operands
     if name == "copy":
         return int(count_unequal(result, -matrix))
-    if name == "dense, double":
-        return int(count_unequal(result, jax.jit(in_xla)(twice)))
-    return int(count_unequal(result, jax.jit(in_xla)(stored)))
+    return int(count_unequal(result, jax.jit(in_xla)(twice if "double" in name else stored)))
 
 
 def measure(n: int, k: int, parsed: argparse.Namespace) -> tuple[list[dict], int]:
     """Returns the rows of a shape, and the number of programs that failed or were wrong."""
     sets = operand_sets(n, k)
-    found = programs(parsed.levels, parsed.lines)
+    found = programs(parsed.tile_rows)
     compiled, failed = compile_all({name: (each.run, None) for name, each in found.items()}, sets)
     for name, message in failed.items():
         print(f"{n} x {k} {name}: {message}", flush=True)
@@ -133,7 +131,7 @@ def measure_matmuls(n: int, k: int, parsed: argparse.Namespace) -> list[dict]:
     sets = [(draw(seed), *operands) for seed, operands in enumerate(operand_sets(n, k)[:3])]
     found = {
         "matmul": lambda x, matrix, _, __: x @ matrix,
-        "matmul, xla": lambda x, _, stored, __: x @ in_xla(stored).T,
+        "matmul, xla": lambda x, _, stored, __: x @ in_xla(stored),
         "matmul, dense": lambda x, _, stored, __: x @ stored.dense(),
         "matmul, dense, double": lambda x, _, __, twice: x @ twice.dense(),
     }
@@ -161,8 +159,7 @@ def main() -> None:
     parser.add_argument(
         "--shapes", nargs="+", default=SHAPES, help="outputs × inputs, such as 4096x1024"
     )
-    parser.add_argument("--levels", nargs="+", default=["shuffle", "permute"])
-    parser.add_argument("--lines", nargs="+", type=int, default=[2, 4, 8, 16])
+    parser.add_argument("--tile-rows", nargs="+", type=int, default=[8, 16], help="per thread")
     parser.add_argument("--rows", type=int, default=8192, help="of the matmul; 0 for no matmuls")
     parser.add_argument("--turns", type=int, default=11)
     parser.add_argument("--turn-ms", type=float, default=15.0)
