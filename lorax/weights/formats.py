@@ -3,9 +3,10 @@
 from lorax.config.model import ModelConfig
 from lorax.weights.dense import DENSE
 from lorax.weights.format import Format
+from lorax.weights.int8 import INT8
 from lorax.weights.nf4 import NF4, NF4_DOUBLE
 
-FORMATS: list[Format] = [NF4, NF4_DOUBLE, DENSE]
+FORMATS: list[Format] = [NF4, NF4_DOUBLE, INT8, DENSE]
 """The first that claims a model's settings is taken; `DENSE` claims all, and comes last."""
 
 
