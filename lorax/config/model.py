@@ -24,8 +24,9 @@ class ModelConfig(Section):
             output head is the same array, or where the embedding trains.
         quantization: Format in which the matrices of the linear layers are kept; embedding
             and head stay as they are. `nf4`: 4-bit NormalFloat of bitsandbytes; `nf4_double`: its
-            scales in 8 bits too. A 16-bit checkpoint is quantised while it is read, one matrix at a
-            time. One that holds NF4 of bitsandbytes is used as it is, without this setting.
+            scales in 8 bits too; `int8`: 8 bits with one scale per output. A 16-bit checkpoint is
+            quantised while it is read, one matrix at a time. One that holds NF4 of bitsandbytes is
+            used as it is, without this setting.
         new_tokens: Texts that become tokens of their own, such as `["<tool>", "</tool>"]`. They are
             never split, and not special: decoding keeps them. Rows for them are added to the
             embedding and the head where there are none, begin as the mean of the others, and train.
@@ -39,7 +40,7 @@ class ModelConfig(Section):
     attn_impl: Annotated[Literal["auto", "xla", "cudnn"], OfStep] = "auto"
     kernels: Annotated[Literal["auto", "pallas", "xla"], OfStep] = "auto"
     offload_embedding: Annotated[bool, OfStep] = False
-    quantization: Annotated[Literal["none", "nf4", "nf4_double"], OfStep] = "none"
+    quantization: Annotated[Literal["none", "nf4", "nf4_double", "int8"], OfStep] = "none"
     new_tokens: Annotated[Names | None, OfStep] = None
 
     @override

@@ -9,11 +9,11 @@ from jaxtyping import Array, Float
 
 from lorax.config.model import ModelConfig
 from lorax.weights.format import axes_of
-from lorax_kernels.weights.int8 import KERNEL_OBSTACLE, Int8, quantise
+from lorax_kernels.weights.int8 import Int8, quantise
 
 
 class _Int8:
-    """Symmetric eight bits; see `Format`. No setting asks for it yet."""
+    """Symmetric eight bits; see `Format`."""
 
     name = "int8"
 
@@ -22,7 +22,7 @@ class _Int8:
         return MappingProxyType({"codes": "weight", "scale": "SCB"})
 
     def claims(self, model: ModelConfig) -> bool:
-        return False
+        return model.quantization == self.name
 
     def store(self, matrix: Float[Array, "k n"]) -> Int8:
         return quantise(matrix)
@@ -38,7 +38,7 @@ class _Int8:
         return spec, PartitionSpec(axes_of(spec)[1])
 
     def obstacle(self, shape: tuple[int, int], dtype: DTypeLike) -> str | None:
-        return KERNEL_OBSTACLE
+        return None
 
 
 INT8 = _Int8()

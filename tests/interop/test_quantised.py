@@ -3,22 +3,30 @@
 import json
 import re
 import shutil
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import torch
 from flax import nnx
+from peft import LoraConfig as PeftLoraConfig
+from peft import get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
+from lorax.adapters.nnx.tree import split_trainable
 from lorax.interop.load import load_model
+from lorax.interop.peft import adapter_tensors, load_adapter
 from lorax.layers.linear import Linear
 from lorax.models.families import read_architecture
 from lorax.models.quantization import Quantization
 from lorax.weights.nf4 import NF4, NF4_DOUBLE
 from lorax_kernels.weights.nf4 import Nf4
+from tests.interop.peft_adapters import relative
 from tests.tiny import LLAMA, SMALL, edit_json
 
 SKIPPED = ["lm_head", "model.layers.1.mlp", "o_proj"]
@@ -245,3 +253,55 @@ def test_the_config_of_a_quantised_model_says_nothing_of_it_when_it_is_written()
     assert config.quantization == Quantization(False, None)
     assert not [name for name in config.to_hf() if re.search("quant", name)]
     assert config == read_architecture(config.to_hf(), "config.json")
+
+
+# Training on it
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+def test_training_on_it_is_that_of_peft_and_bitsandbytes(quantised, tmp_path):
+    theirs: Any = AutoModelForCausalLM.from_pretrained(
+        quantised("double"), device_map="cpu", dtype=torch.float32
+    )
+    targets = ["q_proj", "v_proj", "down_proj"]
+    theirs = get_peft_model(theirs, PeftLoraConfig(r=4, lora_alpha=8, target_modules=targets))
+    for name, parameter in theirs.named_parameters():
+        if "lora_B" in name:  # where both matrices have gradients
+            torch.nn.init.normal_(parameter, std=0.1)
+    theirs.save_pretrained(tmp_path / "adapter")
+    ours = load_adapter(load_model(quantised("double"), dtype=jnp.float32), tmp_path / "adapter")
+    graph, trainable, rest = split_trainable(ours)
+    ids = np.random.default_rng(1).integers(0, 96, (4, 33))
+    optimizer = optax.adam(1e-2)
+    torch_optimizer = torch.optim.Adam([p for p in theirs.parameters() if p.requires_grad], 1e-2)
+
+    @jax.jit
+    def step(trainable, state):
+        def loss_of(trainable):
+            scores = nnx.merge(graph, trainable, rest)(jnp.asarray(ids[:, :-1]))
+            return optax.softmax_cross_entropy_with_integer_labels(scores, ids[:, 1:]).mean()
+
+        loss, gradients = jax.value_and_grad(loss_of)(trainable)
+        with jax.numpy_dtype_promotion("standard"):  # as optax needs it
+            updates, state = optimizer.update(gradients, state, trainable)
+        return loss, gradients, optax.apply_updates(trainable, updates), state
+
+    state = optimizer.init(trainable)
+    losses = []
+    for index in range(50):
+        loss, gradients, trainable, state = step(trainable, state)
+        torch_optimizer.zero_grad()
+        scores = theirs(torch.tensor(ids[:, :-1])).logits.reshape(-1, 96)
+        expected = torch.nn.functional.cross_entropy(scores, torch.tensor(ids[:, 1:]).reshape(-1))
+        expected.backward()
+        losses.append((float(loss), expected.item()))
+        if index == 0:
+            found = adapter_tensors(nnx.merge(graph, gradients, rest))
+            named = {n: p.grad for n, p in theirs.named_parameters() if p.grad is not None}
+            wanted = get_peft_model_state_dict(theirs, state_dict=named)
+            assert found.keys() == wanted.keys() and len(found) == 12
+            for key, value in wanted.items():
+                assert relative(found[key], value.numpy()) <= 1e-4, key
+        torch_optimizer.step()
+    assert max(abs(a - b) for a, b in losses) <= 2e-3
+    assert losses[-1][0] < 0.9 * losses[0][0]
