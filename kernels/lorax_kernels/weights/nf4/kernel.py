@@ -63,7 +63,8 @@ def dequantise(
         dtype: The result's dtype.
         _variant: For benchmarks.
     """
-    k, n = codes.shape[0], 2 * codes.shape[1]
+    k = codes.shape[0]
+    n = 2 * codes.shape[1]
     words = lax.bitcast_convert_type(codes.reshape(k, n // EACH, EACH // 2), jnp.uint32)
     beside = THREADS
     while n // EACH % beside:
@@ -72,6 +73,7 @@ def dequantise(
     tables: list[jax.Array] = []
     if nested is not None:
         tables = [jnp.asarray(nested_levels(), jnp.float32), nested[0], nested[1].reshape(1)]
+
     def nf4_dequantise(*refs):  # whose name is the kernel's
         _tile(*refs, tile=tile, rows=_variant.rows, doubled=nested is not None)
 
