@@ -184,7 +184,7 @@ def _group_forward(x, group: Group, residual):
 
 def _group_backward(residuals, dys):
     x, group, saved, products, marked = residuals
-    own, of_factors = xla.through_factors(group, products, dys)
+    own, of_factors = xla.through_factors(group.factors, products, dys)
     (dx,), of_group, _ = _backward(x, group, saved, own, of_factors)
     return dx, of_group, _of_residual(marked, dys)
 
@@ -305,7 +305,7 @@ def _multiply(x, group: Group, saved):
 
 def _mlp_backward(repeated: bool, residuals, dys):
     x, (gate_up, saved, kept), (down, saved_of_down, products), marked = residuals
-    own, of_factor = xla.through_factors(down, products, dys)
+    own, of_factor = xla.through_factors(down.factors, products, dys)
     d_kept, of_down, of_factors = _backward(
         None, down, saved_of_down, own, of_factor, tuple(kept), tuple(gate_up.factors)
     )

@@ -150,7 +150,8 @@ def forward(
     if not group.ranks:
         return *multiply(x, None, group, residual=residual, keep=keep), None
     m, k = x.shape
-    n = sum(w.shape[1] for w in group.w)
+    widths = [w.shape[1] for w in group.w]
+    n = sum(widths)
     layout = lay_out(group)
     a, b = pack(group, layout, x.dtype)
     begun = None
@@ -171,9 +172,9 @@ def forward(
             n=n0,
             width=width,
             config=inline_config(layout.size),
-            bias=_padded(group.biases, group, config, 0.0),
+            bias=_padded(group.biases, widths, config, 0.0),
             residual=residual,
-            factor=_padded(group.factors, group, config, 1.0),
+            factor=_padded(group.factors, widths, config, 1.0),
             keep=keep,
         )
         begun = (results, width)
@@ -213,12 +214,13 @@ def multiply(
             first, rows = layout.block(index)
             columns = (layout.columns[member],)
             groups[member].append(Term(saved.h, (saved.b,), rows, first, first, columns))
-    factor = _padded(group.factors, group, config, 1.0)
+    widths = [w.shape[1] for w in group.w]
+    factor = _padded(group.factors, widths, config, 1.0)
     results = grouped_matmul(
         groups,
         config=config,
         epilogue=epilogue,
-        bias=_padded(group.biases, group, config, 0.0),
+        bias=_padded(group.biases, widths, config, 0.0),
         tail=tail,
         update=update,
         begun=begun,
@@ -236,7 +238,7 @@ def _forward_config(x, group: Group, epilogue: Epilogue = "store") -> MatmulConf
 
 
 def _padded(
-    vectors: xla.Factors, group: Group, config: MatmulConfig, missing: float
+    vectors: xla.Factors, widths: Sequence[int], config: MatmulConfig, missing: float
 ) -> jax.Array | None:
     """Returns a vector for all members' columns, each part padded to whole tiles, float32.
 
@@ -245,12 +247,17 @@ def _padded(
     if all(vector is None for vector in vectors):
         return None
     parts = []
-    for w, vector in zip(group.w, vectors, strict=True):
-        n = w.shape[1]
+    for n, vector in zip(widths, vectors, strict=True):
         whole = -(-n // config.block_n) * config.block_n
         part = jnp.full((n,), missing, jnp.float32) if vector is None else vector
         parts.append(jnp.pad(part.astype(jnp.float32), (0, whole - n)))
     return jnp.concatenate(parts)
+
+
+def _pair(factors: xla.Factors, n: int, config: MatmulConfig) -> list[jax.Array]:
+    """Returns the factors of gate and up, n each, padded to whole tiles; or none."""
+    both = _padded(factors, (n, n), config, 1.0) if factors else None
+    return [] if both is None else jnp.split(both, 2)
 
 
 def backward(
@@ -272,20 +279,21 @@ def backward(
     k = group.w[0].shape[0]
     n = sum(w.shape[1] for w in group.w)
     layout = lay_out(group)
-    has_factors = any(factor is not None for factor in factors)
-    if gate_up and (has_factors or (dropout is not None and not layout.is_short)):
+    if gate_up and dropout is not None and not layout.is_short:
         act, pull = jax.vjp(xla.swiglu, *gate_up, factors)
         (d_act,), da, db, _ = backward(act, saved, group, dropout, dys)
         *dxs, of_factors = pull(d_act)
         return dxs, da, db, of_factors
     epilogue: Epilogue = "swiglu_back" if gate_up else "store"
     config = matmul_config(m, n, k, transposed=True, epilogue=epilogue, short=layout.is_short)
-    multiply = functools.partial(
-        grouped_matmul, config=config, transposed=True, epilogue=epilogue, tail=gate_up
-    )
+    options = {"transposed": True, "epilogue": epilogue, "tail": gate_up}
+    options["factors"] = _pair(factors, k, config)
+    multiply = functools.partial(grouped_matmul, config=config, **options)
     terms = [Term(dy, (w,)) for dy, w in zip(dys, group.w, strict=True)]
     if saved is None:
-        return multiply([terms])[: len(gate_up) or 1], [], [], factors
+        dxs = multiply([terms])[: len(gate_up) or 1]
+        dxs, of_factors = xla.through_factors(factors, gate_up, dxs)
+        return dxs, [], [], of_factors
     h, a, b = saved
     width = 0
     if dropout is None and layout.size > ONE_PASS_RANK and not gate_up:
@@ -318,8 +326,9 @@ def backward(
     if gate_up:
         # x is as large as either, and not needed once their gradients are read.
         dxs, parts = jax.lax.optimization_barrier((dxs, parts))
+    dxs, of_factors = xla.through_factors(factors, gate_up, dxs)
     spans = zip(layout.starts, layout.ranks, strict=True)
-    return dxs, [_add(parts[:, :, start : start + r]) for start, r in spans], db, factors
+    return dxs, [_add(parts[:, :, start : start + r]) for start, r in spans], db, of_factors
 
 
 def _gradient_of_b(h, group: Group, index: int, layout: Layout, dy) -> jax.Array:
@@ -365,7 +374,6 @@ def swiglu(
     m, k = x.shape
     n = group.w[0].shape[1]
     config = matmul_config(m, k, 2 * n, transposed=False, epilogue=epilogue)
-    factors = _padded(group.factors, group, config, 1.0)
     terms = [Term(x, (group.w[0], group.w[1]))]
     if h is not None:
         terms.append(Term(h, (b, b), b.shape[0], columns=(0, n)))
@@ -374,5 +382,5 @@ def swiglu(
         config=config,
         epilogue=epilogue,
         tail=tail,
-        factors=[] if factors is None else jnp.split(factors, 2),
+        factors=_pair(group.factors, n, config),
     )

@@ -76,8 +76,9 @@ def grouped_matmul(
         begun: The first group's results, and the number of their first columns that are computed,
             in whole tiles; the rest is written into them.
         factors: Of columns, float32, laid out as `bias`: one vector for all groups, or for
-            ``swiglu`` and ``swiglu_keep`` one for gate and one for up; the latter writes both
-            before their factors. ``swiglu_grad`` and ``swiglu_back`` take none.
+            three one for gate and one for up. ``swiglu_keep`` writes both before their factors.
+            ``swiglu_back`` reads them so, and writes the gradients of what the factors give, beside
+            gate and up. ``swiglu_grad`` takes none.
         keep: Whether to write each group's product before its factor too.
         sms: CTAs to launch; None asks the device.
 
@@ -89,7 +90,7 @@ def grouped_matmul(
     number = functools.partial(place, arrays)
     contraction, free = (1, 0) if transposed else (0, 1)
     widths = tuple(group[0].rhs[0].shape[free] for group in groups)
-    in_place = epilogue == "swiglu_back"
+    in_place = epilogue == "swiglu_back" and not factors
 
     def placed(term: Term) -> PlacedTerm:
         k = term.k or term.rhs[0].shape[contraction]
@@ -165,7 +166,7 @@ def _check(plan: Plan, dtype) -> None:
         raise ValueError(f"{c} needs more than {SHARED_MEMORY_BYTES - 1024} bytes of shared memory")
     if plan.epilogue != "store" and len(plan.columns) > 1:
         raise ValueError(f"{plan.epilogue} takes one group, got {len(plan.columns)}")
-    if plan.factors and plan.epilogue in ("swiglu_grad", "swiglu_back"):
+    if plan.factors and plan.epilogue == "swiglu_grad":
         raise ValueError(f"{plan.epilogue} takes no factors")
     if plan.tail and plan.masked_steps:
         raise ValueError(f"{plan.epilogue} leaves no slot of the ring for a dropped term")

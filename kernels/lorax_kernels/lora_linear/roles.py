@@ -260,9 +260,8 @@ class Multiplier(Role):
         """Returns the values to store for one piece of the tile, per output."""
         plan = self.plan
         products = part
-        if plan.factors:
-            factors = [self.along_columns(factor, column, j) for factor in plan.factors]
-            part = [f * v for f, v in zip(factors, products, strict=True)]
+        if plan.epilogue != "swiglu_back":
+            part = self.scaled(products, column, j)
         if plan.bias is not None:
             bias = self.along_columns(plan.bias, column, j)
             part = [v + bias for v in part]
@@ -275,7 +274,7 @@ class Multiplier(Role):
         if plan.epilogue == "add":
             return [part[0] + tail[0], *kept]
         if plan.epilogue == "swiglu_back":
-            part, tail = tail, part
+            part, tail = self.scaled(tail, column, j), part
         gate, up = part
         # One instruction each, good to 2⁻²¹, where an exact quotient takes twenty.
         root = lax.rsqrt(1.0 + jnp.exp(-gate))
@@ -288,6 +287,13 @@ class Multiplier(Role):
         d_gate = d_act * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
         act = [gate * sigmoid * up] if plan.epilogue == "swiglu_back" else []
         return [d_gate, d_act * gate * sigmoid, *act]
+
+    def scaled(self, part, column, j: int):
+        """Returns one piece of each product times its factors, if the plan has any."""
+        if not self.plan.factors:
+            return part
+        factors = [self.along_columns(index, column, j) for index in self.plan.factors]
+        return [f * v for f, v in zip(factors, part, strict=True)]
 
     def along_columns(self, index: int, column, j: int):
         """Returns a vector's elements of the columns of one piece, for all its rows, float32."""

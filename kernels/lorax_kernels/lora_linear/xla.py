@@ -113,18 +113,18 @@ def _scale(product, factor, bias, residual):
 
 
 def through_factors(
-    group: Group, products: Sequence[jax.Array], dys
+    factors: Factors, products: Sequence[jax.Array], dys
 ) -> tuple[list[jax.Array], list[jax.Array | None]]:
-    """Returns the gradients of the members' products, and those of their factors or None.
+    """Returns the gradients of products, and those of their factors or None.
 
     Of a product u and ``y = f∘u`` they are ``f∘dy``, rounded once, and ``Σ_rows dy∘u``. A quotient
     ``y / f`` in the place of u would need no u, but not be there where f is 0.
     """
-    if not group.has_factors:
-        return list(dys), [None] * len(dys)
+    if all(factor is None for factor in factors):
+        return list(dys), list(factors)
     gradients = []
     of_factors: list[jax.Array | None] = []
-    for factor, product, dy in zip(group.factors, products, dys, strict=True):
+    for factor, product, dy in zip(factors, products, dys, strict=True):
         if factor is None:
             gradients.append(dy)
             of_factors.append(None)
