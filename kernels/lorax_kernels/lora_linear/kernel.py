@@ -118,11 +118,17 @@ def grouped_matmul(
     )
     dtype = groups[0][0].lhs.dtype
     _check(plan, dtype)
-    outputs = [jax.ShapeDtypeStruct((plan.m, n), dtype) for n in widths for _ in range(plan.writes)]
-    scratch = _short_step_memory(config, dtype) if update else {}
-    run = functools.partial(launch_roles, Feeder, Multiplier, plan, dtype, sms=sms, **scratch)
     into = list(begun[0]) if begun else list(tail) if in_place else []
-    return _write_into(run(outputs[len(into) :]), into, arrays)
+    return _launch(plan, dtype, into, arrays, sms)
+
+
+def _launch(plan: Plan, dtype, into, arrays, sms: int | None) -> list[jax.Array]:
+    """Runs the kernel, which writes its first results into the arrays `into`."""
+    shapes = [(plan.m, n) for n in plan.columns for _ in range(plan.writes)]
+    outputs = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes[len(into) :]]
+    scratch = _short_step_memory(plan.config, dtype) if plan.update else {}
+    kernel = launch_roles(Feeder, Multiplier, plan, dtype, outputs, sms=sms, **scratch)
+    return _write_into(kernel, into, arrays)
 
 
 def _write_into(kernel, into: list[jax.Array], arrays: list[jax.Array]) -> list[jax.Array]:
