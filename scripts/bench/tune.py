@@ -55,7 +55,7 @@ def operand_sets(workload: Workload, m: int, transposed: bool, epilogue: Epilogu
     """Returns operands of the matmul with the update's step, each set its own."""
     make = jax.jit(draw, static_argnums=(1, 2))
     r = padded_rank(RANK * len(workload.ns))
-    reads, _ = EPILOGUE_ARRAYS.get(epilogue, (0, 0))
+    reads, _ = EPILOGUE_ARRAYS[epilogue]
     sets = []
     for i in range(count):
         weights = [make(i + 10 * j, (workload.k, n), 0.02) for j, n in enumerate(workload.ns)]

@@ -201,13 +201,10 @@ def factor_cases(shape):
         wide = [{**member(K, 14336, r), "bias": None} for _ in range(2)]
         members = [member(K, 4096, r), member(K, 1024, r)]
         yield f"group, rank {r}", differentiated(group), (x, members)
-        yield f"mlp, rank {r}", differentiated(mlp), (x, [*wide, member(14336, K, r)])
+        whole = [*wide, member(14336, K, r)]
+        yield f"mlp, rank {r}", differentiated(mlp), (x, whole)
         if r == 16:
-            yield (
-                f"mlp, rank {r}, dropped",
-                differentiated(dropped),
-                (x, [*wide, member(14336, K, r)]),
-            )
+            yield f"mlp, rank {r}, dropped", differentiated(dropped), (x, whole)
     yield "swiglu, recomputed", differentiated(swiglu), (x, wide)
 
 

@@ -150,12 +150,14 @@ def _backward(x, group: Group, saved, dys, of_factors, gate_up=(), factors=()):
     if group.is_kernel:
         dxs, da, db, more = _kernel_backward(x, again, saved, dys, gate_up, factors)
     else:
+
+        def pull(dx):
+            return dx, factors
+
         if gate_up:
-            x = xla.swiglu(*gate_up, factors)
+            x, pull = jax.vjp(xla.swiglu, *gate_up, factors)
         dx, da, db = xla.backward(x, saved, again.multiplied_in(dys[0].dtype), dys)
-        dxs, more = [dx], []
-        if gate_up:
-            dxs, more = xla.swiglu_gradients(*gate_up, factors, dx)
+        *dxs, more = pull(dx)
 
     def like(gradients, leaves):
         return [
@@ -182,7 +184,7 @@ def _group_forward(x, group: Group, residual):
 
 def _group_backward(residuals, dys):
     x, group, saved, products, marked = residuals
-    own, of_factors = xla.through_factors(group, products, dys)
+    own, of_factors = xla.through_factors(group.factors, products, dys)
     (dx,), of_group, _ = _backward(x, group, saved, own, of_factors)
     return dx, of_group, _of_residual(marked, dys)
 
@@ -207,8 +209,9 @@ def _swiglu(x, group: Group, *, keep: bool):
     if group.is_kernel:
         outputs, saved = _swiglu_kernel("swiglu_keep" if keep else "swiglu", x, group)
         return outputs, _named(saved)
-    kept, _, saved = _forward(x, group.without_factors())
-    return [xla.swiglu(*kept, group.factors), *(kept if keep else ())], saved
+    (gate, up), _, saved = _forward(x, group.without_factors())
+    kept = [gate, up] if keep else []
+    return [xla.swiglu(gate, up, group.factors), *kept], saved
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -243,12 +246,13 @@ def _swiglu_backward(recompute: bool, residuals, cotangents):
     x, group, saved, kept = residuals
     (d_act,) = cotangents
     again, d_act = group.recomputed(d_act) if recompute else (group, d_act)
-    if recompute and group.is_kernel:
-        dys, of_factors = _swiglu_gradients(x, again, saved, d_act)
+    if recompute and group.is_kernel and not group.has_factors:
+        dys = _swiglu_gradients(x, again, saved, d_act)
+        of_factors = group.factors
     else:
         if recompute:
-            kept, _, _ = _forward(x, again.without_factors())
-        dys, of_factors = xla.swiglu_gradients(*kept, group.factors, d_act)
+            kept = _recomputed(x, again.without_factors(), saved)
+        *dys, of_factors = jax.vjp(xla.swiglu, *kept, group.factors)[1](d_act)
     (dx,), of_group, _ = _backward(x, group, saved, dys, of_factors)
     return dx, of_group, None
 
@@ -258,9 +262,12 @@ def _swiglu_gradients(x, group: Group, saved, d_act):
     from lorax_kernels.lora_linear import fused
 
     h, packed_b = (saved.h, saved.b) if saved else (None, None)
-    group = group.multiplied_in(x.dtype)
-    *dys, of_factors = fused.swiglu_gradients(x, h, packed_b, group, d_act)
-    return dys, of_factors
+    return fused.swiglu(x, h, packed_b, group.multiplied_in(x.dtype), "swiglu_grad", [d_act])
+
+
+def _recomputed(x, group: Group, saved):
+    """Returns the outputs of a group whose forward pass returned `saved`."""
+    return _multiply(x, group, saved) if group.is_kernel else _forward(x, group)[0]
 
 
 apply_swiglu.defvjp(_swiglu_forward, _swiglu_backward)
@@ -298,7 +305,7 @@ def _multiply(x, group: Group, saved):
 
 def _mlp_backward(repeated: bool, residuals, dys):
     x, (gate_up, saved, kept), (down, saved_of_down, products), marked = residuals
-    own, of_factor = xla.through_factors(down, products, dys)
+    own, of_factor = xla.through_factors(down.factors, products, dys)
     d_kept, of_down, of_factors = _backward(
         None, down, saved_of_down, own, of_factor, tuple(kept), tuple(gate_up.factors)
     )

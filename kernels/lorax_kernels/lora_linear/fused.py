@@ -15,7 +15,6 @@ import jax.numpy as jnp
 
 from lorax_kernels.lora_linear import xla
 from lorax_kernels.lora_linear.choice import padded_rank
-from lorax_kernels.lora_linear.columns import Vectors, added, padded, pair
 from lorax_kernels.lora_linear.gradient import gradient
 from lorax_kernels.lora_linear.inline import InlineTerm, inline_matmul
 from lorax_kernels.lora_linear.kernel import grouped_matmul
@@ -27,7 +26,6 @@ from lorax_kernels.lora_linear.plan import (
     MatmulConfig,
     Term,
     Update,
-    with_sums,
 )
 from lorax_kernels.lora_linear.project import project
 from lorax_kernels.lora_linear.weights import Group
@@ -157,7 +155,7 @@ def forward(
     layout = lay_out(group)
     a, b = pack(group, layout, x.dtype)
     begun = None
-    n0 = widths[0]
+    n0 = group.w[0].shape[1]
     width = 0 if dropout else inline_width(m, k, n, n0, layout.size)
     if width and residual is not None and inline_config(layout.size).store_n != STEP:
         # Its buffers leave no room to stage the residual. One of two extra passes: x read again for
@@ -174,9 +172,9 @@ def forward(
             n=n0,
             width=width,
             config=inline_config(layout.size),
-            bias=padded(group.biases, widths, config, 0.0),
+            bias=_padded(group.biases, widths, config, 0.0),
             residual=residual,
-            factor=padded(group.factors, widths, config, 1.0),
+            factor=_padded(group.factors, widths, config, 1.0),
             keep=keep,
         )
         begun = (results, width)
@@ -217,12 +215,12 @@ def multiply(
             columns = (layout.columns[member],)
             groups[member].append(Term(saved.h, (saved.b,), rows, first, first, columns))
     widths = [w.shape[1] for w in group.w]
-    factor = padded(group.factors, widths, config, 1.0)
+    factor = _padded(group.factors, widths, config, 1.0)
     results = grouped_matmul(
         groups,
         config=config,
         epilogue=epilogue,
-        bias=padded(group.biases, widths, config, 0.0),
+        bias=_padded(group.biases, widths, config, 0.0),
         tail=tail,
         update=update,
         begun=begun,
@@ -239,6 +237,29 @@ def _forward_config(x, group: Group, epilogue: Epilogue = "store") -> MatmulConf
     return matmul_config(m, k, n, transposed=False, epilogue=epilogue, short=short)
 
 
+def _padded(
+    vectors: xla.Factors, widths: Sequence[int], config: MatmulConfig, missing: float
+) -> jax.Array | None:
+    """Returns a vector for all members' columns, each part padded to whole tiles, float32.
+
+    A member without a vector has `missing` in each column. Without any the result is None.
+    """
+    if all(vector is None for vector in vectors):
+        return None
+    parts = []
+    for n, vector in zip(widths, vectors, strict=True):
+        whole = -(-n // config.block_n) * config.block_n
+        part = jnp.full((n,), missing, jnp.float32) if vector is None else vector
+        parts.append(jnp.pad(part.astype(jnp.float32), (0, whole - n)))
+    return jnp.concatenate(parts)
+
+
+def _pair(factors: xla.Factors, n: int, config: MatmulConfig) -> list[jax.Array]:
+    """Returns the factors of gate and up, n each, padded to whole tiles; or none."""
+    both = _padded(factors, (n, n), config, 1.0) if factors else None
+    return [] if both is None else jnp.split(both, 2)
+
+
 def backward(
     x: jax.Array | None,
     saved: Saved | None,
@@ -246,11 +267,11 @@ def backward(
     dropout: Dropout | None,
     dys: Sequence[jax.Array],
     gate_up: Sequence[jax.Array] = (),
-    factors: Vectors = (),
+    factors: xla.Factors = (),
 ):
     """Returns the gradients ``[of x]``, of every A, of every B, and of `factors`.
 
-    All but that of x are float32. Where x is ``silu(gate)·up`` and `gate_up` holds the two before
+    Those of A and B are float32. Where x is ``silu(gate)·up`` and `gate_up` holds the two before
     their `factors`, it returns their gradients instead of x's, and computes x from them: it may be
     None. `dys` are the gradients of the products that the group's own factors multiply.
     """
@@ -259,20 +280,20 @@ def backward(
     n = sum(w.shape[1] for w in group.w)
     layout = lay_out(group)
     if gate_up and dropout is not None and not layout.is_short:
-        act = xla.swiglu(*gate_up, factors)
+        act, pull = jax.vjp(xla.swiglu, *gate_up, factors)
         (d_act,), da, db, _ = backward(act, saved, group, dropout, dys)
-        dxs, of_factors = xla.swiglu_gradients(*gate_up, factors, d_act)
+        *dxs, of_factors = pull(d_act)
         return dxs, da, db, of_factors
     epilogue: Epilogue = "swiglu_back" if gate_up else "store"
     config = matmul_config(m, n, k, transposed=True, epilogue=epilogue, short=layout.is_short)
     options = {"transposed": True, "epilogue": epilogue, "tail": gate_up}
-    if vectors := pair(factors, k, config) if gate_up else []:
-        config = with_sums(config, short=layout.is_short)
-    multiply = functools.partial(grouped_matmul, config=config, factors=vectors, **options)
+    options["factors"] = _pair(factors, k, config)
+    multiply = functools.partial(grouped_matmul, config=config, **options)
     terms = [Term(dy, (w,)) for dy, w in zip(dys, group.w, strict=True)]
     if saved is None:
-        results = multiply([terms])
-        return results[: len(gate_up) or 1], [], [], added(factors, results[3:])
+        dxs = multiply([terms])[: len(gate_up) or 1]
+        dxs, of_factors = xla.through_factors(factors, gate_up, dxs)
+        return dxs, [], [], of_factors
     h, a, b = saved
     width = 0
     if dropout is None and layout.size > ONE_PASS_RANK and not gate_up:
@@ -295,11 +316,9 @@ def backward(
     update = Update(g, a) if layout.is_short else None
     if update is None:
         terms.append(Term(g, (a.T,)))
-    results = multiply([terms], update=update, dropout=dropout, begun=begun)
-    dxs = results[: len(gate_up) or 1]
-    of_factors = added(factors, results[3:])
+    dxs = multiply([terms], update=update, dropout=dropout, begun=begun)
     if gate_up:
-        x = results[2]
+        *dxs, x = dxs
     assert x is not None
     config = gradient_config(m, k, layout.size)
     columns = (0, layout.size)
@@ -307,6 +326,7 @@ def backward(
     if gate_up:
         # x is as large as either, and not needed once their gradients are read.
         dxs, parts = jax.lax.optimization_barrier((dxs, parts))
+    dxs, of_factors = xla.through_factors(factors, gate_up, dxs)
     spans = zip(layout.starts, layout.ranks, strict=True)
     return dxs, [_add(parts[:, :, start : start + r]) for start, r in spans], db, of_factors
 
@@ -347,12 +367,6 @@ def _through_b(saved: Saved, group: Group, index: int, layout: Layout, dy):
     return _own_rows(sums, group, index, layout), _add(parts)[:, :r]
 
 
-def swiglu_gradients(x, h, b, group: Group, d_act):
-    """Returns the gradients of gate(x) and of up(x), recomputed, and a list of their factors'."""
-    results = swiglu(x, h, b, group, "swiglu_grad", [d_act])
-    return *results[:2], added(group.factors, results[2:])
-
-
 def swiglu(
     x, h, b, group: Group, epilogue: Epilogue, tail: Sequence[jax.Array] = ()
 ) -> list[jax.Array]:
@@ -360,11 +374,13 @@ def swiglu(
     m, k = x.shape
     n = group.w[0].shape[1]
     config = matmul_config(m, k, 2 * n, transposed=False, epilogue=epilogue)
-    factors = pair(group.factors, n, config)
-    if factors and epilogue == "swiglu_grad":
-        config = with_sums(config, short=False)
     terms = [Term(x, (group.w[0], group.w[1]))]
     if h is not None:
         terms.append(Term(h, (b, b), b.shape[0], columns=(0, n)))
-    options = {"config": config, "epilogue": epilogue, "tail": tail}
-    return grouped_matmul([terms], factors=factors, **options)
+    return grouped_matmul(
+        [terms],
+        config=config,
+        epilogue=epilogue,
+        tail=tail,
+        factors=_pair(group.factors, n, config),
+    )

@@ -12,7 +12,6 @@ cost nothing: the copy engine reads zeros outside an array and drops writes ther
 See `roles.py` for the parts of the warpgroups.
 """
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -76,22 +75,22 @@ def grouped_matmul(
             group.
         begun: The first group's results, and the number of their first columns that are computed,
             in whole tiles; the rest is written into them.
-        factors: Of columns, float32, laid out as `bias`: one vector for all groups, or for an
-            epilogue of gate and up one for each. These epilogues keep, and read, gate and up before
-            their factors; ``swiglu_grad`` and ``swiglu_back`` write the gradients of these.
+        factors: Of columns, float32, laid out as `bias`: one vector for all groups, or for
+            three one for gate and one for up. ``swiglu_keep`` writes both before their factors.
+            ``swiglu_back`` reads them so, and writes the gradients of what the factors give, beside
+            gate and up. ``swiglu_grad`` takes none.
         keep: Whether to write each group's product before its factor too.
         sms: CTAs to launch; None asks the device.
 
     Returns:
-        One (m, n) array per group, each followed by its product with `keep`; or the epilogue's
-        arrays, and for the gradients of gate and up with factors the gradients of these, as parts
-        to add up: (2, parts, n), float32.
+        One (m, n) array per group, each followed by its product with `keep`, or the epilogue's
+        arrays.
     """
     arrays: list[jax.Array] = []
     number = functools.partial(place, arrays)
     contraction, free = (1, 0) if transposed else (0, 1)
     widths = tuple(group[0].rhs[0].shape[free] for group in groups)
-    in_place = epilogue == "swiglu_back"
+    in_place = epilogue == "swiglu_back" and not factors
 
     def placed(term: Term) -> PlacedTerm:
         k = term.k or term.rhs[0].shape[contraction]
@@ -110,42 +109,26 @@ def grouped_matmul(
         masked_steps=-(-terms[0][-1].k // STEP) if dropout and not update else 0,
         seed=number(dropout.seed) if dropout else None,
         bias=None if bias is None else number(bias),
-        tail=() if in_place else tuple(number(array) for array in tail),
-        outputs=0,
+        tail=(-3, -2) if in_place else tuple(number(array) for array in tail),
+        outputs=len(groups) * (EPILOGUE_ARRAYS[epilogue][1] + keep),
         update=(number(update.lhs), number(update.rhs)) if update else None,
         skipped=begun[1] // config.block_n if begun else 0,
         factors=tuple(number(factor) for factor in factors),
         keep=keep,
     )
     dtype = groups[0][0].lhs.dtype
-    outputs = _results(plan, dtype)
-    ends = (-len(outputs), 1 - len(outputs))
-    plan = dataclasses.replace(plan, outputs=len(outputs), tail=ends if in_place else plan.tail)
     _check(plan, dtype)
-    scratch = _short_step_memory(config, dtype) if update else {}
-    scratch |= _sums_memory(plan) if plan.sums else {}
-    run = functools.partial(launch_roles, Feeder, Multiplier, plan, dtype, sms=sms, **scratch)
     into = list(begun[0]) if begun else list(tail) if in_place else []
-    return _write_into(run(outputs[len(into) :]), into, arrays)
+    return _launch(plan, dtype, into, arrays, sms)
 
 
-def _results(plan: Plan, dtype) -> list[jax.ShapeDtypeStruct]:
-    """Returns the types of the results."""
-    results = [
-        jax.ShapeDtypeStruct((plan.m, n), dtype) for n in plan.columns for _ in range(plan.writes)
-    ]
-    if plan.sums:
-        parts = plan.tiles[0] * plan.config.block_m // 64
-        results.append(jax.ShapeDtypeStruct((2, parts, plan.columns[0]), jnp.float32))
-    return results
-
-
-def _sums_memory(plan: Plan) -> dict[str, Any]:
-    pieces = (plan.warpgroup_m // 64, plan.tile_n // 64)
-    return {
-        "summed_box": swizzled_memory((2, 64, 64), jnp.float32),
-        "sums_box": plgpu.SMEM((2, 2, *pieces, 64), jnp.float32),
-    }
+def _launch(plan: Plan, dtype, into, arrays, sms: int | None) -> list[jax.Array]:
+    """Runs the kernel, which writes its first results into the arrays `into`."""
+    shapes = [(plan.m, n) for n in plan.columns for _ in range(plan.writes)]
+    outputs = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes[len(into) :]]
+    scratch = _short_step_memory(plan.config, dtype) if plan.update else {}
+    kernel = launch_roles(Feeder, Multiplier, plan, dtype, outputs, sms=sms, **scratch)
+    return _write_into(kernel, into, arrays)
 
 
 def _write_into(kernel, into: list[jax.Array], arrays: list[jax.Array]) -> list[jax.Array]:
@@ -185,10 +168,12 @@ def _check(plan: Plan, dtype) -> None:
         raise ValueError(f"the kernel takes bfloat16 and float16 operands, got {dtype}")
     if c.block_m not in (128, 256) or c.block_n % 64 or plan.tile_n % c.store_n:
         raise ValueError(f"{c} has no tile that the matrix units take")
-    if not fits(c, short=plan.update is not None, sums=plan.sums):
+    if not fits(c, short=plan.update is not None):
         raise ValueError(f"{c} needs more than {SHARED_MEMORY_BYTES - 1024} bytes of shared memory")
     if plan.epilogue != "store" and len(plan.columns) > 1:
         raise ValueError(f"{plan.epilogue} takes one group, got {len(plan.columns)}")
+    if plan.factors and plan.epilogue == "swiglu_grad":
+        raise ValueError(f"{plan.epilogue} takes no factors")
     if plan.tail and plan.masked_steps:
         raise ValueError(f"{plan.epilogue} leaves no slot of the ring for a dropped term")
     if plan.masked_steps > c.stages:

@@ -189,7 +189,8 @@ def _swiglu_apart(x, members, rate: float, key, kernels: Kernels, row_axes, reco
     def apart(x, members):
         options: dict[str, Any] = {"dropout_rate": rate, "dropout_key": key}
         options |= {"kernels": kernels, "row_axes": row_axes}
-        return xla.swiglu(*lora_linear_group(x, members, **options))
+        gate, up = lora_linear_group(x, members, **options)
+        return xla.swiglu(gate, up)
 
     return (jax.checkpoint(apart) if recompute else apart)(x, members)
 

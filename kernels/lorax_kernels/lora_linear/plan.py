@@ -17,13 +17,14 @@ SHARED_MEMORY_BYTES = 227 * 1024  # per block on sm_90, less a little for barrie
 
 type Epilogue = Literal["store", "add", "swiglu", "swiglu_keep", "swiglu_grad", "swiglu_back"]
 EPILOGUE_ARRAYS = {
+    "store": (0, 1),
     "add": (1, 1),
     "swiglu": (0, 1),
     "swiglu_keep": (0, 3),
     "swiglu_grad": (1, 2),
     "swiglu_back": (2, 3),
 }
-"""Arrays of the result's shape that an epilogue reads, and writes; ``store`` writes the groups."""
+"""Arrays of a group's shape that an epilogue reads, and writes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,24 +57,15 @@ class MatmulConfig:
         return ring + 2 * self.store_slots * 64 * self.store_n * 2
 
 
-def fits(config: MatmulConfig, *, short: bool, sums: bool = False) -> bool:
-    """Says whether a matmul fits shared memory, with a short step or sums of columns or both."""
+def fits(config: MatmulConfig, *, short: bool) -> bool:
+    """Says whether a matmul fits shared memory, with a short step or without."""
     step = 2 * RANK * (config.block_m + config.block_n) if short else 0
-    # Per multiplying warpgroup: one piece, and a row of its pieces for gate and one for up.
-    rows = config.block_m // 128
-    summed = 2 * 4 * (64 * 64 + 2 * rows * config.block_n) if sums else 0
-    return config.shared_memory_bytes() + step + summed <= SHARED_MEMORY_BYTES - 1024
+    return config.shared_memory_bytes() + step <= SHARED_MEMORY_BYTES - 1024
 
 
 def with_short_step(config: MatmulConfig) -> MatmulConfig:
     """Returns `config`, with a slot less where a short step would not fit."""
     return config if fits(config, short=True) else dataclasses.replace(config, stages=3)
-
-
-def with_sums(config: MatmulConfig, *, short: bool) -> MatmulConfig:
-    """Returns `config`, with a slot less where the sums of columns would not fit."""
-    fitting = fits(config, short=short, sums=True)
-    return config if fitting else dataclasses.replace(config, stages=3)
 
 
 class Term(NamedTuple):
@@ -199,14 +191,9 @@ class Plan:
         return self.tile_n // STEP if self.tail else 0
 
     @property
-    def sums(self) -> bool:
-        """Whether the gradients of the factors of gate and up are a result."""
-        return bool(self.factors) and self.epilogue in ("swiglu_grad", "swiglu_back")
-
-    @property
     def writes(self) -> int:
-        """Arrays of a group's shape that an output tile is a part of."""
-        return EPILOGUE_ARRAYS.get(self.epilogue, (0, 1))[1] + self.keep
+        """Results of each group."""
+        return EPILOGUE_ARRAYS[self.epilogue][1] + self.keep
 
     @property
     def staging_slots(self) -> int:

@@ -26,9 +26,6 @@ class Role:
     short_rhs: Any
     short_full: Any
     short_empty: Any
-    # Of the sums of columns, where the plan has them: a piece of what is summed, and the sums.
-    summed_box: Any
-    sums_box: Any
 
     def __init__(self, plan: Plan, refs, *, lhs, rhs, staging, full, empty, **scratch):
         self.plan = plan
@@ -253,54 +250,31 @@ class Multiplier(Role):
             for i in range(plan.warpgroup_m // 64):
                 part = [v[i * 64 : (i + 1) * 64, j * c.store_n : (j + 1) * c.store_n] for v in sums]
                 at = (m0 + i * 64, local * plan.tile_n + j * c.store_n)
-                if plan.rate:
-                    part = [part[0] + self.dropped(at, count, i, j)]
-                for output, value in enumerate(self.finish(part, column, count, i, j)):
+                for output, value in enumerate(self.finish(part, at, column, count, i, j)):
                     self.copy_out(value, at, column, output, piece)
                     piece += 1
-                if plan.sums:
-                    # Computed again, since registers do not hold all values at once.
-                    for which, value in enumerate(self.gated(part, column, count, i, j, True)):
-                        self.sum_columns(value, at, which, i, j)
             if plan.tail:
                 plgpu.barrier_arrive(self.empty.at[self.tail_slot(count, j)])
 
-    def finish(self, part, column, count, i: int, j: int):
+    def finish(self, part, at, column, count, i: int, j: int):
         """Returns the values to store for one piece of the tile, per output."""
         plan = self.plan
-        if plan.epilogue.startswith("swiglu"):
-            return self.gated(part, column, count, i, j)
-        kept = part if plan.keep else []
-        if plan.factors:
-            part = [self.along_columns(plan.factors[0], column, j, part[0].shape) * part[0]]
-        if plan.bias is not None:
-            part = [part[0] + self.along_columns(plan.bias, column, j, part[0].shape)]
-        if plan.epilogue == "add":
-            part = [part[0] + self.tail(count, i, j)[0]]
-        return [*part, *kept]
-
-    def along_columns(self, index: int, column, j: int, shape):
-        """Returns a vector's elements of the columns of one piece, for all its rows, float32."""
-        plan = self.plan
-        c = self.config
-        n0 = column * plan.tile_n + j * c.store_n
-        source = self.refs[index].at[pl.ds(n0, c.store_n)]
-        vector = plgpu.load(source, optimized=False)
-        return lax.broadcast_in_dim(vector.astype(jnp.float32), shape, (1,))
-
-    def gated(self, part, column, count, i: int, j: int, summed: bool = False):
-        """Returns the values of the epilogues of gate and up, which have factors or none.
-
-        With `summed` they are those whose sums are the gradients of the factors.
-        """
-        plan = self.plan
-        factors = [self.along_columns(index, column, j, part[0].shape) for index in plan.factors]
-        tail = self.tail(count, i, j)
-        if plan.epilogue == "swiglu_back":
-            part, tail = tail, part
         products = part
-        if factors:
-            part = [f * v for f, v in zip(factors, products, strict=True)]
+        if plan.epilogue != "swiglu_back":
+            part = self.scaled(products, column, j)
+        if plan.bias is not None:
+            bias = self.along_columns(plan.bias, column, j)
+            part = [v + bias for v in part]
+        if plan.rate:
+            part = [part[0] + self.dropped(at, count, i, j)]
+        kept = products if plan.keep else []
+        if plan.epilogue == "store":
+            return [*part, *kept]
+        tail = self.tail(count, i, j)
+        if plan.epilogue == "add":
+            return [part[0] + tail[0], *kept]
+        if plan.epilogue == "swiglu_back":
+            part, tail = self.scaled(tail, column, j), part
         gate, up = part
         # One instruction each, good to 2⁻²¹, where an exact quotient takes twenty.
         root = lax.rsqrt(1.0 + jnp.exp(-gate))
@@ -312,25 +286,21 @@ class Multiplier(Role):
         (d_act,) = tail
         d_gate = d_act * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
         act = [gate * sigmoid * up] if plan.epilogue == "swiglu_back" else []
-        gradients = [d_gate, d_act * gate * sigmoid]
-        if summed:
-            return [v * product for v, product in zip(gradients, products, strict=True)]
-        if factors:
-            gradients = [f * v for f, v in zip(factors, gradients, strict=True)]
-        return [*gradients, *act]
+        return [d_gate, d_act * gate * sigmoid, *act]
 
-    def sum_columns(self, value, at, which: int, i: int, j: int) -> None:
-        """Copies out the sums of one piece's columns: a part of the gradient of a factor."""
-        # In registers a sum over rows crosses the warps. Over a row of the transpose it does not.
-        box = self.summed_box.at[self.warpgroup]
-        box[...] = value
-        plgpu.commit_smem()
-        # Used again a tile later, when this copy has read it: `copy_out` waited for it meanwhile.
-        sums = self.sums_box.at[self.warpgroup, which, i, j]
-        sums[...] = jnp.sum(box.transpose((1, 0))[...], axis=1)
-        plgpu.commit_smem()
-        place = self.outputs[-1].at[which, lax.div(at[0], jnp.int32(64)), pl.ds(at[1], STEP)]
-        plgpu.copy_smem_to_gmem(sums, place)
+    def scaled(self, part, column, j: int):
+        """Returns one piece of each product times its factors, if the plan has any."""
+        if not self.plan.factors:
+            return part
+        factors = [self.along_columns(index, column, j) for index in self.plan.factors]
+        return [f * v for f, v in zip(factors, part, strict=True)]
+
+    def along_columns(self, index: int, column, j: int):
+        """Returns a vector's elements of the columns of one piece, for all its rows, float32."""
+        width = self.config.store_n
+        n0 = column * self.plan.tile_n + j * width
+        vector = plgpu.load(self.refs[index].at[pl.ds(n0, width)], optimized=False)
+        return lax.broadcast_in_dim(vector.astype(jnp.float32), (64, width), (1,))
 
     def tail_slot(self, count, j: int):
         """Returns the slot with the tail's part of the piece of columns `j`."""

@@ -14,6 +14,8 @@ from lorax_kernels.dtypes import accumulation_dtype
 from lorax_kernels.lora_linear.dropout import apply_dropout
 from lorax_kernels.lora_linear.weights import Group
 
+type Factors = Sequence[jax.Array | None]
+
 # Ranks that are one step of a matmul, so that a member may as well read all of them: others' are
 # multiplied by zero, which is exact for finite values.
 _FEW = 64
@@ -111,18 +113,18 @@ def _scale(product, factor, bias, residual):
 
 
 def through_factors(
-    group: Group, products: Sequence[jax.Array], dys
+    factors: Factors, products: Sequence[jax.Array], dys
 ) -> tuple[list[jax.Array], list[jax.Array | None]]:
-    """Returns the gradients of the members' products, and those of their factors or None.
+    """Returns the gradients of products, and those of their factors or None.
 
     Of a product u and ``y = f∘u`` they are ``f∘dy``, rounded once, and ``Σ_rows dy∘u``. A quotient
     ``y / f`` in the place of u would need no u, but not be there where f is 0.
     """
-    if not group.has_factors:
-        return list(dys), [None] * len(dys)
+    if all(factor is None for factor in factors):
+        return list(dys), list(factors)
     gradients = []
     of_factors: list[jax.Array | None] = []
-    for factor, product, dy in zip(group.factors, products, dys, strict=True):
+    for factor, product, dy in zip(factors, products, dys, strict=True):
         if factor is None:
             gradients.append(dy)
             of_factors.append(None)
@@ -160,9 +162,6 @@ def backward(x, h, group: Group, dys):
     return dx, jnp.split(da, splits, axis=1), db
 
 
-Factors = Sequence[jax.Array | None]
-
-
 def swiglu(gate: jax.Array, up: jax.Array, factors: Factors = (None, None)) -> jax.Array:
     """Returns ``silu(gate)·up``, computed in float32 and rounded once.
 
@@ -176,10 +175,3 @@ def swiglu(gate: jax.Array, up: jax.Array, factors: Factors = (None, None)) -> j
 
     of_gate, of_up = factors
     return (jax.nn.silu(scaled(gate, of_gate)) * scaled(up, of_up)).astype(gate.dtype)
-
-
-def swiglu_gradients(gate, up, factors: Factors, d_act):
-    """Returns the gradients of gate and up, and those of their factors, of `swiglu`."""
-    pull = jax.vjp(swiglu, gate, up, factors)[1]
-    *gradients, of_factors = pull(d_act)
-    return gradients, list(of_factors)
