@@ -54,8 +54,9 @@ FAULTS = [
     (
         "a group reads another group's bias",
         "roles.py",
-        "n0 = column * plan.tile_n + j * c.store_n",
-        "n0 = (column - plan.select(column, plan.first_tiles)) * plan.tile_n + j * c.store_n",
+        "n0 = column * self.plan.tile_n + j * width",
+        "n0 = (column - self.plan.select(column, self.plan.first_tiles)) * self.plan.tile_n "
+        "+ j * width",
         "update",
     ),
     (

@@ -294,25 +294,11 @@ def backward(
         dxs = multiply([terms])[: len(gate_up) or 1]
         dxs, of_factors = xla.through_factors(factors, gate_up, dxs)
         return dxs, [], [], of_factors
-    h, a, b = saved
+    a = saved.a
     width = 0
     if dropout is None and layout.size > ONE_PASS_RANK and not gate_up:
         width = inline_width(m, n, k, k, layout.size)
-    begun = None
-    if width:
-        inline = [
-            InlineTerm(dy, w, b, column)
-            for dy, w, column in zip(dys, group.w, layout.columns, strict=True)
-        ]
-        *dx, g = inline_matmul(
-            inline, a, n=k, width=width, config=inline_config(layout.size), transposed=True
-        )
-        begun = (dx, width)
-        db = [_gradient_of_b(h, group, i, layout, dys[j]) for i, j in enumerate(group.members)]
-    else:
-        pairs = [_through_b(saved, group, i, layout, dys[j]) for i, j in enumerate(group.members)]
-        db = [gradient_of_b for gradient_of_b, _ in pairs]
-        g = _stack([projected.T for _, projected in pairs], layout, dys[0].dtype).T
+    g, db, begun = _through_updates(saved, group, layout, dys, width)
     update = Update(g, a) if layout.is_short else None
     if update is None:
         terms.append(Term(g, (a.T,)))
@@ -329,6 +315,23 @@ def backward(
     dxs, of_factors = xla.through_factors(factors, gate_up, dxs)
     spans = zip(layout.starts, layout.ranks, strict=True)
     return dxs, [_add(parts[:, :, start : start + r]) for start, r in spans], db, of_factors
+
+
+def _through_updates(saved: Saved, group: Group, layout: Layout, dys, width: int):
+    """Returns g (m, r), every dB, and dx with its first `width` columns, or None."""
+    if not width:
+        pairs = [_through_b(saved, group, i, layout, dys[j]) for i, j in enumerate(group.members)]
+        g = _stack([projected.T for _, projected in pairs], layout, dys[0].dtype).T
+        return g, [gradient_of_b for gradient_of_b, _ in pairs], None
+    inline = [
+        InlineTerm(dy, w, saved.b, column)
+        for dy, w, column in zip(dys, group.w, layout.columns, strict=True)
+    ]
+    n = group.w[0].shape[0]
+    config = inline_config(layout.size)
+    *dx, g = inline_matmul(inline, saved.a, n=n, width=width, config=config, transposed=True)
+    members = enumerate(group.members)
+    return g, [_gradient_of_b(saved.h, group, i, layout, dys[j]) for i, j in members], (dx, width)
 
 
 def _gradient_of_b(h, group: Group, index: int, layout: Layout, dy) -> jax.Array:
