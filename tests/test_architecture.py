@@ -59,7 +59,7 @@ LONG_FUNCTIONS = {
     "lorax.objectives.linear_loss.linear_cross_entropy": (84, "loss and gradient in one pass"),
     "lorax.models.stack.offload.run_in_order": (60, "both passes of one custom_vjp"),
     "lorax.runs.run._run": (60, _ROAD),
-    "scripts.bench.step.main": (88, _ROAD),
+    "scripts.bench.step.main": (89, _ROAD),
     "tests.faults.runs.poison": (55, "one run's story, told in its order"),
     "tests.faults.signals.terminate": (57, "one run's story, told in its order"),
     "tests.kernels.test_kernel_compiled.matmul_cases": (112, "a table of cases"),

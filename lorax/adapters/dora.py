@@ -25,6 +25,7 @@ class Dora(Lora):
     """
 
     name = "dora"
+    has_factor = True
     parameters: Mapping[str, Parameter] = {
         **Lora.parameters,
         "magnitude": Parameter("lora_magnitude_vector", "n"),

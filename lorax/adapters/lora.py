@@ -24,6 +24,7 @@ class Lora:
     """
 
     name = "lora"
+    has_factor = False
     parameters: Mapping[str, Parameter] = {
         "lora_a": Parameter("lora_A.weight", "kr"),
         "lora_b": Parameter("lora_B.weight", "rn"),

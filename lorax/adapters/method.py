@@ -44,11 +44,13 @@ class Cost(NamedTuple):
         parameters: Elements that train.
         kept: Elements stored for the backward pass per token, without the layer's input.
         streamed: Elements per token that the narrow matmuls read: the layer's input and output.
+        products: Elements of the output before its factors, stored for their gradient per token.
     """
 
     parameters: int
     kept: int
     streamed: int
+    products: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +113,11 @@ class Method(Protocol):
     @property
     def settings(self) -> Mapping[str, Any]:
         """Its fields in adapter_config.json."""
+        ...
+
+    @property
+    def has_factor(self) -> bool:
+        """Whether a trained factor multiplies every column of the output."""
         ...
 
     def claims(self, config: Any) -> bool:
@@ -182,7 +189,8 @@ def cost_of(spec: Spec, shape: Shape, kind: str) -> Cost:
     """Returns the cost of a layer of a kind with an adapter."""
     parameters = sum(math.prod(shape) for shape in shapes_of(spec, shape).values())
     rank = spec.method.rank(spec, kind)
-    return Cost(parameters, kept=rank, streamed=shape.inputs + shape.outputs)
+    products = shape.outputs if spec.method.has_factor else 0
+    return Cost(parameters, rank, shape.inputs + shape.outputs, products)
 
 
 def merged(spec: Spec, linear_map: Map, w: Matrix, values: Params) -> Float[Array, "k n"]:

@@ -23,6 +23,7 @@ class Tokens:
     """
 
     settings: Mapping[str, Any] = {}
+    has_factor = False
 
     def __init__(self, name: str, axes: str):
         self.name = name

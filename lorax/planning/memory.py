@@ -43,6 +43,9 @@ STREAM_BYTES = 3.3e12
 COPY_SECONDS = 15e-6  # of a copy, not hidden behind anything
 LAUNCH_SECONDS = 2.6e-6  # of a kernel too small to take longer
 LAUNCHES = 88  # of one layer, forward and backward
+IN_ANY_CASE = ("gate_proj", "up_proj")
+"""Layers whose outputs are kept as they come out of the matmul, whatever multiplies them."""
+
 SKINNY_PASSES = 2.2  # reads of an adapted layer's input and output, for x·A, g, dA and dB
 
 
@@ -114,6 +117,9 @@ class Planner:
             if tied or layers[name].linear_map.kind != "lookup"
         )
         self.ranks = _kept_columns(costs, architecture.family)
+        # Of gate and up the products are kept in any case.
+        apart = [cost.products for name, cost in costs.items() if not name.endswith(IN_ANY_CASE)]
+        self.products = sum(apart) / architecture.num_hidden_layers
         self.full = not layers
         self.element = jnp.dtype(config.model.dtype).itemsize
 
@@ -177,6 +183,8 @@ class Planner:
         """Returns the bytes that one layer keeps per token."""
         kept = self.architecture.family.kept(self.architecture, policy)
         elements = kept.elements
+        if policy in ("none", "selective"):
+            elements += self.products
         if not self._writes_scores:
             elements += kept.attention
         for names, size in kept.inputs:

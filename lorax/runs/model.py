@@ -96,7 +96,9 @@ class Blueprint:
 
     def format_of(self, layer: str) -> Format:
         """Returns the format of a linear layer's matrix: the checkpoint's, if it is quantised."""
-        return stored_format(layer, self.architecture, self.entries, self.format)
+        # The headers are not needed where the checkpoint quantises nothing.
+        entries = self.entries if self.architecture.quantization is not None else None
+        return stored_format(layer, self.architecture, entries, self.format)
 
     @functools.cached_property
     def mesh(self) -> Mesh:

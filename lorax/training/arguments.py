@@ -13,6 +13,7 @@ from lorax.config.run import RunConfig
 from lorax.data.dataset import EncodedDataset
 from lorax.system.arguments import check_kind
 from lorax.system.wording import clip
+from lorax_kernels import Weight
 
 _SMALLEST = 0.01
 """Least ratio of an update of B at 0 to one of B at 1: Adam's is 1, Adafactor's 0.001."""
@@ -30,8 +31,14 @@ def check_arguments(model: Any, optimizer: Any, loss_fn: Any) -> None:
     """
     check_kind("model", model, nnx.Module, "an nnx.Module")
     check_functions(optimizer, loss_fn)
+    _, trainable, _ = split_trainable(model)
+    for leaf in jax.tree.leaves(trainable, is_leaf=_is_weight):
+        if _is_weight(leaf):
+            raise ValueError(
+                "the model trains whole, but its matrices are quantised: apply_lora it first, or "
+                "load the 16-bit checkpoint"
+            )
     if adapted_layers(model):
-        _, trainable, _ = split_trainable(model)
         refuse_scaled_by_size(optimizer, trainable)
 
 
@@ -179,3 +186,7 @@ def _update_ratio(optimizer: optax.GradientTransformation, ones: Any) -> float:
         if moved.any():
             return float(jnp.where(moved, at_zero / jnp.where(moved, at_one, 1), 1).min())
     return 1.0
+
+
+def _is_weight(leaf: Any) -> bool:
+    return isinstance(leaf, Weight)

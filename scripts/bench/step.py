@@ -245,8 +245,7 @@ def main() -> None:
         for kernels in parsed.kernels
         for options in parsed.options
     ]
-    format = BASES[parsed.base]
-    model = build_model(parsed.model, parsed.r, parsed.offload_embedding, format)
+    model = build_model(parsed.model, parsed.r, parsed.offload_embedding, BASES[parsed.base])
     batch = draw_batch(model.config.vocab_size, parsed.accumulation, parsed.batch, parsed.seq)
     batch = place_batch(batch, make_mesh(), embedding_on_host(model))
     compiled: dict[str, Compiled] = {}

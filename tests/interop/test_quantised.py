@@ -24,6 +24,7 @@ from lorax.interop.peft import adapter_tensors, load_adapter
 from lorax.layers.linear import Linear
 from lorax.models.families import read_architecture
 from lorax.models.quantization import Quantization
+from lorax.training.step import make_train_step
 from lorax.weights.nf4 import NF4, NF4_DOUBLE
 from lorax_kernels.weights.nf4 import Nf4
 from tests.interop.peft_adapters import relative
@@ -116,7 +117,7 @@ def test_a_16_bit_checkpoint_is_quantised_while_it_is_read(original, double):
     for path, layer in nnx.iter_modules(plain):
         if not isinstance(layer, Linear):
             continue
-        found = ours
+        found: Any = ours
         for part in path:
             found = found[part] if isinstance(part, int) else getattr(found, part)
         got = found.kernel.get_value()
@@ -305,3 +306,9 @@ def test_training_on_it_is_that_of_peft_and_bitsandbytes(quantised, tmp_path):
         torch_optimizer.step()
     assert max(abs(a - b) for a, b in losses) <= 2e-3
     assert losses[-1][0] < 0.9 * losses[0][0]
+
+
+def test_a_quantised_model_is_not_trained_whole(quantised):
+    model = load_model(quantised("single"), dtype=jnp.float32)
+    with pytest.raises(ValueError, match=r"quantised: apply_lora it first, or load the 16-bit"):
+        make_train_step(model, optax.adamw(1e-3))

@@ -92,6 +92,7 @@ def test_peft_and_transformers_load_what_was_trained(kind, lora, bases, tmp_path
     base, first = bases[kind], bases["tokens"]
     assert main(["train", settings(tmp_path, base, **lora)]) == 0
     adapter, merged = (tmp_path / "run" / name for name in ("adapter", "merged"))
+    ids = []
     for folder in (adapter, merged, tmp_path / "run" / "weights" / "step-000002"):
         if folder == merged or folder == adapter or folder.exists():
             tokenizer = AutoTokenizer.from_pretrained(folder)

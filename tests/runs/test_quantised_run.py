@@ -71,6 +71,13 @@ def test_a_run_trains_on_it_and_its_exports_are_of_what_trained(base, tmp_path, 
     assert 0 < distance(got, exact) < (0.01 if quantization == "int8" else 0.2)
 
 
+def test_shapes_are_known_without_weights(base, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(base, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    shapes = Blueprint.of(settings(tmp_path, folder, "nf4")).shapes
+    assert isinstance(shapes.model.layers[1].self_attn.k_proj.kernel.get_value(), Nf4)
+
+
 def test_a_resumed_run_goes_on_and_another_format_is_refused(base, tmp_path, capsys, monkeypatch):
     whole = settings(tmp_path, base, "nf4_double")
     run_training(whole, Console(quiet=True))

@@ -8,12 +8,14 @@ import numpy as np
 import optax
 import pytest
 import torch
-from flax import nnx
+from flax import linen, nnx
 from peft import LoraConfig as PeftConfig
 from peft import get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 
 import lorax
+import lorax.linen
+from lorax.adapters.nnx.tree import split_trainable
 from lorax.config.train import TrainConfig
 from lorax.runs.checks import check_targets
 from lorax.runs.model import Blueprint
@@ -256,3 +258,59 @@ def test_any_optimizer_takes_the_factors():
     for path, factor in ((("fc1", "attached", "default", "lora_b"), 16), (("head", "bias"), 0.25)):
         assert np.abs(moved["plain"][path]).max() > 0
         np.testing.assert_allclose(moved["scaled"][path], factor * moved["plain"][path], rtol=1e-3)
+
+
+class LinenNet(linen.Module):
+    @linen.compact
+    def __call__(self, ids):
+        x = linen.Embed(11, 6, name="embed_tokens")(ids)
+        x = linen.Dense(8, name="fc1")(x)
+        x = linen.LayerNorm(name="norm")(linen.Dense(5, use_bias=False, name="fc2")(x))
+        return linen.Dense(11, name="head")(x)
+
+
+def test_groups_of_a_linen_model_are_those_of_an_nnx_model():
+    settings = lorax.LoraConfig(
+        r=2,
+        use_dora=True,
+        target_modules=["fc1", "fc2", "embed_tokens"],
+        bias="lora_only",
+        modules_to_save=WHOLE,
+    )
+    ids = jnp.zeros((1, 3), int)
+    net = LinenNet()
+    variables = net.init(jax.random.key(0), ids)
+    _, variables = lorax.linen.apply_lora(net, variables, settings, ids, rngs=0)
+    found = groups_of(variables["lora"])
+    ours = groups_of(split_trainable(lorax.apply_lora(Net(), settings, rngs=0))[1])
+    place = lambda path: (path[0], path[-1])
+    assert {place(path): group for path, group in found.items()} == {
+        place(path): group for path, group in ours.items()
+    }
+    assert set(found.values()) == {"lora_b", "lora_embedding", "modules_to_save", "others"}
+
+
+def test_vectors_of_stacked_layers_have_the_rate_of_b():
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def make(key):
+        return nnx.Linear(4, 4, rngs=nnx.Rngs(key))
+
+    class Stacked(nnx.Module):
+        def __init__(self):
+            self.fc = make(jax.random.split(jax.random.key(0), 3))
+
+        def __call__(self, x):
+            return nnx.scan(lambda x, fc: fc(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(
+                x, self.fc
+            )
+
+    settings = lorax.LoraConfig(r=2, use_dora=True, target_modules=["fc"])
+    trainable = split_trainable(lorax.apply_lora(Stacked(), settings, rngs=0))[1]
+    ones = jax.tree.map(jnp.ones_like, trainable)
+    transformation = lorax.scale_learning_rates(lora_b=16.0)
+    updates, _ = transformation.update(ones, transformation.init(trainable), trainable)
+    rates = {
+        path[-2].key if hasattr(path[-2], "key") else str(path[-2]): float(leaf.max())
+        for path, leaf in jax.tree_util.tree_leaves_with_path(updates)
+    }
+    assert sorted(rates.values()) == [1.0, 16.0, 16.0], rates

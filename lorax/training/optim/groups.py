@@ -8,6 +8,8 @@ import jax
 import optax
 from jaxtyping import PyTree
 
+from lorax.adapters.methods import METHODS
+from lorax.adapters.tokens import EMBEDDING_TOKENS, HEAD_TOKENS
 from lorax.config.train import TrainConfig
 from lorax.system.wording import show
 
@@ -16,6 +18,13 @@ type Path = tuple[str | int, ...]
 
 EMBEDDINGS = ("embed_tokens",)
 """Names of embedding modules in lorax's models. A tree of parameters does not tell its modules."""
+
+ADAPTER_PARAMETERS: Mapping[str | int, str] = {
+    name: parameter.axes
+    for method in (*METHODS, EMBEDDING_TOKENS, HEAD_TOKENS)
+    for name, parameter in method.parameters.items()
+}
+"""The axes of what trains in an adapter, by name."""
 
 _MEANING: Mapping[str, tuple[str, str]] = {
     "lora_b": ("a B of an adapter (lora_b)", "apply_lora the model"),
@@ -102,20 +111,38 @@ def groups_of(params: PyTree, embeddings: Collection[str] = EMBEDDINGS) -> dict[
     paths = [_names(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     of_module: dict[Path, int] = {}
     for path in paths:
-        of_module[path[:-1]] = of_module.get(path[:-1], 0) + 1
+        if _module_adapted(path) is None:
+            of_module[path[:-1]] = of_module.get(path[:-1], 0) + 1
 
     def group_of(path: Path) -> Group:
-        if "attached" in path:
-            module = path[path.index("attached") - 1]
-            if module in embeddings:
-                return "lora_embedding"
-        elif path[-1] == "bias" and of_module[path[:-1]] == 1:
-            return "others"
-        elif path[-1] not in ("lora_a", "lora_b"):
-            return "modules_to_save"
+        module = _module_adapted(path)
+        if module is None:
+            alone = path[-1] == "bias" and of_module[path[:-1]] == 1
+            return "others" if alone else "modules_to_save"
+        if module in embeddings:
+            return "lora_embedding"
         return "lora_b" if path[-1] == "lora_b" else "others"
 
     return {path: group_of(path) for path in paths}
+
+
+def _module_adapted(path: Path) -> str | int | None:
+    """Returns the name of the module whose adapter has a parameter; None of a module's own.
+
+    NNX's adapters are what is attached to a module. Linen's parameters lie at the module's place,
+    beside those that train whole.
+    """
+    if "attached" in path:
+        return path[path.index("attached") - 1]
+    if path[-1] in ADAPTER_PARAMETERS:
+        return path[-2] if len(path) > 1 else ""
+    return None
+
+
+def _is_vector(path: Path, update: jax.Array) -> bool:
+    """Says whether a parameter is a vector, of a module or of each of stacked ones."""
+    adapts = _module_adapted(path) is not None
+    return len(ADAPTER_PARAMETERS[path[-1]]) == 1 if adapts else update.ndim == 1
 
 
 def _scale(
@@ -138,8 +165,9 @@ def _scale(
         groups = groups_of(updates, embeddings)
 
         def scale(path, update: jax.Array) -> jax.Array:
-            group = groups[_names(path)]
-            if group not in factors and update.ndim == 1:  # PEFT gives vectors the rate of B
+            names = _names(path)
+            group = groups[names]
+            if group not in factors and _is_vector(names, update):  # PEFT gives them the rate of B
                 group = "lora_b"
             return update * factors[group] if group in factors else update
 
