@@ -24,6 +24,9 @@ def write_card(
     results = "\n".join(f"- {name}: {value}" for name, value in facts.items())
     resize = "" if rows is None else _RESIZE.format(rows)
     load = _LOAD_ADAPTER if is_adapter else _LOAD_REBASED if format == "rebased" else _LOAD_MODEL
+    if is_adapter and (kind := config.model.quantization).startswith("nf4"):
+        double = kind == "nf4_double"
+        load = _LOAD_ON_NF4.replace("{double}", str(double)).replace("{dtype}", config.model.dtype)
     revision = config.model.revision
     source = f'"{base}"' if revision is None else f'"{base}", revision="{revision}"'
     return (
@@ -41,6 +44,23 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained({base})
+{resize}model = PeftModel.from_pretrained(model, "path/to/this/folder")
+# It was trained on the token ids of the base's tokenizer.json. Where AutoTokenizer gives others,
+# as for Llama 2 in transformers 5, PreTrainedTokenizerFast takes that file as it is.
+"""
+
+_LOAD_ON_NF4 = """\
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+# It was trained on the base in NF4. The base in 16 bits gives other answers.
+nf4 = BitsAndBytesConfig(
+    load_in_4bit=True,
+    bnb_4bit_quant_type="nf4",
+    bnb_4bit_use_double_quant={double},
+    bnb_4bit_compute_dtype="{dtype}",
+)
+model = AutoModelForCausalLM.from_pretrained({base}, quantization_config=nf4)
 {resize}model = PeftModel.from_pretrained(model, "path/to/this/folder")
 # It was trained on the token ids of the base's tokenizer.json. Where AutoTokenizer gives others,
 # as for Llama 2 in transformers 5, PreTrainedTokenizerFast takes that file as it is.

@@ -62,6 +62,9 @@ def test_a_run_trains_on_it_and_its_exports_are_of_what_trained(base, tmp_path, 
     assert kind is (Int8 if quantization == "int8" else Nf4)
     summary = run_training(config, Console(quiet=True))  # which reads back what it exports
     assert summary.steps == 4
+    card = (tmp_path / "run" / "adapter" / "README.md").read_text()
+    words = f"bnb_4bit_use_double_quant={quantization == 'nf4_double'}"
+    assert (words in card) == (quantization != "int8")
     # A matrix without an adapter is exported as the values that were multiplied by.
     format = FORMATS[quantization]
     exact = load_model(base, dtype=jnp.float32).model.layers[0].mlp.gate_proj.kernel.get_value()
