@@ -106,6 +106,7 @@ def _forward(
 
     The products are what factors multiply, with `keep` and if a member has one: otherwise none.
     """
+    group, x = group.recomputed(x)
     if group.is_kernel:
         keep = keep and group.has_factors
         outputs, products, saved = _kernel_forward(keep, x, group, residual)
@@ -206,6 +207,7 @@ def _swiglu(x, group: Group, *, keep: bool):
 
     With `keep` the former has gate(x) and up(x) before their factors too.
     """
+    group, x = group.recomputed(x)
     if group.is_kernel:
         outputs, saved = _swiglu_kernel("swiglu_keep" if keep else "swiglu", x, group)
         return outputs, _named(saved)
@@ -267,6 +269,7 @@ def _swiglu_gradients(x, group: Group, saved, d_act):
 
 def _recomputed(x, group: Group, saved):
     """Returns the outputs of a group whose forward pass returned `saved`."""
+    group, x = group.recomputed(x)
     return _multiply(x, group, saved) if group.is_kernel else _forward(x, group)[0]
 
 
@@ -290,7 +293,7 @@ def _mlp_forward(repeated: bool, x, gate_up: Group, down: Group, residual):
     apart = repeated and gate_up.is_kernel
     (act, *kept), saved = _swiglu(x, gate_up, keep=not apart)
     if apart:
-        kept = _multiply(x, gate_up.without_factors(), saved)
+        kept = _recomputed(x, gate_up.without_factors(), saved)
     outputs, products, saved_of_down = _forward(act, down, residual, keep=True)
     of_gate_up = (gate_up, saved, kept)
     return outputs, (x, of_gate_up, (down, saved_of_down, products), _mark(residual))

@@ -108,7 +108,10 @@ class Group:
         return dataclasses.replace(self, w=[dense(w, dtype) for w in self.w])
 
     def recomputed(self, after: Any) -> "tuple[Group, Any]":
-        """Returns the group and `after` for a backward pass; see `lorax_kernels.weights`."""
+        """Returns the group, its dense matrices not there before `after` is, and `after`.
+
+        See `lorax_kernels.weights.recomputed`.
+        """
         w, after = recomputed(self.w, after)
         return dataclasses.replace(self, w=w), after
 

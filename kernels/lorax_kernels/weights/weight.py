@@ -52,15 +52,15 @@ def kernel_obstacle(w: Matrix) -> str | None:
 
 
 def recomputed(weights: Sequence[Matrix], after: Any) -> tuple[Sequence[Matrix], Any]:
-    """Returns both unchanged, but makes the backward pass recompute the dense matrices.
+    """Returns both unchanged, but the dense matrices are computed only once `after` is there.
 
     Otherwise the compiler sees that both passes compute the same matrix, and keeps the forward
-    pass's copy for the backward pass: one per layer, so the whole dense model. Hence the stored
-    arrays become available only after `after`.
+    pass's copy for the backward pass; and it may compute many of them ahead, since they depend on
+    no activation. Either way the whole dense model would be in memory.
 
     Args:
-        weights: The matrices of the backward pass.
-        after: Arrays that the forward pass does not have: cotangents.
+        weights: The matrices of a pass.
+        after: Arrays that are there just before: activations, or in the backward pass cotangents.
     """
     if not any(isinstance(w, Weight) for w in weights):
         return weights, after
