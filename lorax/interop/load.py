@@ -327,7 +327,7 @@ def _store(
 ):
     """Returns the parameter, stored and placed, and whether it was finite; see `convert`."""
     matrix, before, after = convert(value, transpose, dtype)
-    return _placed(format.store(matrix), places), before, after
+    return _placed(format.store(matrix), places, jax.lax.with_sharding_constraint), before, after
 
 
 def _restore(
@@ -341,16 +341,14 @@ def _restore(
     matrix = entry.restore(arrays, dtype)
     finite = is_finite(matrix)
     stored = matrix.dense() if format is DENSE else matrix
-    if places is not None:
-        leaves, structure = jax.tree.flatten(stored)
-        stored = jax.tree.unflatten(structure, map(jax.device_put, leaves, places))
-    return stored, finite, finite
+    return _placed(stored, places, jax.device_put), finite, finite
 
 
-def _placed(stored: Any, places: tuple[NamedSharding, ...] | None) -> Any:
-    """Returns a stored matrix with its arrays on their devices, within a compiled function."""
+def _placed(
+    stored: Any, places: tuple[NamedSharding, ...] | None, place: Callable[..., jax.Array]
+) -> Any:
+    """Returns a stored matrix with its arrays on their devices, put there by `place`."""
     if places is None:
         return stored
     leaves, structure = jax.tree.flatten(stored)
-    placed = map(jax.lax.with_sharding_constraint, leaves, places)
-    return jax.tree.unflatten(structure, placed)
+    return jax.tree.unflatten(structure, map(place, leaves, places))

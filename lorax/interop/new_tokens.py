@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+from lorax.adapters.targets import is_saved
 from lorax.config.adapter import LoraConfig
 from lorax.config.run import RunConfig
 from lorax.data.chat.tokenizer import load_tokenizer
@@ -67,7 +68,7 @@ class NewTokens:
                     f"[{known[token]}] trains it"
                 )
         tokenizer = _extended(base, asked)
-        return cls(asked, tuple(int(tokenizer.convert_tokens_to_ids(t)) for t in asked))
+        return cls(asked, _ids_in(tokenizer, asked))
 
     @classmethod
     def read(cls, adapter: str | Path | None) -> Self:
@@ -100,7 +101,7 @@ class NewTokens:
         if not self.tokens:
             return load_tokenizer(str(base))
         tokenizer = _extended(base, self.tokens)
-        found = tuple(int(tokenizer.convert_tokens_to_ids(token)) for token in self.tokens)
+        found = _ids_in(tokenizer, self.tokens)
         if found != self.ids:
             raise CheckpointError(
                 f"the tokenizer of {base} gives the new tokens {', '.join(map(show, self.tokens))} "
@@ -135,7 +136,7 @@ class NewTokens:
         given = settings.trainable_token_indices
         tables = dict(given if isinstance(given, Mapping) else {"embed_tokens": given or ()})
         saved = settings.modules_to_save or ()
-        whole = {n for n in _TABLES if any(_TABLES[n].endswith(entry) for entry in saved)}
+        whole = {n for n in _TABLES if any(is_saved(_TABLES[n], entry) for entry in saved)}
         for name, full in _TABLES.items():
             keys = [key for key in tables if f".{full}".endswith(f".{key}")]
             if not keys and not (tied and name == "lm_head"):
@@ -189,6 +190,10 @@ class NewTokens:
 
 
 NO_NEW_TOKENS = NewTokens()
+
+
+def _ids_in(tokenizer: Any, tokens: Sequence[str]) -> tuple[int, ...]:
+    return tuple(int(tokenizer.convert_tokens_to_ids(token)) for token in tokens)
 
 
 def _extended(base: Path, tokens: Sequence[str]) -> Any:

@@ -94,21 +94,22 @@ def check_quantised(
     packed = {name: e for name, e in entries.items() if isinstance(e, PackedEntry)}
     if odd := [name for name in packed if not table[name].transpose]:
         where = packed[odd[0]].file
-        raise CheckpointError(f"{where} quantises {listed(odd)}; lorax reads such linear layers")
+        raise CheckpointError(f"{where} quantises {listed(odd)}, which is no linear layer")
     own = config.quantization
-    if packed and own is None:
+    if own is None:
+        if not packed:
+            return
         names = listed(list(packed))
         raise CheckpointError(
             f"{file} has no quantization_config, but the folder holds {names} in NF4; fetch "
             "config.json again"
         )
-    if own is not None and not packed:
+    if not packed:
         raise CheckpointError(
             f"{file} has a quantization_config, but no tensor of the folder is quantised: remove "
             "the field; model.quantization quantises while the weights are read"
         )
-    other = [n for n, e in packed.items() if own and (e.format is NF4_DOUBLE) != own.double]
-    if own is not None and other:
+    if other := [name for name, e in packed.items() if e.format is not _own_format(own)]:
         raise CheckpointError(
             f"{file}: quantization_config.bnb_4bit_use_double_quant is {str(own.double).lower()}, "
             f"but {packed[other[0]].file} holds {listed(other)} as {packed[other[0]].format.name}"

@@ -106,7 +106,7 @@ def _forward(
 
     The products are what factors multiply, with `keep` and if a member has one: otherwise none.
     """
-    group, x = group.recomputed(x)
+    group, x = group.computed_after(x)
     if group.is_kernel:
         keep = keep and group.has_factors
         outputs, products, saved = _kernel_forward(keep, x, group, residual)
@@ -147,7 +147,7 @@ def _backward(x, group: Group, saved, dys, of_factors, gate_up=(), factors=()):
         gate_up: Gate and up.
         factors: Their factors, each or None.
     """
-    again, dys = group.without_factors().recomputed(dys)
+    again, dys = group.without_factors().computed_after(dys)
     if group.is_kernel:
         dxs, da, db, more = _kernel_backward(x, again, saved, dys, gate_up, factors)
     else:
@@ -207,8 +207,8 @@ def _swiglu(x, group: Group, *, keep: bool):
 
     With `keep` the former has gate(x) and up(x) before their factors too.
     """
-    group, x = group.recomputed(x)
     if group.is_kernel:
+        group, x = group.computed_after(x)
         outputs, saved = _swiglu_kernel("swiglu_keep" if keep else "swiglu", x, group)
         return outputs, _named(saved)
     (gate, up), _, saved = _forward(x, group.without_factors())
@@ -247,7 +247,7 @@ def _swiglu_forward(recompute: bool, x, group: Group, _):
 def _swiglu_backward(recompute: bool, residuals, cotangents):
     x, group, saved, kept = residuals
     (d_act,) = cotangents
-    again, d_act = group.recomputed(d_act) if recompute else (group, d_act)
+    again, d_act = group.computed_after(d_act) if recompute else (group, d_act)
     if recompute and group.is_kernel and not group.has_factors:
         dys = _swiglu_gradients(x, again, saved, d_act)
         of_factors = group.factors
@@ -269,8 +269,10 @@ def _swiglu_gradients(x, group: Group, saved, d_act):
 
 def _recomputed(x, group: Group, saved):
     """Returns the outputs of a group whose forward pass returned `saved`."""
-    group, x = group.recomputed(x)
-    return _multiply(x, group, saved) if group.is_kernel else _forward(x, group)[0]
+    if not group.is_kernel:
+        return _forward(x, group)[0]
+    group, x = group.computed_after(x)
+    return _multiply(x, group, saved)
 
 
 apply_swiglu.defvjp(_swiglu_forward, _swiglu_backward)

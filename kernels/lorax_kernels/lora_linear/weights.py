@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float
 
-from lorax_kernels.weights import Matrix, dense, recomputed
+from lorax_kernels.weights import Matrix, computed_after, dense
 
 
 @functools.partial(
@@ -107,12 +107,12 @@ class Group:
         """Returns the group with its frozen weights as arrays of the dtype of the matmuls."""
         return dataclasses.replace(self, w=[dense(w, dtype) for w in self.w])
 
-    def recomputed(self, after: Any) -> "tuple[Group, Any]":
+    def computed_after(self, after: Any) -> "tuple[Group, Any]":
         """Returns the group, its dense matrices not there before `after` is, and `after`.
 
-        See `lorax_kernels.weights.recomputed`.
+        See `lorax_kernels.weights.computed_after`.
         """
-        w, after = recomputed(self.w, after)
+        w, after = computed_after(self.w, after)
         return dataclasses.replace(self, w=w), after
 
     def without_factors(self) -> "Group":

@@ -51,7 +51,7 @@ def kernel_obstacle(w: Matrix) -> str | None:
     return w.kernel_obstacle if isinstance(w, Weight) else None
 
 
-def recomputed(weights: Sequence[Matrix], after: Any) -> tuple[Sequence[Matrix], Any]:
+def computed_after(weights: Sequence[Matrix], after: Any) -> tuple[Sequence[Matrix], Any]:
     """Returns both unchanged, but the dense matrices are computed only once `after` is there.
 
     Otherwise the compiler sees that both passes compute the same matrix, and keeps the forward
