@@ -121,7 +121,7 @@ def main() -> None:
     seconds, losses = run_steps(model, parsed, torch)
     row = {
         "system": parsed.system,
-        "base_dtype": "bfloat16" if parsed.bits == 16 else "nf4",
+        "base_dtype": "bfloat16" if parsed.bits == 16 else "nf4_double",
         "r": parsed.r,
         "batch": parsed.batch,
         "accumulation": parsed.accumulation,

@@ -40,8 +40,9 @@ def run_lorax(
     if any(policy.endswith(_HOST) for policy in policies):
         here = [policy for policy in policies if not policy.endswith(_HOST)]
         there = [policy.removesuffix(_HOST) for policy in policies if policy.endswith(_HOST)]
-        rows = run_lorax(model, batch, seq, accumulation, here) if here else []
-        return rows + run_lorax(model, batch, seq, accumulation, there, ["--offload-embedding"])
+        rows = run_lorax(model, batch, seq, accumulation, here, more) if here else []
+        more = [*more, "--offload-embedding"]
+        return rows + run_lorax(model, batch, seq, accumulation, there, more)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "rows.jsonl"
         shape = ["--model", model, "--batch", batch, "--seq", seq, "--accumulation", accumulation]
@@ -54,10 +55,11 @@ def run_lorax(
 
 
 def run_peer(
-    system: str, checkpoint: Path, batch: str, seq: str, accumulation: str, policy: str
+    system: str, checkpoint: Path, batch: str, seq: str, accumulation: str, policy: str, bits: int
 ) -> list[dict]:
     """Returns the row of `scripts.bench.peer_step` in a process of its own."""
     shape = ["--batch", batch, "--seq", seq, "--accumulation", accumulation, "--policy", policy]
+    shape += ["--bits", str(bits)]
     if int(seq) * int(batch) > 16384 or int(accumulation) > 1:
         shape += ["--warmup", "4", "--steps", "4"]
     printed = _run("scripts.bench.peer_step", [system, str(checkpoint), *shape])
@@ -113,6 +115,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--cells", nargs="*", default=CELLS)
     parser.add_argument("--systems", nargs="+", default=SYSTEMS)
+    parser.add_argument("--base", choices=["bfloat16", "nf4_double"], default="bfloat16",
+                        help="of both: nf4_double is what peers make of 4 bits")  # fmt: skip
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "peers")
     parser.add_argument("--tokenizer", default="examples/tiny/model")
     parser.add_argument("--call", required=True, help="names this run on this machine")
@@ -127,11 +131,13 @@ def main() -> None:
         policies = [policy for system, policy in named if system == "lorax"]
         jobs: list[tuple[str, Callable[[], list[dict]]]] = []
         if policies:
-            jobs.append(("lorax", functools.partial(run_lorax, model, *shape, policies)))
+            jobs.append(("lorax", functools.partial(
+                run_lorax, model, *shape, policies, ["--base", parsed.base])))  # fmt: skip
         for system, policy in named:
             if system != "lorax":
                 checkpoint = find_checkpoint(model, parsed.folder, parsed.tokenizer)
-                run = functools.partial(run_peer, system, checkpoint, *shape, policy)
+                bits = 16 if parsed.base == "bfloat16" else 4
+                run = functools.partial(run_peer, system, checkpoint, *shape, policy, bits)
                 jobs.append((f"{system}:{policy}", run))
         for name, job in jobs:
             try:

@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from lorax.layers.attention import Context
+from lorax.layers.carrier import Carrier
 from lorax.models.stack.offload import run_in_order
 from lorax.models.stack.recompute import (
     REPEATING,
@@ -15,6 +16,7 @@ from lorax.models.stack.recompute import (
     check_kept_layers,
     checkpointed,
 )
+from lorax_kernels.weights import Weight, computed_after, dense
 
 
 def run_layers(
@@ -56,4 +58,19 @@ def _run_layer(layer: Any, hidden: Float[Array, "b t d"], context: Context):
 
 
 def _repeat_layer(layer: Any, hidden: Float[Array, "b t d"], context: Context):
+    hidden = _make_dense(layer, hidden)
     return _run_layer(layer, hidden, dataclasses.replace(context, repeated=True))
+
+
+def _make_dense(layer: nnx.Module, hidden: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+    """Replaces the stored matrices of a layer by dense ones, computed once `hidden` is there.
+
+    The backward pass of a recomputed layer then has one copy of each matrix, for the layer's second
+    forward pass and for the gradient of its input.
+    """
+    modules = [module for _, module in nnx.iter_graph(layer) if isinstance(module, Carrier)]
+    stored = [module for module in modules if isinstance(module.matrix, Weight)]
+    matrices, hidden = computed_after([module.matrix for module in stored], hidden)
+    for module, matrix in zip(stored, matrices, strict=True):
+        module.freeze(dense(matrix))
+    return hidden
